@@ -1,0 +1,165 @@
+"""Recipe YAML and `--set a.b=value` to RunConfig; every mistake is one line that names the key."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dist_cpt.config.schema import RunConfig
+from dist_cpt.errors import ConfigError
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice and reads 1e-5 as the number it is."""
+
+
+def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise ConfigError(f"keys are words, not {key!r}{key_node.start_mark}")
+        if key in seen:
+            raise ConfigError(f"key {key!r} is given twice{key_node.start_mark}")
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    # YAML 1.1 wants a dot in 1e-5; people do not write one.
+    __import__("re").compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML text; `where` names its origin in errors.
+
+    Raises:
+        ConfigError: the text is no YAML, or a key stands twice.
+    """
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader subclass
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not readable"
+        raise ConfigError(f"{where}{place}: not valid YAML: {problem}") from error
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """Read a recipe file and apply `a.b=value` overrides.
+
+    Raises:
+        ConfigError: the file is missing or unreadable, a key is unknown, or a value does not fit.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"recipe not found: {path}", remedy="give the path of a recipe file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error}") from error
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of keys, not {type(values).__name__}")
+    return build(apply_overrides(values, overrides), where=str(path))
+
+
+def apply_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, Any]:
+    """Apply `a.b=value` overrides (values are YAML; list items by number) to a copy of `values`."""
+    result = _copy(values)
+    for item in overrides:
+        key, sep, text = item.partition("=")
+        parts = key.strip().split(".")
+        if not sep or not all(parts):
+            raise ConfigError(f"--set {item!r}: expected a.b=value")
+        value = parse_yaml(text, f"--set {key}")
+        node: Any = result
+        for depth, part in enumerate(parts):
+            last = depth == len(parts) - 1
+            if isinstance(node, list):
+                if not part.isdigit() or int(part) >= len(node):
+                    raise ConfigError(f"--set {key}: {part!r} is not a position in a list of {len(node)}")
+                if last:
+                    node[int(part)] = value
+                else:
+                    node = node[int(part)]
+            elif last:
+                node[part] = value
+            else:
+                child = node.get(part)
+                if isinstance(child, str) and part == "engine":
+                    child = node[part] = {"kind": child}
+                if child is None:
+                    child = node[part] = {}
+                if not isinstance(child, dict | list):
+                    raise ConfigError(f"--set {key}: {'.'.join(parts[: depth + 1])} is a value, not a section")
+                node = child
+    return result
+
+
+def build(values: dict[str, Any], where: str) -> RunConfig:
+    """Validate a mapping as a RunConfig; `where` names its origin in errors.
+
+    Raises:
+        ConfigError: one line naming every key that does not fit, with the nearest known key.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from error
+
+
+def _explain(problem: Any) -> str:
+    location = tuple(part for part in problem["loc"] if part != "function-after")
+    key = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
+        hint = f"did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?" if near else ""
+        return f"unknown key {key}; " + (hint or f"keys here are {', '.join(known)}")
+    if problem["type"] == "missing":
+        return f"{key} is required"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    value = problem.get("input")
+    shown = f" (got {value!r})" if isinstance(value, str | int | float | bool) else ""
+    return f"{key}: {message}{shown}" if key else message
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    model: Any = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        fields = getattr(model, "model_fields", {})
+        if part in fields:
+            model = _model_in(fields[part].annotation) or model
+    return list(getattr(model, "model_fields", {}))
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, BaseModel) else None
+    for argument in typing.get_args(annotation):
+        found = _model_in(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copy(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_copy(v) for v in value]
+    return value

@@ -1,0 +1,79 @@
+"""Every way a run can end, each with its exit code and its remedy.
+
+An error that a user can cause prints as one line: what happened, where, the value, the remedy.
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_CONFIG = 64
+EXIT_DATA = 65
+EXIT_INTERNAL = 70
+EXIT_NUMERICS = 71
+EXIT_HANG = 72
+EXIT_CANNOT_WRITE = 73
+EXIT_CHECKPOINT = 74
+EXIT_STOPPED = 75
+
+
+class DistCptError(Exception):
+    """An ending with a documented exit code; `str(error)` is the one line a user sees."""
+
+    exit_code = EXIT_INTERNAL
+
+    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+        self.message = message
+        self.remedy = remedy
+        super().__init__(message if remedy is None else f"{message} -- {remedy}")
+
+
+class ConfigError(DistCptError):
+    """The recipe, a flag or the installation does not allow the run."""
+
+    exit_code = EXIT_CONFIG
+
+
+class MissingExtraError(ConfigError):
+    """A feature was asked for whose optional packages are not installed."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(
+            f"{feature} needs the extra '{extra}', which is not installed",
+            remedy=f"pip install 'dist-cpt[{extra}]'",
+        )
+
+
+class DataError(DistCptError):
+    """The corpus, the tokenizer or the token store cannot be used as asked."""
+
+    exit_code = EXIT_DATA
+
+
+class NumericsError(DistCptError):
+    """Non-finite or otherwise impossible numbers; also a broken trainability contract."""
+
+    exit_code = EXIT_NUMERICS
+
+
+class HangError(DistCptError):
+    """A rank made no progress within its limit."""
+
+    exit_code = EXIT_HANG
+
+
+class WriteError(DistCptError):
+    """The run folder cannot be written; earlier checkpoints are untouched."""
+
+    exit_code = EXIT_CANNOT_WRITE
+
+
+class CheckpointError(DistCptError):
+    """A checkpoint does not hold what its manifest says, or none is usable."""
+
+    exit_code = EXIT_CHECKPOINT
+
+
+class Stopped(DistCptError):
+    """The run was asked to stop, saved, and can be resumed."""
+
+    exit_code = EXIT_STOPPED
