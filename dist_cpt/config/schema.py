@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 
 class Frozen(BaseModel):
@@ -293,8 +301,7 @@ class RunConfig(Frozen):
     def _across_fields(self) -> RunConfig:
         if self.batch.global_tokens % self.data.seq_len:
             raise ValueError(
-                f"batch.global_tokens {self.batch.global_tokens} is not a multiple of data.seq_len "
-                f"{self.data.seq_len}"
+                f"batch.global_tokens {self.batch.global_tokens} is not a multiple of data.seq_len {self.data.seq_len}"
             )
         if self.model.config is not None and self.data.tokenizer is None:
             raise ValueError("model.config initialises from scratch, so data.tokenizer must name a tokenizer")

@@ -84,6 +84,10 @@ class Engine(Protocol):
         """
         ...
 
+    def frozen_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, local storage) of every tensor that does not train, as this rank holds it between steps."""
+        ...
+
     def sharded_bytes(self) -> dict[str, int]:
         """Bytes of persistent tensors this rank holds: `trainable` (compute copies), `frozen`, `optimizer`
         (masters and moments); measured from the tensors' local storages."""

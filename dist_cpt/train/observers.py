@@ -23,6 +23,7 @@ class RunStart:
     resumed_from: str | None  # checkpoint folder name
     wandb_run_id: str
     contract: dict[str, Any]  # the content of contract.json
+    attempt: int  # as in StepRecord
 
 
 @dataclass(frozen=True)

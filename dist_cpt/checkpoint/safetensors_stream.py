@@ -1,0 +1,281 @@
+"""safetensors files, one tensor in memory at a time: write, scan, and read slices.
+
+The format is an 8-byte little-endian header length, a JSON header and the raw tensors without gaps.
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_cpt.errors import CheckpointError, NumericsError
+
+_ITEM_BYTES = 4  # every tensor of a checkpoint is fp32
+_CHUNK_BYTES = 16 * 2**20
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one fp32 tensor lies: absolute byte offsets in the file."""
+
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class TensorScan:
+    """What one tensor in a file turned out to be; `sha256` is of its fp32 bytes in C order."""
+
+    shape: tuple[int, ...]
+    sha256: str
+    finite: bool
+
+
+@dataclass(frozen=True)
+class FileScan:
+    num_bytes: int
+    sha256: str
+    tensors: dict[str, TensorScan]
+
+
+class StreamWriter:
+    """Writes the header for known shapes at once, then the tensors in any order, each when it comes."""
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        header, self._entries = _layout(shapes)
+        self._path = path
+        self._missing = set(shapes)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            _write_all(self._fd, memoryview(header), 0)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, key: str, values: torch.Tensor) -> str:
+        """Write one tensor (fp32, CPU) and return the sha256 of its bytes.
+
+        Raises:
+            NumericsError: a value is not finite.
+            CheckpointError: the tensor is empty, or not what the header announced.
+        """
+        entry = self._entries[key]
+        if tuple(values.shape) != entry.shape or values.dtype != torch.float32 or values.device.type != "cpu":
+            raise CheckpointError(
+                f"{key}: expected fp32 {list(entry.shape)} on the CPU, got {values.dtype} "
+                f"{list(values.shape)} on {values.device}"
+            )
+        if key not in self._missing:
+            raise CheckpointError(f"{key}: was handed over twice")
+        if not is_finite(values):
+            raise NumericsError(f"{key}: holds values that are not finite, so it is not saved")
+        data = _bytes_of(values.detach().contiguous().view(-1))
+        _write_all(self._fd, data, entry.start)
+        self._missing.remove(key)
+        return hashlib.sha256(data).hexdigest()
+
+    def finish(self) -> None:
+        """Force everything to the disk and close.
+
+        Raises:
+            CheckpointError: a tensor of the header was never written.
+        """
+        if self._missing:
+            raise CheckpointError(f"{self._path.name}: {min(self._missing)} was never handed over")
+        os.fsync(self._fd)
+        # So that the re-read that follows meets the disk and not only the page cache.
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        self.close()
+
+    def close(self) -> None:
+        """Close the file as it is; safe to call twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class TensorFile:
+    """Reads slices of the tensors of one file, nothing else of it."""
+
+    def __init__(self, path: Path) -> None:
+        # Plain reads instead of a memory map: a file cut short meanwhile is an error here, not a SIGBUS.
+        self._path = path
+        self._fd = _open_regular(path)
+        try:
+            self.entries = _read_header(self._fd, path)
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Flat fp32 [stop - start]: these elements of the tensor in C order.
+
+        Raises:
+            CheckpointError: no such tensor or slice, or the file ends early.
+        """
+        entry = self.entries.get(key)
+        if entry is None:
+            raise CheckpointError(f"{self._path}: holds no tensor {key}")
+        if not 0 <= start <= stop <= math.prod(entry.shape):
+            raise CheckpointError(
+                f"{self._path}: {key} has {math.prod(entry.shape)} elements, asked for {start}:{stop}"
+            )
+        values = torch.empty(stop - start, dtype=torch.float32)
+        _read_all(self._fd, _bytes_of(values), entry.start + start * _ITEM_BYTES, self._path)
+        return values
+
+    def close(self) -> None:
+        """Close the file; safe to call twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def scan(path: Path) -> FileScan:
+    """Read a whole file once, in order: hash it and every tensor in it, and look for non-finite values.
+
+    Raises:
+        CheckpointError: not a regular file, or not a valid safetensors file of fp32 tensors.
+    """
+    fd = _open_regular(path)
+    try:
+        entries = sorted(_read_header(fd, path).items(), key=lambda item: item[1].start)
+        data_start = entries[0][1].start
+        whole = hashlib.sha256(os.pread(fd, data_start, 0))
+        tensors = {}
+        buffer = torch.empty(_CHUNK_BYTES // _ITEM_BYTES, dtype=torch.float32)
+        for key, entry in entries:
+            digest, finite = hashlib.sha256(), True
+            for offset, size in _chunks(entry):
+                chunk = buffer[: size // _ITEM_BYTES]
+                data = _bytes_of(chunk)
+                _read_all(fd, data, offset, path)
+                whole.update(data)
+                digest.update(data)
+                finite = finite and is_finite(chunk)
+            tensors[key] = TensorScan(entry.shape, digest.hexdigest(), finite)
+        return FileScan(entries[-1][1].stop, whole.hexdigest(), tensors)
+    finally:
+        os.close(fd)
+
+
+def tensor_sha256(values: torch.Tensor) -> str:
+    """sha256 of the bytes of an fp32 CPU tensor in C order."""
+    return hashlib.sha256(_bytes_of(values.detach().contiguous().view(-1))).hexdigest()
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; without a temporary of the tensor's size."""
+    low, high = torch.aminmax(values)
+    return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def file_sha256(path: Path) -> tuple[int, str]:
+    """Bytes and sha256 of any regular file."""
+    fd = _open_regular(path)
+    digest, size = hashlib.sha256(), 0
+    with os.fdopen(fd, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return size, digest.hexdigest()
+
+
+def _layout(shapes: Mapping[str, tuple[int, ...]]) -> tuple[bytes, dict[str, Entry]]:
+    """Header bytes, and every tensor's place, in the order given."""
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for key, shape in shapes.items():
+        stop = offset + math.prod(shape) * _ITEM_BYTES
+        if stop == offset:
+            raise CheckpointError(f"{key}: is empty, shape {list(shape)}")
+        fields[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    body = json.dumps(fields, separators=(",", ":")).encode()
+    body += b" " * (-len(body) % 8)  # keeps the tensors aligned to 8 bytes
+    begin = 8 + len(body)
+    entries = {
+        key: Entry(shape, *(begin + edge for edge in fields[key]["data_offsets"])) for key, shape in shapes.items()
+    }
+    return len(body).to_bytes(8, "little") + body, entries
+
+
+def _read_header(fd: int, path: Path) -> dict[str, Entry]:
+    size = os.fstat(fd).st_size
+    length = int.from_bytes(os.pread(fd, 8, 0), "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        raise CheckpointError(f"{path}: is cut short or not a safetensors file ({size} bytes)")
+    try:
+        fields = json.loads(os.pread(fd, length, 8))
+        fields.pop("__metadata__", None)
+        entries = {key: _entry(field, 8 + length) for key, field in fields.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: the header is damaged ({error})") from None
+    edge = 8 + length
+    for key, entry in sorted(entries.items(), key=lambda item: item[1].start):
+        if entry.start != edge or entry.stop - entry.start != math.prod(entry.shape) * _ITEM_BYTES:
+            raise CheckpointError(f"{path}: {key} does not lie where it should")
+        if entry.stop == entry.start:
+            raise CheckpointError(f"{path}: {key} is empty, shape {list(entry.shape)}")
+        edge = entry.stop
+    if not entries or edge != size:
+        raise CheckpointError(f"{path}: the header announces {edge} bytes, the file has {size}")
+    return entries
+
+
+def _entry(field: Any, begin: int) -> Entry:
+    if field["dtype"] != "F32":
+        raise ValueError(f"dtype {field['dtype']}, expected F32")
+    shape = tuple(field["shape"])
+    start, stop = field["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        raise ValueError("sizes must be non-negative integers")
+    return Entry(shape, begin + start, begin + stop)
+
+
+def _open_regular(path: Path) -> int:
+    """Open for reading; never through a symbolic link, never a device or pipe."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CheckpointError(f"{path}: is not a regular file")
+    return fd
+
+
+def _chunks(entry: Entry) -> Iterator[tuple[int, int]]:
+    for offset in range(entry.start, entry.stop, _CHUNK_BYTES):
+        yield offset, min(_CHUNK_BYTES, entry.stop - offset)
+
+
+def _bytes_of(flat: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared, not copied."""
+    return memoryview(flat.numpy()).cast("B")
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _read_all(fd: int, data: memoryview, offset: int, path: Path) -> None:
+    while data:
+        count = os.preadv(fd, [data], offset)
+        if count == 0:
+            raise CheckpointError(f"{path}: ends early, at byte {offset}")
+        data, offset = data[count:], offset + count

@@ -1,0 +1,72 @@
+"""What a checkpoint knows beside its tensors: where the run stood, as integers and words."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from dist_cpt.config.schema import Frozen
+from dist_cpt.errors import CheckpointError
+
+
+class Probe(Frozen):
+    """One evaluated batch, to be evaluated again after a resume: its blocks and its mean loss in nats."""
+
+    block_ids: tuple[int, ...]
+    loss: float
+
+
+class Randomness(Frozen):
+    """Rank r's generators at step s are `seed_step(seed, s, r)`: nothing else has to be kept."""
+
+    seed: int
+    step: int
+
+
+class TrainState(Frozen):
+    """The content of state.json."""
+
+    step: int = Field(ge=0)  # optimizer steps done
+    position: int = Field(ge=0)  # packed blocks consumed by the whole job
+    tokens: int = Field(ge=0)  # target tokens
+    tokens_by_source: dict[str, int]
+    skipped_total: int = Field(ge=0)
+    skipped_in_a_row: int = Field(0, ge=0)
+    random: Randomness
+    schedule: dict[str, Any]  # as in the recipe; learning rates are a function of the step
+    wandb_run_id: str
+    attempt: int = Field(ge=0)
+    next_block_ids: tuple[int, ...]  # of the next optimizer step, all ranks, in stream order
+    probe: Probe
+
+
+def state_to_bytes(state: TrainState) -> bytes:
+    """The one way to write a state as JSON."""
+    return canonical_json(state.model_dump(mode="json"))
+
+
+def state_from_bytes(raw: bytes) -> TrainState:
+    """The state in a state.json.
+
+    Raises:
+        CheckpointError: not the JSON of a state.
+    """
+    try:
+        return TrainState.model_validate(json.loads(raw))
+    except (ValidationError, ValueError) as error:
+        raise CheckpointError(f"state.json does not hold a training state: {first_line(error)}") from None
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and one layout, so that equal values are equal bytes."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, on one line; for a pydantic error the field and the reason."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,152 @@
+"""Small facts that all ranks must share: exact integers, JSON, and whether someone failed.
+
+Everything here also works without a process group, as a world of one. JSON travels as bytes in tensors,
+so nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_cpt import errors
+from dist_cpt.errors import DistCptError
+from dist_cpt.runtime.stop import SIGNALS, StopRequest
+
+
+def rank() -> int:
+    """Rank of this process; 0 when alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks; 1 when alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce_ints(values: list[int]) -> list[int]:
+    """Element-wise sum over all ranks, exact in int64."""
+    if world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.int64, device=_device())
+    dist.all_reduce(tensor)
+    return tensor.tolist()  # host sync
+
+
+def all_reduce_floats(values: list[float]) -> list[float]:
+    """Element-wise sum over all ranks in fp64."""
+    if world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=_device())
+    dist.all_reduce(tensor)
+    return tensor.tolist()  # host sync
+
+
+def all_reduce_max_int(value: int) -> int:
+    """The largest `value` of any rank."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor([value], dtype=torch.int64, device=_device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor.item())  # host sync
+
+
+def broadcast_json(value: Any, src: int = 0) -> Any:
+    """`value` of rank `src` on every rank; what the others pass is not looked at."""
+    if world_size() == 1:
+        return value
+    payload = _encode(value) if rank() == src else b""
+    length = torch.tensor([len(payload)], dtype=torch.int64, device=_device())
+    dist.broadcast(length, src)
+    buffer = _buffer(payload, int(length.item()))
+    dist.broadcast(buffer, src)
+    return _decode(buffer)
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    payload = _encode(value)
+    lengths = torch.zeros(world_size(), dtype=torch.int64, device=_device())
+    lengths[rank()] = len(payload)
+    dist.all_reduce(lengths)
+    sizes: list[int] = lengths.tolist()
+    mine = _buffer(payload, max(sizes))
+    buffers = [torch.empty_like(mine) for _ in sizes]
+    dist.all_gather(buffers, mine)
+    return [_decode(buffer[:size]) for buffer, size in zip(buffers, sizes, strict=True)]
+
+
+def agree(error: BaseException | None, what: str) -> None:
+    """Let every rank report; if any failed at `what`, all raise the same error, which names the rank.
+
+    Call it where a rank may have failed alone, before the next collective: otherwise the others wait for
+    it until their timeout.
+
+    Raises:
+        DistCptError: the first failed rank's error, of the same class; DistCptError itself for an error
+            that is not one of ours.
+    """
+    reports = gather_json(None if error is None else _describe(error))
+    failed = [(index, report) for index, report in enumerate(reports) if report is not None]
+    if not failed:
+        return
+    report = failed[0][1]
+    message = report["message"]
+    same = [str(index) for index, other in failed if other == report]
+    if len(same) < len(reports):
+        message = f"{what}: {'rank' if len(same) == 1 else 'ranks'} {', '.join(same)}: {message}"
+    raise _rebuild(report, message) from error
+
+
+def agreed_stop(stop: StopRequest) -> str | None:
+    """The signal that any rank was sent, by name, or None; all ranks get the same answer."""
+    code = 0 if stop.requested is None else 1 + SIGNALS.index(stop.requested)
+    code = all_reduce_max_int(code)
+    return SIGNALS[code - 1] if code else None
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    all_reduce_max_int(0)
+
+
+def _device() -> torch.device:
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _encode(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def _decode(buffer: torch.Tensor) -> Any:
+    return json.loads(buffer.cpu().numpy().tobytes())
+
+
+def _buffer(payload: bytes, size: int) -> torch.Tensor:
+    """uint8 [size] that starts with `payload`."""
+    padded = bytearray(payload.ljust(size, b"\0"))
+    return torch.frombuffer(padded, dtype=torch.uint8).to(_device())
+
+
+def _describe(error: BaseException) -> dict[str, Any]:
+    if isinstance(error, DistCptError):
+        classes = [cls.__name__ for cls in type(error).__mro__]
+        return {"classes": classes, "message": error.message, "remedy": error.remedy}
+    message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return {"classes": ["DistCptError"], "message": message, "remedy": None}
+
+
+def _rebuild(report: dict[str, Any], message: str) -> DistCptError:
+    """The reported class as this package defines it; its own constructor may want other arguments."""
+    known = (getattr(errors, name, None) for name in report["classes"])
+    cls = next(c for c in known if isinstance(c, type) and issubclass(c, DistCptError))
+    error = cls.__new__(cls)
+    DistCptError.__init__(error, message, remedy=report["remedy"])
+    return error

@@ -1,0 +1,83 @@
+"""Bring the ranks of a job together, and part them again."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dist_cpt.errors import ConfigError
+from dist_cpt.runtime.env import ProcessEnv
+
+
+def init_distributed(env: ProcessEnv, timeout_seconds: float) -> torch.device:
+    """Start the process group if there is none yet and return this rank's device.
+
+    NCCL on `cuda:local_rank` where CUDA is, else gloo on the CPU. A world of one binds no port.
+
+    Raises:
+        ConfigError: fewer GPUs than local ranks, a group of another size is already there, or the ranks
+            did not meet within the limit.
+    """
+    device = _device(env)
+    if dist.is_initialized():
+        if (dist.get_rank(), dist.get_world_size()) != (env.rank, env.world_size):
+            raise ConfigError(
+                f"a process group with rank {dist.get_rank()} of {dist.get_world_size()} is already there, "
+                f"but this process is rank {env.rank} of {env.world_size}"
+            )
+        return device
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    device_id = device if device.type == "cuda" else None
+    if env.world_size == 1:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
+        )
+        return device
+    _export(env)
+    try:
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"rank {env.rank} could not meet the other {env.world_size - 1} ranks at {env.master} "
+            f"within {timeout_seconds:g} s: {str(error).splitlines()[0]}",
+            remedy="check that every rank was started and that this host and port are reachable from all nodes",
+        ) from error
+    return device
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(env: ProcessEnv) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if env.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {env.local_rank} has no GPU: this node shows {torch.cuda.device_count()}",
+            remedy="start at most one process per GPU, or set CUDA_VISIBLE_DEVICES='' to train on the CPU",
+        )
+    device = torch.device("cuda", env.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _export(env: ProcessEnv) -> None:
+    """Put the place of this rank where torch.distributed and deepspeed look for it; srun uses other names."""
+    if env.launcher != "srun" or env.master is None:
+        return
+    values = {
+        "RANK": env.rank,
+        "LOCAL_RANK": env.local_rank,
+        "WORLD_SIZE": env.world_size,
+        "LOCAL_WORLD_SIZE": env.local_world_size,
+        "MASTER_ADDR": env.master[0],
+        "MASTER_PORT": env.master[1],
+    }
+    os.environ.update({key: str(value) for key, value in values.items()})

@@ -1,0 +1,192 @@
+"""The trainability contract: what trains, at which rate, in which precision, and the proof that it does.
+
+Before step 0 the run writes every group to contract.json. Within the first two updates every declared
+tensor must have had a finite, non-zero gradient and must have moved, and every frozen one must be as before.
+(LoRA's A has no gradient until B has left zero, hence two updates.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_cpt.engines.engine import Engine
+from dist_cpt.errors import ConfigError, NumericsError
+from dist_cpt.optim.groups import ParamGroup
+from dist_cpt.runtime.collectives import gather_json
+
+UPDATES_TO_WATCH = 2
+
+
+class Contract:
+    """Writes contract.json, then watches the first updates; `finished` once every clause was checked."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        folder: Path,
+        groups: Sequence[ParamGroup],
+        declared: Mapping[str, torch.Size],
+        *,
+        ties: Sequence[tuple[str, str]],
+        compute_dtype: str,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._engine = engine
+        self._path = folder / "contract.json"
+        self._rank = rank
+        self._names = [name for group in groups for name in group.names]
+        if sorted(self._names) != sorted(declared):
+            lost = sorted(set(declared) ^ set(self._names))
+            raise ConfigError(f"trainable tensors without a group, or groups without a tensor: {', '.join(lost)}")
+        self._owner = {name: index % world_size for index, name in enumerate(self._names)}
+        self._without_gradient = set(self._names)
+        self._masters_before = self._master_hashes()
+        self._frozen_before = self._frozen_checksums()
+        self._updates = 0
+        self.finished = False
+        self.content: dict[str, Any] = {
+            "engine": engine.kind,
+            "world_size": world_size,
+            "groups": [
+                {
+                    "name": group.name,
+                    "num_tensors": len(group.names),
+                    "num_parameters": sum(math.prod(declared[name]) for name in group.names),
+                    "compute_dtype": compute_dtype,
+                    "master_dtype": "fp32",
+                    "peak_lr": group.peak_lr,
+                    "weight_decay": group.weight_decay,
+                    "sharding": _sharding(engine.kind, world_size),
+                    "tensors": [{"name": name, "shape": list(declared[name])} for name in group.names],
+                }
+                for group in groups
+            ],
+            "frozen": self._frozen_summary(),
+            "ties": [list(pair) for pair in ties],
+            "checks": [],
+        }
+        self._write()
+
+    def before_update(self, step: int) -> None:
+        """Look at the gradients that are about to be applied. Collective."""
+        if self.finished:
+            return
+        probe = self._engine.gradient_probe()
+        for name, (norm, _) in probe.items():
+            if norm > 0.0 and math.isfinite(norm):
+                self._without_gradient.discard(name)
+        missing = [name for name in self._names if name not in probe]
+        if missing:
+            self._break("every declared tensor is in the optimizer", step, missing)
+
+    def after_update(self, step: int, skipped: bool) -> None:
+        """Count an update; after the second, check every clause. Collective.
+
+        Raises:
+            NumericsError: a declared tensor got no gradient or did not move, or a frozen one changed.
+        """
+        if self.finished or skipped:
+            return
+        self._updates += 1
+        if self._updates < UPDATES_TO_WATCH:
+            return
+        after = self._master_hashes()
+        still = [name for name in self._names if after[name] == self._masters_before[name]]
+        frozen_after = self._frozen_checksums()
+        changed = sorted(
+            name
+            for mine in gather_json([n for n, value in self._frozen_before.items() if frozen_after.get(n) != value])
+            for name in mine
+        )
+        self._check("every trainable tensor had a finite, non-zero gradient", step, sorted(self._without_gradient))
+        self._check("every trainable tensor moved", step, still)
+        self._check("every frozen tensor is as before", step, sorted(set(changed)))
+        self.finished = True
+        self._write()
+
+    def close(self, step: int) -> None:
+        """Say so when the attempt ended before the contract could be checked."""
+        if not self.finished:
+            self._record("checked over the first two updates", None, step, f"only {self._updates} updates were made")
+            self._write()
+
+    def _check(self, clause: str, step: int, offenders: Sequence[str]) -> None:
+        if offenders:
+            self._break(clause, step, offenders)
+        self._record(clause, True, step, f"{len(self._names)} tensors" if "trainable" in clause else "by checksum")
+
+    def _break(self, clause: str, step: int, offenders: Sequence[str]) -> None:
+        shown = ", ".join(offenders[:5]) + (f" and {len(offenders) - 5} more" if len(offenders) > 5 else "")
+        self._record(clause, False, step, shown)
+        self._write()
+        raise NumericsError(
+            f"trainability contract broken at step {step}: not so that {clause}: {shown}",
+            remedy="see contract.json; nothing was saved after this step",
+        )
+
+    def _record(self, clause: str, passed: bool | None, step: int, detail: str) -> None:
+        self.content["checks"].append({"name": clause, "passed": passed, "step": step, "detail": detail})
+
+    def _master_hashes(self) -> dict[str, str]:
+        """sha256 of every fp32 master by name, the same on all ranks."""
+        mine: dict[str, str] = {}
+        for exported in self._engine.export_state(lambda kind, name: self._owner[name]):
+            if exported.kind == "master" and exported.values is not None:
+                data = exported.values.contiguous().numpy().tobytes()
+                mine[exported.name] = hashlib.sha256(data).hexdigest()
+        return {name: value for part in gather_json(mine) for name, value in part.items()}
+
+    def _frozen_checksums(self) -> dict[str, int]:
+        """This rank's frozen storage, by name."""
+        return {name: checksum(tensor) for name, tensor in self._engine.frozen_tensors()}
+
+    def _frozen_summary(self) -> dict[str, Any]:
+        tensors = dict(self._engine.frozen_tensors())
+        per_rank = gather_json([len(tensors), sum(t.numel() for t in tensors.values())])
+        return {
+            "num_tensors": per_rank[0][0],
+            "num_parameters_per_rank": [count for _, count in per_rank],
+            "dtype": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
+            "checksum_rank_0": f"{sum(self._frozen_before.values()) % 2**64:016x}",
+        }
+
+    def _write(self) -> None:
+        if self._rank == 0:
+            temporary = self._path.with_suffix(".json.tmp")
+            temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, self._path)
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """Position-weighted sum of a tensor's bytes modulo 2**64, computed where the tensor lies."""
+    if tensor.numel() == 0:
+        return 0
+    raw = tensor.detach().contiguous().view(torch.uint8).flatten()
+    total = 0
+    for start in range(0, raw.numel(), 1 << 24):
+        piece = raw[start : start + (1 << 24)].to(torch.int64)
+        weights = torch.arange(start + 1, start + 1 + piece.numel(), device=piece.device) % 65521 + 1
+        total += int((piece * weights).sum())  # host sync, twice per attempt
+    return total % 2**64
+
+
+def _sharding(engine_kind: str, world_size: int) -> str:
+    if world_size == 1:
+        return "one rank holds everything"
+    return {
+        "fsdp-full": f"weights, masters and moments over {world_size} ranks",
+        "fsdp-hybrid": f"weights, masters and moments over a group of the {world_size} ranks, replicated across groups",
+        "fsdp-trainable": f"trainable tensors over {world_size} ranks, frozen base on each",
+        "zero-1": f"masters and moments over {world_size} ranks, weights and gradients on each",
+        "zero-2": f"masters, moments and gradients over {world_size} ranks, weights on each",
+        "zero-3": f"weights, masters and moments over {world_size} ranks",
+    }.get(engine_kind, engine_kind)

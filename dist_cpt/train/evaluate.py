@@ -1,0 +1,55 @@
+"""Held-out loss, summed over tokens and ranks: never a mean of batch means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dist_cpt.data.batch import Batch
+from dist_cpt.engines.engine import Engine
+from dist_cpt.runtime.collectives import all_reduce_floats
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Loss over one set: nats per target token, over all ranks."""
+
+    loss: float
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def evaluate(
+    engine: Engine,
+    batch_of: Callable[[Sequence[int]], Batch],
+    indices: Sequence[int],
+    padding_index: int,
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch: int,
+) -> HeldOut:
+    """Mean loss over blocks `indices`; collective, every rank runs the same number of forwards.
+
+    `batch_of(indices)` gives the blocks, and an all-padding block for `padding_index`, with which the last
+    round is filled up.
+    """
+    per_round = world_size * micro_batch
+    rounds = -(-len(indices) // per_round)
+    padded = [*indices, *[padding_index] * (rounds * per_round - len(indices))]
+    loss_sum = torch.zeros((), dtype=torch.float64)
+    num_tokens = 0
+    for number in range(rounds):
+        start = number * per_round + rank * micro_batch
+        batch = batch_of(padded[start : start + micro_batch])
+        loss_sum += engine.evaluate(batch).double().cpu()
+        num_tokens += batch.num_targets
+    total, count = all_reduce_floats([float(loss_sum), float(num_tokens)])
+    return HeldOut(total / count if count else math.nan, int(count))

@@ -1,0 +1,237 @@
+"""The run's own record: metrics.jsonl, evaluations.jsonl and events.jsonl in the run folder.
+
+Trackers may be unreachable; these files are what the report, `status` and tests read. One line is one JSON
+object. Lines are appended with one system call each, so a killed process leaves at most one torn line, at
+the end, which the next start repairs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dist_cpt.errors import DataError, WriteError
+from dist_cpt.train.observers import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
+
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+EVENTS = "events.jsonl"
+
+
+class MetricsFile:
+    """Observer that appends every record of a run to its folder.
+
+    Raises:
+        WriteError: from every method, when the folder does not take the line (full disk, lost mount).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: dict[str, int] = {}
+
+    def on_start(self, start: RunStart) -> None:
+        self.close()  # a rewind may have replaced the files since the first message
+        self._event(
+            "start" if start.resumed_from is None else "resume",
+            name=start.config.name,
+            attempt=start.attempt,
+            engine=start.engine,
+            world_size=start.world_size,
+            device=start.device,
+            num_steps=start.num_steps,
+            first_step=start.first_step,
+            resumed_from=start.resumed_from,
+            wandb_run_id=start.wandb_run_id,
+        )
+
+    def on_step(self, record: StepRecord) -> None:
+        row = asdict(record)
+        extra = row.pop("extra")
+        if shadowed := extra.keys() & row.keys():
+            raise ValueError(f"extra metrics {sorted(shadowed)} have the names of standard ones")
+        self._append(METRICS, row | extra)
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        self._append(EVALUATIONS, asdict(record))
+
+    def on_checkpoint(self, record: CheckpointRecord) -> None:
+        self._event("checkpoint", **asdict(record))
+        self.sync()  # a resume from this checkpoint counts on the rows before it
+
+    def on_message(self, text: str) -> None:
+        self._event("message", text=text)
+
+    def on_end(self, end: RunEnd) -> None:
+        self._event("end", **asdict(end))
+        self.sync()
+        self.close()
+
+    def sync(self) -> None:
+        """Force the lines written so far onto the disk."""
+        for name, descriptor in self._open.items():
+            _or_write_error(self._folder / name, lambda descriptor=descriptor: os.fsync(descriptor))
+
+    def close(self) -> None:
+        """Close the files; the next record opens them again."""
+        while self._open:
+            _, descriptor = self._open.popitem()
+            os.close(descriptor)
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._append(EVENTS, {"time": now, "kind": kind} | fields)
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        path = self._folder / name
+        if name not in self._open:
+            _or_write_error(path, lambda: _repair(path))
+            self._open[name] = _or_write_error(path, lambda: os.open(path, _APPEND, 0o644))
+        _or_write_error(path, lambda: _write_line(self._open[name], encode_row(row)))
+
+
+_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+
+
+def encode_row(row: dict[str, Any]) -> bytes:
+    """One line of valid JSON; a non-finite number becomes null and is named under `non_finite`."""
+    non_finite: dict[str, str] = {}
+    clean = {key: _finite(value, key, non_finite) for key, value in row.items()}
+    if non_finite:
+        clean["non_finite"] = non_finite
+    return json.dumps(clean, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file of a run, in order; none if the file is absent, a torn last line left out.
+
+    Raises:
+        DataError: the file cannot be read, or a line other than the last is no JSON object.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        row = _parse(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):
+            raise DataError(f"{path}, line {number}: not a JSON object", remedy="the file was edited or damaged")
+    return rows
+
+
+def rewind(folder: Path, step: int) -> int:
+    """Move rows and evaluations after `step` to the *.rewound.jsonl files; returns how many rows moved.
+
+    For a resume from a checkpoint at `step`, before the first record of the new attempt. Afterwards every
+    step stands in metrics.jsonl once. Doing it twice, or again after a crash half way, changes nothing more.
+    A line that cannot be read moves too.
+
+    Raises:
+        WriteError: the folder does not take the new files; the old ones are untouched.
+    """
+    return sum(_rewind_file(folder / name, step) for name in (METRICS, EVALUATIONS))
+
+
+def _rewind_file(path: Path, step: int) -> int:
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return 0
+    kept, moved = [], []
+    for line in lines:
+        row = _parse(line)
+        stays = row is not None and isinstance(row.get("step"), int) and row["step"] <= step
+        (kept if stays else moved).append(line if line.endswith(b"\n") else line + b"\n")
+    if not moved:
+        return 0
+    rewound = path.with_name(f"{path.stem}.rewound.jsonl")
+    already = rewound.read_bytes().splitlines(keepends=True) if rewound.exists() else []
+    known = set(already)  # a crash between the two replacements must not double the rows
+    new = [line for line in moved if line not in known]
+    _or_write_error(rewound, lambda: _replace(rewound, b"".join(already + new)))
+    _or_write_error(path, lambda: _replace(path, b"".join(kept)))
+    return len(moved)
+
+
+def _finite(value: Any, key: str, non_finite: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v, f"{key}.{k}", non_finite) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v, f"{key}.{i}", non_finite) for i, v in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        non_finite[key] = str(value)  # nan, inf or -inf
+        return None
+    return value
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:  # covers bytes that are no UTF-8
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _repair(path: Path) -> None:
+    """End the file with a complete line: finish the last one if only its newline is missing, else cut it."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    if not content or content.endswith(b"\n"):
+        return
+    start = content.rfind(b"\n") + 1
+    with path.open("r+b") as file:
+        if _parse(content[start:]) is None:
+            file.truncate(start)
+        else:
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+
+
+def _write_line(descriptor: int, line: bytes) -> None:
+    before = os.fstat(descriptor).st_size
+    try:
+        written = os.write(descriptor, line)
+        while written < len(line):  # a nearly full disk takes a part, then fails
+            written += os.write(descriptor, line[written:])
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, before)
+        raise
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write `path` anew so that a crash leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _or_write_error(path: Path, write: Callable[[], Any]) -> Any:
+    try:
+        return write()
+    except OSError as error:
+        raise WriteError(
+            f"{path} cannot be written: {error.strerror}",
+            remedy="make room or restore the folder, then resume; earlier checkpoints are untouched",
+        ) from error

@@ -1,0 +1,72 @@
+"""Run a plan on this host, pass signals on, and return the run's own exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from dist_cpt.errors import EXIT_INTERNAL
+from dist_cpt_launch.plan import LaunchPlan
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def run_local(plan: LaunchPlan) -> int:
+    """Start the plan, wait for it, return its exit code (exit.json first, then the process's own).
+
+    SIGTERM, SIGINT and SIGUSR1 ask the ranks to stop at the next step boundary and save; a third one
+    kills them.
+    """
+    started = time.time()
+    # Its own session: a Ctrl-C in the terminal reaches this process only, which then asks the ranks.
+    child = subprocess.Popen(plan.argv, env=os.environ | plan.environment, start_new_session=True)
+    asked = 0
+
+    def forward(signum: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+        if asked >= 3:
+            os.killpg(child.pid, signal.SIGKILL)
+            return
+        if asked == 1:
+            print("stopping at the next step boundary and saving", file=sys.stderr, flush=True)
+            # torchrun would die of SIGUSR1 and orphan its ranks: SIGTERM is what it passes on.
+            child.send_signal(signal.SIGTERM)
+        else:
+            print("still saving; once more kills the run", file=sys.stderr, flush=True)
+
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # no rank outlives its launcher
+    recorded = _recorded_code(plan.run_folder / "exit.json", started)
+    if recorded is not None and (recorded != 0 or code == 0):
+        return recorded
+    if code < 0 or code > 128:
+        print(
+            f"the run was ended by a signal (code {code}); it resumes from its last checkpoint",
+            file=sys.stderr,
+        )
+        return EXIT_INTERNAL
+    return code
+
+
+def _recorded_code(path: Path, started: float) -> int | None:
+    """The code in exit.json if this start wrote it, else None."""
+    try:
+        if path.stat().st_mtime < started - 1:
+            return None
+        return int(json.loads(path.read_text(encoding="utf-8"))["code"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
