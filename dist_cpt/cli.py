@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from dist_cpt import __version__
-from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, CheckpointError, ConfigError, DistCptError
+from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, CheckpointError, ConfigError, DistCptError
 
 app = typer.Typer(
     name="dist-cpt",
@@ -181,13 +181,13 @@ def main() -> None:
     except typer.Exit as stop:
         code = stop.exit_code
     except typer.Abort:
-        code = 130
+        code = EXIT_STOPPED
     except DistCptError as error:
         print(f"dist-cpt: {error}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
-        print("dist-cpt: interrupted; finished files were kept", file=sys.stderr)
-        code = 130
+        print("dist-cpt: interrupted; what was finished is kept", file=sys.stderr)
+        code = EXIT_STOPPED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_DONE

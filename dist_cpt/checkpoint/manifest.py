@@ -178,7 +178,7 @@ def manifest_from_bytes(raw: bytes) -> Manifest:
         version = content["format_version"]
         intact = outer["sha256"] == hashlib.sha256(canonical_json(content)).hexdigest()
         same_layout = canonical_json(outer) == raw
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{MANIFEST} is damaged: {first_line(error)}") from None
     if not (intact and same_layout):
         raise CheckpointError(f"{MANIFEST} is damaged: its own sha256 does not hold")

@@ -95,8 +95,9 @@ class StreamWriter:
         if self._missing:
             raise CheckpointError(f"{self._path.name}: {min(self._missing)} was never handed over")
         os.fsync(self._fd)
-        # So that the re-read that follows meets the disk and not only the page cache.
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        if hasattr(os, "posix_fadvise"):
+            # So that the re-read that follows meets the disk and not only the page cache.
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
         self.close()
 
     def close(self) -> None:
@@ -133,6 +134,8 @@ class TensorFile:
                 f"{self._path}: {key} has {math.prod(entry.shape)} elements, asked for {start}:{stop}"
             )
         values = torch.empty(stop - start, dtype=torch.float32)
+        if stop == start:
+            return values
         _read_all(self._fd, _bytes_of(values), entry.start + start * _ITEM_BYTES, self._path)
         return values
 
@@ -221,7 +224,7 @@ def _read_header(fd: int, path: Path) -> dict[str, Entry]:
         fields = json.loads(os.pread(fd, length, 8))
         fields.pop("__metadata__", None)
         entries = {key: _entry(field, 8 + length) for key, field in fields.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: the header is damaged ({error})") from None
     edge = 8 + length
     for key, entry in sorted(entries.items(), key=lambda item: item[1].start):
@@ -264,7 +267,7 @@ def _chunks(entry: Entry) -> Iterator[tuple[int, int]]:
 
 def _bytes_of(flat: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, shared, not copied."""
-    return memoryview(flat.numpy()).cast("B")
+    return flat.numpy().data.cast("B")
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:

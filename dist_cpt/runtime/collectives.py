@@ -7,7 +7,8 @@ so nothing is ever unpickled.
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from dist_cpt import errors
 from dist_cpt.errors import DistCptError
 from dist_cpt.runtime.stop import SIGNALS, StopRequest
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -101,6 +104,37 @@ def agree(error: BaseException | None, what: str) -> None:
     if len(same) < len(reports):
         message = f"{what}: {'rank' if len(same) == 1 else 'ranks'} {', '.join(same)}: {message}"
     raise _rebuild(report, message) from error
+
+
+def on_rank_zero(what: str, function: Callable[[], Any]) -> Any:
+    """Run `function` on rank 0 and give its JSON-able result to every rank.
+
+    Raises:
+        DistCptError: on every rank, when it failed on rank 0.
+    """
+    result, error = None, None
+    if rank() == 0:
+        try:
+            result = function()
+        except Exception as caught:
+            error = caught
+    agree(error, what)
+    return broadcast_json(result)
+
+
+def on_every_rank(what: str, function: Callable[[], T]) -> T:
+    """Run `function` on every rank and return this rank's result.
+
+    Raises:
+        DistCptError: on every rank, when it failed on any.
+    """
+    try:
+        result = function()
+    except Exception as error:
+        agree(error, what)
+        raise
+    agree(None, what)
+    return result
 
 
 def agreed_stop(stop: StopRequest) -> str | None:

@@ -1,0 +1,129 @@
+"""Find the newest checkpoint that holds, and read from it what each rank needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dist_cpt.checkpoint.folders import published, superseded
+from dist_cpt.checkpoint.manifest import Identity, Manifest, StateKind, TensorSpec
+from dist_cpt.checkpoint.safetensors_stream import TensorFile
+from dist_cpt.checkpoint.state import TrainState
+from dist_cpt.checkpoint.verify import read_manifest, read_state, verify_checkpoint, verify_together
+from dist_cpt.errors import CheckpointError
+from dist_cpt.runtime.collectives import broadcast_json, rank
+
+
+class LoadedCheckpoint:
+    """An open checkpoint: its manifest and state, and slices of its tensors on demand."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest: Manifest = read_manifest(path)
+        self.state: TrainState = read_state(path)
+        self._entries = {tensor.name: tensor for tensor in self.manifest.tensors}
+        self._files: dict[str, TensorFile] = {}
+
+    def read(self, kind: StateKind, name: str, start: int, stop: int) -> torch.Tensor:
+        """Flat fp32 CPU [stop - start]: these elements of a full tensor in C order, read from the disk now.
+
+        Raises:
+            CheckpointError: no such tensor or slice.
+        """
+        entry = self._entries.get(name)
+        if entry is None or kind not in entry.file:
+            raise CheckpointError(f"{self.path.name} holds no {kind} of {name}")
+        file_name = entry.file[kind]
+        if file_name not in self._files:
+            self._files[file_name] = TensorFile(self.path / file_name)
+        return self._files[file_name].read(name if kind == "master" else f"{kind}.{name}", start, stop)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def __enter__(self) -> LoadedCheckpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def newest_valid(run_folder: Path) -> tuple[Path | None, list[tuple[str, str]]]:
+    """The newest checkpoint whose every byte holds, and (name, reason) of newer ones that do not. Collective.
+
+    Rank 0 lists the candidates; all ranks share the reading. (None, []) when the run has none yet. A
+    checkpoint that was moved aside comes last: it is all there is if a crash hit that very moment.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none holds.
+    """
+    names: list[str] = broadcast_json(
+        [str(path.relative_to(run_folder)) for path in (*published(run_folder), *superseded(run_folder))]
+        if rank() == 0
+        else None
+    )
+    skipped: list[tuple[str, str]] = []
+    for name in names:
+        problems = verify_together(run_folder / name)
+        if not problems:
+            return run_folder / name, skipped
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        skipped.append((Path(name).name, problems[0] + more))
+    if skipped:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped)
+        raise CheckpointError(
+            f"no checkpoint in {run_folder} holds: {reasons}",
+            remedy="restore the folder from a copy, or start again under another name",
+        )
+    return None, []
+
+
+def load(path: Path, *, verified: bool = False) -> LoadedCheckpoint:
+    """Open a checkpoint after checking every byte of it, unless `newest_valid` has just done so.
+
+    Not collective: a rank that calls it alone checks everything itself.
+
+    Raises:
+        CheckpointError: it does not hold; names the first problem.
+    """
+    problems = [] if verified else verify_checkpoint(path)
+    if problems:
+        raise CheckpointError(
+            f"{path}: {problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""),
+            remedy="use another checkpoint of the run",
+        )
+    return LoadedCheckpoint(path)
+
+
+def require_fit(manifest: Manifest, specs: Sequence[TensorSpec], identity: Identity) -> None:
+    """Refuse a checkpoint of other tensors, another base or other data than this run's.
+
+    Raises:
+        CheckpointError: names the first difference.
+    """
+    saved = {tensor.name: tensor.shape for tensor in manifest.tensors}
+    here = {spec.name: tuple(spec.shape) for spec in specs}
+    for name in sorted(saved.keys() ^ here.keys()):
+        where = "the checkpoint, but does not train here" if name in saved else "this run, but not in the checkpoint"
+        raise CheckpointError(f"step {manifest.step}: {name} is in {where}", remedy="resume with the same recipe")
+    for name, shape in here.items():
+        if saved[name] != shape:
+            raise CheckpointError(
+                f"step {manifest.step}: {name} has shape {list(saved[name])} in the checkpoint, {list(shape)} here",
+                remedy="resume with the same model, rank and vocabulary",
+            )
+    if list(saved) != list(here):
+        raise CheckpointError(f"step {manifest.step}: the tensors are the same, but in another order")
+    for what, recorded, current in (("base", manifest.base, identity.base), ("data", manifest.data, identity.data)):
+        for key in sorted((recorded.keys() | current.keys()) - {"path"}):  # a moved folder is the same folder
+            if recorded.get(key) != current.get(key):
+                raise CheckpointError(
+                    f"step {manifest.step}: {what}.{key} was {recorded.get(key)!r} when it was saved, "
+                    f"now it is {current.get(key)!r}",
+                    remedy=f"give the run the {what} it was started with",
+                )

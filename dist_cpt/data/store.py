@@ -1,0 +1,283 @@
+"""Token ids on disk: Megatron-LM's .bin/.idx pair beside a manifest that says what must be in them.
+
+Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py (MMIDIDX, version 1).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from dist_cpt.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+INDEX_VERSION = 1
+FORMAT_VERSION = 1
+HEADER = np.dtype([("magic", "S9"), ("version", "<u8"), ("dtype", "u1"), ("sequences", "<u8"), ("documents", "<u8")])
+# Megatron-LM's codes; only the two integer types it picks by vocabulary size are written here.
+DTYPE_CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
+UINT16_VOCABULARY = 65500
+BIN, IDX, MANIFEST, QUARANTINE = "tokens.bin", "tokens.idx", "manifest.json", "quarantine.jsonl"
+_CHUNK = 1 << 20  # index entries, and bytes while hashing
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 below 65500 ids, else int32."""
+    return np.dtype(np.uint16) if vocab_size < UINT16_VOCABULARY else np.dtype(np.int32)
+
+
+@dataclass(frozen=True)
+class StoreManifest:
+    """The content of manifest.json."""
+
+    format_version: int
+    vocab_size: int
+    tokenizer_hash: str
+    dtype: str  # uint16 | int32
+    num_documents: int
+    num_tokens: int
+    max_token_id: int
+    files: dict[str, dict[str, Any]]  # name -> {bytes, sha256}
+    source: dict[str, Any]  # name, path, field, policy
+    counts: dict[str, Any]  # records, blank lines, empty, bad by reason ...
+    inputs: list[dict[str, Any]]  # [{path, bytes, mtime_ns}]
+
+    @property
+    def content_hash(self) -> str:
+        """sha256 over the tokens and their borders, whatever files they came from."""
+        hashes = [self.dtype, self.files[BIN]["sha256"], self.files[IDX]["sha256"]]
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
+
+class StoreWriter:
+    """Writes one store into an existing, empty folder; it is complete only after `finish`."""
+
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        self.folder = folder
+        self.vocab_size = vocab_size
+        self.dtype = token_dtype(vocab_size)
+        self.num_documents = 0
+        self.num_tokens = 0
+        self.max_token_id = -1
+        self._lengths: list[np.ndarray] = []  # 4 bytes per document stay in memory, the tokens do not
+        self._hash = hashlib.sha256()
+        self._bin = (folder / BIN).open("wb")
+
+    def append(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Add documents: ids int [T] in a row, lengths int32 [num_documents] that sum to T.
+
+        Raises:
+            DataError: an id outside the vocabulary.
+        """
+        if not len(ids):
+            return
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab_size:
+            bad = low if low < 0 else high
+            raise DataError(f"token id {bad} is outside the tokenizer's vocabulary of {self.vocab_size}")
+        data = np.ascontiguousarray(ids, dtype=self.dtype).data
+        self._bin.write(data)
+        self._hash.update(data)
+        self._lengths.append(np.asarray(lengths, dtype=np.int32))
+        self.num_documents += len(lengths)
+        self.num_tokens += len(ids)
+        self.max_token_id = max(self.max_token_id, high)
+
+    def finish(
+        self,
+        tokenizer_hash: str,
+        source: dict[str, Any],
+        counts: dict[str, Any],
+        inputs: list[dict[str, Any]],
+    ) -> StoreManifest:
+        """Write the index, then the manifest as the last file, all of it flushed to the disk."""
+        _sync_and_close(self._bin)
+        index_bytes, index_hash = self._write_index()
+        files = {
+            BIN: {"bytes": self.num_tokens * self.dtype.itemsize, "sha256": self._hash.hexdigest()},
+            IDX: {"bytes": index_bytes, "sha256": index_hash},
+        }
+        manifest = StoreManifest(
+            FORMAT_VERSION,
+            self.vocab_size,
+            tokenizer_hash,
+            self.dtype.name,
+            self.num_documents,
+            self.num_tokens,
+            self.max_token_id,
+            files,
+            source,
+            counts,
+            inputs,
+        )
+        with (self.folder / MANIFEST).open("wb") as file:
+            file.write(json.dumps(asdict(manifest), indent=1).encode("utf-8"))
+            _sync_and_close(file)
+        sync_folder(self.folder)
+        return manifest
+
+    def close(self) -> None:
+        """Let go of the file after a failure."""
+        self._bin.close()
+
+    def _write_index(self) -> tuple[int, str]:
+        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int32)
+        header = np.zeros((), HEADER)
+        header["magic"], header["version"], header["dtype"] = MAGIC, INDEX_VERSION, DTYPE_CODES[self.dtype]
+        # One sequence per document; the document index has one entry more than there are documents.
+        header["sequences"], header["documents"] = len(lengths), len(lengths) + 1
+        sha = hashlib.sha256()
+        with (self.folder / IDX).open("wb") as file:
+
+            def put(data: bytes) -> None:
+                file.write(data)
+                sha.update(data)
+
+            # numpy drops trailing NULs of an S9 when read, but stores all nine bytes.
+            put(header.tobytes())
+            put(lengths.astype("<i4").tobytes())
+            pointer = 0
+            for start in range(0, len(lengths), _CHUNK):
+                sizes = lengths[start : start + _CHUNK].astype("<i8") * self.dtype.itemsize
+                ends = pointer + np.cumsum(sizes)
+                put((ends - sizes).tobytes())
+                pointer = int(ends[-1])
+            for start in range(0, len(lengths) + 1, _CHUNK):
+                put(np.arange(start, min(start + _CHUNK, len(lengths) + 1), dtype="<i8").tobytes())
+            num_bytes = file.tell()
+            _sync_and_close(file)
+        return num_bytes, sha.hexdigest()
+
+
+class TokenStore:
+    """A finished store, memory-mapped. `tokens` uint16|int32 [T]; `lengths` int32 and `starts` int64 per document."""
+
+    def __init__(self, folder: Path, manifest: StoreManifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        dtype = np.dtype(manifest.dtype)
+        n = manifest.num_documents
+        self.num_documents = n
+        self.num_tokens = manifest.num_tokens
+        self.tokens: np.ndarray = (
+            np.memmap(folder / BIN, dtype=dtype, mode="r") if manifest.num_tokens else np.zeros(0, dtype)
+        )
+        index = np.memmap(folder / IDX, dtype=np.uint8, mode="r")
+        at = HEADER.itemsize
+        self.lengths: np.ndarray = np.frombuffer(index, "<i4", n, at)
+        # The pointers stand at an odd offset; arithmetic on a copy is faster than unaligned reads.
+        self.starts: np.ndarray = np.frombuffer(index, "<i8", n, at + 4 * n) // dtype.itemsize
+
+    @classmethod
+    def open(cls, folder: str | Path, verify: bool = False) -> TokenStore:
+        """Open a store after checking its manifest, sizes and index; `verify` also hashes every byte.
+
+        Raises:
+            DataError: the store is incomplete, truncated, or not what its manifest says.
+        """
+        folder = Path(folder)
+        manifest = _read_manifest(folder)
+        for name, expected in manifest.files.items():
+            _check_file(folder / name, expected, verify)
+        _check_index(folder / IDX, manifest)
+        store = cls(folder, manifest)
+        if int(store.lengths.sum(dtype=np.int64)) != manifest.num_tokens:
+            raise _damaged(folder / IDX, f"lengths do not sum to the {manifest.num_tokens} tokens of the manifest")
+        return store
+
+    def document(self, index: int) -> np.ndarray:
+        """The token ids of one document, its EOS included."""
+        start = int(self.starts[index])
+        return self.tokens[start : start + int(self.lengths[index])]
+
+    def find_token_at_least(self, limit: int) -> tuple[int, int] | None:
+        """The first (document, token id) with id >= limit, reading in chunks; None if there is none."""
+        if self.manifest.max_token_id < limit:
+            return None
+        for start in range(0, self.num_tokens, _CHUNK):
+            hits = np.flatnonzero(self.tokens[start : start + _CHUNK] >= limit)
+            if len(hits):
+                at = start + int(hits[0])
+                return int(np.searchsorted(self.starts, at, side="right")) - 1, int(self.tokens[at])
+        return None
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename in it survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_and_close(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def _damaged(path: Path, what: str) -> DataError:
+    return DataError(f"token store: {path}: {what}", remedy="delete the store's folder and prepare again")
+
+
+def _read_manifest(folder: Path) -> StoreManifest:
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(
+            f"token store: {folder} holds no {MANIFEST}", remedy="run dist-cpt prepare on the recipe first"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"not readable ({error})") from None
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if version != FORMAT_VERSION:
+        raise _damaged(path, f"format version {version!r}, this version reads {FORMAT_VERSION}")
+    try:
+        manifest = StoreManifest(**values)
+        complete = {BIN, IDX} <= manifest.files.keys() and manifest.dtype in ("uint16", "int32")
+    except (TypeError, AttributeError) as error:
+        raise _damaged(path, f"not a manifest of this format ({error})") from None
+    if not complete:
+        raise _damaged(path, f"dtype {manifest.dtype!r}, files {sorted(manifest.files)}")
+    return manifest
+
+
+def _check_file(path: Path, expected: dict[str, Any], verify: bool) -> None:
+    if not path.is_file():
+        raise _damaged(path, "missing")
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise _damaged(path, f"{size} bytes, the manifest says {expected['bytes']}")
+    if not verify:
+        return
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected["sha256"]:
+        raise _damaged(path, f"sha256 {digest[:12]}..., the manifest says {expected['sha256'][:12]}...")
+
+
+def _check_index(path: Path, manifest: StoreManifest) -> None:
+    dtype = np.dtype(manifest.dtype)
+    n = manifest.num_documents
+    with path.open("rb") as file:
+        raw = file.read(HEADER.itemsize)
+    if len(raw) < HEADER.itemsize or not raw.startswith(MAGIC):
+        raise _damaged(path, "does not start with MMIDIDX")
+    header = np.frombuffer(raw, HEADER)[0]
+    found = (int(header["version"]), int(header["dtype"]), int(header["sequences"]), int(header["documents"]))
+    wanted = (INDEX_VERSION, DTYPE_CODES[dtype], n, n + 1)
+    if found != wanted:
+        raise _damaged(path, f"(version, dtype, sequences, documents) is {found}, the manifest says {wanted}")
+    size = HEADER.itemsize + n * 4 + n * 8 + (n + 1) * 8
+    if path.stat().st_size != size:
+        raise _damaged(path, f"{path.stat().st_size} bytes, {n} documents take {size}")
+    if manifest.files[BIN]["bytes"] != manifest.num_tokens * dtype.itemsize:
+        raise _damaged(path.with_name(BIN), f"size does not fit {manifest.num_tokens} tokens of {dtype.name}")

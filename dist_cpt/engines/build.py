@@ -1,0 +1,60 @@
+"""From the recipe's engine section to an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from dist_cpt.config.schema import EngineConfig, RunConfig
+from dist_cpt.engines.activation_checkpoint import checkpoint_layers
+from dist_cpt.engines.engine import Engine
+from dist_cpt.optim.groups import ParamGroup
+from dist_cpt.runtime.collectives import world_size
+
+
+def build_engine(
+    module: nn.Module,
+    trainable: Mapping[str, nn.Parameter],
+    groups: Sequence[ParamGroup],
+    layers: Sequence[nn.Module],
+    config: RunConfig,
+    device: torch.device,
+) -> Engine:
+    """The engine of `config.engine` around `module`, which it takes over.
+
+    `trainable` are the module's fp32 parameters that train, by canonical name; `groups` name each of them
+    once; `layers` are the decoder layers, the units of sharding and of recomputation. Collective.
+
+    Raises:
+        MissingExtraError: engine.kind is zero and deepspeed is not installed.
+        ConfigError: the engine does not fit this world size or the installed deepspeed.
+    """
+    if config.engine.activation_checkpointing == "full":
+        checkpoint_layers(layers)
+    engine = resolve_auto(config.engine, world_size())
+    if engine.kind == "single":
+        from dist_cpt.engines.single import SingleEngine
+
+        return SingleEngine(module, trainable, groups, config, device)
+    if engine.kind == "fsdp":
+        from dist_cpt.engines.fsdp2 import Fsdp2Engine
+
+        return Fsdp2Engine(module, trainable, groups, layers, config, engine, device)
+    from dist_cpt.engines.zero import ZeroEngine
+
+    return ZeroEngine(module, trainable, groups, config, engine, device)
+
+
+def resolve_auto(engine: EngineConfig, ranks: int) -> EngineConfig:
+    """`engine` with kind, stage and shard decided: auto is single on one rank and fsdp full on several."""
+    if engine.kind == "auto":
+        return engine.model_copy(
+            update={"kind": "single"} if ranks == 1 else {"kind": "fsdp", "shard": "full"}
+        )
+    if engine.kind == "fsdp" and engine.shard is None:
+        return engine.model_copy(update={"shard": "full"})
+    if engine.kind == "zero" and engine.stage is None:
+        return engine.model_copy(update={"stage": 3})
+    return engine

@@ -1,0 +1,166 @@
+"""One process, nothing sharded: fp32 masters beside the copies that compute.
+
+Where a gradient lives: backward yields it in the compute dtype. The first micro-batch's gradient is kept as
+it is; the second turns it into an fp32 sum that the others are added to. A step of one micro-batch thus holds
+2 bytes per trainable element in bf16, a longer one 4, and rounding happens once per micro-batch, never in the
+sum. The update widens a few tensors at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from dist_cpt.config.schema import RunConfig
+from dist_cpt.data.batch import Batch
+from dist_cpt.engines.engine import ExportedTensor, GradStats, ReadState, StateKind
+from dist_cpt.engines.forward import inference, last_logits, scaled_loss
+from dist_cpt.engines.slices import SlicedState, clip_factor, global_norm, probe, storage_bytes
+from dist_cpt.errors import ConfigError
+from dist_cpt.optim.groups import ParamGroup
+from dist_cpt.optim.optimizer import AdamW
+from dist_cpt.runtime.collectives import world_size
+
+UPDATE_ELEMENTS = 4 << 20  # of one call of the optimizer: bounds the fp32 copies of bf16 gradients
+
+
+class SingleEngine:
+    """The engine of a world of one."""
+
+    kind = "single"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        trainable: Mapping[str, nn.Parameter],
+        groups: Sequence[ParamGroup],
+        config: RunConfig,
+        device: torch.device,
+    ) -> None:
+        if world_size() != 1:
+            raise ConfigError(f"engine.kind: single runs on 1 rank, not on {world_size()}", remedy="use fsdp or zero")
+        self._module = module.to(device).train()
+        self._device = device
+        self._groups = list(groups)
+        self._max_norm = config.optim.max_grad_norm
+        self._parameters = {name: trainable[name] for group in groups for name in group.names}
+        # In fp32 the master computes itself: the same tensor, no copy.
+        self._adam = AdamW({name: p.data for name, p in self._parameters.items()}, config.optim)
+        if config.model.weights == "bf16":
+            for parameter in self._parameters.values():
+                parameter.data = parameter.data.to(torch.bfloat16)
+        self._grads: dict[str, torch.Tensor] = {}
+        self._hooks = [p.register_post_accumulate_grad_hook(self._keep(n)) for n, p in self._parameters.items()]
+        self._state = SlicedState(
+            {name: p.shape for name, p in self._parameters.items()},
+            {name: (0, p.numel()) for name, p in self._parameters.items()},
+            lambda kind, name: self._adam.state(kind, name).view(-1),
+        )
+
+    def accumulate(self, batch: Batch, num_tokens: int, last: bool) -> torch.Tensor:
+        loss, loss_sum = scaled_loss(self._module, batch.to(self._device), 1.0 / num_tokens)
+        loss.backward()
+        return loss_sum
+
+    def step(self, lrs: Mapping[str, float]) -> GradStats:
+        norm = global_norm(self._grads.values(), self._device)
+        if not math.isfinite(norm):
+            self._grads.clear()
+            return GradStats(norm, skipped=True)
+        factor = clip_factor(norm, self._max_norm)
+        for group in self._groups:
+            for names in _portions(group.names, self._parameters):
+                grads = [self._fp32_gradient(name, factor) for name in names]
+                self._adam.update(names, grads, lrs[group.name], group.weight_decay)
+        self._adam.steps += 1
+        self._grads.clear()
+        self._refresh()
+        return GradStats(norm, skipped=False)
+
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        with inference(self._module):
+            return scaled_loss(self._module, batch.to(self._device), 1.0)[1]
+
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        with inference(self._module):
+            return last_logits(self._module, input_ids.to(self._device))
+
+    def export_state(self, owner_of: Callable[[StateKind, str], int]) -> Iterator[ExportedTensor]:
+        return self._state.export(owner_of)
+
+    def import_state(self, read: ReadState, step: int) -> None:
+        self._state.import_(read)
+        self._adam.steps = step
+        self._refresh()
+
+    def gradient_probe(self) -> dict[str, tuple[float, float]]:
+        return probe({name: self._grads.get(name) for name in self._parameters}, self._device)
+
+    def frozen_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        training = {id(parameter) for parameter in self._parameters.values()}
+        for name, parameter in self._module.named_parameters():
+            if id(parameter) not in training:
+                yield name, parameter.data
+
+    def sharded_bytes(self) -> dict[str, int]:
+        seen: set[int] = set()
+        return {
+            "trainable": storage_bytes((p.data for p in self._parameters.values()), seen),
+            "frozen": storage_bytes((tensor for _, tensor in self.frozen_tensors()), seen),
+            "optimizer": storage_bytes(
+                (
+                    tensor
+                    for tensors in (self._adam.masters, self._adam.exp_avg, self._adam.exp_avg_sq)
+                    for tensor in tensors.values()
+                ),
+                seen,
+            ),
+        }
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._grads.clear()
+
+    def _keep(self, name: str) -> Callable[[torch.Tensor], None]:
+        def keep(parameter: torch.Tensor) -> None:
+            grad, parameter.grad = parameter.grad, None
+            assert grad is not None
+            kept = self._grads.get(name)
+            if kept is None:
+                self._grads[name] = grad
+            elif kept.dtype == torch.float32:
+                kept.add_(grad)
+            else:
+                self._grads[name] = kept.float().add_(grad)
+
+        return keep
+
+    def _fp32_gradient(self, name: str, factor: float) -> torch.Tensor:
+        """The clipped gradient of `name`, taken out of what is kept; zeros if nothing reached the tensor."""
+        grad = self._grads.pop(name, None)
+        if grad is None:
+            return torch.zeros_like(self._adam.masters[name])
+        return grad.float().mul_(factor) if factor < 1.0 else grad.float()
+
+    def _refresh(self) -> None:
+        for name, parameter in self._parameters.items():
+            master = self._adam.masters[name]
+            if parameter.data_ptr() != master.data_ptr():
+                parameter.data.copy_(master)
+
+
+def _portions(names: Sequence[str], parameters: Mapping[str, nn.Parameter]) -> Iterator[list[str]]:
+    """`names` in runs of at most UPDATE_ELEMENTS elements, a larger tensor alone."""
+    portion: list[str] = []
+    elements = 0
+    for name in names:
+        if portion and elements + parameters[name].numel() > UPDATE_ELEMENTS:
+            yield portion
+            portion, elements = [], 0
+        portion.append(name)
+        elements += parameters[name].numel()
+    yield portion

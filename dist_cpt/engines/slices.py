@@ -1,0 +1,163 @@
+"""The training state as flat slices: which part of each tensor a rank holds, and how the parts travel.
+
+An engine says once which elements of every flattened tensor this rank holds and hands out the live local
+tensors. Export sends the parts of one tensor to its owner; import reads and writes local parts alone, so
+that no collective stands between two reads and a rank that fails cannot leave the others waiting.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+
+from dist_cpt.engines.engine import STATE_KINDS, ExportedTensor, ReadState, StateKind
+from dist_cpt.errors import CheckpointError
+from dist_cpt.runtime.collectives import agree, gather_json, rank, world_size
+
+Local = Callable[[StateKind, str], torch.Tensor]  # the live fp32 elements [stop - start] of this rank
+
+
+class SlicedState:
+    """`ranges[name]` = (start, stop) of this rank in the flattened tensor; the ranks' ranges tile it.
+
+    `primary` is False on a rank whose ranges repeat those of another one: it imports but never sends.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        ranges: Mapping[str, tuple[int, int]],
+        local: Local,
+        primary: bool = True,
+    ) -> None:
+        self.shapes = dict(shapes)
+        self.ranges = dict(ranges)
+        self._local = local
+        mine = [list(ranges[name]) if primary else [0, 0] for name in shapes]
+        by_rank = gather_json(mine)
+        self._layout = {
+            name: [(r, *by_rank[r][i]) for r in range(len(by_rank)) if by_rank[r][i][0] < by_rank[r][i][1]]
+            for i, name in enumerate(shapes)
+        }
+        for name, shape in self.shapes.items():
+            held = sum(stop - start for _, start, stop in self._layout[name])
+            assert held == shape.numel(), f"{name}: ranks hold {held} of {shape.numel()} elements"
+
+    def export(self, owner_of: Callable[[StateKind, str], int]) -> Iterator[ExportedTensor]:
+        """Every tensor of every kind, whole on its owner's CPU, one at a time. Collective."""
+        for kind in STATE_KINDS:
+            for name in self.shapes:
+                yield ExportedTensor(kind, name, self._assemble(kind, name, owner_of(kind, name)))
+
+    def import_(self, read: ReadState) -> None:
+        """Overwrite this rank's part of every tensor.
+
+        Raises:
+            CheckpointError: `read` failed on some rank; on all of them, and the state is then undefined.
+        """
+        error: CheckpointError | None = None
+        try:
+            self._read_all(read)
+        except CheckpointError as raised:
+            error = raised
+        except Exception as raised:
+            error = CheckpointError(f"reading the training state: {type(raised).__name__}: {raised}")
+            error.__cause__ = raised
+        agree(error, "import of the training state")
+
+    def _read_all(self, read: ReadState) -> None:
+        for kind in STATE_KINDS:
+            for name, (start, stop) in self.ranges.items():
+                if start == stop:
+                    continue
+                values = read(kind, name, start, stop)
+                if values.numel() != stop - start:
+                    raise CheckpointError(
+                        f"{kind}.{name}: asked for elements {start} to {stop}, got {values.numel()} values"
+                    )
+                self._local(kind, name).copy_(values.reshape(-1))
+
+    def _assemble(self, kind: StateKind, name: str, owner: int) -> torch.Tensor | None:
+        me = rank()
+        whole = torch.empty(self.shapes[name].numel(), dtype=torch.float32) if me == owner else None
+        for holder, start, stop in self._layout[name]:
+            if holder == owner:
+                if whole is not None:
+                    whole[start:stop].copy_(self._local(kind, name))
+            elif me == holder:
+                dist.send(self._local(kind, name).contiguous(), owner)
+            elif whole is not None:
+                _receive(whole[start:stop], holder, self._local(kind, name).device)
+        return None if whole is None else whole.view(self.shapes[name])
+
+
+def _receive(part: torch.Tensor, source: int, device: torch.device) -> None:
+    if device.type == "cpu":
+        dist.recv(part, source)
+        return
+    staged = torch.empty(part.numel(), dtype=part.dtype, device=device)
+    dist.recv(staged, source)
+    part.copy_(staged)
+
+
+def local_sums(grads: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Sum of squares of each tensor, fp64 [] on its device; 0 for None. No host sync.
+
+    The squares are summed in fp32 within a tensor, as torch's own clipping does, and in fp64 across tensors.
+    """
+    return [
+        torch.zeros((), dtype=torch.float64) if grad is None else _norm(grad).double().square() for grad in grads
+    ]
+
+
+def global_norm(grads: Iterable[torch.Tensor], device: torch.device, replicas: int = 1) -> float:
+    """Euclidean norm over all tensors of all ranks, each counted `replicas` times; the same value everywhere."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for square in local_sums(grads):
+        total += square
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return math.sqrt(total.item() / replicas)  # host sync: the step is skipped or not from this value
+
+
+def probe(
+    grads: Mapping[str, torch.Tensor | None], device: torch.device, replicas: int = 1
+) -> dict[str, tuple[float, float]]:
+    """(norm, max abs) by name over all ranks; a NaN shows as norm NaN and max infinity. Collective."""
+    squares = torch.stack([square.to(device) for square in local_sums(grads.values())])
+    largest = torch.stack([_largest(grad).to(device) for grad in grads.values()])
+    if world_size() > 1:
+        dist.all_reduce(squares)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    norms = (squares / replicas).sqrt().tolist()
+    return {name: (norms[i], value) for i, (name, value) in enumerate(zip(grads, largest.tolist(), strict=True))}
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What every gradient is multiplied with. Source: torch.nn.utils.clip_grad_norm_, the same constant."""
+    return min(1.0, max_norm / (norm + 1e-6))
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor], seen: set[int]) -> int:
+    """Bytes of the distinct storages behind local `tensors` that are not in `seen`, which grows."""
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
+
+
+def _norm(grad: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(grad.detach(), dtype=torch.float32)
+
+
+def _largest(grad: torch.Tensor | None) -> torch.Tensor:
+    if grad is None or grad.numel() == 0:
+        return torch.zeros((), dtype=torch.float32)
+    # MAX reductions may drop a NaN
+    return grad.detach().abs().amax().float().nan_to_num(nan=math.inf, posinf=math.inf)

@@ -1,0 +1,96 @@
+"""What a causal LM must look like to train here, and where its backbone, layers, embeddings and head are.
+
+Llama, Mistral, Qwen2, Qwen3 and GPT-2 are held to the packing, loss and adapter tests. Another architecture
+of transformers loads if it has the same parts; what the loss or the packing would get wrong is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dist_cpt.errors import ConfigError
+
+TESTED = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+
+# config keys that change the logits after the head or inside attention, with the value that asks for nothing
+_UNSUPPORTED = {
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "logits_soft_cap": None,
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+    "lm_head_multiplier": 1.0,
+    "output_router_logits": False,
+}
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a causal LM; `max_positions` is set where positions are a learned table."""
+
+    decoder: nn.Module
+    layers: list[nn.Module]
+    embeddings: nn.Embedding
+    head: nn.Linear
+    max_positions: int | None
+
+
+def check_config(hf_config: Any) -> None:
+    """Refuse a config whose loss or attention this package would compute otherwise than its authors.
+
+    Raises:
+        ConfigError: logit scaling or capping, auxiliary losses, or layers that read across document borders.
+    """
+    kind = hf_config.model_type
+    for key, neutral in _UNSUPPORTED.items():
+        value = getattr(hf_config, key, neutral)
+        if value is not None and value != neutral:
+            raise ConfigError(
+                f"model type {kind}: {key} = {value!r} is not implemented by the loss",
+                remedy=f"use a model without it; tested: {', '.join(TESTED)}",
+            )
+    others = sorted(set(getattr(hf_config, "layer_types", None) or ()) - set(_LAYER_TYPES))
+    if others:
+        raise ConfigError(
+            f"model type {kind}: layers of type {', '.join(others)} cannot keep packed documents apart",
+            remedy=f"use an attention-only model; tested: {', '.join(TESTED)}",
+        )
+
+
+def parts_of(model: Any) -> Parts:
+    """Find the parts of a transformers causal LM.
+
+    Raises:
+        ConfigError: a part is missing or of a kind that packing or the loss cannot use.
+    """
+    kind = model.config.model_type
+    if not getattr(model, "_supports_attention_backend", False) and kind not in TESTED:
+        raise ConfigError(
+            f"model type {kind} has its own attention code, which cannot keep packed documents apart",
+            remedy=f"use another architecture; tested: {', '.join(TESTED)}",
+        )
+    decoder, embeddings, head = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
+    layers = [
+        list(child)
+        for child in decoder.children()
+        if isinstance(child, nn.ModuleList) and len(child) == model.config.num_hidden_layers
+    ]
+    if decoder is model or len(layers) != 1 or not isinstance(embeddings, nn.Embedding):
+        raise ConfigError(f"model type {kind}: no single stack of decoder layers under a token embedding found")
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ConfigError(
+            f"model type {kind}: the output head must be a linear layer without bias, not {type(head).__name__}"
+            f"{'' if head is None else ' with bias'}"
+        )
+    if head.in_features != embeddings.embedding_dim and head.in_features != model.config.hidden_size:
+        raise ConfigError(f"model type {kind}: the head reads {head.in_features} features, not the hidden size")
+    return Parts(decoder, layers[0], embeddings, head, _max_positions(decoder))
+
+
+def _max_positions(decoder: nn.Module) -> int | None:
+    tables = [m for name, m in decoder.named_children() if isinstance(m, nn.Embedding) and name in ("wpe", "embed_positions")]
+    return tables[0].num_embeddings if tables else None

@@ -1,0 +1,81 @@
+"""The module an engine wraps: token ids in, loss sum out, so that the loss lives inside the engine's forward.
+
+B batch, L sequence, T = B * L tokens, D model, V vocab.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from dist_cpt_kernels import linear_cross_entropy, reference
+from torch import nn
+
+from dist_cpt.data.batch import IGNORE_INDEX
+from dist_cpt.model.attention import Choice, packing_arguments
+
+
+class LossHead(nn.Linear):
+    """A head that is itself the loss: engines gather and free its weight around this module's forward."""
+
+    use_reference = False  # the plain torch loss, which keeps the full logits
+
+    def forward(  # type: ignore[override]
+        self, input: torch.Tensor, labels: torch.Tensor | None = None, scale: float = 1.0
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Logits [..., V] of hidden states; or, with `labels` [T], (scale * loss_sum, loss_sum) in fp32."""
+        if labels is None:
+            return F.linear(input, self.weight)
+        loss = reference.linear_cross_entropy if self.use_reference else linear_cross_entropy
+        return loss(input, self.weight, labels, scale=scale, ignore_index=IGNORE_INDEX)
+
+
+class CausalLMForLoss(nn.Module):
+    """A transformers causal LM, plain or under an adapter, that answers with its loss.
+
+    `causal_lm` is the model whose parameter names are saved; its backbone and its head are called one after
+    the other, so the full logits never exist.
+    """
+
+    def __init__(self, causal_lm: nn.Module, attention: Choice) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.attention: Choice = attention
+
+    @property
+    def hf_model(self) -> Any:
+        """The transformers model itself, inside an adapter or not."""
+        inner = getattr(self.causal_lm, "get_base_model", None)
+        return self.causal_lm if inner is None else inner()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        labels: torch.Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Any:
+        """(scale * loss_sum, loss_sum) of `labels` int64 [B, L], fp32; fp32 logits [B, V] at the last position
+        without labels. `input_ids`, `position_ids` [B, L], `cu_seqlens` and `max_seqlen` as in Batch.
+
+        Numbers travel as Python numbers: an engine may cast floating-point tensor arguments to bf16.
+        """
+        model = self.hf_model
+        packing = packing_arguments(self.attention, position_ids, cu_seqlens, max_seqlen)
+        hidden_BLD = model.get_decoder()(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, **packing
+        ).last_hidden_state
+        head = model.get_output_embeddings()
+        if labels is None:
+            return head(hidden_BLD[:, -1]).float()
+        return head(hidden_BLD.flatten(0, 1), labels.flatten(), scale)
+
+
+def install_loss_head(head: nn.Linear, *, use_reference: bool) -> None:
+    """Turn a model's own head into the loss in place: same module, same Parameter, so a tie survives."""
+    head.__class__ = LossHead
+    assert isinstance(head, LossHead)
+    head.use_reference = use_reference

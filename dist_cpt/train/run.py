@@ -1,0 +1,437 @@
+"""One attempt of a run on this rank: claim the folder, build everything, restore, train, end with a code."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_cpt.checkpoint.folders import remove_stale_staging
+from dist_cpt.checkpoint.manifest import Identity, TensorSpec
+from dist_cpt.checkpoint.restore import LoadedCheckpoint, load, newest_valid, require_fit
+from dist_cpt.checkpoint.state import Probe, Randomness, TrainState
+from dist_cpt.checkpoint.store import save as save_checkpoint
+from dist_cpt.checkpoint.verify import certify
+from dist_cpt.config.resolve import StepShape, fingerprint, run_folder, step_shape
+from dist_cpt.config.schema import RunConfig
+from dist_cpt.data.batch import Batch
+from dist_cpt.data.loader import BlockLoader, ValidationLoader, prefetch
+from dist_cpt.data.prepare import check_vocabulary, open_prepared, prepare
+from dist_cpt.data.tokenizer import load_tokenizer
+from dist_cpt.engines.build import build_engine
+from dist_cpt.engines.engine import Engine
+from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, CheckpointError, DistCptError
+from dist_cpt.model.load import TrainableModel, load_model
+from dist_cpt.optim.groups import ParamGroup, param_groups
+from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
+from dist_cpt.runtime.env import ProcessEnv, process_env
+from dist_cpt.runtime.log import LOGGER, close_log, open_log
+from dist_cpt.runtime.mesh import init_distributed, shutdown
+from dist_cpt.runtime.stop import StopRequest
+from dist_cpt.train.console import Console
+from dist_cpt.train.contract import Contract
+from dist_cpt.train.evaluate import evaluate
+from dist_cpt.train.folder import Claim, claim, write_exit, write_json
+from dist_cpt.train.loop import Hooks, Progress, step_positions, train_loop
+from dist_cpt.train.metrics import MetricsFile, rewind
+from dist_cpt.train.observers import (
+    CheckpointRecord,
+    EvaluationRecord,
+    Observer,
+    RunEnd,
+    RunStart,
+    StepRecord,
+)
+from dist_cpt.train.sample import write_sample
+from dist_cpt.train.wandb import new_run_id, wandb_observer
+
+RENDEZVOUS_SECONDS = 1800.0
+STALE_STAGING_SECONDS = 3600.0
+PROBE_BLOCKS = 4
+# The replayed loss is the same forward in another summation order: rounding of one token's loss, averaged.
+REPLAY_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
+
+
+def train(config: RunConfig, stop: StopRequest) -> int:
+    """Train, or resume, the run of `config` as one of its ranks; returns the exit code. Collective.
+
+    Every ending is written to exit.json, except where the folder belongs to another recipe or process.
+    """
+    env = process_env()
+    folder = run_folder(config)
+    held: Claim | None = None
+    met = False
+    code, reason, step = EXIT_INTERNAL, "", 0
+    observers: list[Observer] = []
+    try:
+        shape = step_shape(config, env.world_size)
+        device = init_distributed(env, RENDEZVOUS_SECONDS)
+        met = True
+        held, attempt, run_id = _claim(folder, config, env)
+        open_log(folder, env.rank)
+        run = _Run(config, env, folder, shape, device, attempt, run_id, stop, observers)
+        code, reason, step = run.go()
+    except DistCptError as error:
+        code, reason = error.exit_code, str(error)
+        if code == EXIT_INTERNAL:
+            traceback.print_exc()
+        if env.rank == 0 or (met and not getattr(error, "agreed", False)):
+            print(f"dist-cpt: {error}", file=sys.stderr, flush=True)
+    except Exception as error:  # a defect of ours, or a rank that vanished in a collective
+        code, reason = EXIT_INTERNAL, f"{type(error).__name__}: {error}".splitlines()[0]
+        LOGGER.error("rank %d ends: %s\n%s", env.rank, reason, traceback.format_exc())
+        print(f"dist-cpt: rank {env.rank}: {reason} -- see logs/rank-{env.rank}.log", file=sys.stderr, flush=True)
+    finally:
+        if held is not None:
+            _end(observers, folder, code, reason, step)
+            held.close()
+        close_log()
+        if env.launcher != "alone" or met:
+            _leave(code)
+    return code
+
+
+def _claim(folder: Path, config: RunConfig, env: ProcessEnv) -> tuple[Claim | None, int, str]:
+    """Rank 0 takes the folder; all learn the attempt's number and the W&B run id."""
+    held: list[Claim] = []
+
+    def take() -> list[Any]:
+        held.append(claim(folder, config, new_run_id()))
+        return [held[0].attempt, held[0].wandb_run_id]
+
+    attempt, run_id = on_rank_zero("run folder", take)
+    return (held[0] if held else None), attempt, run_id
+
+
+def _end(observers: Sequence[Observer], folder: Path, code: int, reason: str, step: int) -> None:
+    """Tell everyone how it ended; a full disk must not hide the reason."""
+    for observer in observers:
+        try:
+            observer.on_end(RunEnd(code, reason, step))
+        except DistCptError as error:
+            print(f"dist-cpt: {error}", file=sys.stderr, flush=True)
+    try:
+        write_exit(folder, code, reason, step)
+    except DistCptError as error:
+        print(f"dist-cpt: {error}", file=sys.stderr, flush=True)
+
+
+def _leave(code: int) -> None:
+    """Leave the process group, unless a rank failed and might keep the others waiting in it."""
+    if code in (EXIT_DONE, EXIT_STOPPED):
+        shutdown()
+
+
+@dataclass
+class _Run:
+    """The pieces of one attempt on this rank."""
+
+    config: RunConfig
+    env: ProcessEnv
+    folder: Path
+    shape: StepShape
+    device: torch.device
+    attempt: int
+    wandb_run_id: str
+    stop: StopRequest
+    observers: list[Observer]
+
+    def go(self) -> tuple[int, str, int]:
+        """Build, restore, train, save; (exit code, reason, last step)."""
+        config, rank = self.config, self.env.rank
+        on_rank_zero("prepare data", lambda: prepare(config, self._say_prepared) and None)
+        self.prepared = on_every_rank("open data", lambda: open_prepared(config))
+        self.tokenizer = on_every_rank("tokenizer", self._load_tokenizer)
+        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        self.loader = BlockLoader(self.prepared, config.data.seq_len, config.seed, pad_id)
+        self.held_out = [
+            ValidationLoader(source, config.data.seq_len, pad_id, config.evaluate.max_blocks)
+            for source in self.prepared.validation
+        ]
+        self.model: TrainableModel = on_every_rank("load model", self._load_model)
+        trainable = self.model.trainable
+        self.groups = param_groups(trainable, config.optim, adapter=config.adapter.kind == "lora")
+        declared = {name: tensor.shape for name, tensor in trainable.items()}
+        self.specs = _specs(self.groups, declared, config.model.weights)
+        self.engine: Engine = build_engine(
+            self.model.module, trainable, self.groups, self.model.layers, config, self.device
+        )
+        self.identity = Identity(
+            base=self.model.identity,
+            data={"identity": self.prepared.identity, "seq_len": config.data.seq_len, "seed": config.seed},
+            recipe=fingerprint(config),
+            engine=self.engine.kind,
+        )
+        self.progress, resumed_from = self._restore()
+        on_rank_zero("metrics", lambda: rewind(self.folder, self.progress.step if resumed_from else -1))
+        self.contract = Contract(
+            self.engine,
+            self.folder,
+            self.groups,
+            declared,
+            ties=self.model.ties,
+            compute_dtype=config.model.weights,
+            rank=rank,
+            world_size=self.env.world_size,
+        )
+        self._watch(resumed_from)
+        with ExitStack() as stack:
+            stack.callback(self.engine.close)
+            if self.progress.step == 0:
+                self._evaluate(0)
+            done = self._train()
+            self.contract.close(self.progress.step)
+            if not done:
+                reason = f"{self.stop.requested or 'another rank'}: stopped and saved at step {self.progress.step}"
+                self._tell(lambda observer: observer.on_message(reason))
+                return EXIT_STOPPED, reason, self.progress.step
+            if self.progress.saved_step != self.progress.step:
+                self._save(self.progress)
+            self._sample()
+        return EXIT_DONE, "done", self.progress.step
+
+    # -- building ------------------------------------------------------------------------------------------
+
+    def _say_prepared(self, name: str, documents: int) -> None:
+        LOGGER.info("preparing %s: %d documents", name, documents)
+
+    def _load_tokenizer(self) -> Any:
+        assert self.config.data.tokenizer is not None  # resolve_paths fills it in
+        return load_tokenizer(self.config.data.tokenizer, self.config.model.revision)
+
+    def _load_model(self) -> TrainableModel:
+        model = load_model(self.config, device=self.device)
+        check_vocabulary(self.prepared, model.identity["vocab_size"])
+        return model
+
+    def _watch(self, resumed_from: str | None) -> None:
+        """Start the observers, on rank 0."""
+        if self.env.rank == 0:
+            console = Console()
+            self.observers += [console, MetricsFile(self.folder)]
+            wandb = wandb_observer(self.config.track.wandb, self.folder, self.wandb_run_id, console.on_message)
+            if wandb is not None:
+                self.observers.append(wandb)
+        start = RunStart(
+            config=self.config,
+            folder=self.folder,
+            engine=self.engine.kind,
+            world_size=self.env.world_size,
+            device=str(self.device),
+            num_steps=self.shape.num_steps,
+            first_step=self.progress.step,
+            resumed_from=resumed_from,
+            wandb_run_id=self.wandb_run_id,
+            contract=self.contract.content,
+        )
+        on_rank_zero("observers", lambda: self._tell(lambda observer: observer.on_start(start)))
+
+    def _tell(self, what: Callable[[Observer], None]) -> None:
+        for observer in self.observers:
+            what(observer)
+
+    # -- restoring -----------------------------------------------------------------------------------------
+
+    def _restore(self) -> tuple[Progress, str | None]:
+        """The newest valid checkpoint into the engine, with its certificate; or a fresh start."""
+        on_rank_zero("checkpoints", lambda: remove_stale_staging(self.folder, STALE_STAGING_SECONDS))
+        found, skipped = newest_valid(self.folder)
+        for name, why in skipped:
+            LOGGER.warning("checkpoint %s does not hold and is skipped: %s", name, why)
+        if found is None:
+            return Progress(), None
+        with load(found, verified=True) as checkpoint:
+            on_every_rank("checkpoint", lambda: require_fit(checkpoint.manifest, self.specs, self.identity))
+            state = checkpoint.state
+            self.engine.import_state(checkpoint.read, state.step - state.skipped_total)
+            self._certify(checkpoint)
+        progress = Progress(
+            step=state.step,
+            position=state.position,
+            tokens=state.tokens,
+            tokens_by_source=dict(state.tokens_by_source),
+            skipped_total=state.skipped_total,
+            skipped_in_a_row=state.skipped_in_a_row,
+            saved_step=state.step,
+        )
+        return progress, found.name
+
+    def _certify(self, checkpoint: LoadedCheckpoint) -> None:
+        """Prove the restored state; certificate.json holds the proof or the named failure."""
+        state, weights = checkpoint.state, self.config.model.weights
+        owner = {spec.name: index % self.env.world_size for index, spec in enumerate(self.specs)}
+        certificate = certify(
+            checkpoint.manifest,
+            self.engine.export_state(lambda kind, name: owner[name]),
+            next_block_ids=self._block_ids(state.position, self.shape.blocks_per_step),
+            recorded_block_ids=state.next_block_ids,
+            replayed_loss=self._probe_loss(state.position),
+            recorded_loss=state.probe.loss,
+            tolerance=REPLAY_TOLERANCE[weights] * max(1.0, abs(state.probe.loss)),
+            facts={
+                "random": ([state.random.seed, state.random.step], [self.config.seed, state.step]),
+                "schedule": (state.schedule, self._schedule()),
+            },
+        )
+        certificate |= {
+            "attempt": self.attempt,
+            "restored_by": {"engine": self.engine.kind, "world_size": self.env.world_size},
+        }
+        on_rank_zero("certificate", lambda: write_json(self.folder / "certificate.json", certificate))
+        if certificate["verdict"] != "pass":
+            raise CheckpointError(
+                f"{checkpoint.path.name} was not restored as it was saved: {', '.join(certificate['failed'])} failed",
+                remedy="see certificate.json",
+            )
+        LOGGER.info("resumed from %s, certificate passes", checkpoint.path.name)
+
+    def _schedule(self) -> dict[str, Any]:
+        return {"num_steps": self.shape.num_steps, **self.config.schedule.model_dump(mode="json")}
+
+    def _block_ids(self, position: int, count: int) -> list[int]:
+        """(source, epoch, block) of the next positions, flat: what the data order gives, not what was asked."""
+        ids: list[int] = []
+        for at in range(position, position + count):
+            source, epoch, block = self.loader.describe(at)
+            ids += [self.loader.source_names.index(source), epoch, block]
+        return ids
+
+    def _probe_loss(self, position: int) -> float:
+        """Mean loss of the next few blocks of the training stream, without a gradient."""
+        blocks = list(range(position, position + min(PROBE_BLOCKS, self.shape.blocks_per_step)))
+        padding = -1
+
+        def batch_of(positions: Sequence[int]) -> Batch:
+            return self.loader.batch(positions)
+
+        return evaluate(
+            self.engine,
+            batch_of,
+            blocks,
+            padding,
+            rank=self.env.rank,
+            world_size=self.env.world_size,
+            micro_batch=1,
+        ).loss
+
+    # -- training ------------------------------------------------------------------------------------------
+
+    def _train(self) -> bool:
+        self._last_save = time.monotonic()
+        return train_loop(
+            self.config,
+            self.shape,
+            self.engine,
+            self.groups,
+            self.contract,
+            self.progress,
+            Hooks(
+                batches=self._batches,
+                stop_requested=lambda: self.stop.requested is not None,
+                save_due=self._save_due,
+                save=self._save,
+                evaluation_due=self._evaluation_due,
+                evaluate=self._evaluate,
+                on_step=self._on_step,
+            ),
+            source_names=self.loader.source_names,
+            rank=self.env.rank,
+            attempt=self.attempt,
+        )
+
+    def _batches(self, position: int) -> Iterator[list[Batch]]:
+        """The micro-batches of every remaining step, made ahead on a thread."""
+        steps = self.shape.num_steps - self.progress.step
+        wanted = (
+            positions
+            for step in range(steps)
+            for positions in step_positions(self.shape, position + step * self.shape.blocks_per_step, self.env.rank)
+        )
+        ahead = prefetch(self.loader.batch, wanted, depth=2 * self.shape.accumulation)
+        for _ in range(steps):
+            yield [next(ahead) for _ in range(self.shape.accumulation)]
+
+    def _save_due(self, step: int) -> bool:
+        """Whether rank 0 wants a checkpoint of the state after `step`."""
+        if self.env.rank != 0 or step == 0:
+            return False
+        every = self.config.checkpoint
+        by_steps = every.every_steps is not None and step % every.every_steps == 0
+        by_time = every.every_minutes is not None and time.monotonic() - self._last_save >= 60 * every.every_minutes
+        return by_steps or by_time
+
+    def _save(self, progress: Progress) -> None:
+        state = TrainState(
+            step=progress.step,
+            position=progress.position,
+            tokens=progress.tokens,
+            tokens_by_source=progress.tokens_by_source,
+            skipped_total=progress.skipped_total,
+            skipped_in_a_row=progress.skipped_in_a_row,
+            random=Randomness(seed=self.config.seed, step=progress.step),
+            schedule=self._schedule(),
+            wandb_run_id=self.wandb_run_id,
+            attempt=self.attempt,
+            next_block_ids=tuple(self._block_ids(progress.position, self.shape.blocks_per_step)),
+            probe=Probe(
+                block_ids=tuple(range(progress.position, progress.position + PROBE_BLOCKS)),
+                loss=self._probe_loss(progress.position),
+            ),
+        )
+        saved = save_checkpoint(
+            self.folder,
+            self.engine.export_state,
+            specs=self.specs,
+            adapter=self.config.adapter.kind == "lora",
+            state=state,
+            identity=self.identity,
+            sidecars=[self.model.write_config, self.tokenizer.save_pretrained],
+            aliases=self.model.aliases,
+            keep=self.config.checkpoint.keep,
+        )
+        progress.saved_step = progress.step
+        self._last_save = time.monotonic()
+        record = CheckpointRecord(progress.step, saved.path.name, saved.seconds, saved.num_bytes)
+        on_rank_zero("observers", lambda: self._tell(lambda observer: observer.on_checkpoint(record)))
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.config.evaluate.every_steps
+        return step == self.shape.num_steps or (every is not None and step % every == 0)
+
+    def _evaluate(self, step: int) -> None:
+        for loader in self.held_out:
+            result = evaluate(
+                self.engine,
+                loader.batch,
+                list(range(loader.num_blocks)),
+                loader.num_blocks,
+                rank=self.env.rank,
+                world_size=self.env.world_size,
+                micro_batch=self.shape.micro_batch,
+            )
+            record = EvaluationRecord(
+                step, loader.name, loader.role, result.loss, result.perplexity, result.num_tokens, self.attempt
+            )
+            self._tell(lambda observer, record=record: observer.on_evaluation(record))
+
+    def _on_step(self, record: StepRecord) -> None:
+        self._tell(lambda observer: observer.on_step(record))
+
+    def _sample(self) -> None:
+        """A continuation of held-out text by the trained model, for the report."""
+        if not self.held_out:
+            return
+        batch = self.held_out[0].batch([0])
+        prompt = batch.input_ids[0, : min(24, self.config.data.seq_len // 2)].tolist()
+        write_sample(self.engine, self.tokenizer, prompt, self.folder, self.progress.step, rank=self.env.rank)
+
+
+def _specs(groups: Sequence[ParamGroup], declared: dict[str, torch.Size], dtype: str) -> list[TensorSpec]:
+    return [TensorSpec(name, tuple(declared[name]), dtype, group.name) for group in groups for name in group.names]
