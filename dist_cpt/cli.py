@@ -14,6 +14,8 @@ import typer
 from dist_cpt import __version__
 from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, CheckpointError, ConfigError, DistCptError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="dist-cpt",
     help="Distributed continued pretraining: any run resumes anywhere.",
@@ -67,7 +69,12 @@ def train(recipe: Recipe, set_: Overrides = None) -> None:
     config = _load(recipe, set_)
     from dist_cpt.train.run import train as train_run
 
-    raise typer.Exit(train_run(config, stop))
+    code, folder = train_run(config, stop)
+    if folder is not None:  # rank 0, and the folder is this run's
+        from dist_cpt.report.report import write_report
+
+        write_report(folder)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -180,14 +187,15 @@ def main() -> None:
         code = app(standalone_mode=False)
     except typer.Exit as stop:
         code = stop.exit_code
+        if code == INTERRUPTED:  # typer's own word for Ctrl-C
+            code = _interrupted()
     except typer.Abort:
-        code = EXIT_STOPPED
+        code = _interrupted()
     except DistCptError as error:
         print(f"dist-cpt: {error}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
-        print("dist-cpt: interrupted; what was finished is kept", file=sys.stderr)
-        code = EXIT_STOPPED
+        code = _interrupted()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_DONE
@@ -201,6 +209,11 @@ def main() -> None:
             print("dist-cpt: internal error; this is a defect of dist-cpt", file=sys.stderr)
             code = EXIT_INTERNAL
     sys.exit(code if isinstance(code, int) else EXIT_DONE)
+
+
+def _interrupted() -> int:
+    print("dist-cpt: interrupted; what was finished is kept", file=sys.stderr)
+    return EXIT_STOPPED
 
 
 def _load(recipe: Path, overrides: list[str] | None):
@@ -238,7 +251,7 @@ def _checkpoint_folder(path: Path) -> Path:
     """A checkpoint itself, or the newest valid one of a run."""
     if (path / "manifest.json").is_file():
         return path
-    from dist_cpt.checkpoint.store import newest_valid
+    from dist_cpt.checkpoint.restore import newest_valid
 
     found, skipped = newest_valid(_run_folder(path))
     for name, reason in skipped:

@@ -20,6 +20,7 @@ class DistCptError(Exception):
     """An ending with a documented exit code; `str(error)` is the one line a user sees."""
 
     exit_code = EXIT_INTERNAL
+    agreed = False  # raised on all ranks alike, so that one of them may speak for all
 
     def __init__(self, message: str, *, remedy: str | None = None) -> None:
         self.message = message

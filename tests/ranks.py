@@ -7,6 +7,7 @@ raises ends the case with its traceback; ranks that hang are killed and the case
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import multiprocessing
@@ -112,7 +113,8 @@ class RankPool:
         assert self._folder is not None
         for rank in ranks:
             if self._processes[rank].is_alive():
-                os.kill(self._processes[rank].pid, signal.SIGUSR1)
+                with contextlib.suppress(ProcessLookupError):  # it ended this very moment
+                    os.kill(self._processes[rank].pid, signal.SIGUSR1)
         time.sleep(0.5)
         files = {rank: self._folder / f"stack-{rank}.txt" for rank in ranks}
         return {rank: file.read_text() for rank, file in files.items() if file.exists()}

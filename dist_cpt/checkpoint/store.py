@@ -18,11 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_cpt.checkpoint.folders import (
-    LOGGER,
     checkpoints_folder,
     fsync_path,
-    prune,
-    remove_folder,
     staging_name,
     step_name,
     superseded_folder,
@@ -47,9 +44,10 @@ from dist_cpt.checkpoint.manifest import (
     plan_files,
     state_digest,
 )
+from dist_cpt.checkpoint.retention import LOGGER, prune, remove_folder
 from dist_cpt.checkpoint.safetensors_stream import StreamWriter, file_sha256, scan
 from dist_cpt.checkpoint.state import TrainState, state_to_bytes
-from dist_cpt.checkpoint.verify import Exported, read_manifest, verify_checkpoint
+from dist_cpt.checkpoint.verify import Exported, outline_problems, read_manifest, verify_checkpoint
 from dist_cpt.errors import CheckpointError, DistCptError, WriteError
 from dist_cpt.runtime.collectives import agree, barrier, broadcast_json, gather_json, rank, world_size
 
@@ -315,6 +313,9 @@ def _commit(
             (staging / MANIFEST).write_bytes(manifest_to_bytes(manifest))
             fsync_path(staging / MANIFEST)
             fsync_path(staging)
+            problems = outline_problems(staging)
+            if problems:
+                raise CheckpointError(f"step {state.step} is not published: {problems[0]}")
             fault("manifest")
             _publish(staging, run_folder, manifest, fault)
         except Exception as caught:  # the other ranks wait for this verdict

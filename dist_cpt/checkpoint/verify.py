@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dist_cpt.checkpoint.folders import published, step_name
 from dist_cpt.checkpoint.manifest import (
     ADAPTER_WEIGHTS,
     MANIFEST,
@@ -50,6 +51,18 @@ def verify_checkpoint(path: Path) -> list[str]:
     return [problem for name in manifest.files for problem in file_problems(path, manifest, name)]
 
 
+def verify_run(run_folder: Path) -> dict[str, list[str]]:
+    """The problems of every published checkpoint of a run by folder name, newest first.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    found = published(run_folder)
+    if not found:
+        raise CheckpointError(f"no checkpoints in {run_folder}", remedy="give a run folder or a checkpoint folder")
+    return {path.name: verify_checkpoint(path) for path in found}
+
+
 def verify_together(path: Path) -> list[str]:
     """`verify_checkpoint` with the files spread over all ranks; the same answer on every rank."""
     problems: list[str] = broadcast_json(outline_problems(path) if rank() == 0 else None)
@@ -72,7 +85,7 @@ def outline_problems(path: Path) -> list[str]:
     except CheckpointError as error:
         return [error.message]
     problems = _structure_problems(manifest)
-    if not path.name.startswith(f"step-{manifest.step:08d}"):
+    if path.name.split(".")[0] != step_name(manifest.step):
         problems.append(f"{MANIFEST} is of step {manifest.step}, but the folder is {path.name}")
     for name, entry in manifest.files.items():
         problems += _size_problems(path, name, entry.num_bytes)
@@ -80,6 +93,7 @@ def outline_problems(path: Path) -> list[str]:
         problems.append(f"{name} is not in {MANIFEST}")
     if not problems:
         problems += _state_problems(path, manifest)
+        problems += [f"{name} looks like a pickle" for name in manifest.files if _looks_like_a_pickle(path / name)]
     return problems
 
 
@@ -89,7 +103,7 @@ def file_problems(path: Path, manifest: Manifest, name: str) -> list[str]:
     try:
         if not name.endswith(".safetensors"):
             num_bytes, sha256 = file_sha256(path / name)
-            problems = _pickle_problems(path, name)
+            problems = []
         else:
             found = scan(path / name)
             num_bytes, sha256 = found.num_bytes, found.sha256
@@ -152,14 +166,13 @@ def certify(
     the checks.
     """
     hashes: dict[StateKind, dict[str, str]] = {kind: {} for kind in STATE_KINDS}
-    order: list[str] = []
+    order: dict[str, None] = {}
     for tensor in exported:
-        if tensor.name not in order[-1:] and tensor.name not in order:
-            order.append(tensor.name)
+        order[tensor.name] = None
         if tensor.values is not None:
             hashes[tensor.kind][tensor.name] = tensor_sha256(tensor.values)
     shares = gather_json(hashes)
-    checks = [_names_check(manifest, order)]
+    checks = [_names_check(manifest, list(order))]
     for kind in STATE_KINDS:
         merged = {name: sha256 for share in shares for name, sha256 in share[kind].items()}
         checks.append(_hash_check(manifest, kind, merged))
@@ -262,10 +275,11 @@ def _state_problems(path: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def _pickle_problems(path: Path, name: str) -> list[str]:
-    with open(path / name, "rb") as file:
-        start = file.read(4)
-    return [f"{name} looks like a pickle"] if start.startswith(_PICKLES) else []
+def _looks_like_a_pickle(file: Path) -> bool:
+    if file.suffix == ".safetensors":  # starts with a length; its content is checked to the last byte
+        return False
+    with open(file, "rb") as opened:
+        return opened.read(4).startswith(_PICKLES)
 
 
 def _expected_tensors(manifest: Manifest, file_name: str) -> dict[str, tuple[tuple[int, ...], str]]:

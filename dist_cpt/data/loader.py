@@ -17,6 +17,8 @@ from dist_cpt.data.packing import PackingPlan, pack
 from dist_cpt.data.prepare import Prepared, PreparedSource
 from dist_cpt.data.store import TokenStore
 
+PADDING = -1  # the position of no block: all padding, without any target
+
 
 class BlockLoader:
     """The training stream: position -> source by weight -> epoch -> block by a keyed permutation."""
@@ -43,9 +45,12 @@ class BlockLoader:
         return self.source_names[source], epoch, block
 
     def batch(self, positions: Sequence[int]) -> Batch:
-        """The blocks at these positions of the global stream, in this order."""
+        """The blocks at these positions of the global stream, in this order; PADDING gives an empty one."""
         rows = _Rows(len(positions), self.seq_len, self.pad_id, len(self._stores))
         for position in positions:
+            if position == PADDING:
+                rows.add_padding()
+                continue
             source, _, block = self._locate(position)
             rows.add(self._stores[source], self._plans[source], block, source)
         return rows.batch(positions)

@@ -9,9 +9,9 @@ import re
 import secrets
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,23 +241,30 @@ def _fill(
 ) -> None:
     policy = config.data.on_bad_record
     counts = ReadCounts()
-    done = 0
-    writer = StoreWriter(work, vocab_size)
-    quarantine = (work / QUARANTINE).open("w", encoding="ascii") if policy == "quarantine" else None
-    try:
+    with ExitStack() as stack:
+        writer = StoreWriter(work, vocab_size)
+        stack.callback(writer.close)
+        quarantine = None
+        if policy == "quarantine":
+            quarantine = stack.enter_context((work / QUARANTINE).open("w", encoding="ascii"))
         documents = read_documents(job.source, job.files, policy, counts, quarantine)
-        with closing(_encode(_batches(documents), encoder)) as encoded:
-            for num_texts, ids, lengths in encoded:
-                writer.append(ids, lengths)
-                done += num_texts
-                if on_progress is not None:
-                    on_progress(job.name, done)
-    finally:
-        writer.close()
-        if quarantine is not None:
-            quarantine.close()
-    check_budget(job.name, counts, config.data.bad_record_budget_fraction)
-    if writer.num_documents == 0:
+        encoded = stack.enter_context(closing(_encode(_batches(documents), encoder)))
+        num_texts = 0
+        for texts_of_batch, ids, lengths in encoded:
+            writer.append(ids, lengths)
+            num_texts += texts_of_batch
+            if on_progress is not None:
+                on_progress(job.name, num_texts)
+        check_budget(job.name, counts, config.data.bad_record_budget_fraction)
+        _check_result(job, counts, writer.num_documents)
+        source = {"name": job.name, "path": job.source.path, "text": job.source.text, "on_bad_record": policy}
+        # A text without any token, or with an EOS in its middle, makes texts and documents differ in number.
+        extra = {"ignored_files": job.ignored_files, "texts": num_texts}
+        writer.finish(hash_, source, asdict(counts) | extra, job.inputs)
+
+
+def _check_result(job: _Job, counts: ReadCounts, num_documents: int) -> None:
+    if num_documents == 0:
         raise DataError(
             f"source {job.name!r}: {job.source.path} holds no document ({counts.records} records in "
             f"{len(job.files)} files, {counts.empty} empty, {counts.num_bad} bad)",
@@ -265,10 +272,6 @@ def _fill(
         )
     if [_input(file) for file in job.files] != job.inputs:
         raise DataError(f"source {job.name!r}: {job.source.path} changed while it was read", remedy="prepare again")
-    source = {"name": job.name, "path": job.source.path, "text": job.source.text, "on_bad_record": policy}
-    # A text with no token, or with an EOS in its middle, makes documents and texts differ in number.
-    extra = {"ignored_files": job.ignored_files, "texts": done}
-    writer.finish(hash_, source, asdict(counts) | extra, job.inputs)
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
@@ -284,7 +287,9 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
         yield batch
 
 
-def _encode(batches: Iterator[list[str]], encoder: DocumentEncoder) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def _encode(
+    batches: Iterator[list[str]], encoder: DocumentEncoder
+) -> Generator[tuple[int, np.ndarray, np.ndarray], None, None]:
     """Yield (number of texts, ids, lengths) in the order of the batches, a few of them at work at a time."""
     num_threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS) + 1
     pending: deque[tuple[int, Future[tuple[np.ndarray, np.ndarray]]]] = deque()

@@ -50,9 +50,7 @@ def build_engine(
 def resolve_auto(engine: EngineConfig, ranks: int) -> EngineConfig:
     """`engine` with kind, stage and shard decided: auto is single on one rank and fsdp full on several."""
     if engine.kind == "auto":
-        return engine.model_copy(
-            update={"kind": "single"} if ranks == 1 else {"kind": "fsdp", "shard": "full"}
-        )
+        return engine.model_copy(update={"kind": "single"} if ranks == 1 else {"kind": "fsdp", "shard": "full"})
     if engine.kind == "fsdp" and engine.shard is None:
         return engine.model_copy(update={"shard": "full"})
     if engine.kind == "zero" and engine.stage is None:

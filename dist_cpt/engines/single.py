@@ -58,6 +58,7 @@ class SingleEngine:
             {name: p.shape for name, p in self._parameters.items()},
             {name: (0, p.numel()) for name, p in self._parameters.items()},
             lambda kind, name: self._adam.state(kind, name).view(-1),
+            device,
         )
 
     def accumulate(self, batch: Batch, num_tokens: int, last: bool) -> torch.Tensor:

@@ -31,11 +31,13 @@ class SlicedState:
         shapes: Mapping[str, torch.Size],
         ranges: Mapping[str, tuple[int, int]],
         local: Local,
+        device: torch.device,
         primary: bool = True,
     ) -> None:
         self.shapes = dict(shapes)
         self.ranges = dict(ranges)
         self._local = local
+        self._device = device
         mine = [list(ranges[name]) if primary else [0, 0] for name in shapes]
         by_rank = gather_json(mine)
         self._layout = {
@@ -90,7 +92,7 @@ class SlicedState:
             elif me == holder:
                 dist.send(self._local(kind, name).contiguous(), owner)
             elif whole is not None:
-                _receive(whole[start:stop], holder, self._local(kind, name).device)
+                _receive(whole[start:stop], holder, self._device)
         return None if whole is None else whole.view(self.shapes[name])
 
 
@@ -108,9 +110,7 @@ def local_sums(grads: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
 
     The squares are summed in fp32 within a tensor, as torch's own clipping does, and in fp64 across tensors.
     """
-    return [
-        torch.zeros((), dtype=torch.float64) if grad is None else _norm(grad).double().square() for grad in grads
-    ]
+    return [torch.zeros((), dtype=torch.float64) if grad is None else _norm(grad).double().square() for grad in grads]
 
 
 def global_norm(grads: Iterable[torch.Tensor], device: torch.device, replicas: int = 1) -> float:

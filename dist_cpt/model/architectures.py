@@ -92,5 +92,7 @@ def parts_of(model: Any) -> Parts:
 
 
 def _max_positions(decoder: nn.Module) -> int | None:
-    tables = [m for name, m in decoder.named_children() if isinstance(m, nn.Embedding) and name in ("wpe", "embed_positions")]
+    tables = [
+        m for name, m in decoder.named_children() if isinstance(m, nn.Embedding) and name in ("wpe", "embed_positions")
+    ]
     return tables[0].num_embeddings if tables else None

@@ -11,6 +11,7 @@ where that package is installed ("flash_attention_2"), else a block-diagonal mas
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -114,14 +115,15 @@ def _by_document(
     if borders == list(range(0, batch * length + 1, length)):  # every block is one document
         out_BHLN = _causal_attention(query_BHLN, key_BHLN, value_BHLN, dropout, scaling, sliding_window)
         return out_BHLN.transpose(1, 2).contiguous()
-    sizes = [stop - start for start, stop in zip(borders, borders[1:], strict=False)]
-    documents = zip(
-        *(x.transpose(1, 2).reshape(batch * length, heads, head_dim).split(sizes) for x in (query_BHLN, key_BHLN, value_BHLN)),
-        strict=True,
-    )
+    sizes = [stop - start for start, stop in itertools.pairwise(borders)]
+
+    def documents(x_BHLN: torch.Tensor) -> list[torch.Tensor]:  # each [1, H, tokens of the document, N]
+        x_THN = x_BHLN.transpose(1, 2).reshape(batch * length, heads, head_dim)
+        return [x.transpose(0, 1)[None] for x in x_THN.split(sizes)]
+
     outs_THN = [
-        _causal_attention(*(x.transpose(0, 1)[None] for x in qkv), dropout, scaling, sliding_window)[0].transpose(0, 1)
-        for qkv in documents
+        _causal_attention(query, key, value, dropout, scaling, sliding_window)[0].transpose(0, 1)
+        for query, key, value in zip(*map(documents, (query_BHLN, key_BHLN, value_BHLN)), strict=True)
     ]
     return torch.cat(outs_THN).view(batch, length, heads, head_dim)
 
@@ -137,9 +139,7 @@ def _causal_attention(
     length = query.shape[2]
     if sliding_window is not None and length > sliding_window:
         seen_LL = _causal(length, sliding_window, query.device)
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=seen_LL, dropout_p=dropout, scale=scaling
-        )
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen_LL, dropout_p=dropout, scale=scaling)
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout, scale=scaling)
 
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from dist_cpt_kernels import linear_cross_entropy, reference
 from torch import nn
 
-from dist_cpt.data.batch import IGNORE_INDEX
-from dist_cpt.model.attention import Choice, packing_arguments
+from dist_cpt.errors import ConfigError
+from dist_cpt.model.architectures import TESTED
+from dist_cpt.model.attention import Choice, install, packing_arguments
 
 
 class LossHead(nn.Linear):
@@ -28,7 +29,7 @@ class LossHead(nn.Linear):
         if labels is None:
             return F.linear(input, self.weight)
         loss = reference.linear_cross_entropy if self.use_reference else linear_cross_entropy
-        return loss(input, self.weight, labels, scale=scale, ignore_index=IGNORE_INDEX)
+        return loss(input, self.weight, labels, scale=scale)
 
 
 class CausalLMForLoss(nn.Module):
@@ -72,6 +73,36 @@ class CausalLMForLoss(nn.Module):
         if labels is None:
             return head(hidden_BLD[:, -1]).float()
         return head(hidden_BLD.flatten(0, 1), labels.flatten(), scale)
+
+
+@torch.no_grad()
+def prove_parts(model: Any) -> None:
+    """Show, for an architecture no test covers, that backbone, packed attention and head give its own logits.
+
+    Compares the last logits of the second of two packed documents with the model's own answer to that document
+    alone, under its own attention code. Leaves the packed attention installed.
+
+    Raises:
+        ConfigError: they differ, so the model does something that this package does not do.
+    """
+    sizes = (7, 5)
+    ids = torch.randint(0, model.config.vocab_size, (1, sum(sizes)), generator=torch.Generator().manual_seed(0))
+    model.eval()
+    expected = model(input_ids=ids[:, sizes[0] :], use_cache=False).logits[0, -1].float()
+    install(model, "documents")
+    position_ids = torch.cat([torch.arange(size) for size in sizes])[None]
+    borders = torch.tensor([0, sizes[0], sum(sizes)], dtype=torch.int32)
+    found = CausalLMForLoss(model, "documents")(ids, position_ids, borders, max(sizes))[0]
+    error = float((found - expected).abs().max() / expected.abs().max())
+    model.train()
+    # Orders of summation differ; anything left out of the attention or of the head moves logits far more.
+    allowed = 1e-4 if next(model.parameters()).dtype == torch.float32 else 3e-2
+    if not error <= allowed:
+        raise ConfigError(
+            f"model type {model.config.model_type}: packed training would not compute this model: a document's "
+            f"logits are off by {error:.1e} of their size, allowed {allowed:.0e}",
+            remedy=f"use another architecture; tested: {', '.join(TESTED)}",
+        )
 
 
 def install_loss_head(head: nn.Linear, *, use_reference: bool) -> None:

@@ -29,9 +29,7 @@ class AdamW:
         """The live tensor of `kind` master, exp_avg or exp_avg_sq."""
         return {"master": self.masters, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}[kind][name]
 
-    def update(
-        self, names: Sequence[str], grads: Sequence[torch.Tensor], lr: float, weight_decay: float
-    ) -> None:
+    def update(self, names: Sequence[str], grads: Sequence[torch.Tensor], lr: float, weight_decay: float) -> None:
         """Apply fp32 `grads` as part of update number `steps + 1`; the caller raises `steps` after the last part."""
         if not names:
             return

@@ -103,7 +103,9 @@ def agree(error: BaseException | None, what: str) -> None:
     same = [str(index) for index, other in failed if other == report]
     if len(same) < len(reports):
         message = f"{what}: {'rank' if len(same) == 1 else 'ranks'} {', '.join(same)}: {message}"
-    raise _rebuild(report, message) from error
+    agreed = _rebuild(report, message)
+    agreed.agreed = True
+    raise agreed from error
 
 
 def on_rank_zero(what: str, function: Callable[[], Any]) -> Any:

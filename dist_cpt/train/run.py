@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import traceback
@@ -13,22 +14,22 @@ from typing import Any
 
 import torch
 
-from dist_cpt.checkpoint.folders import remove_stale_staging
 from dist_cpt.checkpoint.manifest import Identity, TensorSpec
 from dist_cpt.checkpoint.restore import LoadedCheckpoint, load, newest_valid, require_fit
+from dist_cpt.checkpoint.retention import remove_stale_staging
 from dist_cpt.checkpoint.state import Probe, Randomness, TrainState
 from dist_cpt.checkpoint.store import save as save_checkpoint
 from dist_cpt.checkpoint.verify import certify
 from dist_cpt.config.resolve import StepShape, fingerprint, run_folder, step_shape
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.batch import Batch
-from dist_cpt.data.loader import BlockLoader, ValidationLoader, prefetch
+from dist_cpt.data.loader import PADDING, BlockLoader, ValidationLoader, prefetch
 from dist_cpt.data.prepare import check_vocabulary, open_prepared, prepare
 from dist_cpt.data.tokenizer import load_tokenizer
 from dist_cpt.engines.build import build_engine
 from dist_cpt.engines.engine import Engine
-from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, CheckpointError, DistCptError
-from dist_cpt.model.load import TrainableModel, load_model
+from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, CheckpointError, DistCptError, NumericsError
+from dist_cpt.model.load import TrainableModel, load_model, locate_base
 from dist_cpt.optim.groups import ParamGroup, param_groups
 from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
 from dist_cpt.runtime.env import ProcessEnv, process_env
@@ -53,22 +54,25 @@ from dist_cpt.train.sample import write_sample
 from dist_cpt.train.wandb import new_run_id, wandb_observer
 
 RENDEZVOUS_SECONDS = 1800.0
+WANDB_INIT_SECONDS = 30.0
 STALE_STAGING_SECONDS = 3600.0
 PROBE_BLOCKS = 4
 # The replayed loss is the same forward in another summation order: rounding of one token's loss, averaged.
 REPLAY_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 
 
-def train(config: RunConfig, stop: StopRequest) -> int:
-    """Train, or resume, the run of `config` as one of its ranks; returns the exit code. Collective.
+def train(config: RunConfig, stop: StopRequest) -> tuple[int, Path | None]:
+    """Train, or resume, the run of `config` as one of its ranks. Collective.
 
-    Every ending is written to exit.json, except where the folder belongs to another recipe or process.
+    Returns the exit code, and on rank 0 the run folder, for the report. Every ending is written to exit.json,
+    except where the folder belongs to another recipe or process: then there is no folder to return either.
     """
     env = process_env()
     folder = run_folder(config)
     held: Claim | None = None
-    met = False
-    code, reason, step = EXIT_INTERNAL, "", 0
+    met, own_group = False, not torch.distributed.is_initialized()
+    code, reason = EXIT_INTERNAL, ""
+    progress = Progress()
     observers: list[Observer] = []
     try:
         shape = step_shape(config, env.world_size)
@@ -76,13 +80,13 @@ def train(config: RunConfig, stop: StopRequest) -> int:
         met = True
         held, attempt, run_id = _claim(folder, config, env)
         open_log(folder, env.rank)
-        run = _Run(config, env, folder, shape, device, attempt, run_id, stop, observers)
-        code, reason, step = run.go()
+        run = _Run(config, env, folder, shape, device, attempt, run_id, stop, observers, progress)
+        code, reason = run.go()
     except DistCptError as error:
         code, reason = error.exit_code, str(error)
         if code == EXIT_INTERNAL:
             traceback.print_exc()
-        if env.rank == 0 or (met and not getattr(error, "agreed", False)):
+        if env.rank == 0 or (met and not error.agreed):
             print(f"dist-cpt: {error}", file=sys.stderr, flush=True)
     except Exception as error:  # a defect of ours, or a rank that vanished in a collective
         code, reason = EXIT_INTERNAL, f"{type(error).__name__}: {error}".splitlines()[0]
@@ -90,12 +94,12 @@ def train(config: RunConfig, stop: StopRequest) -> int:
         print(f"dist-cpt: rank {env.rank}: {reason} -- see logs/rank-{env.rank}.log", file=sys.stderr, flush=True)
     finally:
         if held is not None:
-            _end(observers, folder, code, reason, step)
+            _end(observers, folder, code, reason, progress.step)
             held.close()
         close_log()
-        if env.launcher != "alone" or met:
-            _leave(code)
-    return code
+        if own_group and code in (EXIT_DONE, EXIT_STOPPED):
+            shutdown()  # after a failure another rank may be inside a collective: leave by the end of the process
+    return code, None if held is None else folder
 
 
 def _claim(folder: Path, config: RunConfig, env: ProcessEnv) -> tuple[Claim | None, int, str]:
@@ -123,12 +127,6 @@ def _end(observers: Sequence[Observer], folder: Path, code: int, reason: str, st
         print(f"dist-cpt: {error}", file=sys.stderr, flush=True)
 
 
-def _leave(code: int) -> None:
-    """Leave the process group, unless a rank failed and might keep the others waiting in it."""
-    if code in (EXIT_DONE, EXIT_STOPPED):
-        shutdown()
-
-
 @dataclass
 class _Run:
     """The pieces of one attempt on this rank."""
@@ -142,10 +140,14 @@ class _Run:
     wandb_run_id: str
     stop: StopRequest
     observers: list[Observer]
+    progress: Progress
 
-    def go(self) -> tuple[int, str, int]:
-        """Build, restore, train, save; (exit code, reason, last step)."""
+    def go(self) -> tuple[int, str]:
+        """Build, restore, train, save; (exit code, reason)."""
         config, rank = self.config, self.env.rank
+        base = config.model
+        if base.path is not None:  # before the corpus is prepared: that may take hours
+            on_rank_zero("model.path", lambda: str(locate_base(base.path, base.revision)))
         on_rank_zero("prepare data", lambda: prepare(config, self._say_prepared) and None)
         self.prepared = on_every_rank("open data", lambda: open_prepared(config))
         self.tokenizer = on_every_rank("tokenizer", self._load_tokenizer)
@@ -169,7 +171,7 @@ class _Run:
             recipe=fingerprint(config),
             engine=self.engine.kind,
         )
-        self.progress, resumed_from = self._restore()
+        resumed_from = self._restore()
         on_rank_zero("metrics", lambda: rewind(self.folder, self.progress.step if resumed_from else -1))
         self.contract = Contract(
             self.engine,
@@ -191,11 +193,11 @@ class _Run:
             if not done:
                 reason = f"{self.stop.requested or 'another rank'}: stopped and saved at step {self.progress.step}"
                 self._tell(lambda observer: observer.on_message(reason))
-                return EXIT_STOPPED, reason, self.progress.step
+                return EXIT_STOPPED, reason
             if self.progress.saved_step != self.progress.step:
                 self._save(self.progress)
             self._sample()
-        return EXIT_DONE, "done", self.progress.step
+        return EXIT_DONE, "done"
 
     # -- building ------------------------------------------------------------------------------------------
 
@@ -216,7 +218,13 @@ class _Run:
         if self.env.rank == 0:
             console = Console()
             self.observers += [console, MetricsFile(self.folder)]
-            wandb = wandb_observer(self.config.track.wandb, self.folder, self.wandb_run_id, console.on_message)
+            wandb = wandb_observer(
+                self.config.track.wandb,
+                self.folder,
+                self.wandb_run_id,
+                console.on_message,
+                init_timeout_seconds=WANDB_INIT_SECONDS,
+            )
             if wandb is not None:
                 self.observers.append(wandb)
         start = RunStart(
@@ -230,6 +238,7 @@ class _Run:
             resumed_from=resumed_from,
             wandb_run_id=self.wandb_run_id,
             contract=self.contract.content,
+            attempt=self.attempt,
         )
         on_rank_zero("observers", lambda: self._tell(lambda observer: observer.on_start(start)))
 
@@ -239,29 +248,25 @@ class _Run:
 
     # -- restoring -----------------------------------------------------------------------------------------
 
-    def _restore(self) -> tuple[Progress, str | None]:
-        """The newest valid checkpoint into the engine, with its certificate; or a fresh start."""
+    def _restore(self) -> str | None:
+        """The newest valid checkpoint into engine and progress, with its certificate; None for a fresh start."""
         on_rank_zero("checkpoints", lambda: remove_stale_staging(self.folder, STALE_STAGING_SECONDS))
         found, skipped = newest_valid(self.folder)
         for name, why in skipped:
             LOGGER.warning("checkpoint %s does not hold and is skipped: %s", name, why)
         if found is None:
-            return Progress(), None
+            return None
         with load(found, verified=True) as checkpoint:
             on_every_rank("checkpoint", lambda: require_fit(checkpoint.manifest, self.specs, self.identity))
             state = checkpoint.state
             self.engine.import_state(checkpoint.read, state.step - state.skipped_total)
             self._certify(checkpoint)
-        progress = Progress(
-            step=state.step,
-            position=state.position,
-            tokens=state.tokens,
-            tokens_by_source=dict(state.tokens_by_source),
-            skipped_total=state.skipped_total,
-            skipped_in_a_row=state.skipped_in_a_row,
-            saved_step=state.step,
-        )
-        return progress, found.name
+        progress = self.progress
+        progress.step, progress.position, progress.tokens = state.step, state.position, state.tokens
+        progress.tokens_by_source = dict(state.tokens_by_source)
+        progress.skipped_total, progress.skipped_in_a_row = state.skipped_total, state.skipped_in_a_row
+        progress.saved_step = state.step
+        return found.name
 
     def _certify(self, checkpoint: LoadedCheckpoint) -> None:
         """Prove the restored state; certificate.json holds the proof or the named failure."""
@@ -305,17 +310,11 @@ class _Run:
 
     def _probe_loss(self, position: int) -> float:
         """Mean loss of the next few blocks of the training stream, without a gradient."""
-        blocks = list(range(position, position + min(PROBE_BLOCKS, self.shape.blocks_per_step)))
-        padding = -1
-
-        def batch_of(positions: Sequence[int]) -> Batch:
-            return self.loader.batch(positions)
-
         return evaluate(
             self.engine,
-            batch_of,
-            blocks,
-            padding,
+            self.loader.batch,
+            list(range(position, position + PROBE_BLOCKS)),
+            PADDING,
             rank=self.env.rank,
             world_size=self.env.world_size,
             micro_batch=1,
@@ -368,6 +367,12 @@ class _Run:
         return by_steps or by_time
 
     def _save(self, progress: Progress) -> None:
+        probe_loss = self._probe_loss(progress.position)
+        if not math.isfinite(probe_loss):
+            raise NumericsError(
+                f"the loss after step {progress.step} is {probe_loss}: this state is not saved",
+                remedy="lower the learning rate; the last checkpoint is from before",
+            )
         state = TrainState(
             step=progress.step,
             position=progress.position,
@@ -382,7 +387,7 @@ class _Run:
             next_block_ids=tuple(self._block_ids(progress.position, self.shape.blocks_per_step)),
             probe=Probe(
                 block_ids=tuple(range(progress.position, progress.position + PROBE_BLOCKS)),
-                loss=self._probe_loss(progress.position),
+                loss=probe_loss,
             ),
         )
         saved = save_checkpoint(

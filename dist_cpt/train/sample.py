@@ -15,9 +15,7 @@ from dist_cpt.train.folder import write_json
 NEW_TOKENS = 48
 
 
-def write_sample(
-    engine: Engine, tokenizer: Any, prompt: Sequence[int], folder: Path, step: int, *, rank: int
-) -> None:
+def write_sample(engine: Engine, tokenizer: Any, prompt: Sequence[int], folder: Path, step: int, *, rank: int) -> None:
     """Continue `prompt` (token ids) greedily and write sample.json. Collective: every rank runs the forwards."""
     ids = list(prompt)
     device = None

@@ -22,6 +22,7 @@ import netrc
 import os
 import re
 import secrets
+import shlex
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -123,7 +124,8 @@ class WandbObserver:
                 self._close_service()
                 return
         if self.mode == "offline":
-            self._say(f"W&B: offline, run {self._run_id}; upload with: wandb sync {self._folder}/wandb/offline-run-*")
+            path = shlex.quote(f"{self._folder}/wandb")
+            self._say(f"W&B: offline, run {self._run_id}; upload with: wandb sync {path}/offline-run-*")
         else:
             self._say(f"W&B: run {self._run_id} at {self._run.url}")
         self._guarded(self._define_axes)
@@ -211,7 +213,7 @@ class WandbObserver:
 
     def _close_service(self) -> None:
         """End wandb's own process, so that none outlives the run."""
-        if not _within(self._finish_timeout_seconds + _GRACE_SECONDS, lambda: _wandb().teardown(0)):
+        if not _within(_GRACE_SECONDS, lambda: _wandb().teardown(0)):
             self._say("W&B: its process does not end; it is left alone")
 
 

@@ -79,7 +79,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        if torch._C._autograd._get_current_graph_task_keep_graph():  # a later backward needs them unscaled
+        # With retain_graph a later backward needs them unscaled.
+        if torch._C._autograd._get_current_graph_task_keep_graph():  # type: ignore[attr-defined]
             grad_hidden, grad_weight = (g if g is None else g.clone() for g in (grad_hidden, grad_weight))
         for grad in (grad_hidden, grad_weight):
             if grad is not None:

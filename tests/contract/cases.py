@@ -1,4 +1,4 @@
-"""What runs on every rank of the contract suite. Each function returns plain numbers or CPU tensors."""
+"""What runs on every rank of the contract suite; every function returns plain numbers or CPU tensors."""
 
 from __future__ import annotations
 
@@ -10,68 +10,82 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_cpt.config.schema import RunConfig
 from dist_cpt.engines.build import build_engine
-from dist_cpt.engines.engine import STATE_KINDS, Engine
+from dist_cpt.engines.engine import Engine, GradStats
+from dist_cpt.errors import DistCptError
+from dist_cpt.model.load import load_model
 from dist_cpt.optim.groups import ParamGroup, param_groups
-from tests.contract.model import Model, batches, build_model, num_tokens, recipe
+from tests.contract.model import batches, block, num_tokens, recipe
 from tests.contract.reference import learning_rates, reference_run
 
 State = dict[str, torch.Tensor]  # "kind.name" -> full fp32 tensor
 CPU = torch.device("cpu")
 
 
-def make(variant: str, config: RunConfig, **options: Any) -> tuple[Model, list[ParamGroup]]:
-    """The tiny model of a variant and its groups."""
-    model = build_model(config, tied=variant == "lora-tied", **options)
-    return model, param_groups(model.trainable, config.optim, config.adapter.kind == "lora")
-
-
 @contextmanager
-def running(engine: Any, variant: str, weights: str, **options: Any) -> Iterator[tuple[Engine, list[ParamGroup], Model]]:
+def running(base: str, engine: dict[str, Any], variant: str, weights: str) -> Iterator[tuple[Engine, list[ParamGroup]]]:
     """An engine of this rank, closed afterwards."""
-    config = recipe(engine, variant, weights, **options.pop("engine_options", {}))
-    model, groups = make(variant, config, **options)
+    config = recipe(base, engine, variant, weights)
+    model = load_model(config, device=CPU)
+    groups = param_groups(model.trainable, config.optim, config.adapter.kind == "lora")
     built = build_engine(model.module, model.trainable, groups, model.layers, config, CPU)
+    del model
     try:
-        yield built, groups, model
+        yield built, groups
     finally:
         built.close()
-        del built, model
+        del built
         gc.collect()
 
 
-def train_step(engine: Engine, groups: list[ParamGroup], step: int, poison: int | None = None) -> tuple[float, Any]:
-    """(global loss sum, GradStats) of one step; `poison` is the rank whose last micro-batch turns to NaN."""
-    local = torch.zeros(())
+def accumulate(engine: Engine, step: int, poisoned_rank: int | None = None) -> torch.Tensor:
+    """Local loss sum of a step's micro-batches; the last one of `poisoned_rank` gets a NaN scale."""
     mine = batches(step, dist.get_rank(), dist.get_world_size())
+    local = torch.zeros(())
     for number, batch in enumerate(mine):
         last = number == len(mine) - 1
-        tokens = float("nan") if last and poison == dist.get_rank() else num_tokens(step)
-        local += engine.accumulate(batch, tokens, last)  # type: ignore[arg-type]
+        poisoned = last and poisoned_rank == dist.get_rank()
+        tokens: Any = float("nan") if poisoned else num_tokens(step)
+        local += engine.accumulate(batch, tokens, last)
+    return local
+
+
+def train_step(engine: Engine, groups: list[ParamGroup], step: int, poisoned_rank: int | None = None) -> Any:
+    """(global loss sum, GradStats) of one step."""
+    local = accumulate(engine, step, poisoned_rank)
     stats = engine.step(learning_rates(groups, step))
     dist.all_reduce(local)
     return float(local), stats
 
 
+def train(engine: Engine, groups: list[ParamGroup], first: int, last: int) -> list[float]:
+    """Loss sums and gradient norms of the steps first..last, none of which may be skipped."""
+    numbers: list[float] = []
+    for step in range(first, last + 1):
+        loss, stats = train_step(engine, groups, step)
+        assert not stats.skipped
+        numbers += [loss, stats.grad_norm]
+    return numbers
+
+
 def snapshot(engine: Engine) -> State:
-    """The whole training state on rank 0, owners rotating so that every rank has to send; {} elsewhere."""
-    names: list[str] = []
+    """The whole training state on every rank; owners rotate, so that every rank sends and owns."""
     ranks = dist.get_world_size()
+    owners: dict[str, int] = {}
 
     def owner(kind: str, name: str) -> int:
-        if f"{kind}.{name}" not in names:
-            names.append(f"{kind}.{name}")
-        return names.index(f"{kind}.{name}") % ranks
+        return owners.setdefault(f"{kind}.{name}", len(owners) % ranks)
 
-    mine = {f"{e.kind}.{e.name}": e.values for e in engine.export_state(owner) if e.values is not None}
+    exported = list(engine.export_state(owner))
+    mine = {f"{e.kind}.{e.name}": e.values for e in exported if e.values is not None}
+    assert all((owners[f"{e.kind}.{e.name}"] == dist.get_rank()) == (e.values is not None) for e in exported)
     parts: list[Any] = [None] * ranks
     dist.all_gather_object(parts, mine)
     return {key: value for part in parts for key, value in part.items()}
 
 
 def restore(engine: Engine, state: State, step: int) -> None:
-    """Import, checking that no rank reads outside a tensor."""
+    """Import `state`, checking that no rank reads outside a tensor."""
 
     def read(kind: str, name: str, start: int, stop: int) -> torch.Tensor:
         flat = state[f"{kind}.{name}"].reshape(-1)
@@ -81,46 +95,119 @@ def restore(engine: Engine, state: State, step: int) -> None:
     engine.import_state(read, step)
 
 
-def reference(variant: str, steps: int) -> Any:
-    config = recipe({"kind": "single"}, variant)
-    model, groups = make(variant, config)
-    return reference_run(model, groups, config, steps)
+def on_rank_0(value: Any) -> Any:
+    """Spare the pipe: every rank holds the same value."""
+    return value if dist.get_rank() == 0 else None
 
 
-def losses_and_gradients(engine: Any, variant: str, steps: int, **engine_options: Any) -> Any:
-    """(loss sums, gradient norms, the probe before each step) of an fp32 run."""
+def reference(base: str, variant: str, steps: int) -> Any:
+    """The reference run and, after it, a loss sum and logits."""
+    config = recipe(base, {"kind": "single"}, variant, "fp32", kernels="reference")
+    model = load_model(config, device=CPU)
+    groups = param_groups(model.trainable, config.optim, config.adapter.kind == "lora")
+    record = reference_run(model.module, model.trainable, groups, config, steps)
+    held_out = block(999, 0)
+    with torch.no_grad():
+        _, loss = model.module(
+            held_out.input_ids, held_out.position_ids, held_out.cu_seqlens, held_out.max_seqlen, held_out.labels
+        )
+        one_document = (torch.arange(7)[None], torch.tensor([0, 7], dtype=torch.int32), 7)
+        logits = model.module(held_out.input_ids[:, :7], *one_document)
+    return record, float(loss), logits
+
+
+def against_reference(base: str, engine: dict[str, Any], variant: str, steps: int) -> Any:
+    """Loss sums, gradient norms, probes before each step, and a loss sum and logits after the last one."""
     losses, norms, probes = [], [], []
-    with running(engine, variant, "fp32", engine_options=engine_options) as (built, groups, _):
+    with running(base, engine, variant, "fp32") as (built, groups):
         for step in range(1, steps + 1):
-            mine = batches(step, dist.get_rank(), dist.get_world_size())
-            local = torch.zeros(())
-            for number, batch in enumerate(mine):
-                local += built.accumulate(batch, num_tokens(step), number == len(mine) - 1)
+            local = accumulate(built, step)
             probes.append(built.gradient_probe())
             stats = built.step(learning_rates(groups, step))
             assert not stats.skipped
             dist.all_reduce(local)
             losses.append(float(local))
             norms.append(stats.grad_norm)
-    return losses, norms, probes
+        held_out = block(999, 0)
+        return losses, norms, probes, float(built.evaluate(held_out)), built.logits(held_out.input_ids[:, :7])
 
 
-def train_and_export(
-    engine: Any, variant: str, weights: str, first: int, last: int, state: State | None, read_back: bool = False
+def train_from(
+    base: str, engine: dict[str, Any], variant: str, state: State | None, first: int, last: int, weights: str = "bf16"
 ) -> Any:
-    """Import `state` (of step first - 1) if given, train steps first..last, return losses, norms and the state.
-
-    `read_back` returns the state as exported right after the import.
-    """
-    with running(engine, variant, weights) as (built, groups, _):
+    """Import `state` of step first - 1 if given, read it back, train: (state as read back, numbers, state after)."""
+    with running(base, engine, variant, weights) as (built, groups):
         if state is not None:
             restore(built, state, first - 1)
-        if read_back:
-            return snapshot(built) if dist.get_rank() == 0 else snapshot(built) and None
-        record = [train_step(built, groups, step) for step in range(first, last + 1)]
-        assert not any(stats.skipped for _, stats in record)
-        whole = snapshot(built)
-        return [loss for loss, _ in record], [s.grad_norm for _, s in record], whole if dist.get_rank() == 0 else None
+        before = snapshot(built)
+        numbers = train(built, groups, first, last)
+        return on_rank_0((before, numbers, snapshot(built)))
 
 
-assert STATE_KINDS == ("master", "exp_avg", "exp_avg_sq")
+def resume_twice(base: str, engine: dict[str, Any], variant: str, half: int) -> Any:
+    """2 x half steps in one go; half, export, import into a fresh engine, half; and the same import into the
+    engine that has already gone on: (numbers and state of each)."""
+    with running(base, engine, variant, "bf16") as (built, groups):
+        train(built, groups, 1, half)
+        middle = snapshot(built)
+        loss_then = float(built.evaluate(block(999, 0)))
+        unbroken = train(built, groups, half + 1, 2 * half), snapshot(built)
+        built.evaluate(block(999, 0))  # leaves gathered copies behind, if an engine does not take care
+        restore(built, middle, half)
+        assert float(built.evaluate(block(999, 0))) == loss_then, "compute copies are stale after an import"
+        rewound = train(built, groups, half + 1, 2 * half), snapshot(built)
+    with running(base, engine, variant, "bf16") as (built, groups):
+        restore(built, middle, half)
+        resumed = train(built, groups, half + 1, 2 * half), snapshot(built)
+    return on_rank_0((unbroken, resumed, rewound))
+
+
+def poisoned(base: str, engine: dict[str, Any], variant: str, weights: str) -> Any:
+    """Two good steps, one with a NaN on the last rank alone, one good step; and the same without the bad one."""
+    bad_rank = dist.get_world_size() - 1
+    with running(base, engine, variant, weights) as (built, groups):
+        train(built, groups, 1, 2)
+        before = snapshot(built)
+        _, stats = train_step(built, groups, 3, poisoned_rank=bad_rank)
+        after = snapshot(built)
+        with_bad = train(built, groups, 3, 4), snapshot(built)
+    with running(base, engine, variant, weights) as (built, groups):
+        train(built, groups, 1, 2)
+        without = train(built, groups, 3, 4), snapshot(built)
+    assert isinstance(stats, GradStats)
+    return stats, on_rank_0((before, after, with_bad, without))
+
+
+def bytes_held(base: str, engine: dict[str, Any], variant: str) -> dict[str, int]:
+    """sharded_bytes after a step."""
+    with running(base, engine, variant, "bf16") as (built, groups):
+        train(built, groups, 1, 1)
+        return built.sharded_bytes()
+
+
+def failing_import(base: str, engine: dict[str, Any], failing_rank: int) -> str:
+    """The error each rank sees when one rank's read fails half way, as `class: message`."""
+    calls = 0
+
+    def read(kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if dist.get_rank() == failing_rank and calls == 3:
+            raise OSError("disk went away")
+        return torch.zeros(stop - start)
+
+    with running(base, engine, "lora", "bf16") as (built, _):
+        try:
+            built.import_state(read, 1)
+        except DistCptError as error:
+            return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def frozen_is_untouched(base: str, engine: dict[str, Any]) -> tuple[int, bool]:
+    """(frozen tensors, whether two steps left their local values as they were)."""
+    with running(base, engine, "lora", "bf16") as (built, groups):
+        before = {name: tensor.clone() for name, tensor in built.frozen_tensors()}
+        train(built, groups, 1, 2)
+        after = dict(built.frozen_tensors())
+        return len(before), all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -6,13 +6,11 @@ pads its last part.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.batch import IGNORE_INDEX, Batch
@@ -20,31 +18,46 @@ from dist_cpt.data.batch import IGNORE_INDEX, Batch
 VOCAB = 131
 SEQ_LEN = 20
 BLOCKS_PER_STEP = 8
+VARIANTS = ("lora", "lora-tied", "full")  # the first two train the embeddings and the head as well
 
 
-@dataclass(frozen=True)
-class Model:
-    """What build_engine takes."""
+def save_base(folder: str, sizes: dict[str, Any]) -> None:
+    """Write a random Llama in fp32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    module: nn.Module
-    trainable: dict[str, nn.Parameter]
-    layers: list[nn.Module]
+    if Path(folder, "config.json").exists():
+        return
+    torch.manual_seed(0)
+    tiny = {
+        "vocab_size": VOCAB,
+        "hidden_size": 30,
+        "intermediate_size": 45,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+    }
+    LlamaForCausalLM(LlamaConfig(**(tiny | sizes))).save_pretrained(folder)
 
 
-def recipe(engine: Any, variant: str, weights: str = "fp32", **engine_options: Any) -> RunConfig:
-    """Variants: lora (embeddings and untied head train too), lora-tied, full."""
-    lora = variant != "full"
+def recipe(base: str, engine: dict[str, Any], variant: str, weights: str, **model: Any) -> RunConfig:
+    """A recipe around the base folder; the optimizer's numbers make clipping and every group matter."""
+    adapter: dict[str, Any] = {"adapter": {"kind": "none"}}
+    if variant != "full":
+        adapter = {
+            "adapter": {"kind": "lora", "rank": 3, "alpha": 6},
+            "embeddings": {"train": ["embed_tokens", "lm_head"]},
+        }
     return RunConfig.model_validate(
         {
             "name": "contract",
-            "model": {"path": "tiny", "weights": weights},
-            "adapter": {"kind": "lora", "rank": 3, "alpha": 6} if lora else {"kind": "none"},
-            "embeddings": {"train": ["embed_tokens", "lm_head"]} if lora else {},
+            "model": {"path": base, "weights": weights} | model,
             "data": {"seq_len": SEQ_LEN, "sources": [{"path": "none.jsonl"}]},
             "batch": {"global_tokens": SEQ_LEN * BLOCKS_PER_STEP},
             "train": {"tokens": 10_000},
             "optim": {"lr": 3e-3, "embedding_lr": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.5},
-            "engine": dict(engine) | engine_options,
+            "engine": engine,
+            **adapter,
         }
     )
 
@@ -73,64 +86,3 @@ def block(step: int, number: int) -> Batch:
     targets = int((labels != IGNORE_INDEX).sum())
     borders = torch.tensor([0, border, SEQ_LEN], dtype=torch.int32)
     return Batch(ids, labels, positions, borders, SEQ_LEN, targets, np.array([used]), (number,))
-
-
-class Head(nn.Linear):
-    """The output matrix with the loss inside, called as a module by the wrapper below."""
-
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        logits = F.linear(hidden, self.weight).float()
-        if labels is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-
-
-class LossModel(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, position_ids, cu_seqlens, max_seqlen, labels, scale):
-        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        hidden = inner.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        if labels is None:
-            return inner.lm_head(hidden[:, -1])
-        loss = inner.lm_head(hidden, labels)
-        return loss * scale, loss.detach()
-
-
-def build_model(config: RunConfig, seed: int = 0, dropout: float = 0.0, tied: bool = False) -> Model:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=30,
-            intermediate_size=45,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            num_key_value_heads=1,
-            tie_word_embeddings=tied,
-            attn_implementation="eager",
-        )
-    )
-    llama.lm_head.__class__ = Head
-    compute = torch.bfloat16 if config.model.weights == "bf16" else torch.float32
-    inner = llama
-    if config.adapter.kind == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        llama.to(compute)
-        lora = LoraConfig(r=3, lora_alpha=6, lora_dropout=dropout, target_modules="all-linear", use_rslora=True)
-        inner = get_peft_model(llama, lora)
-        for name, parameter in inner.named_parameters():
-            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-                parameter.requires_grad_(True)
-    module = LossModel(inner)
-    trainable = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-            trainable[name.removeprefix("model.")] = parameter
-    return Model(module, trainable, list(llama.model.layers))

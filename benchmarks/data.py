@@ -1,0 +1,230 @@
+"""Text -> packed training blocks: dist-cpt's `prepare` against the usual run_clm recipe, in one run.
+
+Same work: the same jsonl file and fast tokenizer, from raw text to blocks of seq_len tokens with one EOS per
+document. Theirs: datasets.Dataset.from_json -> map(tokenize, batched) -> map(group_texts, batched), on as many
+processes as there are cores. Ours: prepare (with its sha256 and fsync) -> pack. Every round starts from
+nothing: no cache of either side is reused. Rounds alternate; medians are reported.
+
+    python benchmarks/data.py [--megabytes 30] [--rounds 5] [--write]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+SEQ_LEN = 2048
+VOCABULARY = 16384
+EOS = "<eos>"
+NUM_PROCESSES = len(os.sched_getaffinity(0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--megabytes", type=float, default=30.0, help="of text")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--write", action="store_true", help="to benchmarks/results/")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="dist-cpt-bench-") as folder:
+        result = compare(Path(folder), arguments.megabytes, arguments.rounds)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.write:
+        target = Path(__file__).parent / "results" / f"{date.today().isoformat()}_cpu_data.json"
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(text + "\n")
+
+
+def compare(folder: Path, megabytes: float, rounds: int) -> dict[str, Any]:
+    """Time both ways `rounds` times in turn and check that they saw the same tokens."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    corpus, tokenizer = folder / "corpus.jsonl", folder / "tokenizer"
+    num_texts, num_bytes = write_corpus(corpus, megabytes)
+    train_tokenizer(tokenizer)
+    load_before = os.getloadavg()
+    ways: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "dist_cpt": lambda work: by_prepare(corpus, tokenizer, work),
+        "run_clm": lambda work: by_run_clm(corpus, tokenizer, work),
+    }
+    for way in ways.values():  # imports, page cache; not counted
+        once(way, folder / "warm-up")
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, dict[str, Any]] = {}
+    for number in range(rounds):
+        # Who goes first changes, so that a drift of the machine favours no one.
+        for name in sorted(ways, reverse=bool(number % 2)):
+            taken, cpu_taken, found[name] = once(ways[name], folder / f"{name}-{number}")
+            seconds[name].append(taken)
+            cpu[name].append(cpu_taken)
+    if found["dist_cpt"]["tokens"] != found["run_clm"]["tokens"]:
+        raise SystemExit(f"not the same work: {found}")
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "what": "raw jsonl text to packed blocks, dist_cpt prepare + pack against datasets.map + group_texts",
+        "date": date.today().isoformat(),
+        "machine": {"cores": NUM_PROCESSES, "processor": platform.machine(), "python": platform.python_version()},
+        "versions": {p: version(p) for p in ("tokenizers", "transformers", "datasets", "numpy")},
+        "load_average": {"before": load_before, "after": os.getloadavg()},
+        "corpus": {"texts": num_texts, "text_bytes": num_bytes, "tokens": found["dist_cpt"]["tokens"]},
+        "seq_len": SEQ_LEN,
+        "vocabulary": VOCABULARY,
+        "rounds": rounds,
+        "results": {
+            name: {
+                **found[name],
+                "seconds": [round(s, 3) for s in seconds[name]],
+                "cpu_seconds": [round(s, 3) for s in cpu[name]],
+                "median_seconds": round(medians[name], 3),
+                "tokens_per_second": round(found[name]["tokens"] / medians[name]),
+            }
+            for name in ways
+        },
+        "ratio": round(medians["run_clm"] / medians["dist_cpt"], 3),
+        # Less disturbed than elapsed time by whatever else the machine does.
+        "cpu_ratio": round(statistics.median(cpu["run_clm"]) / statistics.median(cpu["dist_cpt"]), 3),
+    }
+
+
+def once(way: Callable[[Path], dict[str, Any]], work: Path) -> tuple[float, float, dict[str, Any]]:
+    """Elapsed and CPU seconds of one preparation in a fresh folder, gone afterwards, and what came out."""
+    work.mkdir()
+    start, cpu_start = time.perf_counter(), cpu_seconds()
+    result = way(work)
+    taken, cpu_taken = time.perf_counter() - start, cpu_seconds() - cpu_start
+    shutil.rmtree(work)
+    return taken, cpu_taken, result
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of those it started and has waited for."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in usage)
+
+
+def by_prepare(corpus: Path, tokenizer: Path, work: Path) -> dict[str, Any]:
+    from dist_cpt.config.resolve import resolve_paths
+    from dist_cpt.config.schema import RunConfig
+    from dist_cpt.data.packing import pack
+    from dist_cpt.data.prepare import prepare
+
+    os.environ.pop("TOKENIZERS_PARALLELISM", None)
+    config = RunConfig.model_validate(
+        {
+            "name": "bench",
+            "model": {"config": {"model_type": "llama"}},
+            "adapter": {"kind": "none"},
+            "data": {
+                "seq_len": SEQ_LEN,
+                "tokenizer": str(tokenizer),
+                "cache_dir": str(work),
+                "sources": [{"path": str(corpus)}],
+            },
+            "batch": {"global_tokens": SEQ_LEN},
+            "train": {"tokens": SEQ_LEN},
+        }
+    )
+    store = prepare(resolve_paths(config)).sources[0].store
+    plan = pack(store.lengths, SEQ_LEN)
+    return {
+        "documents": store.num_documents,
+        "tokens": store.num_tokens,
+        "blocks": plan.num_blocks,
+        "tokens_in_blocks": plan.num_tokens,
+    }
+
+
+def by_run_clm(corpus: Path, tokenizer: Path, work: Path) -> dict[str, Any]:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as transformers advises where num_proc forks
+    fast = AutoTokenizer.from_pretrained(tokenizer)
+
+    def tokenize(batch: dict[str, list[str]]) -> Any:
+        return fast([text + EOS for text in batch["text"]])
+
+    def group_texts(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        flat = {key: list(chain(*rows)) for key, rows in batch.items()}
+        total = len(flat["input_ids"]) // SEQ_LEN * SEQ_LEN
+        blocks = {key: [row[i : i + SEQ_LEN] for i in range(0, total, SEQ_LEN)] for key, row in flat.items()}
+        blocks["labels"] = blocks["input_ids"].copy()
+        return blocks
+
+    raw = Dataset.from_json(str(corpus), cache_dir=str(work / "arrow"))
+    assert isinstance(raw, Dataset)
+    options: dict[str, Any] = {"batched": True, "num_proc": NUM_PROCESSES, "load_from_cache_file": False}
+    tokenized = raw.map(tokenize, remove_columns=raw.column_names, **options)
+    grouped = tokenized.map(group_texts, **options)
+    # Counted without decoding the columns: the lengths of the lists are their Arrow offsets.
+    return {
+        "documents": raw.num_rows,
+        "tokens": arrow_values(tokenized),
+        "blocks": grouped.num_rows,
+        "tokens_in_blocks": grouped.num_rows * SEQ_LEN,
+    }
+
+
+def arrow_values(dataset: Any) -> int:
+    """Number of token ids in a dataset."""
+    import pyarrow.compute as pc
+
+    return pc.sum(pc.list_value_length(dataset.data.column("input_ids"))).as_py()  # pyright: ignore
+
+
+def standard_library() -> list[str]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [f for f in sorted(root.rglob("*.py")) if not {"site-packages", "test", "tests"} & set(f.parts)]
+    texts = [f.read_text(encoding="utf-8", errors="ignore") for f in files]
+    return [t for t in texts if t.strip() and EOS not in t and "\x00" not in t]
+
+
+def write_corpus(path: Path, megabytes: float) -> tuple[int, int]:
+    """The standard library's files, again and again, as jsonl; returns texts and bytes of text."""
+    texts = standard_library()
+    num_texts = num_bytes = 0
+    with path.open("w", encoding="utf-8") as file:
+        while num_bytes < megabytes * 1e6:
+            text = texts[num_texts % len(texts)]
+            file.write(json.dumps({"text": text}) + "\n")
+            num_texts += 1
+            num_bytes += len(text.encode("utf-8"))
+    return num_texts, num_bytes
+
+
+def train_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(standard_library(), trainer)
+    # An explicit length: run_clm's tokenizer warns of texts longer than the model otherwise.
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, model_max_length=10**9).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""FSDP2: `fully_shard` over all tensors, over a node's ranks, or over the trainable tensors alone.
+
+full        every tensor is cut over all ranks (its first dimension).
+hybrid      cut over `dp_shard` ranks, repeated over the others (mesh dp_replicate x dp_shard).
+trainable   the trainable tensors are cut over all ranks, the frozen base stays whole on each.
+
+The decoder layers are the units; the embeddings, the head and the last norm form the root unit, so that a
+tied or directly read output matrix is whole wherever the loss needs it.
+
+Accumulation: every micro-batch is reduced into fp32 shards, G reduce-scatters per step instead of one. The
+alternative, holding back the reduction until the last micro-batch, keeps a full fp32 gradient on each rank:
+4 bytes per trainable element, 32 GB for 8B parameters. Under hybrid the all-reduce between the shard groups
+waits for the last micro-batch, since it works on shards and holds nothing more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from dist_cpt.config.schema import EngineConfig, RunConfig
+from dist_cpt.data.batch import Batch
+from dist_cpt.engines.engine import ExportedTensor, GradStats, ReadState, StateKind
+from dist_cpt.engines.forward import inference, last_logits, scaled_loss
+from dist_cpt.engines.slices import SlicedState, clip_factor, global_norm, probe, storage_bytes
+from dist_cpt.errors import ConfigError
+from dist_cpt.optim.groups import ParamGroup
+from dist_cpt.optim.optimizer import AdamW
+from dist_cpt.runtime.env import process_env
+
+
+class Fsdp2Engine:
+    """fp32 shards are the masters; the gathered copies compute in the dtype of the recipe."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        trainable: Mapping[str, nn.Parameter],
+        groups: Sequence[ParamGroup],
+        layers: Sequence[nn.Module],
+        config: RunConfig,
+        engine: EngineConfig,
+        device: torch.device,
+    ) -> None:
+        self.kind = f"fsdp-{engine.shard}"
+        self._device = device
+        self._groups = list(groups)
+        self._max_norm = config.optim.max_grad_norm
+        self._hybrid = engine.shard == "hybrid"
+        mesh = _mesh(engine, device)
+        self._replicas = mesh.size(0) if self._hybrid else 1
+        path_of = {id(parameter): path for path, parameter in module.named_parameters()}
+        paths = {name: path_of[id(trainable[name])] for group in groups for name in group.names}
+        self._units = _shard(module, layers, mesh, config, engine, device)
+        self._module = module.train()
+        # Sharding replaces the parameters, so they are looked up again by path.
+        self._parameters = {name: module.get_parameter(path) for name, path in paths.items()}
+        shards = {name: _local(parameter) for name, parameter in self._parameters.items()}
+        self._adam = AdamW(shards, config.optim)
+        self._state = SlicedState(
+            {name: parameter.shape for name, parameter in self._parameters.items()},
+            {name: _range(parameter, mesh) for name, parameter in self._parameters.items()},
+            lambda kind, name: self._adam.state(kind, name).view(-1),
+            device,
+            primary=not self._hybrid or mesh.get_local_rank(0) == 0,
+        )
+
+    def accumulate(self, batch: Batch, num_tokens: int, last: bool) -> torch.Tensor:
+        if self._hybrid:
+            self._root.set_requires_all_reduce(last)
+        loss, loss_sum = scaled_loss(self._module, batch.to(self._device), 1.0 / num_tokens)
+        loss.backward()
+        return loss_sum
+
+    def step(self, lrs: Mapping[str, float]) -> GradStats:
+        grads = {name: self._grad(name) for name in self._parameters}
+        present = [grad for grad in grads.values() if grad is not None]
+        norm = global_norm(present, self._device, self._replicas)
+        if math.isfinite(norm):
+            factor = clip_factor(norm, self._max_norm)
+            if factor < 1.0:
+                torch._foreach_mul_(present, factor)
+            self._update(grads, lrs)
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        return GradStats(norm, skipped=not math.isfinite(norm))
+
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        with self._inference():
+            return scaled_loss(self._module, batch.to(self._device), 1.0)[1]
+
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        with self._inference():
+            return last_logits(self._module, input_ids.to(self._device))
+
+    def export_state(self, owner_of: Callable[[StateKind, str], int]) -> Iterator[ExportedTensor]:
+        return self._state.export(owner_of)
+
+    def import_state(self, read: ReadState, step: int) -> None:
+        self._state.import_(read)
+        self._adam.steps = step
+
+    def gradient_probe(self) -> dict[str, tuple[float, float]]:
+        return probe({name: self._grad(name) for name in self._parameters}, self._device, self._replicas)
+
+    def frozen_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        training = {id(parameter) for parameter in self._parameters.values()}
+        for name, parameter in self._module.named_parameters():
+            if id(parameter) not in training:
+                yield name, _local(parameter)
+
+    def sharded_bytes(self) -> dict[str, int]:
+        # The compute copies live from gather to reshard only; the shards are the masters, counted as trainable.
+        seen: set[int] = set()
+        moments = [*self._adam.exp_avg.values(), *self._adam.exp_avg_sq.values()]
+        return {
+            "trainable": storage_bytes(self._adam.masters.values(), seen),
+            "frozen": storage_bytes((tensor for _, tensor in self.frozen_tensors()), seen),
+            "optimizer": storage_bytes(moments, seen),
+        }
+
+    def close(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    @property
+    def _root(self) -> FSDPModule:
+        return self._units[0]
+
+    def _inference(self):
+        return _Inference(self._module, self._units)
+
+    def _grad(self, name: str) -> torch.Tensor | None:
+        grad = self._parameters[name].grad
+        return None if grad is None else _local(grad)
+
+    def _update(self, grads: Mapping[str, torch.Tensor | None], lrs: Mapping[str, float]) -> None:
+        for group in self._groups:
+            held = [name for name in group.names if self._adam.masters[name].numel()]
+            given = [grads[name] for name in held]
+            zeroed = [
+                torch.zeros_like(self._adam.masters[n]) if g is None else g for n, g in zip(held, given, strict=True)
+            ]
+            self._adam.update(held, zeroed, lrs[group.name], group.weight_decay)
+        self._adam.steps += 1
+
+
+def _mesh(engine: EngineConfig, device: torch.device) -> DeviceMesh:
+    """1-D over all ranks, or dp_replicate x dp_shard.
+
+    Raises:
+        ConfigError: dp_shard does not divide the ranks.
+    """
+    ranks = dist.get_world_size()
+    if engine.shard != "hybrid":
+        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("dp_shard",))
+    shard = engine.dp_shard or process_env().local_world_size
+    if ranks % shard:
+        raise ConfigError(
+            f"engine.dp_shard {shard} does not divide {ranks} ranks",
+            remedy="set engine.dp_shard to a divisor of the number of ranks, usually the ranks of one node",
+        )
+    return init_device_mesh(device.type, (ranks // shard, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
+
+
+def _shard(
+    module: nn.Module,
+    layers: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    config: RunConfig,
+    engine: EngineConfig,
+    device: torch.device,
+) -> list[FSDPModule]:
+    """Apply fully_shard to each layer and the root; the units, root first."""
+    compute = torch.bfloat16 if config.model.weights == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    ignored = {p for p in module.parameters() if not p.requires_grad} if engine.shard == "trainable" else None
+    if ignored:
+        for parameter in ignored:
+            parameter.data = parameter.data.to(device)
+    for layer in layers:
+        fully_shard(
+            layer,
+            mesh=mesh,
+            reshard_after_forward=engine.reshard_after_forward,
+            mp_policy=policy,
+            ignored_params=ignored,
+        )
+    # The root is needed again first thing in backward: freeing it in between would only gather it twice.
+    fully_shard(module, mesh=mesh, reshard_after_forward=False, mp_policy=policy, ignored_params=ignored)
+    units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
+    for unit in units:
+        # A plain sum: the loss is already divided by the tokens of the whole step. Without the second line
+        # gloo refuses the factor; with it alone torch still divides by the ranks.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    return units
+
+
+class _Inference:
+    """`inference`, and every unit resharded afterwards.
+
+    A forward without a backward leaves units gathered, and the next forward would use those copies even if
+    the shards have changed since.
+    """
+
+    def __init__(self, module: nn.Module, units: Sequence[FSDPModule]) -> None:
+        self._inference = inference(module)
+        self._units = units
+
+    def __enter__(self) -> None:
+        self._inference.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._inference.__exit__(*error)  # type: ignore[arg-type]
+        for unit in self._units:
+            unit.reshard()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard, sharing memory with the DTensor; the tensor itself where nothing is sharded."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _range(parameter: torch.Tensor, mesh: DeviceMesh) -> tuple[int, int]:
+    """Elements of the flattened tensor in this rank's shard: ceil(rows / ranks) rows each, the last ones less."""
+    row = parameter.numel() // parameter.shape[0]
+    ranks, index = mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1)
+    rows = -(-parameter.shape[0] // ranks)
+    start = min(index * rows, parameter.shape[0])
+    stop = min(start + rows, parameter.shape[0])
+    local = _local(parameter)
+    assert local.numel() == (stop - start) * row, "a shard is not a run of whole rows"
+    return start * row, stop * row

@@ -1,0 +1,100 @@
+"""A step that is not finite, what the ranks hold, and recomputed activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.contract.engines import ENGINES, grid
+from tests.contract.test_state_moves import assert_same
+
+POISON_FAST = (
+    ("single", 1, "lora"),
+    ("fsdp-full", 2, "lora"),
+    ("fsdp-hybrid", 2, "lora"),
+    ("fsdp-trainable", 2, "lora"),
+    ("zero-1", 2, "lora"),
+    ("zero-2", 2, "lora"),
+    ("zero-3", 2, "lora"),
+)
+
+
+@pytest.mark.parametrize("weights", ["bf16", pytest.param("fp32", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize(("engine", "ranks", "variant"), grid(*POISON_FAST))
+def test_a_nan_on_one_rank_skips_on_all(
+    engine: str, ranks: int, variant: str, weights: str, pool: Any, base: Any
+) -> None:
+    """Nothing moves, and the next good step is the one that would have come without the bad one."""
+    results = pool(ranks).run(
+        "tests.contract.cases:poisoned", base=base(variant), engine=ENGINES[engine], variant=variant, weights=weights
+    )
+    for stats, _ in results:
+        assert stats.skipped
+        assert stats.grad_norm != stats.grad_norm or stats.grad_norm == float("inf")
+    before, after, with_bad, without = results[0][1]
+    assert_same(after, before)
+    assert with_bad[0] == without[0]
+    assert_same(with_bad[1], without[1])
+
+
+@pytest.mark.parametrize("engine", ["fsdp-full", "zero-3"])
+def test_two_ranks_hold_half_each(engine: str, pool: Any, base: Any) -> None:
+    """Bytes of sharded tensors per rank. ZeRO-3 keeps what is below 100,000 elements gathered, so the matrices
+    here are above that, and the rest, whole on each rank, is counted out by its known size."""
+    sizes = {"vocab_size": 512, "hidden_size": 320, "intermediate_size": 640, "num_attention_heads": 4,
+             "num_key_value_heads": 4, "num_hidden_layers": 1}  # fmt: skip
+    options = {"base": base("full", **sizes), "engine": ENGINES[engine], "variant": "full"}
+    [alone] = pool(1).run("tests.contract.cases:bytes_held", **options)
+    both = pool(2).run("tests.contract.cases:bytes_held", **options)
+    norms = 3 * 320  # elements of the vectors, which may stay gathered
+    whole = alone["trainable"]
+    for held in both:
+        assert abs(held["trainable"] - whole / 2) <= norms * 4, (held, alone)
+        assert abs(held["optimizer"] - alone["optimizer"] / 2) <= norms * 4 * 3
+    assert whole >= 2 * (2 * 512 * 320 + 4 * 320 * 320 + 3 * 320 * 640)
+
+
+@pytest.mark.parametrize("engine", ["fsdp-full", "zero-3", "fsdp-trainable"])
+def test_the_frozen_base_is_halved_or_whole(engine: str, pool: Any, base: Any) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4,
+             "num_hidden_layers": 1}  # fmt: skip
+    options = {"base": base("lora", **sizes), "engine": ENGINES[engine], "variant": "lora"}
+    [alone] = pool(1).run("tests.contract.cases:bytes_held", **options)
+    both = pool(2).run("tests.contract.cases:bytes_held", **options)
+    share = 1 if engine == "fsdp-trainable" else 2
+    for held in both:
+        assert abs(held["frozen"] - alone["frozen"] / share) <= 3 * 512 * 2
+
+
+@pytest.mark.parametrize("engine", ["single", "fsdp-full", "fsdp-trainable", "zero-2", "zero-3"])
+def test_the_frozen_base_stays_as_it_was(engine: str, pool: Any, base: Any) -> None:
+    ranks = 1 if engine == "single" else 2
+    for count, same in pool(ranks).run(
+        "tests.contract.cases:frozen_is_untouched", base=base("lora"), engine=ENGINES[engine]
+    ):
+        assert count == 2 * 9 + 1  # seven matrices and two norms in each of two layers, and the last norm
+        assert same
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "variant"), grid(("single", 1, "lora"), ("fsdp-full", 2, "lora"), ("zero-3", 2, "lora"))
+)
+def test_recomputed_activations_change_no_bit(engine: str, ranks: int, variant: str, pool: Any, base: Any) -> None:
+    results = [
+        pool(ranks).run(
+            "tests.contract.cases:train_from",
+            base=base(variant),
+            engine=ENGINES[engine] | {"activation_checkpointing": how},
+            variant=variant,
+            state=None,
+            first=1,
+            last=3,
+        )[0]
+        for how in ("none", "full")
+    ]
+    (_, kept, kept_state), (_, recomputed, recomputed_state) = results
+    assert kept == recomputed
+    assert_same(recomputed_state, kept_state)
+    assert any(torch.count_nonzero(tensor) for tensor in kept_state.values())

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from dist_cpt.errors import ConfigError, DistCptError, NumericsError
+from dist_cpt.runtime import collectives
+from dist_cpt.runtime.stop import StopRequest
+from tests.ranks import RankPool
+
+HERE = "tests.distributed.test_runtime_ranks"
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    pool = RankPool(2, timeout_seconds=60)
+    yield pool
+    pool.close()
+
+
+def exchange_case() -> list[Any]:
+    me = collectives.rank()
+    long = {"text": "é" * (1 + 3000 * me), "rank": me}
+    collectives.barrier()
+    return [
+        collectives.all_reduce_ints([me, 2**53 + me]),
+        collectives.all_reduce_max_int(-5 * me),
+        collectives.broadcast_json(long, src=1)["rank"],
+        collectives.broadcast_json(None),
+        [len(found["text"]) for found in collectives.gather_json(long)],
+    ]
+
+
+def test_all_ranks_get_the_same_exact_answers(pool: RankPool) -> None:
+    expected = [[1, 2**54 + 1], 0, 1, None, [1, 3001]]
+    assert pool.run(f"{HERE}:exchange_case") == [expected, expected]
+
+
+ERRORS = {
+    "none": lambda me: None,
+    "one": lambda me: NumericsError("nan", remedy="lower lr") if me == 1 else None,
+    "same": lambda me: ConfigError("both"),
+    "different": lambda me: ConfigError("zero") if me == 0 else NumericsError("one"),
+    "foreign": lambda me: MemoryError() if me == 1 else None,
+}
+
+
+def agree_case(which: str) -> tuple[str, str]:
+    try:
+        collectives.agree(ERRORS[which](collectives.rank()), "save")
+    except DistCptError as error:
+        return type(error).__name__, str(error)
+    return "agreed", ""
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"),
+    [
+        ("none", ("agreed", "")),
+        ("one", ("NumericsError", "save: rank 1: nan -- lower lr")),
+        ("same", ("ConfigError", "both")),
+        ("different", ("ConfigError", "save: rank 0: zero")),
+        ("foreign", ("DistCptError", "save: rank 1: MemoryError")),
+    ],
+)
+def test_an_error_of_any_rank_is_raised_by_all(pool: RankPool, which: str, expected: tuple[str, str]) -> None:
+    assert pool.run(f"{HERE}:agree_case", which=which) == [expected, expected]
+
+
+def stop_case(signals: list[str | None]) -> str | None:
+    with StopRequest() as stop:
+        name = signals[collectives.rank()]
+        if name is not None:
+            os.kill(os.getpid(), signal.Signals[name])
+        return collectives.agreed_stop(stop)
+
+
+@pytest.mark.parametrize(
+    ("signals", "agreed"),
+    [([None, None], None), ([None, "SIGUSR1"], "SIGUSR1"), (["SIGTERM", "SIGINT"], "SIGTERM")],
+)
+def test_a_signal_to_one_rank_stops_all(pool: RankPool, signals: list[str | None], agreed: str | None) -> None:
+    assert pool.run(f"{HERE}:stop_case", signals=signals) == [agreed, agreed]

@@ -1,0 +1,233 @@
+"""What leaves the house gives the trainer's logits: the adapter under vanilla PEFT, and the merged folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dist_cpt.config.load import build
+from dist_cpt.errors import CheckpointError, ConfigError
+from dist_cpt.model.export import merge
+from dist_cpt.model.generate import generate
+from dist_cpt.model.load import TrainableModel, load_model
+from tests.tiny import VOCAB_SIZE, llama, write_base, write_corpus, write_tokenizer
+
+# PEFT 0.21.2 still asks for a property that transformers 5.23 renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("tokenizer")
+    return write_tokenizer(root / "tokenizer", write_corpus(root / "corpus"))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory, tokenizer) -> Path:
+    root = tmp_path_factory.mktemp("bases")
+    write_base(root / "untied", tokenizer)
+    write_base(root / "tied", tokenizer, tie_word_embeddings=True)
+    _write_gpt2(root / "gpt2", tokenizer)
+    return root
+
+
+def trained(model: dict, **changes) -> TrainableModel:
+    """A model whose trainable tensors have all moved."""
+    values = {
+        "name": "x",
+        "model": model,
+        "adapter": {"rank": 4, "alpha": 4},
+        "embeddings": {"train": ["embed_tokens", "lm_head"]},
+        "data": {"seq_len": 16, "tokenizer": "t", "sources": [{"path": "x"}]},
+        "batch": {"global_tokens": 16},
+        "train": {"tokens": 16},
+    }
+    loaded = load_model(build(values | changes, where="test"), device=CPU, vocab_size=VOCAB_SIZE)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in loaded.trainable.values():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return loaded
+
+
+def write_checkpoint(folder: Path, model: TrainableModel, tokenizer: Path) -> Path:
+    """The parts of a checkpoint that an export reads."""
+    folder.mkdir()
+    adapter = model.adapter_config is not None
+    tensors = {name: p.detach() for name, p in model.trainable.items()}
+    tensors |= {alias: tensors[name].clone() for alias, name in model.aliases.items()}
+    name = "adapter_model.safetensors" if adapter else "model.safetensors"
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+    model.write_config(folder)
+    manifest = {"content": {"adapter": adapter, "base": model.identity}, "sha256": "-"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tokenizer / name, folder / name)
+    return folder
+
+
+def trainer_logits(model: TrainableModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """fp32 logits [1, L, V], one position at a time through the door that training uses."""
+    model.module.eval()
+    logits = []
+    with torch.no_grad():
+        for length in range(1, input_ids.shape[1] + 1):
+            cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
+            logits.append(model.module(input_ids[:, :length], torch.arange(length)[None], cu_seqlens, length))
+    return torch.stack(logits, dim=1)
+
+
+def plain_logits(model, input_ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=input_ids).logits
+
+
+IDS = torch.randint(0, VOCAB_SIZE, (1, 12), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("train", [[], ["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids="+".join)
+@pytest.mark.parametrize("base", ["untied", "tied", "gpt2"])
+def test_vanilla_peft_and_the_merged_folder_give_the_trainers_logits(bases, tokenizer, tmp_path, base, train):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = trained({"path": str(bases / base), "weights": "fp32"}, embeddings={"train": train})
+    checkpoint = write_checkpoint(tmp_path / "step-1", model, tokenizer)
+    expected = trainer_logits(model, IDS)
+
+    vanilla = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases / base), str(checkpoint))
+    torch.testing.assert_close(plain_logits(vanilla, IDS), expected, rtol=0, atol=1e-5)
+    without = plain_logits(AutoModelForCausalLM.from_pretrained(bases / base), IDS)
+    assert float((without - expected).abs().max()) > 1e-2
+
+    difference = merge(checkpoint, tmp_path / "merged", "fp32")
+    assert difference <= 1e-5
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(plain_logits(merged, IDS), expected, rtol=0, atol=1e-5)
+    is_tied = merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    assert is_tied == merged.config.tie_word_embeddings == (base != "untied")
+    assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
+    assert not [path for path in (tmp_path / "merged").iterdir() if path.suffix in (".bin", ".pt")]
+
+
+def test_adapter_keys_are_those_of_peft(bases, tokenizer, tmp_path):
+    """PEFT reads every key of the file and writes the same ones itself."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = trained({"path": str(bases / "tied"), "weights": "fp32"})
+    checkpoint = write_checkpoint(tmp_path / "step-1", model, tokenizer)
+    vanilla = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases / "tied"), str(checkpoint))
+    vanilla.save_pretrained(tmp_path / "again")
+    ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (checkpoint, tmp_path / "again"))
+    assert set(theirs) == set(ours)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_adapter_config_is_the_same_bytes_each_time(bases, tmp_path):
+    written = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        trained({"path": str(bases / "untied")}).write_config(tmp_path / name)
+        written.append((tmp_path / name / "adapter_config.json").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_bf16_merge_is_stored_in_bf16_and_states_its_rounding(bases, tokenizer, tmp_path):
+    checkpoint = write_checkpoint(
+        tmp_path / "step-1", trained({"path": str(bases / "untied"), "weights": "bf16"}), tokenizer
+    )
+    difference = merge(checkpoint, tmp_path / "merged", "bf16")
+    assert 0 < difference < 0.1
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_full_parameter_checkpoint_is_copied(tokenizer, tmp_path, tied):
+    from transformers import AutoModelForCausalLM
+
+    model = trained({"config": llama(tie_word_embeddings=tied)}, adapter={"kind": "none"}, embeddings={})
+    checkpoint = write_checkpoint(tmp_path / "step-1", model, tokenizer)
+    assert merge(checkpoint, tmp_path / "merged", "fp32") == 0.0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(plain_logits(merged, IDS), trainer_logits(model, IDS), rtol=0, atol=1e-5)
+
+
+def test_another_base_is_refused(bases, tokenizer, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "step-1", trained({"path": str(bases / "untied")}), tokenizer)
+    other = write_base(tmp_path / "other", tokenizer, initializer_range=0.03)
+    with pytest.raises(CheckpointError, match=r"has sha256 .*the run had"):
+        merge(checkpoint, tmp_path / "merged", "fp32", base=str(other))
+    assert not (tmp_path / "merged").exists()
+    assert not list(tmp_path.glob(".merged*"))
+
+
+def test_a_merge_that_changes_the_model_is_refused(bases, tokenizer, tmp_path, monkeypatch):
+    from peft.tuners.lora import Linear
+
+    checkpoint = write_checkpoint(tmp_path / "step-1", trained({"path": str(bases / "untied")}), tokenizer)
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, adapter: torch.zeros_like(self.weight))
+    with pytest.raises(CheckpointError, match="logits differ"):
+        merge(checkpoint, tmp_path / "merged", "fp32")
+    assert not (tmp_path / "merged").exists()
+    assert not list(tmp_path.glob(".merged*"))
+
+
+def test_mistakes_are_named(bases, tokenizer, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "step-1", trained({"path": str(bases / "untied")}), tokenizer)
+    with pytest.raises(ConfigError, match="exists"):
+        merge(checkpoint, checkpoint, "fp32")
+    with pytest.raises(ConfigError, match="dtype must be fp32 or bf16"):
+        merge(checkpoint, tmp_path / "merged", "fp16")
+    with pytest.raises(CheckpointError, match=r"no manifest\.json"):
+        merge(bases, tmp_path / "merged", "fp32")
+    (checkpoint / "adapter_model.safetensors").rename(checkpoint / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"has no adapter_model\.safetensors"):
+        merge(checkpoint, tmp_path / "merged", "fp32")
+
+
+def test_generate_is_the_same_from_checkpoint_adapter_and_merged_folder(bases, tokenizer, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "step-1", trained({"path": str(bases / "untied")}), tokenizer)
+    merge(checkpoint, tmp_path / "merged", "fp32")
+    adapter = tmp_path / "adapter"
+    shutil.copytree(checkpoint, adapter)
+    (adapter / "manifest.json").unlink()
+    texts = [generate(folder, "The for statement", 12) for folder in (checkpoint, adapter, tmp_path / "merged")]
+    assert texts[0].startswith("The for statement")
+    assert len(texts[0]) > len("The for statement")
+    assert texts[1:] == texts[:1] * 2
+
+
+def test_sampling_follows_its_seed(bases):
+    def sample(seed: int, top_k: int = 0) -> str:
+        return generate(bases / "untied", "import", 16, temperature=1.0, top_k=top_k, seed=seed)
+
+    assert sample(0) == sample(0)
+    assert sample(0) != sample(1)
+    greedy = generate(bases / "untied", "import", 16)
+    assert sample(0, top_k=1) == greedy
+    assert generate(bases / "untied", "", 4)
+    with pytest.raises(ConfigError, match="max_new_tokens 0"):
+        generate(bases / "untied", "x", 0)
+    with pytest.raises(ConfigError, match="model folder not found"):
+        generate(bases / "nowhere", "x")
+
+
+def _write_gpt2(folder: Path, tokenizer: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tokenizer / name, folder / name)

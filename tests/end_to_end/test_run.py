@@ -1,0 +1,260 @@
+"""Whole runs in this process, one rank: what a user sees when things go right and when they do not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from dist_cpt.config.load import build
+from dist_cpt.config.resolve import resolve_paths
+from dist_cpt.runtime.stop import StopRequest
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(base, corpus) that every case shares."""
+    folder = tmp_path_factory.mktemp("made")
+    corpus = tiny.write_corpus(folder / "corpus")
+    tokenizer = tiny.write_tokenizer(folder / "tokenizer", corpus)
+    return tiny.write_base(folder / "base", tokenizer), corpus
+
+
+def train(values, stop: StopRequest | None = None) -> int:
+    from dist_cpt.train.run import train as train_run
+
+    return train_run(resolve_paths(build(values, "recipe.yaml")), stop or StopRequest())[0]
+
+
+def rows(path: Path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class StopAfter(StopRequest):
+    """Asks for a stop once metrics.jsonl shows a step, as a signal would."""
+
+    def __init__(self, metrics: Path, step: int) -> None:
+        super().__init__()
+        self._metrics, self._step = metrics, step
+
+    def __getattribute__(self, name):
+        if name == "requested":
+            metrics = object.__getattribute__(self, "_metrics")
+            if metrics.is_file() and len(metrics.read_text().splitlines()) >= object.__getattribute__(self, "_step"):
+                return "SIGTERM"
+            return None
+        return super().__getattribute__(name)
+
+
+def test_a_run_leaves_what_it_promises(made, tmp_path):
+    values = tiny.recipe(*made, tmp_path, evaluate={"every_steps": 6})
+    assert train(values) == 0
+    run = tmp_path / "tiny"
+    metrics = rows(run / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(1, 13))
+    assert [row["position"] for row in metrics] == [[8 * i, 8 * i + 8] for i in range(12)]
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert [(row["step"], row["name"]) for row in rows(run / "evaluations.jsonl")] == [
+        (0, "held-out"),
+        (6, "held-out"),
+        (12, "held-out"),
+    ]
+    contract = json.loads((run / "contract.json").read_text())
+    assert [group["name"] for group in contract["groups"]] == ["adapter", "embeddings"]
+    assert all(check["passed"] for check in contract["checks"])
+    assert len(contract["checks"]) == 3
+    assert json.loads((run / "exit.json").read_text())["code"] == 0
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step-00000004",
+        "step-00000008",
+        "step-00000012",
+    ]
+    assert set(json.loads((run / "sample.json").read_text())) == {"prompt", "text", "step"}
+
+
+def test_ten_and_ten_is_twenty_bit_for_bit(made, tmp_path):
+    """Stop, resume, finish: parameters, moments, learning rates and block ids as in the unbroken run."""
+    from dist_cpt.checkpoint.verify import read_manifest
+
+    twenty = {"tokens": 20 * 8 * tiny.SEQ_LEN}
+    values = tiny.recipe(*made, tmp_path / "unbroken", train=twenty, checkpoint={"every_steps": 10})
+    assert train(values) == 0
+    broken = tiny.recipe(*made, tmp_path / "broken", train=twenty, checkpoint={"every_steps": 10})
+    run = tmp_path / "broken" / "tiny"
+    assert train(broken, StopAfter(run / "metrics.jsonl", 10)) == 75
+    assert json.loads((run / "exit.json").read_text())["code"] == 75
+    assert train(broken) == 0
+    manifests = [read_manifest(tmp_path / which / "tiny/checkpoints/step-00000020") for which in ("unbroken", "broken")]
+    assert manifests[0].tensors == manifests[1].tensors
+    assert manifests[0].state_sha256 == manifests[1].state_sha256
+    both = [rows(tmp_path / which / "tiny/metrics.jsonl") for which in ("unbroken", "broken")]
+    for a, b in zip(*both, strict=True):
+        assert {k: a[k] for k in ("step", "loss", "lr", "grad_norm", "position", "tokens_by_source")} == {
+            k: b[k] for k in ("step", "loss", "lr", "grad_norm", "position", "tokens_by_source")
+        }
+    certificate = json.loads((run / "certificate.json").read_text())
+    assert certificate["verdict"] == "pass"
+    replay = next(check for check in certificate["checks"] if check["name"] == "replayed_loss")
+    assert "difference 0," in replay["detail"]
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_and_named(made, tmp_path, capfd):
+    values = tiny.recipe(*made, tmp_path)
+    assert train(values, StopAfter(tmp_path / "tiny/metrics.jsonl", 9)) == 75
+    run = tmp_path / "tiny"
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    weights = newest / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    capfd.readouterr()
+    assert train(values) == 0
+    said = capfd.readouterr().err
+    assert newest.name in said
+    assert "does not hold and is skipped" in said
+    assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, 13))
+    assert [row["step"] for row in rows(run / "metrics.rewound.jsonl")] == [9]
+
+
+def test_another_recipe_in_the_same_folder_is_refused(made, tmp_path, capfd):
+    assert train(tiny.recipe(*made, tmp_path)) == 0
+    before = (tmp_path / "tiny/exit.json").read_text()
+    capfd.readouterr()
+    assert train(tiny.recipe(*made, tmp_path, seed=1)) == 64
+    assert "seed: 0 -> 1" in capfd.readouterr().err
+    assert (tmp_path / "tiny/exit.json").read_text() == before
+    assert train(tiny.recipe(*made, tmp_path)) == 0  # finished: nothing left to do, nothing doubled
+    assert len(rows(tmp_path / "tiny/metrics.jsonl")) == 12
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "code", "said"),
+    [
+        ("model", {"path": "/nowhere/at/all"}, 64, "/nowhere/at/all"),
+        ("data.sources", [{"path": "/nowhere/corpus.jsonl"}], 65, "/nowhere/corpus.jsonl"),
+        ("data.sources", "empty", 65, "empty"),
+        ("batch", {"global_tokens": 8 * tiny.SEQ_LEN, "micro_batch": 3}, 64, "does not divide"),
+        ("model", "small vocabulary", 65, "vocab"),
+        ("adapter", {"targets": ["q_prj"]}, 64, "q_proj"),
+    ],
+)
+def test_bad_input_is_one_line_and_its_code(made, tmp_path, capfd, section, value, code, said):
+    values = tiny.recipe(*made, tmp_path)
+    if value == "empty":
+        (tmp_path / "empty.jsonl").write_text('\n{"text": "  "}\n')
+        value = [{"path": str(tmp_path / "empty.jsonl")}]
+    if value == "small vocabulary":
+        base = tiny.write_base(tmp_path / "small", made[0], vocab_size=300)
+        value = {"path": str(base)}
+    if section == "data.sources":
+        values["data"] = values["data"] | {"sources": value}
+    else:
+        values[section] = value
+    capfd.readouterr()
+    assert train(values) == code
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dist-cpt: ")]
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_wandb_out_of_reach_trains_on_offline(made, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("wandb", reason="the extra wandb is part of the development install")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr("dist_cpt.train.run.WANDB_INIT_SECONDS", 3.0)
+    assert train(tiny.recipe(*made, tmp_path, track={"wandb": {"mode": "auto"}})) == 0
+    assert "offline" in "".join(capfd.readouterr())
+    assert list((tmp_path / "tiny/wandb").glob("offline-run-*"))
+
+
+def test_a_full_disk_ends_with_73_and_keeps_the_previous_checkpoint(made, tmp_path):
+    """A tmpfs of 1.6 MB as the run's file system: the second checkpoint does not fit."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("mounting a tmpfs needs root; tests/unit/test_checkpoint_store.py fills a disk without it")
+    try:
+        values = tiny.recipe(*made, disk)
+        values["data"] = values["data"] | {"cache_dir": str(tmp_path / "cache")}
+        assert train(values) == 73
+        run = disk / "tiny"
+        kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+        assert kept == ["step-00000004"]
+        from dist_cpt.checkpoint.verify import verify_checkpoint
+
+        assert verify_checkpoint(run / "checkpoints" / "step-00000004") == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def command(*arguments: str, **kwargs) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dist_cpt.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_kill_9_then_the_same_command_finishes_the_run(made, tmp_path):
+    recipe = tiny.write_recipe(
+        tmp_path / "recipe.yaml", tiny.recipe(*made, tmp_path, train={"tokens": 60 * 8 * tiny.SEQ_LEN})
+    )
+    child = command("train", str(recipe))
+    metrics = tmp_path / "tiny/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while (not metrics.is_file() or metrics.read_text().count("\n") < 20) and time.monotonic() < deadline:
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert train(tiny.recipe(*made, tmp_path, train={"tokens": 60 * 8 * tiny.SEQ_LEN})) == 0
+    assert [row["step"] for row in rows(metrics)] == list(range(1, 61))
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_at_the_step_boundary_and_ends_with_75(made, tmp_path, name):
+    values = tiny.recipe(*made, tmp_path, train={"tokens": 4000 * 8 * tiny.SEQ_LEN}, checkpoint={"every_minutes": 30})
+    metrics = tmp_path / "tiny/metrics.jsonl"
+
+    def send():
+        while not metrics.is_file() or metrics.read_text().count("\n") < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), getattr(signal, name))
+
+    threading.Thread(target=send, daemon=True).start()
+    with StopRequest() as stop:
+        assert train(values, stop) == 75
+    ended = json.loads((tmp_path / "tiny/exit.json").read_text())
+    assert name in ended["reason"]
+    assert (tmp_path / f"tiny/checkpoints/step-{ended['step']:08d}/manifest.json").is_file()
+
+
+def test_ctrl_c_in_prepare_is_one_line_and_loses_nothing(made, tmp_path):
+    base, _ = made
+    big = tmp_path / "big"
+    tiny.write_corpus(big)
+    text = (big / "corpus.jsonl").read_text()
+    with (big / "corpus.jsonl").open("w") as file:
+        for _ in range(3000):
+            file.write(text)
+    values = tiny.recipe(base, big / "corpus.jsonl", tmp_path)
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", values)
+    child = command("prepare", str(recipe))
+    cache = tmp_path / "data"
+    deadline = time.monotonic() + 60
+    while not any(cache.glob("*tmp*")) and time.monotonic() < deadline:
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 75
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("dist-cpt: interrupted")
+    assert not any(cache.glob("*tmp*"))

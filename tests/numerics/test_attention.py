@@ -1,0 +1,155 @@
+"""A packed block is its documents: logits and gradients equal those of each document alone, fp32, 1e-5."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dist_cpt.model.architectures import check_config, parts_of
+from dist_cpt.model.attention import Packing, choose, install, packed_attention
+from dist_cpt.model.loss import CausalLMForLoss, install_loss_head
+
+V, L = 61, 24
+_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": V,
+}
+KINDS = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA | {"sliding_window": 5},
+    "qwen2": _LLAMA | {"tie_word_embeddings": True},
+    "qwen2-sliding": _LLAMA | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen3": _LLAMA | {"head_dim": 16},
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 32,
+        "vocab_size": V,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
+}
+# two blocks: several documents with one of a single token, and one document that fills its block
+LENGTHS = ((7, 1, 11, 5), (24,))
+
+
+def build(kind: str, choice=None):
+    torch.manual_seed(0)
+    plain, packed = (
+        AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind.partition("-")[0], **KINDS[kind]), attn_implementation="eager"
+        )
+        for _ in range(2)
+    )
+    for name, parameter in plain.named_parameters():  # a visible attention pattern, biases that are not zero
+        parameter.data += torch.randn_like(parameter) * (0.02 if name.endswith("bias") else 0.1)
+    packed.load_state_dict(plain.state_dict())
+    check_config(packed.config)
+    install_loss_head(parts_of(packed).head, use_reference=False)
+    choice = choice or choose(torch.device("cpu"))
+    install(packed, choice)
+    return plain.train(), CausalLMForLoss(packed, choice).train()
+
+
+def blocks():
+    ids = torch.randint(0, V, (2, L), generator=torch.Generator().manual_seed(1))
+    position_ids = torch.stack([torch.cat([torch.arange(n) for n in block]) for block in LENGTHS])
+    sizes = [n for block in LENGTHS for n in block]
+    cu_seqlens = torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    labels = ids.roll(-1, 1)
+    labels.view(-1)[cu_seqlens[1:].long() - 1] = -100
+    return ids, position_ids, cu_seqlens, labels
+
+
+@pytest.mark.parametrize("choice", ["documents", "mask"])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_packed_block_equals_its_documents(kind, choice):
+    plain, packed = build(kind, choice)
+    ids, position_ids, cu_seqlens, labels = blocks()
+    scaled, loss = packed(ids, position_ids, cu_seqlens, max(max(block) for block in LENGTHS), labels, 0.25)
+    scaled.backward()
+
+    expected = torch.zeros(())
+    flat_ids, flat_labels = ids.flatten(), labels.flatten()
+    for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        logits = plain(input_ids=flat_ids[start:stop][None], use_cache=False).logits[0]
+        expected = expected + torch.nn.functional.cross_entropy(logits, flat_labels[start:stop], reduction="sum")
+    (expected * 0.25).backward()
+    assert abs(float(loss) / float(expected.detach()) - 1) < 1e-6
+    theirs = dict(plain.named_parameters())
+    for name, parameter in packed.causal_lm.named_parameters():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("choice", ["documents", "mask"])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_packed_logits_equal_each_document_alone(kind, choice):
+    plain, packed = build(kind, choice)
+    ids, position_ids, cu_seqlens, _ = blocks()
+    head = packed.hf_model.get_output_embeddings()
+    seen = []
+    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        packed(ids, position_ids, cu_seqlens, 24, torch.zeros_like(ids), 1.0)
+        handle.remove()
+        logits = seen[0] @ head.weight.T
+        for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+            alone = plain(input_ids=ids.flatten()[start:stop][None], use_cache=False).logits[0]
+            torch.testing.assert_close(logits[start:stop], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("choice", ["documents", "mask"])
+def test_another_document_changes_nothing(choice):
+    _, packed = build("llama", choice)
+    ids, position_ids, cu_seqlens, labels = blocks()
+    changed = ids.clone()
+    changed[0, :7] = (changed[0, :7] + 1) % V
+    only_later = labels.clone()
+    only_later[0, :7] = -100
+    with torch.no_grad():
+        left, right = (packed(x, position_ids, cu_seqlens, 24, only_later, 1.0)[1] for x in (ids, changed))
+        own = packed(changed, position_ids, cu_seqlens, 24, labels, 1.0)[1]
+    assert torch.equal(left, right)
+    assert not torch.equal(own, packed(ids, position_ids, cu_seqlens, 24, labels, 1.0)[1])
+
+
+def test_without_labels_the_last_logits():
+    plain, packed = build("qwen3")
+    ids = torch.randint(0, V, (1, 9), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        last = packed(ids, torch.arange(9)[None], torch.tensor([0, 9], dtype=torch.int32), 9)
+        expected = plain(input_ids=ids, use_cache=False).logits[:, -1]
+    assert last.dtype == torch.float32
+    torch.testing.assert_close(last, expected, rtol=0, atol=1e-5)
+
+
+def test_the_mask_is_made_once_per_batch():
+    packing = Packing(document_BL=torch.tensor([[1, 1, 2]]))
+    assert packing.mask(None) is packing.mask(None)
+    assert packing.mask(None)[0, 0].tolist() == [[True, False, False], [True, True, False], [False, False, True]]
+
+
+def test_a_foreign_mask_is_refused():
+    x = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(ValueError, match="not from an attention mask"):
+        packed_attention(torch.nn.Identity(), x, x, x, torch.ones(1, 1, 2, 2), packing=Packing(borders=[0, 2]))
+
+
+def test_all_targets_ignored_still_reaches_every_parameter():
+    _, packed = build("llama")
+    ids, position_ids, cu_seqlens, labels = blocks()
+    scaled, _ = packed(ids, position_ids, cu_seqlens, 24, torch.full_like(labels, -100), 1.0)
+    scaled.backward()
+    for name, parameter in packed.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name

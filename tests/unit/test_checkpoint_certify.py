@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_cpt.checkpoint.manifest import STATE_KINDS, Manifest
+from dist_cpt.checkpoint.restore import load
+from dist_cpt.checkpoint.verify import certify, verify_run
+from dist_cpt.errors import CheckpointError
+from tests.checkpoint_state import LORA_A, SPECS, ShardedState, save_step
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    with load(save_step(tmp_path, 5).path) as checkpoint:
+        return checkpoint.manifest
+
+
+def certificate(manifest: Manifest, state: ShardedState, **changes: Any) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "next_block_ids": (40, 41),
+        "recorded_block_ids": (40, 41),
+        "replayed_loss": 2.0,
+        "recorded_loss": 2.0,
+        "tolerance": 1e-5,
+        "facts": {"schedule": ({"kind": "cosine"}, {"kind": "cosine"}), "random": ([7, 5], [7, 5])},
+    }
+    return certify(manifest, state.export_state(lambda kind, name: 0), **(arguments | changes))
+
+
+def test_the_same_state_passes_every_check(manifest: Manifest) -> None:
+    result = certificate(manifest, ShardedState(5))
+    assert (result["verdict"], result["failed"], result["step"]) == ("pass", [], 5)
+    assert [check["name"] for check in result["checks"]] == [
+        "trainable_names",
+        *STATE_KINDS,
+        "next_block_ids",
+        "schedule",
+        "random",
+        "replayed_loss",
+    ]
+    assert result["checks"][1]["detail"] == "3 of 3 bit-identical"
+
+
+@pytest.mark.parametrize("kind", STATE_KINDS)
+def test_one_bit_of_one_tensor_fails_its_check(manifest: Manifest, kind: Any) -> None:
+    state = ShardedState(5)
+    tensor = state.parts[kind, LORA_A]
+    tensor[1, 2] = torch.nextafter(tensor[1, 2], torch.tensor(9.0))
+    result = certificate(manifest, state)
+    assert (result["verdict"], result["failed"]) == ("fail", [kind])
+    detail = next(check["detail"] for check in result["checks"] if check["name"] == kind)
+    assert detail == f"1 of 3 differ, first {LORA_A}"
+
+
+def test_lost_moments_fail_though_the_loss_agrees(manifest: Manifest) -> None:
+    state = ShardedState(5)
+    for spec in SPECS:
+        for kind in ("exp_avg", "exp_avg_sq"):
+            state.parts[kind, spec.name].zero_()
+    assert certificate(manifest, state)["failed"] == ["exp_avg", "exp_avg_sq"]
+
+
+def test_a_missing_or_reordered_tensor_fails_by_name(manifest: Manifest) -> None:
+    result = certificate(manifest, ShardedState(5, SPECS[:2]))
+    assert result["failed"] == ["trainable_names", *STATE_KINDS]
+    assert SPECS[2].name in result["checks"][0]["detail"]
+    assert certificate(manifest, ShardedState(5, SPECS[::-1]))["failed"] == ["trainable_names"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "failed"),
+    [
+        ({"next_block_ids": (40, 42)}, "next_block_ids"),
+        ({"next_block_ids": (41, 40)}, "next_block_ids"),
+        ({"next_block_ids": tuple(range(20)), "recorded_block_ids": tuple(range(1, 21))}, "next_block_ids"),
+        ({"replayed_loss": 2.0001}, "replayed_loss"),
+        ({"replayed_loss": float("nan")}, "replayed_loss"),
+        ({"facts": {"random": ([7, 5], [7, 6])}}, "random"),
+    ],
+)
+def test_other_data_another_loss_or_other_facts_fail(manifest: Manifest, changes: dict[str, Any], failed: str) -> None:
+    assert certificate(manifest, ShardedState(5), **changes)["failed"] == [failed]
+
+
+def test_a_run_is_verified_checkpoint_by_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoints"):
+        verify_run(tmp_path)
+    good, bad = (save_step(tmp_path, step).path for step in (1, 2))
+    (bad / "state.json").unlink()
+    assert verify_run(tmp_path) == {bad.name: ["state.json is missing"], good.name: []}

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from dist_cpt.checkpoint.manifest import (
+    STATE_KINDS,
+    TensorSpec,
+    manifest_from_bytes,
+    manifest_to_bytes,
+    model_index,
+    owners,
+    plan_files,
+)
+from dist_cpt.checkpoint.state import canonical_json, state_from_bytes, state_to_bytes
+from dist_cpt.checkpoint.verify import outline_problems, read_manifest
+from dist_cpt.errors import CheckpointError
+from tests.checkpoint_state import EMBED, FULL_SPECS, HEAD, SPECS, save_step, train_state
+
+
+def bytes_by_rank(specs: tuple[TensorSpec, ...], world_size: int, adapter: bool) -> list[int]:
+    load = [0] * world_size
+    sizes = {spec.name: 4 * math.prod(spec.shape) for spec in specs}
+    for (_, name), rank in owners(specs, world_size, adapter).items():
+        load[rank] += sizes[name]
+    return load
+
+
+def test_owners_cover_everything_and_balance_by_bytes() -> None:
+    specs = tuple(TensorSpec(f"w{i}", (64 + i, 32), "bfloat16", "weights") for i in range(24))
+    for world_size in (1, 2, 4, 8):
+        assert len(owners(specs, world_size, False)) == 72
+        load = bytes_by_rank(specs, world_size, False)
+        assert max(load) - min(load) <= 4 * 88 * 32  # one tensor
+
+
+def test_an_adapter_lies_on_rank_0_and_its_moments_fill_up_the_others() -> None:
+    specs = tuple(TensorSpec(f"w{i}", (64, 32), "bfloat16", "adapter") for i in range(12))
+    placed = owners(specs, 3, True)
+    assert {rank for (kind, _), rank in placed.items() if kind == "master"} == {0}
+    assert bytes_by_rank(specs, 3, True) == [12 * 64 * 32 * 4] * 3
+    assert placed == owners(specs, 3, True)
+
+
+def test_files_are_numbered_over_the_ranks_that_own_any() -> None:
+    files = plan_files(FULL_SPECS, {}, owners(FULL_SPECS, 4, False), False)
+    assert [file.name for file in files] == sorted(file.name for file in files)
+    written = {tensor for file in files for tensor in file.tensors.values()}
+    assert written == {(kind, spec.name) for spec in FULL_SPECS for kind in STATE_KINDS}
+    weight_map = json.loads(model_index(files, FULL_SPECS))["weight_map"]
+    assert weight_map.keys() == {spec.name for spec in FULL_SPECS}
+    assert all(name.startswith("model-0000") and name.endswith(".safetensors") for name in weight_map.values())
+
+
+def test_an_alias_is_a_second_key_in_the_adapter_file_only() -> None:
+    files = plan_files(SPECS, {HEAD: EMBED}, owners(SPECS, 2, True), True)
+    holding = [file.name for file in files if HEAD in file.tensors]
+    assert holding == ["adapter_model.safetensors"]
+    assert files[0].tensors[HEAD] == files[0].tensors[EMBED] == ("master", EMBED)
+
+
+def test_any_changed_byte_of_the_manifest_is_noticed(tmp_path: Path) -> None:
+    raw = (save_step(tmp_path, 3).path / "manifest.json").read_bytes()
+    assert manifest_to_bytes(manifest_from_bytes(raw)) == raw
+    for index in range(0, len(raw), 7):
+        changed = bytearray(raw)
+        changed[index] ^= 1 << (index % 8)
+        with pytest.raises(CheckpointError, match="damaged"):
+            manifest_from_bytes(bytes(changed))
+    for cut in (0, 1, len(raw) // 2, len(raw) - 1):
+        with pytest.raises(CheckpointError, match="damaged"):
+            manifest_from_bytes(raw[:cut])
+
+
+def rewrite_manifest(path: Path, **changes: object) -> None:
+    """A manifest with other content whose own sha256 is right."""
+    import hashlib
+
+    content = json.loads((path / "manifest.json").read_bytes())["content"] | changes
+    outer = {"content": content, "sha256": hashlib.sha256(canonical_json(content)).hexdigest()}
+    (path / "manifest.json").write_bytes(canonical_json(outer))
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "a\\b", "", "./a", "a//b"])
+def test_file_names_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
+    path = save_step(tmp_path, 3).path
+    entry = {"num_bytes": 1, "sha256": "0" * 64}
+    rewrite_manifest(path, files={name: entry})
+    assert "plain path" in outline_problems(path)[0]
+
+
+def test_an_unknown_format_is_refused_by_number(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 3).path
+    rewrite_manifest(path, format_version=2)
+    with pytest.raises(CheckpointError, match="format 2, this version reads 1"):
+        read_manifest(path)
+
+
+def test_an_incomplete_manifest_is_named_part_by_part(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 3).path
+    content = json.loads((path / "manifest.json").read_bytes())["content"]
+    rewrite_manifest(path, tensors=content["tensors"] + content["tensors"][:1])
+    assert any("twice" in problem for problem in outline_problems(path))
+    del content["tensors"][0]["file"]["exp_avg"]
+    del content["files"]["adapter_config.json"]
+    rewrite_manifest(path, tensors=content["tensors"], files=content["files"])
+    problems = "\n".join(outline_problems(path))
+    assert "lists no file for exp_avg.base_model" in problems
+    assert "lists no adapter_config.json" in problems
+    rewrite_manifest(path, tensors=[])
+    assert any("lists no tensors" in problem for problem in outline_problems(path))
+
+
+def test_the_state_is_the_same_after_a_round_trip() -> None:
+    state = train_state(100, attempt=2)
+    assert state_from_bytes(state_to_bytes(state)) == state
+    for raw in (b"", b"[]", b'{"step": 1}', state_to_bytes(state).replace(b'"step": 100', b'"step": -1')):
+        with pytest.raises(CheckpointError, match=r"state\.json"):
+            state_from_bytes(raw)

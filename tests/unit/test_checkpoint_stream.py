@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dist_cpt.checkpoint.safetensors_stream import StreamWriter, TensorFile, scan, tensor_sha256
+from dist_cpt.errors import CheckpointError, NumericsError
+
+TENSORS = {"b": torch.randn(5, 7), "a": torch.randn(3), "scalar": torch.tensor(2.5), "é": torch.randn(1, 2, 3)}
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor] = TENSORS) -> dict[str, str]:
+    writer = StreamWriter(path, {key: tuple(value.shape) for key, value in tensors.items()})
+    hashes = {key: writer.write(key, tensors[key]) for key in reversed(tensors)}  # not the order of the file
+    writer.finish()
+    return hashes
+
+
+def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
+    write(tmp_path / "x.safetensors")
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert loaded.keys() == TENSORS.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in TENSORS.items())
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    found = scan(tmp_path / "x.safetensors")
+    assert {key: tensor.sha256 for key, tensor in found.tensors.items()} == {
+        key: tensor_sha256(value) for key, value in TENSORS.items()
+    }
+
+
+def test_slices_are_those_of_the_flat_tensor(tmp_path: Path) -> None:
+    write(tmp_path / "x.safetensors")
+    file = TensorFile(tmp_path / "x.safetensors")
+    flat = TENSORS["b"].view(-1)
+    for start, stop in ((0, 35), (3, 11), (34, 35), (35, 35)):
+        assert torch.equal(file.read("b", start, stop), flat[start:stop])
+    with pytest.raises(CheckpointError, match="35 elements, asked for 30:36"):
+        file.read("b", 30, 36)
+    with pytest.raises(CheckpointError, match="no tensor c"):
+        file.read("c", 0, 1)
+    file.close()
+
+
+def test_scan_hashes_across_chunk_borders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hashlib
+
+    from dist_cpt.checkpoint import safetensors_stream
+
+    hashes = write(tmp_path / "x.safetensors")
+    monkeypatch.setattr(safetensors_stream, "_CHUNK_BYTES", 16)
+    found = scan(tmp_path / "x.safetensors")
+    raw = (tmp_path / "x.safetensors").read_bytes()
+    assert (found.num_bytes, found.sha256) == (len(raw), hashlib.sha256(raw).hexdigest())
+    assert {key: tensor.sha256 for key, tensor in found.tensors.items()} == hashes
+    assert all(tensor.finite for tensor in found.tensors.values())
+
+
+def test_a_file_cut_short_while_open_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "x.safetensors")
+    file = TensorFile(tmp_path / "x.safetensors")
+    os.truncate(tmp_path / "x.safetensors", 300)
+    with pytest.raises(CheckpointError, match="ends early"):
+        file.read("é", 0, 6)
+    file.close()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_values_are_refused(tmp_path: Path, value: float) -> None:
+    writer = StreamWriter(tmp_path / "x.safetensors", {"a": (2, 2)})
+    with pytest.raises(NumericsError, match="a: holds values that are not finite"):
+        writer.write("a", torch.tensor([[0.0, value], [1.0, 2.0]]))
+    writer.close()
+
+
+def test_only_what_was_announced_can_be_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is empty"):
+        StreamWriter(tmp_path / "empty", {"a": (0, 4)})
+    writer = StreamWriter(tmp_path / "x.safetensors", {"a": (2, 2), "b": (1,)})
+    with pytest.raises(CheckpointError, match=r"expected fp32 \[2, 2\]"):
+        writer.write("a", torch.zeros(4))
+    with pytest.raises(CheckpointError, match="bfloat16"):
+        writer.write("a", torch.zeros(2, 2, dtype=torch.bfloat16))
+    writer.write("a", torch.zeros(2, 2))
+    with pytest.raises(CheckpointError, match="twice"):
+        writer.write("a", torch.zeros(2, 2))
+    with pytest.raises(CheckpointError, match="b was never handed over"):
+        writer.finish()
+    writer.close()
+
+
+def test_a_transposed_tensor_is_written_in_c_order(tmp_path: Path) -> None:
+    values = torch.randn(3, 5).t()
+    assert write(tmp_path / "x.safetensors", {"a": values})["a"] == tensor_sha256(values.contiguous())
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], values)
+
+
+def test_links_and_folders_are_not_opened(tmp_path: Path) -> None:
+    write(tmp_path / "x.safetensors")
+    (tmp_path / "link").symlink_to(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="cannot be opened"):
+        scan(tmp_path / "link")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        scan(tmp_path)
+
+
+def test_damaged_headers_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "x.safetensors")
+    raw = (tmp_path / "x.safetensors").read_bytes()
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    damaged = {
+        "short": raw[:4],
+        "length": b"\xff" * 8 + raw[8:],
+        "header": raw[:8] + b"\0" * (begin - 8) + raw[begin:],
+        "tail": raw + b"\0",
+        "dtype": raw.replace(b'"F32"', b'"I32"'),
+        "overlap": raw.replace(b'"data_offsets":[0,', b'"data_offsets":[4,'),
+        "negative": raw.replace(b'"shape":[3]', b'"shape":[-]'),
+        "nothing": b"",
+    }
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError):
+            scan(tmp_path / name)

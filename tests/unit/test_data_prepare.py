@@ -1,0 +1,287 @@
+"""From text files to stores: real tokenizer, real files, and everything that can be wrong with them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dist_cpt.config.resolve import resolve_paths
+from dist_cpt.config.schema import RunConfig
+from dist_cpt.data import prepare as prepare_module
+from dist_cpt.data.prepare import check_vocabulary, data_report, open_prepared, prepare
+from dist_cpt.data.store import TokenStore
+from dist_cpt.data.tokenizer import DocumentEncoder, load_tokenizer, tokenizer_hash, vocabulary_size
+from dist_cpt.errors import DataError, WriteError
+
+TEXTS = ["Die Berufung ist zulässig.", "def f(x):\n    return x\n", "naïve 文字 🙂", "a", "  spaced  "]
+SPECIALS = ["<eos>", "<pad>", "<s>"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE that, asked for its special tokens, puts <s> before and <eos> after a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS * 5, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A <eos>", special_tokens=[("<s>", 2), ("<eos>", 0)]
+    )
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", bos_token="<s>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def recipe(tmp_path: Path, tokenizer_folder: Path, **data: Any) -> RunConfig:
+    values = {
+        "name": "test",
+        "output_dir": str(tmp_path / "runs"),
+        "model": {"config": {"model_type": "llama"}},
+        "adapter": {"kind": "none"},
+        "data": {
+            "seq_len": 32,
+            "tokenizer": str(tokenizer_folder),
+            "sources": [{"path": str(tmp_path / "corpus.jsonl")}],
+        }
+        | data,
+        "batch": {"global_tokens": 64},
+        "train": {"tokens": 64},
+    }
+    return resolve_paths(RunConfig.model_validate(values))
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return path
+
+
+def cache_of(config: RunConfig) -> Path:
+    assert config.data.cache_dir is not None
+    return Path(config.data.cache_dir)
+
+
+def leftovers(config: RunConfig) -> list[str]:
+    cache = cache_of(config)
+    return [p.name for p in cache.iterdir() if ".tmp-" in p.name] if cache.exists() else []
+
+
+# The tokenizer.
+
+
+def test_each_document_ends_with_exactly_one_eos(tokenizer_folder: Path) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    assert tokenizer("a").input_ids[0] == 2  # this tokenizer adds special tokens of its own when asked
+    ids, lengths = DocumentEncoder(tokenizer)(TEXTS)
+    documents = np.split(ids, np.cumsum(lengths)[:-1])
+    assert [tokenizer.decode(d[:-1]) for d in documents] == TEXTS
+    assert [d[:-1].tolist() for d in documents] == [tokenizer.encode(t, add_special_tokens=False) for t in TEXTS]
+    assert all(d[-1] == 0 and (d[:-1] > 2).all() for d in documents)
+
+
+def test_an_eos_spelled_out_in_a_text_is_not_doubled(tokenizer_folder: Path) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    ids, lengths = DocumentEncoder(tokenizer)(["<eos>", "one<eos>", "two<eos>three", "<eos><eos>four<eos><eos>"])
+    documents = [tokenizer.decode(d) for d in np.split(ids, np.cumsum(lengths)[:-1])]
+    assert documents == ["one<eos>", "two<eos>", "three<eos>", "four<eos>"]
+    ids, lengths = DocumentEncoder(tokenizer)(["<eos>"])
+    assert (len(ids), len(lengths)) == (0, 0)
+
+
+def test_hash_is_of_the_content_and_not_of_the_last_call(tokenizer_folder: Path) -> None:
+    one, two = load_tokenizer(str(tokenizer_folder)), load_tokenizer(str(tokenizer_folder))
+    one(["a", "b c d"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_hash(one) == tokenizer_hash(two)
+    assert DocumentEncoder(one)(TEXTS)[0].tolist() == DocumentEncoder(two)(TEXTS)[0].tolist()
+    assert vocabulary_size(two) == len(two)
+    two.add_tokens(["zulässig"])
+    assert tokenizer_hash(one) != tokenizer_hash(two)
+    assert vocabulary_size(two) == vocabulary_size(one) + 1
+    two = load_tokenizer(str(tokenizer_folder))
+    two.eos_token = "<pad>"
+    assert tokenizer_hash(one) != tokenizer_hash(two)
+
+
+def test_unusable_tokenizers_are_named(tokenizer_folder: Path, tmp_path: Path) -> None:
+    from transformers import ByT5Tokenizer
+
+    with pytest.raises(DataError, match="absent is not a folder"):
+        load_tokenizer(str(tmp_path / "absent"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"cannot load .*empty"):
+        load_tokenizer(str(tmp_path / "empty"))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tokenizer_folder.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((broken / "tokenizer_config.json").read_text())
+    settings.pop("eos_token")
+    (broken / "tokenizer_config.json").write_text(json.dumps(settings))
+    (broken / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(DataError, match="has no EOS token"):
+        load_tokenizer(str(broken))
+    (broken / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"cannot load .*broken"):
+        load_tokenizer(str(broken))
+    ByT5Tokenizer().save_pretrained(tmp_path / "slow")
+    with pytest.raises(DataError, match="is a ByT5Tokenizer, not a fast tokenizer"):
+        load_tokenizer(str(tmp_path / "slow"))
+
+
+# Preparing.
+
+
+def test_stores_hold_the_documents_and_the_second_time_is_free(tokenizer_folder: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "corpus.jsonl", [*TEXTS, "  ", "x<eos>y"])
+    (tmp_path / "held.md").write_text("held out")
+    config = recipe(tmp_path, tokenizer_folder, validation=[{"name": "held", "path": str(tmp_path / "held.md")}])
+    with pytest.raises(DataError, match=r"holds no manifest\.json -- run dist-cpt prepare"):
+        open_prepared(config)
+    progress: list[tuple[str, int]] = []
+    prepared = prepare(config, lambda name, done: progress.append((name, done)))
+    assert progress == [("corpus", 6), ("held", 1)]
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    store = prepared.sources[0].store
+    assert [tokenizer.decode(store.document(i)) for i in range(store.num_documents)] == [
+        f"{t}<eos>" for t in [*TEXTS, "x", "y"]
+    ]
+    TokenStore.open(store.folder, verify=True)
+    assert not leftovers(config)
+
+    before = (store.folder / "tokens.bin").stat()
+    again = prepare(config, lambda *_: pytest.fail("tokenised a finished store again"))
+    assert (store.folder / "tokens.bin").stat() == before
+    assert again.identity == prepared.identity == open_prepared(config).identity
+
+    report = data_report(prepared)
+    row = report["sources"][0]
+    assert (row["records"], row["empty"], row["texts"], row["documents"], row["share"]) == (7, 1, 6, 7, 1.0)
+    assert row["tokens"] == store.num_tokens
+    assert row["blocks"] * 32 * (1 - row["padding_fraction"]) == pytest.approx(row["tokens"])
+    assert report["validation"][0]["role"] == "domain"
+    json.dumps(report)
+
+
+def test_changed_text_or_tokenizer_is_noticed(tokenizer_folder: Path, tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    config = recipe(tmp_path, tokenizer_folder)
+    first = prepare(config)
+    os.utime(corpus, ns=(1, 1))  # touched, not changed: made again, the same identity
+    with pytest.raises(DataError, match="holds no manifest"):
+        open_prepared(config)
+    touched = prepare(config)
+    assert touched.sources[0].store.folder != first.sources[0].store.folder
+    assert touched.identity == first.identity
+    write_jsonl(corpus, [*TEXTS, "more"])
+    assert prepare(config).identity != first.identity
+
+
+def test_the_order_of_documents_does_not_depend_on_threads(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"{t} {i}" for i in range(200) for t in TEXTS]
+    write_jsonl(tmp_path / "corpus.jsonl", texts)
+    one = prepare(recipe(tmp_path, tokenizer_folder, cache_dir=str(tmp_path / "one")))
+    monkeypatch.setattr(prepare_module, "_BATCH_DOCUMENTS", 3)
+    two = prepare(recipe(tmp_path, tokenizer_folder, cache_dir=str(tmp_path / "two")))
+    assert one.identity == two.identity
+    assert one.sources[0].store.num_documents == len(texts)
+
+
+def test_an_interrupt_leaves_nothing_half_made_and_loses_nothing(tokenizer_folder: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    (tmp_path / "held.md").write_text("held out")
+    config = recipe(tmp_path, tokenizer_folder, validation=[{"name": "held", "path": str(tmp_path / "held.md")}])
+
+    def interrupt(name: str, _: int) -> None:
+        assert leftovers(config)
+        if name == "held":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, interrupt)
+    assert not leftovers(config)
+    assert [p.name.split("-")[0] for p in cache_of(config).iterdir()] == ["corpus"]  # done before, and kept
+    names: list[str] = []
+    prepare(config, lambda name, _: names.append(name))
+    assert names == ["held"]
+
+
+def test_a_damaged_store_is_refused_on_open_and_made_again_by_prepare(tokenizer_folder: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    config = recipe(tmp_path, tokenizer_folder)
+    prepared = prepare(config)
+    bin_file = prepared.sources[0].store.folder / "tokens.bin"
+    content = bin_file.read_bytes()
+    bin_file.write_bytes(content[:-2])
+    with pytest.raises(DataError, match="the manifest says"):
+        open_prepared(config)
+    assert prepare(config).identity == prepared.identity
+    assert bin_file.read_bytes() == content
+
+
+def test_bad_records_by_policy_and_budget(tokenizer_folder: Path, tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    corpus.write_bytes(corpus.read_bytes() + b"{broken\n")
+    with pytest.raises(DataError, match=r"corpus\.jsonl:6: not valid JSON"):
+        prepare(recipe(tmp_path, tokenizer_folder))
+    config = recipe(tmp_path, tokenizer_folder, on_bad_record="quarantine")
+    with pytest.raises(DataError, match="1 of 6 records are bad"):
+        prepare(config)
+    assert not leftovers(config)
+    config = recipe(tmp_path, tokenizer_folder, on_bad_record="quarantine", bad_record_budget_fraction=0.2)
+    prepared = prepare(config)
+    assert data_report(prepared)["sources"][0]["bad"] == {"bad_json": 1}
+    quarantined = (prepared.sources[0].store.folder / "quarantine.jsonl").read_text()
+    kept = [json.loads(line) for line in quarantined.splitlines()]
+    assert [(k["where"], k["record"]) for k in kept] == [(f"{corpus}:6", "{broken\n")]
+    with pytest.raises(DataError, match="1 of 6 records are bad"):  # the finished store, a stricter budget
+        prepare(recipe(tmp_path, tokenizer_folder, on_bad_record="quarantine"))
+
+
+@pytest.mark.parametrize("texts", [[], ["", "  \n"], ["<eos>"]])
+def test_a_corpus_without_documents_is_refused(tokenizer_folder: Path, tmp_path: Path, texts: list[str]) -> None:
+    write_jsonl(tmp_path / "corpus.jsonl", texts)
+    config = recipe(tmp_path, tokenizer_folder)
+    with pytest.raises(DataError, match=r"source 'corpus': .*corpus\.jsonl holds no document"):
+        prepare(config)
+    assert not leftovers(config)
+
+
+def test_ids_beyond_the_models_vocabulary_are_named(tokenizer_folder: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    prepared = prepare(recipe(tmp_path, tokenizer_folder))
+    store = prepared.sources[0].store
+    highest = int(store.tokens.max())
+    check_vocabulary(prepared, highest + 1)
+    document = next(i for i in range(store.num_documents) if highest in store.document(i))
+    with pytest.raises(DataError, match=f"source 'corpus', document {document}: token id {highest} is beyond"):
+        check_vocabulary(prepared, highest)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tokenizer_folder: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="cannot write the token store"):
+        prepare(recipe(tmp_path, tokenizer_folder, cache_dir=str(tmp_path / "file")))
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    with pytest.raises(DataError, match="changed while it was read"):
+        prepare(recipe(tmp_path, tokenizer_folder), lambda *_: os.utime(corpus, ns=(1, 1)))

@@ -1,0 +1,131 @@
+"""Which files a source names, and what reading does with records that are not documents."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from dist_cpt.config.schema import SourceConfig
+from dist_cpt.data.sources import Document, OnBadRecord, ReadCounts, check_budget, find_files, read_documents
+from dist_cpt.errors import EXIT_DATA, DataError
+
+
+def read(path: Path, policy: OnBadRecord = "error", **fields: str) -> tuple[list[Document], ReadCounts, str]:
+    counts, quarantine = ReadCounts(), io.StringIO()
+    files = find_files(str(path), "s").files
+    source = SourceConfig(path=str(path), name="s", **fields)  # pyright: ignore[reportArgumentType]
+    return list(read_documents(source, files, policy, counts, quarantine)), counts, quarantine.getvalue()
+
+
+def test_folder_is_read_recursively_in_path_order_without_hidden_and_foreign_files(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "b" / "z.txt").write_text("z")
+    (tmp_path / "a.md").write_text("a")
+    (tmp_path / "c.jsonl").write_text('{"text": "c1"}\n{"text": "c2"}\n')
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG")
+    (tmp_path / ".git" / "x.txt").write_text("hidden")
+    (tmp_path / "b" / "loop").symlink_to(tmp_path)
+    documents, counts, _ = read(tmp_path)
+    assert [d.text for d in documents] == ["a", "z", "c1", "c2"]
+    assert [d.doc_id for d in documents][2:] == [f"{tmp_path}/c.jsonl:1", f"{tmp_path}/c.jsonl:2"]
+    assert {d.source for d in documents} == {"s"}
+    assert counts.records == 4
+    assert find_files(str(tmp_path), "s").ignored_files == 1
+
+
+def test_glob_matches_each_file_once(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    for name in ("x/1.txt", "x/2.txt", "3.txt"):
+        (tmp_path / name).write_text(name)
+    assert [f.name for f in find_files(f"{tmp_path}/**", "s").files] == ["3.txt", "1.txt", "2.txt"]
+    assert [f.name for f in find_files(f"{tmp_path}/x/[2]*.txt", "s").files] == ["2.txt"]
+
+
+def test_text_field_line_endings_and_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    separator = json.dumps({"body": "a\u2028b"}, ensure_ascii=False)
+    file.write_bytes(b'\xef\xbb\xbf{"body": "one"}\r\n' + separator.encode() + b'\n\n   \n{"body": " \\n "}')
+    documents, counts, _ = read(file, text="body")
+    assert [d.text for d in documents] == ["one", "a\u2028b"]
+    assert (counts.records, counts.blank_lines, counts.empty) == (3, 2, 1)
+    plain = tmp_path / "a.txt"
+    plain.write_bytes(b"\xef\xbb\xbfa\r\nb")
+    assert read(plain)[0][0].text == "a\r\nb"
+
+
+BAD = {
+    b'{"text": "\xff"}': ("invalid_utf8", "invalid UTF-8 at byte 10"),
+    b'{"text": "\\ud800"}': ("invalid_utf8", "lone surrogate at character 0"),
+    b'{"text": "a"': ("bad_json", "not valid JSON"),
+    b"[" * 100_000: ("bad_json", "not valid JSON"),
+    b'["text"]': ("bad_json", "a JSON list where an object belongs"),
+    b'{"body": "a"}': ("missing_field", "no field 'text'; fields are ['body']"),
+    b'{"text": null}': ("not_a_string", "field 'text' is of type NoneType"),
+    b'{"text": "a\\u0000b"}': ("nul", "NUL character at 1"),
+}
+
+
+@pytest.mark.parametrize("line", BAD, ids=range(len(BAD)))
+def test_bad_record_by_policy(tmp_path: Path, line: bytes) -> None:
+    reason, message = BAD[line]
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "before"}\n' + line + b'\n{"text": "after"}\n')
+    with pytest.raises(DataError) as raised:
+        read(file)
+    assert f"{file}:2" in str(raised.value)
+    assert message in str(raised.value)
+    assert raised.value.exit_code == EXIT_DATA
+
+    for policy in ("skip", "quarantine"):
+        documents, counts, quarantined = read(file, policy)
+        assert [d.text for d in documents] == ["before", "after"]
+        assert counts.bad == {reason: 1}
+        assert counts.records == 3
+        if policy == "skip":
+            assert quarantined == ""
+        else:
+            record = json.loads(quarantined)
+            assert (record["where"], record["reason"]) == (f"{file}:2", reason)
+            assert record["record"].encode("utf-8", "surrogateescape") == line + b"\n"
+
+
+@pytest.mark.parametrize("content", [b"a\xc3(", b"a\x00b"])
+def test_plain_file_is_one_record(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "bad.md").write_bytes(content)
+    (tmp_path / "good.md").write_text("two\nlines")
+    with pytest.raises(DataError, match=r"bad\.md"):
+        read(tmp_path)
+    documents, counts, _ = read(tmp_path, "skip")
+    assert [d.text for d in documents] == ["two\nlines"]
+    assert (counts.records, counts.num_bad) == (2, 1)
+
+
+def test_budget_is_of_all_records_and_inclusive() -> None:
+    counts = ReadCounts(records=1000, bad={"nul": 1}, first_bad="f:7: a NUL")
+    check_budget("s", counts, 0.001)
+    counts.bad["bad_json"] = 1
+    with pytest.raises(DataError, match=r"2 of 1000 records are bad \(bad_json 1, nul 1\).*f:7"):
+        check_budget("s", counts, 0.001)
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "message"),
+    [
+        (None, "absent.jsonl", "absent.jsonl does not exist"),
+        (None, "*.jsonl", "no file matches"),
+        ("a.csv", "a.csv", "unknown suffix '.csv' -- supported are .jsonl, .txt, .md"),
+        ("a.jsonl.zst", "a.jsonl.zst", "unknown suffix '.zst'"),
+        ("a.csv", "", "no readable file among 1 files"),
+    ],
+)
+def test_unusable_path_is_named(tmp_path: Path, make: str | None, path: str, message: str) -> None:
+    if make:
+        (tmp_path / make).write_text("x")
+    with pytest.raises(DataError) as raised:
+        find_files(str(tmp_path / path), "legal")
+    assert message in str(raised.value)
+    assert "'legal'" in str(raised.value)

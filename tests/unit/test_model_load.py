@@ -1,0 +1,313 @@
+"""What trains, under which name, in which dtype, and which mistakes are refused in one line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dist_cpt.adapters.lora import canonical_name
+from dist_cpt.config.load import build
+from dist_cpt.config.schema import RunConfig
+from dist_cpt.errors import ConfigError
+from dist_cpt.model.architectures import check_config
+from dist_cpt.model.flops import model_flops
+from dist_cpt.model.load import build_config, frozen_hash, load_model
+from dist_cpt.model.loss import LossHead
+
+CPU = torch.device("cpu")
+V = 53
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": V,
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Folders of random bases, by name; each made once."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    root = tmp_path_factory.mktemp("bases")
+    variants = {
+        "untied": LLAMA,
+        "tied": LLAMA | {"tie_word_embeddings": True},
+        "gpt2": {
+            "model_type": "gpt2",
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_positions": 32,
+            "vocab_size": V,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+    }
+    for name, values in variants.items():
+        torch.manual_seed(0)
+        settings = {key: value for key, value in values.items() if key != "model_type"}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values["model_type"], **settings))
+        model.save_pretrained(root / name)
+    return root
+
+
+def recipe(model: dict, **changes) -> RunConfig:
+    values = {
+        "name": "x",
+        "model": model,
+        "adapter": {"rank": 3, "alpha": 6},
+        "embeddings": {"train": ["embed_tokens", "lm_head"]},
+        "data": {"seq_len": 16, "tokenizer": "t", "sources": [{"path": "x"}]},
+        "batch": {"global_tokens": 16},
+        "train": {"tokens": 16},
+    }
+    return build(values | changes, where="test")
+
+
+def test_lora_and_both_matrices_train_and_nothing_else(bases):
+    model = load_model(recipe({"path": str(bases / "untied"), "weights": "bf16"}), device=CPU, vocab_size=V)
+    linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    suffixes = {name.split(".")[-3] for name in model.trainable if ".lora_" in name}
+    assert suffixes == set(linears)
+    assert len(model.trainable) == 2 * 7 * 2 + 2
+    assert {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"} <= set(model.trainable)
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in model.trainable
+    assert all(p.dtype == torch.float32 for p in model.trainable.values())
+    frozen = [p for p in model.module.parameters() if not p.requires_grad]
+    assert len(frozen) == 2 * 9 + 1
+    assert all(p.dtype == torch.bfloat16 for p in frozen)
+    assert model.ties == []
+    assert model.aliases == {}
+    assert len(model.layers) == 2
+    assert isinstance(model.module.hf_model.get_output_embeddings(), LossHead)
+
+
+@pytest.mark.parametrize("base", ["untied", "tied", "gpt2"])
+def test_no_second_copy_of_the_matrices(bases, base):
+    model = load_model(recipe({"path": str(bases / base), "weights": "fp32"}), device=CPU)
+    vocabulary = {p.data_ptr() for p in model.module.parameters() if V in p.shape}
+    assert len(vocabulary) == (2 if base == "untied" else 1)
+    assert all(p.requires_grad for p in model.module.parameters() if V in p.shape)
+
+
+@pytest.mark.parametrize(("base", "embedding"), [("tied", "model.embed_tokens"), ("gpt2", "transformer.wte")])
+@pytest.mark.parametrize("train", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_a_tied_pair_trains_as_one_and_is_saved_twice(bases, base, embedding, train):
+    model = load_model(recipe({"path": str(bases / base)}, embeddings={"train": train}), device=CPU)
+    name, alias = f"base_model.model.{embedding}.weight", "base_model.model.lm_head.weight"
+    assert model.ties == [(name, alias)]
+    assert model.aliases == {alias: name}
+    hf_model = model.module.hf_model
+    assert hf_model.get_output_embeddings().weight is hf_model.get_input_embeddings().weight
+    assert hf_model.get_output_embeddings().weight is model.trainable[name]
+    assert model.adapter_config is not None
+    assert model.adapter_config["ensure_weight_tying"] is True
+    assert model.adapter_config["modules_to_save"] == sorted([embedding.rpartition(".")[2], "lm_head"])
+
+
+def test_without_matrices_the_tie_stays_frozen(bases):
+    model = load_model(recipe({"path": str(bases / "tied")}, embeddings={"train": []}), device=CPU)
+    assert all(".lora_" in name for name in model.trainable)
+    assert model.aliases == {}
+    assert model.adapter_config is not None
+    assert model.adapter_config["modules_to_save"] is None
+
+
+def test_full_parameters_have_their_plain_names(bases):
+    config = recipe({"path": str(bases / "untied"), "weights": "bf16"}, adapter={"kind": "none"}, embeddings={})
+    model = load_model(config, device=CPU)
+    assert model.adapter_config is None
+    assert set(model.trainable) == set(model.module.hf_model.state_dict())
+    assert all(p.dtype == torch.float32 for p in model.trainable.values())
+
+
+def test_from_scratch_is_the_seed_and_the_config():
+    def weights(seed: int):
+        config = recipe({"config": dict(LLAMA)}, adapter={"kind": "none"}, embeddings={}, seed=seed)
+        torch.manual_seed(seed + 17)  # whatever the process drew before
+        return load_model(config, device=CPU, vocab_size=V)
+
+    first, again, other = weights(1), weights(1), weights(2)
+    assert all(torch.equal(p, again.trainable[name]) for name, p in first.trainable.items())
+    assert not all(torch.equal(p, other.trainable[name]) for name, p in first.trainable.items())
+    assert first.identity == again.identity
+    assert first.identity["sha256"] != other.identity["sha256"]
+    assert first.identity["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_lora_starts_the_same_on_every_rank(bases):
+    config = recipe({"path": str(bases / "untied")})
+    first = load_model(config, device=CPU)
+    torch.rand(3)
+    second = load_model(config, device=CPU)
+    assert all(torch.equal(p, second.trainable[name]) for name, p in first.trainable.items())
+    assert all(p.any() != name.endswith("lora_B.weight") for name, p in first.trainable.items())
+
+
+def test_identity_follows_the_weights(bases, tmp_path):
+    import shutil
+
+    copied = tmp_path / "copied"
+    shutil.copytree(bases / "untied", copied)
+    first = load_model(recipe({"path": str(copied)}), device=CPU).identity
+    assert first["path"] == str(copied)
+    assert first["sha256"] == load_model(recipe({"path": str(bases / "untied")}), device=CPU).identity["sha256"]
+    data = bytearray((copied / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copied / "model.safetensors").write_bytes(data)
+    assert load_model(recipe({"path": str(copied)}), device=CPU).identity["sha256"] != first["sha256"]
+
+
+def test_frozen_hash_sees_one_bit_and_ignores_what_trains(bases):
+    model = load_model(recipe({"path": str(bases / "untied"), "weights": "bf16"}), device=CPU)
+    before = frozen_hash(model.module)
+    with torch.no_grad():
+        for parameter in model.trainable.values():
+            parameter += 1.0
+    assert frozen_hash(model.module) == before
+    frozen = next(p for p in model.module.parameters() if not p.requires_grad)
+    frozen.data.view(-1).view(torch.int16)[-1] ^= 1
+    assert frozen_hash(model.module) != before
+
+
+def test_dropout_is_off_unless_asked_for(bases):
+    assert load_model(recipe({"path": str(bases / "gpt2")}), device=CPU).hf_config.resid_pdrop == 0.0
+    values = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.2}
+    config = build_config(values | {"bos_token_id": 0, "eos_token_id": 0}, V)
+    assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.2, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        ({"path": "/nowhere/model"}, {}, "folder not found: /nowhere/model"),
+        ({"path": "."}, {}, "has no config.json"),
+        (
+            {"path": "untied"},
+            {"adapter": {"targets": ["q_prj"]}},
+            "no linear layer is called 'q_prj' -- did you mean q_proj",
+        ),
+        ({"path": "untied"}, {"adapter": {"targets": ["lm_head"]}}, "lm_head is the output head"),
+        ({"path": "untied"}, {"adapter": {"targets": ["embed_tokens"]}}, "no linear layer is called 'embed_tokens'"),
+        (
+            {"path": "gpt2"},
+            {"data": {"seq_len": 64, "sources": [{"path": "x"}]}, "batch": {"global_tokens": 64}},
+            "32 positions",
+        ),
+        ({"config": LLAMA | {"model_type": "lama"}}, {}, "unknown model_type 'lama' -- did you mean llama"),
+        ({"config": LLAMA | {"hiden_size": 1}}, {}, "llama has no key 'hiden_size' -- did you mean hidden_size"),
+        ({"config": LLAMA | {"num_attention_heads": 3}}, {}, "model.config:"),
+        ({"config": LLAMA | {"vocab_size": V - 1}}, {}, f"the tokenizer has {V} tokens, the model's embedding {V - 1}"),
+    ],
+)
+def test_mistakes_are_one_line(bases, model, changes, message):
+    if model.get("path") in ("untied", "gpt2"):
+        model = {"path": str(bases / model["path"])}
+    if "config" in model:
+        changes = changes | {"adapter": {"kind": "none"}, "embeddings": {}}
+    with pytest.raises(ConfigError) as caught:
+        load_model(recipe(model, **changes), device=CPU, vocab_size=V)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_pickled_weights_are_refused(bases, tmp_path):
+    import shutil
+
+    shutil.copy(bases / "untied" / "config.json", tmp_path / "config.json")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(ConfigError, match="only pickled weights"):
+        load_model(recipe({"path": str(tmp_path)}), device=CPU)
+
+
+def test_an_unknown_hub_name_is_one_line():
+    with pytest.raises(ConfigError, match=r"no-such-org/no-such-model is no folder and cannot be fetched"):
+        load_model(recipe({"path": "no-such-org/no-such-model"}), device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values"),
+    [
+        ("gemma2", {"final_logit_softcapping": 30.0}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("cohere", {"logit_scale": 0.0625}),
+        ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}),
+    ],
+)
+def test_what_the_loss_or_the_packing_would_get_wrong_is_refused(model_type, values):
+    from transformers import AutoConfig
+
+    with pytest.raises(ConfigError, match=f"model type {model_type}: "):
+        check_config(AutoConfig.for_model(model_type, **values))
+
+
+UNTESTED = {key: value for key, value in LLAMA.items() if key != "model_type"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more"),
+    [("phi3", {"pad_token_id": 0}), ("gpt_neox", {}), ("olmo2", {}), ("granite", {}), ("gemma", {"head_dim": 8})],
+)
+def test_another_architecture_loads_once_proven(model_type, more):
+    values = UNTESTED | {"model_type": model_type} | more
+    if model_type == "gpt_neox":
+        del values["num_key_value_heads"]
+    config = recipe({"config": values}, adapter={"kind": "none"}, embeddings={})
+    assert len(load_model(config, device=CPU, vocab_size=V).layers) == 2
+
+
+def test_another_architecture_is_proven_in_bf16_too(tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("olmo2", **UNTESTED)).save_pretrained(tmp_path)
+    model = load_model(recipe({"path": str(tmp_path), "weights": "bf16"}), device=CPU)
+    assert len(model.trainable) == 2 * 7 * 2 + 2
+
+
+def test_an_architecture_with_other_attention_is_refused():
+    """GPT-OSS adds learned sinks to the softmax, which the packed attention does not know."""
+    values = UNTESTED | {"model_type": "gpt_oss", "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+    config = recipe({"config": values | {"initializer_range": 1.0}}, adapter={"kind": "none"}, embeddings={})
+    with pytest.raises(ConfigError, match="model type gpt_oss: packed training would not compute this model"):
+        load_model(config, device=CPU, vocab_size=V)
+
+
+def test_canonical_names():
+    prefix = "causal_lm.base_model.model.model.layers.0.self_attn.q_proj"
+    assert canonical_name(f"{prefix}.lora_A.default.weight") == f"{prefix[10:]}.lora_A.weight"
+    assert canonical_name("causal_lm.base_model.model.lm_head.weight") == "base_model.model.lm_head.weight"
+    assert canonical_name("causal_lm.model.default.weight") == "model.default.weight"
+
+
+def test_one_target_alone(bases):
+    config = recipe({"path": str(bases / "gpt2")}, adapter={"rank": 2, "targets": "c_attn"}, embeddings={})
+    names = set(load_model(config, device=CPU).trainable)
+    assert len(names) == 4
+    assert all(".attn.c_attn.lora_" in name for name in names)
+
+
+def test_flops_by_hand(bases):
+    """Llama of LLAMA's size, rank 3, documents of 5 and 11 tokens."""
+    model = load_model(recipe({"path": str(bases / "untied")}, embeddings={"train": ["lm_head"]}), device=CPU)
+    hf_model = model.module.hf_model
+    flops = model_flops(model.module, model.hf_config, embeddings=hf_model.get_input_embeddings(), tied=False)
+    shapes = [(16, 16), (16, 8), (16, 8), (16, 16), (16, 24), (16, 24), (24, 16)]  # q k v o gate up down
+    frozen = 2 * sum(i * o for i, o in shapes)
+    trainable = 2 * sum(3 * (i + o) for i, o in shapes) + 16 * V
+    assert (flops.frozen, flops.trainable) == (frozen, trainable)
+    assert flops.attention_width == 2 * 16
+    expected = (4 * frozen + 6 * trainable) * 16 + 6 * 32 * (25 + 121)
+    assert flops.step([5, 11]) == expected
+    assert flops.per_token([5, 11]) == expected / 16
+
+
+def test_flops_count_a_tied_table_once(bases):
+    model = load_model(recipe({"path": str(bases / "tied")}, adapter={"kind": "none"}, embeddings={}), device=CPU)
+    embeddings = model.module.hf_model.get_input_embeddings()
+    tied = model_flops(model.module, model.hf_config, embeddings=embeddings, tied=True)
+    assert tied.frozen == 0
+    assert tied.trainable == 2 * (16 * 16 * 2 + 16 * 8 * 2 + 16 * 24 * 3) + 16 * V

@@ -1,0 +1,478 @@
+"""report.html: self-contained, escaped, and written for every state a run folder can be in."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_cpt.errors import DataError, WriteError
+from dist_cpt.report.chart import Mark, Series, downsample, line_chart, short_number, smooth
+from dist_cpt.report.report import write_report
+
+HOSTILE = "<script>alert(1)</script>\"'&<img src=http://x.example/y>"
+
+
+def make_run(folder: Path, num_steps: int = 400, name: str = "llama3-8b-legal") -> Path:
+    """A realistic run: stopped at 180 under ZeRO-3, resumed under FSDP2, killed, resumed again, done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(0)
+    cuts = [0, round(num_steps * 0.45), round(num_steps * 0.7)]
+    engines = [("zero-3", 8), ("fsdp-full", 4), ("fsdp-hybrid", 16)]
+    steps, events = [], []
+
+    def event(minute: float, kind: str, **fields: Any) -> None:
+        stamp = f"2026-03-0{2 + int(minute // 1440)}T{int(minute // 60) % 24:02d}:{int(minute % 60):02d}:11.000+00:00"
+        events.append({"time": stamp, "kind": kind, **fields})
+
+    for attempt, (cut, (engine, ranks)) in enumerate(zip(cuts, engines, strict=True)):
+        resumed = None if attempt == 0 else f"step-{cut:08d}"
+        event(
+            cut * 2.1,
+            "resume" if resumed else "start",
+            name=name,
+            attempt=attempt,
+            engine=engine,
+            world_size=ranks,
+            device="cuda",
+            num_steps=num_steps,
+            first_step=cut,
+            resumed_from=resumed,
+            wandb_run_id="0a1b2c3d",
+        )
+        if attempt == 0:
+            event(1, "message", text="W&B: offline, run 0a1b2c3d; upload with: wandb sync runs/x/wandb/offline-run-*")
+            event(
+                cuts[1] * 2.1 - 1,
+                "checkpoint",
+                step=cuts[1],
+                path=f"step-{cuts[1]:08d}",
+                seconds=12.2,
+                num_bytes=2_500_000_000,
+            )
+            event(cuts[1] * 2.1, "end", exit_code=75, reason="SIGTERM: stopped and saved", step=cuts[1])
+        if attempt == 1:
+            event(
+                cuts[2] * 2.1 - 1,
+                "checkpoint",
+                step=cuts[2],
+                path=f"step-{cuts[2]:08d}",
+                seconds=14.9,
+                num_bytes=2_500_000_000,
+            )
+    event(num_steps * 2.1, "end", exit_code=0, reason="done", step=num_steps)
+
+    def row(step: int, attempt: int) -> dict[str, Any]:
+        share = step / num_steps
+        skipped = step in (round(num_steps * 0.31), round(num_steps * 0.62))
+        warm = min(1.0, step / (0.03 * num_steps))
+        rate = warm * (0.55 + 0.45 * math.cos(math.pi * share))
+        speed = {0: 41_000, 1: 23_500, 2: 78_000}[attempt] * rng.gauss(1, 0.015)
+        return {
+            "step": step,
+            "loss": 1.55 + 0.9 * math.exp(-7 * share) + rng.gauss(0, 0.05),
+            "lr": {"adapter": 1e-4 * rate, "embeddings": 1e-5 * rate},
+            "grad_norm": None if skipped else 0.4 * math.exp(rng.gauss(0, 0.3)) + 2 * math.exp(-30 * share),
+            "skipped": skipped,
+            "skipped_total": (share >= 0.31) + (share >= 0.62),
+            "position": [128 * step - 128, 128 * step],
+            "num_tokens": 520_000,
+            "tokens": 520_000 * step,
+            "tokens_by_source": {"legal": 470_000 + rng.randrange(3000), "general": 51_000},
+            "tokens_per_second": speed,
+            "step_seconds": 520_000 / speed,
+            "memory_gib": {0: 61.2, 1: 74.8, 2: 55.0}[attempt] + 0.2 * rng.random(),
+            "attempt": attempt,
+        }
+
+    def attempt_of(step: int) -> int:
+        return sum(step > cut for cut in cuts) - 1
+
+    steps = [row(step, attempt_of(step)) for step in range(1, num_steps + 1)]
+    rewound = [row(step, 1) for step in range(cuts[2] + 1, cuts[2] + 10)]
+    evaluations = []
+    for step in range(0, num_steps + 1, max(1, num_steps // 10)):
+        share = step / num_steps
+        for held_out, role, loss in (
+            ("legal", "domain", 1.6 + 0.85 * math.exp(-6 * share)),
+            ("contracts", "domain", 1.9 + 0.5 * math.exp(-5 * share)),
+            ("general", "retention", 2.02 + 0.03 * share),
+        ):
+            evaluations.append(
+                {
+                    "step": step,
+                    "name": held_out,
+                    "role": role,
+                    "loss": loss,
+                    "perplexity": math.exp(loss),
+                    "num_tokens": 1_048_576,
+                    "attempt": attempt_of(max(step, 1)),
+                }
+            )
+    for file, rows in (
+        ("metrics", steps),
+        ("metrics.rewound", rewound),
+        ("evaluations", evaluations),
+        ("events", events),
+    ):
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    sharding = "weights, masters and moments over 16 ranks"
+    groups = [
+        {
+            "name": n,
+            "num_tensors": t,
+            "num_parameters": p,
+            "compute_dtype": "bf16",
+            "master_dtype": "fp32",
+            "peak_lr": lr,
+            "weight_decay": wd,
+            "sharding": sharding,
+            "tensors": [{"name": f"layers.{i}.{n}", "shape": [4096, 8]} for i in range(t)],
+        }
+        for n, t, p, lr, wd in (("adapter", 448, 335_544_320, 1e-4, 0.01), ("embeddings", 2, 1_050_673_152, 1e-5, 0.0))
+    ]
+    checks = [
+        {
+            "name": "every trainable tensor had a finite, non-zero gradient",
+            "passed": True,
+            "step": 2,
+            "detail": "450 tensors",
+        },
+        {"name": "every trainable tensor moved", "passed": True, "step": 2, "detail": "450 tensors"},
+        {"name": "every frozen tensor is as before", "passed": True, "step": 2, "detail": "by checksum"},
+        {"name": "checked over the first two updates", "passed": None, "step": 1, "detail": "only 1 updates were made"},
+    ]
+    frozen = {
+        "num_tensors": 291,
+        "num_parameters_per_rank": [470_000_000] * 2,
+        "dtype": ["bfloat16"],
+        "checksum_rank_0": "0f",
+    }
+    contract = {
+        "groups": groups,
+        "frozen": frozen,
+        "ties": [["lm_head.weight", "embed_tokens.weight"]],
+        "checks": checks,
+    }
+    certificate = {
+        "verdict": "pass",
+        "failed": [],
+        "step": cuts[2],
+        "saved_by": {"engine": "fsdp-full", "world_size": 4},
+        "restored_by": {"engine": "fsdp-hybrid", "world_size": 16},
+        "checks": [
+            {"name": "master", "passed": True, "detail": "450 of 450 bit-identical"},
+            {
+                "name": "replayed_loss",
+                "passed": True,
+                "detail": "recorded 1.75, replayed 1.75, difference 0, allowed 0.01",
+            },
+        ],
+    }
+    sample = {
+        "prompt": "The party of the first part",
+        "text": " shall indemnify\nthe party of the second part.",
+        "step": num_steps,
+    }
+    for file, value in (
+        ("contract", contract),
+        ("certificate", certificate),
+        ("sample", sample),
+        ("exit", {"code": 0, "reason": "done", "step": num_steps}),
+    ):
+        (folder / f"{file}.json").write_text(json.dumps(value))
+    (folder / "recipe.yaml").write_text(
+        f"name: {name}\ndata:\n  seq_len: 4096\n  sources:\n"
+        "  - {path: /corpus/legal.jsonl, name: legal, weight: 0.9, role: domain}\n"
+        "  - {path: /corpus/general.jsonl, name: general, weight: 0.1, role: replay}\n"
+    )
+    kept = folder / "checkpoints" / f"step-{cuts[2]:08d}"
+    kept.mkdir(parents=True, exist_ok=True)
+    (kept / "manifest.json").write_text("{}")
+    return folder
+
+
+class _Page(HTMLParser):
+    """Text, tags and attributes of a page; fails on tags that do not nest."""
+
+    VOID = frozenset({"meta", "line", "circle", "path", "polyline", "img", "br"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.attributes, self.tags = "", [], []  # type: tuple[str, list[tuple[str, str]], list[str]]
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == [], self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self._open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += " " + data
+
+
+def report_of(folder: Path) -> _Page:
+    html = write_report(folder).read_text(encoding="utf-8")
+    page = _Page(html)
+    for name, value in page.attributes:
+        assert name not in ("src", "href", "xlink:href", "srcset", "onerror"), (name, value)
+    assert not re.search(r"\b(nan|inf|None)\b", re.sub(r"<(script|style)>.*?</\1>", "", html, flags=re.DOTALL))
+    assert page.tags.count("script") == 1
+    return page
+
+
+def words(page: _Page) -> str:
+    return " ".join(page.text.split())
+
+
+def test_a_whole_run(tmp_path: Path) -> None:
+    page = report_of(make_run(tmp_path / "run"))
+    text = words(page)
+    for expected in (
+        "held-out perplexity of legal 11.59 → 4.963 −57.2%",  # exp(2.45) to exp(1.6 + 0.85 e^-6), by hand
+        "held-out perplexity of general 7.538 → 7.768 +3.0%",
+        "400 of 400",
+        "9 steps done twice",
+        "#0 zero-3 ×8",
+        "#1 fsdp-full ×4",
+        "#2 fsdp-hybrid ×16",
+        "resumed from step-00000180",
+        "killed or crashed",
+        "335,544,320",
+        "470,000,000 per rank",
+        "every trainable tensor moved",
+        "not checked",
+        "pass step 280, saved by fsdp-full on 4 ranks, restored by fsdp-hybrid on 16 ranks",
+        "legal domain 90.00% 90.2",
+        "shall indemnify",
+        "step-00000280",
+        "path: /corpus/legal.jsonl",
+        "step 124 skipped",
+    ):
+        assert expected in text, expected
+    assert page.tags.count("svg") == 6
+    marks = [value for name, value in page.attributes if name == "class" and value == "mark"]
+    assert len(marks) == 2 * 6  # both resumes in every chart
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "metrics",
+        "metrics.rewound",
+        "evaluations",
+        "events",
+        "contract",
+        "certificate",
+        "sample",
+        "exit",
+        "recipe",
+        "checkpoints",
+    ],
+)
+def test_any_file_may_be_missing(tmp_path: Path, missing: str) -> None:
+    run = make_run(tmp_path / "run", 20)
+    for path in [p for p in run.iterdir() if p.name.rsplit(".", 1)[0] == missing and p.is_file()]:
+        path.unlink()
+    if missing == "checkpoints":
+        (run / "checkpoints" / "step-00000014" / "manifest.json").unlink()
+    report_of(run)
+
+
+def test_an_empty_folder_and_a_start_without_steps(tmp_path: Path) -> None:
+    assert "not started" in words(report_of(tmp_path))
+    (tmp_path / "events.jsonl").write_text(
+        '{"time":"2026-03-02T10:00:00.000+00:00","kind":"start","attempt":0,"engine":"single","world_size":1,"first_step":0}\n'
+    )
+    text = words(report_of(tmp_path))
+    assert "no end recorded: still running, or killed" in text
+    assert "No optimizer step has been recorded yet." in text
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4])
+def test_few_rows(tmp_path: Path, num_rows: int) -> None:
+    run = make_run(tmp_path / "run", 20)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:num_rows]))
+    (run / "evaluations.jsonl").unlink()
+    assert report_of(run).tags.count("svg") == 5
+
+
+def test_one_row_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step":1,"loss":2.0}\n')
+    assert "circle" in report_of(tmp_path).tags
+
+
+def test_a_crashed_run_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 20)
+    (run / "exit.json").write_text('{"code": 71, "reason": "trainability contract broken at step 2"}')
+    (run / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes()[:-30])  # torn by the crash
+    text = words(report_of(run))
+    assert "numerical error trainability contract broken at step 2" in text
+    assert "metrics.jsonl: line 20 cannot be read" in text
+    assert "19 of 20" in text
+
+
+def test_wrong_types_and_non_finite_numbers_do_not_stop_it(tmp_path: Path) -> None:
+    rows = [
+        {"step": 1, "loss": None, "lr": None, "non_finite": {"loss": "nan"}, "tokens_by_source": None},
+        {"step": "2", "loss": 1.0},
+        {"step": 3, "loss": "x", "lr": {"a": None}, "grad_norm": True, "tokens": None, "skipped": True},
+        {"step": 4, "loss": 1e308, "lr": {"a": 0.0}, "grad_norm": 0.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"step":5,"loss":NaN}\n[]\n'
+    )
+    (tmp_path / "evaluations.jsonl").write_text(
+        '{"step":0,"name":"a","perplexity":null}\n{"step":1,"name":"a","perplexity":0}\n'
+    )
+    (tmp_path / "contract.json").write_text('{"groups": [{}, 3], "frozen": 1, "ties": [1], "checks": [{}]}')
+    (tmp_path / "certificate.json").write_text('{"checks": 5, "saved_by": 1}')
+    (tmp_path / "events.jsonl").write_text(
+        '{"kind":"resume"}\n{"kind":"end"}\n{"kind":"checkpoint"}\n{"kind":"message"}\n'
+    )
+    (tmp_path / "exit.json").write_text("{")
+    (tmp_path / "recipe.yaml").write_text("a: [")
+    html = write_report(tmp_path).read_text()
+    assert "exit.json: not a JSON object" in html
+    assert not re.search(r"(points|cx|cy|x1)=\"[^\"]*(nan|inf)", html)
+
+
+def test_hostile_text_is_escaped_everywhere(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 20)
+    for path in [p for p in run.iterdir() if p.suffix in (".json", ".jsonl")]:
+        content = path.read_text()
+        for word in (
+            "legal",
+            "adapter",
+            "zero-3",
+            "fsdp-full",
+            "bf16",
+            "cuda",
+            "SIGTERM",
+            "indemnify",
+            "W&B",
+            "passed",
+            "moved",
+            "bit-identical",
+            "step-000",
+            "lm_head",
+        ):
+            content = content.replace(word, json.dumps(HOSTILE)[1:-1]) if word != "passed" else content
+        path.write_text(content)
+    (run / "recipe.yaml").write_text(
+        f"name: {json.dumps(HOSTILE)}\ndata: {{sources: [{{name: {json.dumps(HOSTILE)}}}]}}\n"
+    )
+    page = report_of(run)
+    assert "img" not in page.tags
+    assert words(page).count("<script>alert(1)</script>") > 20
+
+
+def test_characters_that_are_no_utf8(tmp_path: Path) -> None:
+    (tmp_path / "sample.json").write_text('{"prompt": "東京 \\ud800", "text": "\\udfff 🚀\\u0000", "step": 1}')
+    (tmp_path / "recipe.yaml").write_bytes(b"name: caf\xe9\n")
+    assert "東京" in words(report_of(tmp_path))
+
+
+@pytest.mark.matrix
+def test_a_hundred_thousand_rows(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 20)
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    line = json.dumps(row | {"step": -1, "loss": -2})
+    rows = (line.replace("-1", str(i), 1).replace("-2", f"{2 + math.sin(i)}", 1) for i in range(1, 100_001))
+    (run / "metrics.jsonl").write_text("\n".join(rows))
+    began = time.monotonic()
+    path = write_report(run)
+    assert time.monotonic() - began < 30
+    assert path.stat().st_size < 1_000_000
+    assert "100,000 of 20" in words(_Page(path.read_text()))
+
+
+def test_writing_is_atomic_and_a_failure_is_one_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 20)
+    write_report(run)
+    assert not list(run.glob("*.tmp"))
+    (run / "report.html").unlink()
+    (run / "report.html").mkdir()
+    with pytest.raises(WriteError, match=r"report\.html cannot be written"):
+        write_report(run)
+    assert not list(run.glob("*.tmp"))
+    with pytest.raises(DataError, match="run folder not found"):
+        write_report(tmp_path / "none")
+
+
+def test_downsampling_keeps_both_ends_and_every_extreme() -> None:
+    points = [(float(i), math.sin(i / 500)) for i in range(100_000)]
+    points[31_234] = (31_234.0, 9.0)
+    points[77_777] = (77_777.0, -9.0)
+    kept = downsample(points)
+    assert len(kept) <= 1000
+    assert kept[0] == points[0]
+    assert kept[-1] == points[-1]
+    assert (31_234.0, 9.0) in kept
+    assert (77_777.0, -9.0) in kept
+    assert kept == sorted(kept)
+    assert downsample(points[:1000]) == points[:1000]
+    assert downsample([(float(i), None) for i in range(5000)]) == []
+
+
+def test_smoothing_is_centred_and_keeps_a_line_a_line() -> None:
+    line = [(float(i), 2.0 * i) for i in range(50)]
+    assert smooth(line, 5) == line
+    assert [y for _, y in smooth([(0, 0.0), (1, 3.0), (2, None), (3, 0.0)], 1)] == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(
+    "values", [[5.0], [5.0, 5.0], [0.0, 0.0], [1e-9, 1e12], [-3.0, 4.0], [1.0, math.inf], [8.1, 8.2]]
+)
+def test_everything_drawn_lies_inside_the_plot(values: list[float], log: bool) -> None:
+    points = [(float(i), v) for i, v in enumerate(values)]
+    marks = [Mark(float(i) / 20, f"#{i} fsdp-hybrid ×128") for i in range(21)]
+    x_range = (0.0, float(max(len(values) - 1, 1)))
+    svg = line_chart("t", [Series("s", points, 0, dots=True)], x_range=x_range, marks=marks, log=log)
+    for x, y in re.findall(r'cx="([-\d.]+)" cy="([-\d.]+)"', svg):
+        assert 57.9 <= float(x) <= 546.1
+        assert 45.9 <= float(y) <= 240.1
+    labels = re.findall(r'class="label" x="([\d.]+)" y="([\d.]+)">([^<]*)<', svg)
+    assert all(float(x) + 5.9 * len(text) <= 562 for x, _, text in labels)
+    rows: dict[str, float] = {}
+    for x, row, text in labels:  # no label over another
+        assert float(x) >= rows.get(row, 0)
+        rows[row] = float(x) + 5.9 * len(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0, "0"),
+        (950.0, "950"),
+        (9500.0, "9500"),
+        (12_500.0, "12.5k"),
+        (3.2e6, "3.2M"),
+        (1e-5, "1e-5"),
+        (2.5e-4, "2.5e-4"),
+        (0.05, "0.05"),
+    ],
+)
+def test_short_numbers(value: float, shown: str) -> None:
+    assert short_number(value) == shown
