@@ -35,7 +35,7 @@ NEW_DOMAIN_BYTES = 3_000_000
 PROMPT = "def read_lines(path):\n"
 
 
-def run_demo(out: Path) -> int:
+def run_demo(out: Path, base_tokens: int = BASE_TOKENS, cpt_tokens: int = CPT_TOKENS) -> int:
     """Make corpus, base model, run, merged model, report.html and summary.json in `out`; return 0.
 
     Raises:
@@ -51,8 +51,8 @@ def run_demo(out: Path) -> int:
 
     _write_corpus(out / "corpus")
     _train_tokenizer(out / "corpus" / "documentation.jsonl", out / "tokenizer")
-    _write_recipe(out / "base.yaml", _base_recipe(out))
-    _write_recipe(out / "code.yaml", _code_recipe(out, first_engine))
+    _write_recipe(out / "base.yaml", _base_recipe(out, base_tokens))
+    _write_recipe(out / "code.yaml", _code_recipe(out, first_engine, cpt_tokens))
 
     print("\n== 1. a base model that knows the old domain only (full-parameter, one rank)")
     _command(environment, "launch", str(out / "base.yaml"))
@@ -60,7 +60,7 @@ def run_demo(out: Path) -> int:
 
     print(f"\n== 2. continued pretraining on the new domain: LoRA + embeddings, two ranks, {first_engine}")
     run = out / "runs" / "code"
-    _stopped_half_way(environment, out / "code.yaml", run)
+    _stopped_half_way(environment, out / "code.yaml", run, cpt_tokens // GLOBAL_TOKENS // 2)
 
     print("\n== 3. the same run, resumed under another engine")
     _command(environment, "resume", str(run), "--procs-per-node", "2", "--set", "engine={kind: fsdp, shard: full}")
@@ -159,7 +159,7 @@ def _train_tokenizer(corpus: Path, folder: Path) -> None:
     print(f"tokenizer: {tokenizer.get_vocab_size()} tokens, trained on the old domain")
 
 
-def _base_recipe(out: Path) -> dict[str, Any]:
+def _base_recipe(out: Path, tokens: int) -> dict[str, Any]:
     return {
         "name": "base",
         "output_dir": str(out / "runs"),
@@ -185,14 +185,14 @@ def _base_recipe(out: Path) -> dict[str, Any]:
             "validation": _held_out(out),
         },
         "batch": {"global_tokens": GLOBAL_TOKENS, "micro_batch": 16},
-        "train": {"tokens": BASE_TOKENS},
+        "train": {"tokens": tokens},
         "optim": {"lr": 2.0e-3},
         "engine": "single",
         "track": {"wandb": {"mode": "disabled"}},
     }
 
 
-def _code_recipe(out: Path, engine: str) -> dict[str, Any]:
+def _code_recipe(out: Path, engine: str, tokens: int) -> dict[str, Any]:
     return {
         "name": "code",
         "output_dir": str(out / "runs"),
@@ -208,7 +208,7 @@ def _code_recipe(out: Path, engine: str) -> dict[str, Any]:
             "validation": _held_out(out),
         },
         "batch": {"global_tokens": GLOBAL_TOKENS, "micro_batch": 8},
-        "train": {"tokens": CPT_TOKENS},
+        "train": {"tokens": tokens},
         "optim": {"lr": 2.0e-3, "embedding_lr": 1.0e-3},
         "engine": yaml.safe_load(engine),
         "checkpoint": {"every_steps": 40},
@@ -238,12 +238,11 @@ def _command(environment: dict[str, str], *arguments: str) -> None:
         raise error
 
 
-def _stopped_half_way(environment: dict[str, str], recipe: Path, run: Path) -> None:
+def _stopped_half_way(environment: dict[str, str], recipe: Path, run: Path, half: int) -> None:
     """Start the run, send SIGTERM once half of its steps are done, and require that it saved."""
     arguments = ["launch", str(recipe), "--procs-per-node", "2"]
     print(f"\n$ dist-cpt {shlex.join(arguments)}", flush=True)
     child = subprocess.Popen([sys.executable, "-m", "dist_cpt.cli", *arguments], env=environment)
-    half = CPT_TOKENS // GLOBAL_TOKENS // 2
     try:
         while child.poll() is None and _last_step(run) < half:
             time.sleep(0.2)

@@ -18,6 +18,7 @@ import signal
 import tempfile
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -100,10 +101,8 @@ class RankPool:
             if not ready:
                 break
             for rank in [rank for rank, pipe in pending.items() if pipe in ready]:
-                try:
+                with contextlib.suppress(EOFError, ConnectionResetError):  # it died: reported as missing
                     answers[rank] = pickle.loads(pending[rank].recv_bytes())
-                except (EOFError, ConnectionResetError):
-                    pass  # the process died: reported as missing
                 del pending[rank]
                 if not answers.get(rank, (False, None))[0]:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
@@ -126,6 +125,7 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", module="dist_cpt|tests")  # as in the pytest process; others' stay warnings
     store = dist.FileStore(str(Path(folder) / "store"), world_size)
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)

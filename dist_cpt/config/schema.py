@@ -70,7 +70,7 @@ class AdapterConfig(Frozen):
     rank: PositiveInt = 128
     alpha: PositiveFloat = 128
     rslora: bool = True
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     targets: str | tuple[str, ...] = "all-linear"
     continue_from: str | None = None
 
@@ -129,7 +129,7 @@ class DataConfig(Frozen):
     packing: Literal["best_fit"] = "best_fit"
     tokenizer: str | None = None  # folder or hub id; default: model.path
     on_bad_record: Literal["error", "skip", "quarantine"] = "error"
-    bad_record_budget_fraction: float = Field(0.001, ge=0.0, le=1.0)  # of the records, for skip and quarantine
+    bad_record_budget_fraction: float = Field(default=0.001, ge=0.0, le=1.0)  # of the records, for skip and quarantine
     cache_dir: str | None = None  # prepared token stores; default: <output_dir>/data
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     validation: tuple[ValidationConfig, ...] = ()
@@ -156,8 +156,8 @@ class TrainConfig(Frozen):
 class OptimConfig(Frozen):
     lr: PositiveFloat = 1.0e-4
     embedding_lr: PositiveFloat | None = None  # default: lr / 10
-    weight_decay: float = Field(0.01, ge=0.0)  # on matrices; norms and biases never decay
-    embedding_weight_decay: float = Field(0.0, ge=0.0)
+    weight_decay: float = Field(default=0.01, ge=0.0)  # on matrices; norms and biases never decay
+    embedding_weight_decay: float = Field(default=0.0, ge=0.0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1.0e-8
     max_grad_norm: PositiveFloat = 1.0
@@ -188,11 +188,11 @@ class ScheduleShape(Frozen):
     """
 
     kind: Literal["cosine", "wsd", "infinite", "constant"] = "cosine"
-    warmup_fraction: float = Field(0.02, ge=0.0, le=1.0)
-    end_fraction: float = Field(0.1, ge=0.0, le=1.0)
-    decay_fraction: float = Field(0.1, ge=0.0, le=1.0)
-    cooldown_fraction: float = Field(0.2, ge=0.0, le=1.0)
-    constant_fraction: float = Field(0.5, gt=0.0, le=1.0)
+    warmup_fraction: float = Field(default=0.02, ge=0.0, le=1.0)
+    end_fraction: float = Field(default=0.1, ge=0.0, le=1.0)
+    decay_fraction: float = Field(default=0.1, ge=0.0, le=1.0)
+    cooldown_fraction: float = Field(default=0.2, ge=0.0, le=1.0)
+    constant_fraction: float = Field(default=0.5, gt=0.0, le=1.0)
 
     @model_validator(mode="after")
     def _fits(self) -> ScheduleShape:
@@ -282,7 +282,7 @@ class RunConfig(Frozen):
     """A whole recipe."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     output_dir: str = "runs"
     model: ModelConfig
     adapter: AdapterConfig = AdapterConfig()

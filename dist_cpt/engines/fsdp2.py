@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -74,7 +75,7 @@ class Fsdp2Engine:
 
     def accumulate(self, batch: Batch, num_tokens: int, last: bool) -> torch.Tensor:
         if self._hybrid:
-            self._root.set_requires_all_reduce(last)
+            self._units[0].set_requires_all_reduce(last)  # the root sets all units
         loss, loss_sum = scaled_loss(self._module, batch.to(self._device), 1.0 / num_tokens)
         loss.backward()
         return loss_sum
@@ -130,12 +131,16 @@ class Fsdp2Engine:
         for parameter in self._parameters.values():
             parameter.grad = None
 
-    @property
-    def _root(self) -> FSDPModule:
-        return self._units[0]
-
-    def _inference(self):
-        return _Inference(self._module, self._units)
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """A forward without a backward leaves units gathered, and the next forward would use those copies even
+        if an import has changed the shards since: reshard them all."""
+        try:
+            with inference(self._module):
+                yield
+        finally:
+            for unit in self._units:
+                unit.reshard()
 
     def _grad(self, name: str) -> torch.Tensor | None:
         grad = self._parameters[name].grad
@@ -195,33 +200,13 @@ def _shard(
         )
     # The root is needed again first thing in backward: freeing it in between would only gather it twice.
     fully_shard(module, mesh=mesh, reshard_after_forward=False, mp_policy=policy, ignored_params=ignored)
-    units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
+    units: list[FSDPModule] = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
     for unit in units:
         # A plain sum: the loss is already divided by the tokens of the whole step. Without the second line
         # gloo refuses the factor; with it alone torch still divides by the ranks.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     return units
-
-
-class _Inference:
-    """`inference`, and every unit resharded afterwards.
-
-    A forward without a backward leaves units gathered, and the next forward would use those copies even if
-    the shards have changed since.
-    """
-
-    def __init__(self, module: nn.Module, units: Sequence[FSDPModule]) -> None:
-        self._inference = inference(module)
-        self._units = units
-
-    def __enter__(self) -> None:
-        self._inference.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self._inference.__exit__(*error)  # type: ignore[arg-type]
-        for unit in self._units:
-            unit.reshard()
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

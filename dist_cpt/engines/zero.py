@@ -125,7 +125,9 @@ class ZeroEngine:
         found: dict[str, tuple[float, float]] = {}
         for name, parameter in self._parameters.items():
             grad = safe_get_full_grad(parameter)
-            assert grad is not None, f"{name} has no gradient to look at before the step"
+            if grad is None:
+                found[name] = (0.0, 0.0)
+                continue
             largest = grad.abs().amax().float().nan_to_num(nan=math.inf, posinf=math.inf)
             found[name] = (float(torch.linalg.vector_norm(grad, dtype=torch.float32)), float(largest))
         return found

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from dist_cpt.config.resolve import StepShape
@@ -71,13 +72,10 @@ def train_loop(
     """
     for micro_batches in hooks.batches(progress.position):
         started = time.perf_counter()
-        mine = [
-            sum(batch.num_targets for batch in micro_batches),
-            hooks.stop_requested(),
-            hooks.save_due(progress.step),
-        ]
-        by_source = sum(batch.tokens_by_source for batch in micro_batches)
-        num_targets, stop, save, *source_tokens = all_reduce_ints([*map(int, mine), *map(int, by_source)])
+        flags = [int(hooks.stop_requested()), int(hooks.save_due(progress.step))]
+        targets = sum(batch.num_targets for batch in micro_batches)
+        by_source = np.sum([batch.tokens_by_source for batch in micro_batches], axis=0).tolist()
+        num_targets, stop, save, *source_tokens = all_reduce_ints([targets, *flags, *by_source])
         if (stop or save) and progress.saved_step != progress.step:
             hooks.save(progress)
             started = time.perf_counter()

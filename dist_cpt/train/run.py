@@ -145,9 +145,9 @@ class _Run:
     def go(self) -> tuple[int, str]:
         """Build, restore, train, save; (exit code, reason)."""
         config, rank = self.config, self.env.rank
-        base = config.model
-        if base.path is not None:  # before the corpus is prepared: that may take hours
-            on_rank_zero("model.path", lambda: str(locate_base(base.path, base.revision)))
+        path = config.model.path
+        if path is not None:  # before the corpus is prepared: that may take hours
+            on_rank_zero("model.path", lambda: str(locate_base(path, config.model.revision)))
         on_rank_zero("prepare data", lambda: prepare(config, self._say_prepared) and None)
         self.prepared = on_every_rank("open data", lambda: open_prepared(config))
         self.tokenizer = on_every_rank("tokenizer", self._load_tokenizer)

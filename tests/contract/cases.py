@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -211,3 +212,38 @@ def frozen_is_untouched(base: str, engine: dict[str, Any]) -> tuple[int, bool]:
         train(built, groups, 1, 2)
         after = dict(built.frozen_tensors())
         return len(before), all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def refusal(base: str, engine: dict[str, Any], deepspeed_version: str | None = "0.19.8") -> str:
+    """Why an engine is not built, as `class: message`; `deepspeed_version` is what the machine claims to have."""
+
+    def version(name: str) -> str:
+        if name != "deepspeed":
+            return real_version(name)
+        if deepspeed_version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return deepspeed_version
+
+    real_version = importlib.metadata.version
+    importlib.metadata.version = version
+    try:
+        with running(base, engine, "lora", "bf16"):
+            return "built"
+    except DistCptError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        importlib.metadata.version = real_version
+
+
+def kind_of_auto(base: str) -> str:
+    """The engine that `auto` means at this world size."""
+    with running(base, {"kind": "auto"}, "lora", "bf16") as (built, _):
+        return built.kind
+
+
+def first_step(base: str, engine: dict[str, Any], variant: str) -> Any:
+    """In bf16: the state before any step, and the gradients of step 1."""
+    with running(base, engine, variant, "bf16") as (built, _):
+        before = snapshot(built)
+        accumulate(built, 1)
+        return on_rank_0((before, built.gradient_probe()))

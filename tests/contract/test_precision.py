@@ -1,0 +1,29 @@
+"""Under bf16 compute, masters start from the fp32 values and gradients are summed in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.contract.engines import ENGINES
+from tests.contract.test_state_moves import assert_same
+
+# (engine, relative tolerance of gradient norms against the single engine). Each block's bf16 gradient is bitwise
+# the same; n = 8 of them are summed in fp32 in two orders: 2 (n - 1) U sum|g_i|/|g| = 8e-7 x a cancellation that
+# is below 10 here. A sum in bf16 is off by 1e-3. ZeRO-3 adds the q, k, v branches of one block in another order,
+# in bf16, which is noise of bf16's own size.
+CASES = [("fsdp-full", 1e-5), ("fsdp-trainable", 1e-5), ("zero-1", 1e-5), ("zero-2", 1e-5), ("zero-3", 2.0**-6)]
+
+
+@pytest.mark.parametrize(("engine", "tolerance"), CASES)
+def test_masters_and_sums_are_fp32(engine: str, tolerance: float, pool: Any, base: Any) -> None:
+    options = {"base": base("full"), "variant": "full"}
+    [(start, want)] = pool(1).run("tests.contract.cases:first_step", **options, engine=ENGINES["single"])
+    before, got = pool(2).run("tests.contract.cases:first_step", **options, engine=ENGINES[engine])[0]
+    assert_same(before, start)
+    rounded = [key for key in start if torch.equal(start[key], start[key].bfloat16().float())]
+    assert len(rounded) < len(start), "values that bf16 holds exactly prove nothing"
+    for name, (norm, _) in want.items():
+        assert abs(got[name][0] - norm) <= tolerance * norm, name
