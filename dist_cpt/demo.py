@@ -26,10 +26,10 @@ import yaml
 
 from dist_cpt.errors import EXIT_STOPPED, ConfigError, DataError, DistCptError, WriteError
 
-VOCAB_SIZE = 4096
+VOCAB_SIZE = 2048
 SEQ_LEN = 256
-BASE_TOKENS = 1_600_000
-CPT_TOKENS = 640_000
+BASE_TOKENS = 800_000
+CPT_TOKENS = 480_000
 GLOBAL_TOKENS = 4096
 NEW_DOMAIN_BYTES = 3_000_000
 PROMPT = "def read_lines(path):\n"
@@ -167,11 +167,11 @@ def _base_recipe(out: Path, tokens: int) -> dict[str, Any]:
             "config": {
                 "model_type": "llama",
                 "vocab_size": VOCAB_SIZE,
-                "hidden_size": 192,
-                "intermediate_size": 512,
+                "hidden_size": 128,
+                "intermediate_size": 384,
                 "num_hidden_layers": 4,
-                "num_attention_heads": 6,
-                "num_key_value_heads": 3,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
                 "max_position_embeddings": 1024,
                 "tie_word_embeddings": False,
             },

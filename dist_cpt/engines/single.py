@@ -3,13 +3,13 @@
 Where a gradient lives: backward yields it in the compute dtype. The first micro-batch's gradient is kept as
 it is; the second turns it into an fp32 sum that the others are added to. A step of one micro-batch thus holds
 2 bytes per trainable element in bf16, a longer one 4, and rounding happens once per micro-batch, never in the
-sum. The update widens a few tensors at a time.
+sum. The norm and the update widen a slice at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -67,13 +67,16 @@ class SingleEngine:
         return loss_sum
 
     def step(self, lrs: Mapping[str, float]) -> GradStats:
-        norm = global_norm(self._grads.values(), self._device)
+        norm = global_norm(_slices(self._grads.values()), self._device)
         if not math.isfinite(norm):
             self._grads.clear()
             return GradStats(norm, skipped=True)
         factor = clip_factor(norm, self._max_norm)
         for group in self._groups:
             for names in _portions(group.names, self._parameters):
+                if self._parameters[names[0]].numel() > UPDATE_ELEMENTS:
+                    self._update_in_slices(names[0], factor, lrs[group.name], group.weight_decay)
+                    continue
                 grads = [self._fp32_gradient(name, factor) for name in names]
                 self._adam.update(names, grads, lrs[group.name], group.weight_decay)
         self._adam.steps += 1
@@ -147,11 +150,31 @@ class SingleEngine:
             return torch.zeros_like(self._adam.masters[name])
         return grad.float().mul_(factor) if factor < 1.0 else grad.float()
 
+    def _update_in_slices(self, name: str, factor: float, lr: float, weight_decay: float) -> None:
+        """The update of one large tensor: an fp32 copy of its whole gradient would raise the peak."""
+        grad = self._grads.pop(name, None)
+        if grad is None:
+            grad = torch.zeros_like(self._adam.masters[name])
+        wide = torch.empty(UPDATE_ELEMENTS, device=grad.device)
+        start = 0
+        for piece in _slices([grad]):
+            fp32 = piece if piece.dtype == torch.float32 else wide[: piece.numel()].copy_(piece)
+            if factor < 1.0:
+                fp32.mul_(factor)
+            self._adam.update_slice(name, start, fp32, lr, weight_decay)
+            start += piece.numel()
+
     def _refresh(self) -> None:
         for name, parameter in self._parameters.items():
             master = self._adam.masters[name]
             if parameter.data_ptr() != master.data_ptr():
                 parameter.data.copy_(master)
+
+
+def _slices(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Every tensor flat, in slices of at most UPDATE_ELEMENTS elements."""
+    for tensor in tensors:
+        yield from tensor.reshape(-1).split(UPDATE_ELEMENTS)
 
 
 def _portions(names: Sequence[str], parameters: Mapping[str, nn.Parameter]) -> Iterator[list[str]]:

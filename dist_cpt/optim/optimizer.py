@@ -31,16 +31,41 @@ class AdamW:
 
     def update(self, names: Sequence[str], grads: Sequence[torch.Tensor], lr: float, weight_decay: float) -> None:
         """Apply fp32 `grads` as part of update number `steps + 1`; the caller raises `steps` after the last part."""
-        if not names:
-            return
+        if names:
+            self._apply(
+                [self.masters[name] for name in names],
+                list(grads),
+                [self.exp_avg[name] for name in names],
+                [self.exp_avg_sq[name] for name in names],
+                lr,
+                weight_decay,
+            )
+
+    def update_slice(self, name: str, start: int, grad: torch.Tensor, lr: float, weight_decay: float) -> None:
+        """As `update`, for the elements of one flattened tensor from `start` that the flat fp32 `grad` covers."""
+        piece = slice(start, start + grad.numel())
+        master, exp_avg, exp_avg_sq = (
+            kind[name].view(-1)[piece] for kind in (self.masters, self.exp_avg, self.exp_avg_sq)
+        )
+        self._apply([master], [grad], [exp_avg], [exp_avg_sq], lr, weight_decay)
+
+    def _apply(
+        self,
+        masters: list[torch.Tensor],
+        grads: list[torch.Tensor],
+        exp_avgs: list[torch.Tensor],
+        exp_avg_sqs: list[torch.Tensor],
+        lr: float,
+        weight_decay: float,
+    ) -> None:
         step = torch.full((), float(self.steps + 1), dtype=torch.float32, device=grads[0].device)
         torch._fused_adamw_(
-            [self.masters[name] for name in names],
-            list(grads),
-            [self.exp_avg[name] for name in names],
-            [self.exp_avg_sq[name] for name in names],
+            masters,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
             [],
-            [step] * len(names),
+            [step] * len(masters),
             lr=lr,
             beta1=self._betas[0],
             beta2=self._betas[1],

@@ -124,6 +124,7 @@ def _accumulate(
     grad_VD = hidden_TD.new_empty((vocab, dim), dtype=accumulate) if need_weight else None
     logits = hidden_TD.new_empty((min(chunk_tokens, num_tokens), vocab))
     blocks = _Blocks(logits, accumulate)
+    product = _Product(grad_VD, compute) if grad_VD is not None else None
     for start in range(0, num_tokens, chunk_tokens):
         chunk = slice(start, min(start + chunk_tokens, num_tokens))
         hidden_CD, labels_C = hidden_TD[chunk], labels_T[chunk]
@@ -133,8 +134,8 @@ def _accumulate(
         _softmax_in_place(logits_CV, labels_C, losses_T[chunk], blocks, scale, ignore_index, want_grad)
         if grad_TD is not None:
             torch.mm(logits_CV, weight_VD, out=grad_TD[chunk])
-        if grad_VD is not None:
-            _add_weight_gradient(grad_VD, logits_CV, hidden_CD, first=start == 0)
+        if grad_VD is not None and product is not None:
+            _add_weight_gradient(grad_VD, logits_CV, hidden_CD, product, first=start == 0)
     if num_tokens == 0 and grad_VD is not None:
         grad_VD.zero_()
     if rows_T is not None and grad_TD is not None:
@@ -176,11 +177,22 @@ def _softmax_in_place(
         losses_C[start : start + num] = torch.where(keep_R1, -log_p_R1, 0.0).squeeze(1)
         if want_grad:
             p_RV.exp_().scatter_(1, index_R1, log_p_R1.expm1())
-            torch.mul(p_RV, keep_R1.to(p_RV.dtype) * scale, out=z_RV)
+            p_RV.mul_(keep_R1.to(p_RV.dtype) * scale)
+            z_RV.copy_(p_RV)  # a product that casts its result is several times slower on a CPU
+
+
+class _Product:
+    """Buffers [S, D] for a slice of dW on the CPU, in two dtypes: fresh memory is paged in each time, at a cost."""
+
+    def __init__(self, grad_VD: torch.Tensor, compute: torch.dtype) -> None:
+        shape = (min(_VOCAB_SLICE, grad_VD.shape[0]), grad_VD.shape[1])
+        needed = grad_VD.dtype != compute and not grad_VD.is_cuda
+        self.narrow_SD = grad_VD.new_empty(shape, dtype=compute) if needed else None
+        self.wide_SD = grad_VD.new_empty(shape) if needed else None
 
 
 def _add_weight_gradient(
-    grad_VD: torch.Tensor, dlogits_CV: torch.Tensor, hidden_CD: torch.Tensor, *, first: bool
+    grad_VD: torch.Tensor, dlogits_CV: torch.Tensor, hidden_CD: torch.Tensor, product: _Product, *, first: bool
 ) -> None:
     """grad += dlogits^T hidden with fp32 accumulation, a slice of the vocabulary at a time."""
     for start in range(0, grad_VD.shape[0], _VOCAB_SLICE):
@@ -189,14 +201,16 @@ def _add_weight_gradient(
         if dlogits_SC.dtype == target_SD.dtype:
             torch.addmm(target_SD, dlogits_SC, hidden_CD, beta=0.0 if first else 1.0, out=target_SD)
             continue
-        if dlogits_SC.is_cuda:
+        if product.narrow_SD is None or product.wide_SD is None:
             product_SD = torch.mm(dlogits_SC, hidden_CD, out_dtype=target_SD.dtype)
         else:
-            product_SD = torch.mm(dlogits_SC, hidden_CD)
+            product_SD = torch.mm(dlogits_SC, hidden_CD, out=product.narrow_SD[: target_SD.shape[0]])
+            if not first:  # adding another dtype is several times slower
+                product_SD = product.wide_SD[: target_SD.shape[0]].copy_(product_SD)
         if first:
             target_SD.copy_(product_SD)
         else:
-            target_SD.add_(product_SD.to(target_SD.dtype))  # the mixed-dtype add is several times slower
+            target_SD.add_(product_SD)
 
 
 def _check(
