@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import json
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -57,26 +58,22 @@ def apply_lora(
     Raises:
         ConfigError: a target is not a linear layer of the model, or is the head.
     """
-    # bitsandbytes, which PEFT imports, warns when Hugging Face's `kernels` is absent or a folder of that name is
-    # on the path; the kernel it would fetch there serves 4-bit inference on a CPU only.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from peft import LoraConfig, TaskType, get_peft_model
-
+    peft = import_peft()
     targets = target_modules(model, adapter.targets, head)
-    lora = LoraConfig(
+    lora = peft.LoraConfig(
         r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT divides by it; a float is as good
+        lora_alpha=adapter.alpha,
         use_rslora=adapter.rslora,
         lora_dropout=adapter.dropout,
         target_modules=targets,
         fan_in_fan_out=_stores_transposed(model, targets),
         bias="none",
-        task_type=TaskType.CAUSAL_LM,
+        task_type=peft.TaskType.CAUSAL_LM,
     )
     trained = _vocabulary_modules(model, head, embeddings, set(train))
     with torch.random.fork_rng(devices=[]), without_peft_deprecations():
         torch.manual_seed(seed)
-        peft_model = get_peft_model(model, lora)
+        peft_model = peft.get_peft_model(model, lora)
     for module in trained.values():
         module.weight.requires_grad_(True)
     for parameter in peft_model.parameters():
@@ -84,6 +81,18 @@ def apply_lora(
             parameter.data = parameter.data.float()
     tied = head.weight is embeddings.weight
     return Adapted(peft_model, _adapter_config(lora, sorted(trained), tied, base_path, revision))
+
+
+def import_peft() -> Any:
+    """The module peft, without the lines that what it imports would print on every rank."""
+    # bitsandbytes warns when Hugging Face's `kernels` is absent or a folder of that name is on the path; the
+    # kernel it would fetch there serves 4-bit inference on a CPU only.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed says that it looked for one
+    import peft
+
+    return peft
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from dist_cpt.optim.groups import ParamGroup
 from dist_cpt.optim.optimizer import AdamW
 from dist_cpt.runtime.collectives import world_size
 
-UPDATE_ELEMENTS = 4 << 20  # of one call of the optimizer: bounds the fp32 copies of bf16 gradients
+UPDATE_ELEMENTS = 1 << 20  # of one call of the optimizer: bounds the fp32 copies of bf16 gradients
 
 
 class SingleEngine:

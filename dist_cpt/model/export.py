@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dist_cpt.adapters.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, without_peft_deprecations
+from dist_cpt.adapters.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, import_peft, without_peft_deprecations
 from dist_cpt.errors import CheckpointError, ConfigError, WriteError
 from dist_cpt.model.load import WEIGHTS_DTYPE, locate_base, weights_sha256
 
@@ -98,10 +98,9 @@ def load_fp32(checkpoint: Path, base_folder: Path | None) -> Any:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (checkpoint / name).is_file():
             raise CheckpointError(f"{checkpoint} has no {name}", remedy="adapters are read from safetensors only")
-    from peft import PeftModel
-
+    peft = import_peft()
     with without_peft_deprecations():
-        return PeftModel.from_pretrained(_plain_model(base_folder), str(checkpoint)).eval()
+        return peft.PeftModel.from_pretrained(_plain_model(base_folder), str(checkpoint)).eval()
 
 
 def _plain_model(folder: Path) -> Any:

@@ -86,7 +86,7 @@ def sample_section(run: RunFiles) -> str:
     if "text" not in run.sample:
         return ""
     prompt, text = escape(str(run.sample.get("prompt", ""))), escape(str(run.sample["text"]))
-    note = f"Greedy continuation by the model of step {number(run.sample.get('step'))}; the marked part is its own."
+    note = f"Continuation by the model of step {number(run.sample.get('step'))}; the marked part is its own."
     return (
         f'<h2>A sample</h2><div class="card sample"><pre>{prompt}<mark>{text}</mark></pre>'
         f'<p class="soft">{note}</p></div>'

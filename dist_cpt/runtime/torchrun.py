@@ -7,12 +7,14 @@ hand read the run's code in exit.json.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 
 def main(argv: Sequence[str]) -> int:
     """Run torchrun's agent with torchrun's arguments; return the exit code of the first rank that failed."""
+    os.environ.setdefault("LOGLEVEL", "ERROR")  # torch's own switch for its agent's log lines
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run

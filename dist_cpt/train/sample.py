@@ -9,19 +9,27 @@ from typing import Any
 import torch
 
 from dist_cpt.engines.engine import Engine
-from dist_cpt.runtime.collectives import on_rank_zero
+from dist_cpt.runtime.collectives import broadcast_json, on_rank_zero
 from dist_cpt.train.folder import write_json
 
 NEW_TOKENS = 48
+TEMPERATURE = 0.8
+TOP_K = 40
 
 
 def write_sample(engine: Engine, tokenizer: Any, prompt: Sequence[int], folder: Path, step: int, *, rank: int) -> None:
-    """Continue `prompt` (token ids) greedily and write sample.json. Collective: every rank runs the forwards."""
+    """Continue `prompt` (token ids) and write sample.json. Collective: every rank runs the forwards.
+
+    Rank 0 draws each token from its TOP_K likeliest at TEMPERATURE: greedy text of a small model only repeats.
+    """
     ids = list(prompt)
+    draw = torch.Generator().manual_seed(step)
     device = None
     for _ in range(NEW_TOKENS):
         logits = engine.logits(torch.tensor([ids], dtype=torch.int64, device=device))
-        ids.append(int(logits.argmax()))
+        top = (logits[0].float().cpu() / TEMPERATURE).topk(min(TOP_K, logits.shape[-1]))
+        chosen = top.indices[torch.multinomial(top.values.softmax(-1), 1, generator=draw)]
+        ids.append(broadcast_json(int(chosen)))
         if ids[-1] == tokenizer.eos_token_id:
             break
     sample = {

@@ -13,29 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_cpt.config.load import build
-from dist_cpt.config.resolve import resolve_paths
 from dist_cpt.runtime.stop import StopRequest
 from tests import tiny
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """(base, corpus) that every case shares."""
-    folder = tmp_path_factory.mktemp("made")
-    corpus = tiny.write_corpus(folder / "corpus")
-    tokenizer = tiny.write_tokenizer(folder / "tokenizer", corpus)
-    return tiny.write_base(folder / "base", tokenizer), corpus
-
-
-def train(values, stop: StopRequest | None = None) -> int:
-    from dist_cpt.train.run import train as train_run
-
-    return train_run(resolve_paths(build(values, "recipe.yaml")), stop or StopRequest())[0]
-
-
-def rows(path: Path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+from tests.whole_run import rows, train
 
 
 class StopAfter(StopRequest):

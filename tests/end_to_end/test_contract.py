@@ -1,0 +1,110 @@
+"""The trainability contract stops a run that does not train what it says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dist_cpt.engines.single import SingleEngine
+from tests import tiny
+from tests.whole_run import rows, train
+
+
+def broken(values, run, capfd) -> str:
+    capfd.readouterr()
+    assert train(values) == 71
+    assert not list((run / "checkpoints").glob("step-*"))
+    (check,) = [c for c in json.loads((run / "contract.json").read_text())["checks"] if c["passed"] is False]
+    said = capfd.readouterr().err
+    assert "trainability contract broken at step 2" in said
+    assert check["name"] in said
+    return said
+
+
+def test_a_tensor_without_a_gradient_is_named(made, tmp_path, monkeypatch, capfd):
+    keep = SingleEngine._keep
+
+    def without_head(self, name):
+        kept = keep(self, name)
+
+        def zeroed(parameter):
+            if name.endswith("lm_head.weight"):
+                parameter.grad.zero_()
+            kept(parameter)
+
+        return zeroed
+
+    monkeypatch.setattr(SingleEngine, "_keep", without_head)
+    said = broken(tiny.recipe(*made, tmp_path), tmp_path / "tiny", capfd)
+    assert "gradient: base_model.model.lm_head.weight" in said
+
+
+def test_a_tensor_that_does_not_move_is_named(made, tmp_path, monkeypatch, capfd):
+    from dist_cpt.optim.optimizer import AdamW
+
+    update = AdamW.update
+
+    def without_embeddings(self, names, grads, lr, weight_decay):
+        pairs = [(n, g) for n, g in zip(names, grads, strict=True) if not n.endswith("embed_tokens.weight")]
+        update(self, [n for n, _ in pairs], [g for _, g in pairs], lr, weight_decay)
+
+    monkeypatch.setattr(AdamW, "update", without_embeddings)
+    said = broken(tiny.recipe(*made, tmp_path), tmp_path / "tiny", capfd)
+    assert "moved: base_model.model.model.embed_tokens.weight" in said
+
+
+def test_a_frozen_tensor_that_changes_is_named(made, tmp_path, monkeypatch, capfd):
+    step = SingleEngine.step
+
+    def careless(self, lrs):
+        _, tensor = next(item for item in self.frozen_tensors() if "down_proj" in item[0])
+        tensor.view(-1)[7] += 1.0
+        return step(self, lrs)
+
+    monkeypatch.setattr(SingleEngine, "step", careless)
+    said = broken(tiny.recipe(*made, tmp_path), tmp_path / "tiny", capfd)
+    assert "every frozen tensor is as before: " in said
+    assert "down_proj" in said
+
+
+def test_non_finite_steps_are_skipped_counted_and_end_the_run(made, tmp_path, monkeypatch, capfd):
+    """Every gradient from step 5 on is NaN: three skips, then exit 71, with nothing non-finite saved."""
+    keep = SingleEngine._keep
+
+    def poisoned(self, name):
+        kept = keep(self, name)
+
+        def poison(parameter):
+            if self._adam.steps >= 4:
+                parameter.grad.fill_(float("nan"))
+            kept(parameter)
+
+        return poison
+
+    monkeypatch.setattr(SingleEngine, "_keep", poisoned)
+    values = tiny.recipe(*made, tmp_path, optim={"lr": 1e-2, "max_skipped_steps": 3})
+    assert train(values) == 71
+    run = tmp_path / "tiny"
+    assert [(row["step"], row["skipped"], row["skipped_total"]) for row in rows(run / "metrics.jsonl")][3:] == [
+        (4, False, 0),
+        (5, True, 1),
+        (6, True, 2),
+        (7, True, 3),
+    ]
+    assert "3 steps in a row up to step 7" in capfd.readouterr().err
+    assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000004"]
+    monkeypatch.undo()
+    assert train(values) == 0
+    assert [row["skipped"] for row in rows(run / "metrics.jsonl")] == [False] * 12
+
+
+@pytest.mark.parametrize("kind", ["none", "lora"])
+def test_tied_and_full_parameter_models_keep_the_contract(made, tmp_path, kind):
+    base, corpus = made
+    tied = tiny.write_base(tmp_path / "tied", base, tie_word_embeddings=True)
+    changes = {"adapter": {"kind": "none"}, "embeddings": {}} if kind == "none" else {}
+    assert train(tiny.recipe(tied, corpus, tmp_path, **changes)) == 0
+    contract = json.loads((tmp_path / "tiny/contract.json").read_text())
+    assert [check["passed"] for check in contract["checks"]] == [True] * 3
+    assert len(contract["ties"]) == 1

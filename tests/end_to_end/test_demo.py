@@ -1,0 +1,50 @@
+"""The whole story at a small size: two ranks, a stop, another engine, a report, a merged model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from dist_cpt.demo import GLOBAL_TOKENS, run_demo
+
+
+def test_the_demo_tells_its_story(tmp_path, capfd):
+    out = tmp_path / "demo"
+    steps = 30
+    assert run_demo(out, base_tokens=40 * GLOBAL_TOKENS, cpt_tokens=steps * GLOBAL_TOKENS) == 0
+    said = capfd.readouterr().out
+    assert f"{out / 'report.html'}\n" in said
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == steps
+    assert summary["certificate"] == "pass"
+    assert [a["engine"] for a in summary["attempts"]] == ["zero-3", "fsdp-full"]
+    assert summary["attempts"][1]["first_step"] >= steps // 2
+    assert summary["domains"]["code"]["change_fraction"] < -0.4
+    assert "change_fraction" in summary["domains"]["documentation"]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    blocks = [block for row in rows for block in range(*row["position"])]
+    assert blocks == list(range(steps * 16))
+    certificate = json.loads((out / "certificate.json").read_text())
+    assert all(check["passed"] for check in certificate["checks"])
+    assert (certificate["saved_by"]["engine"], certificate["restored_by"]["engine"]) == ("zero-3", "fsdp-full")
+    page = (out / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+    wandb = [path.name for path in (out / "runs/code/wandb").glob("offline-run-*")]
+    assert len(wandb) == 2
+    assert len({name.rsplit("-", 1)[1] for name in wandb}) == 1  # one W&B run
+
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(out / "merged-model").config.vocab_size == 2048
+
+
+def test_a_folder_that_is_no_demo_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    command = [sys.executable, "-m", "dist_cpt.cli", "demo", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 64
+    assert "not empty and not a demo folder" in done.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
