@@ -109,8 +109,10 @@ def compare(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
         for number in range(arguments.rounds):
             # The order changes, so that a drift of the machine favours no one.
             for side in sorted(SIDES, reverse=bool(number % 2)):
+                load_before = os.getloadavg()[0]
                 run_side(side, folder, shape, arguments)
-                runs[side].append(json.loads(Path(folder, f"{side}.json").read_text()))
+                measured = json.loads(Path(folder, f"{side}.json").read_text())
+                runs[side].append(measured | {"load_average": [load_before, os.getloadavg()[0]]})
     check_same_work(runs)
     tokens = arguments.seq_len * arguments.micro_batch * arguments.accumulation
     sides = {side: summarise(measured, tokens) for side, measured in runs.items()}
@@ -160,6 +162,9 @@ def summarise(measured: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
         "tokens_per_second": round(tokens / statistics.median(seconds), 1),
         "step_seconds": [[round(value, 3) for value in run["seconds"]] for run in measured],
         "cpu_seconds_per_step": round(statistics.median(cpu_seconds), 3),
+        # Well below `threads`: something else held the cores, and the round says nothing about speed.
+        "cores_used": [round(run["cpu_seconds"] / sum(run["seconds"]), 2) for run in measured],
+        "load_average": [run["load_average"] for run in measured],
         "memory_mib": memory,
         "first_and_last_loss": [round(measured[0]["losses"][0], 4), round(measured[0]["losses"][-1], 4)],
         "trainable_parameters": measured[0]["trainable"],

@@ -185,17 +185,13 @@ def main() -> None:
     """Entry point: every user error is one line and its documented exit code."""
     try:
         code = app(standalone_mode=False)
-    except typer.Exit as stop:
-        code = stop.exit_code
         if code == INTERRUPTED:  # typer's own word for Ctrl-C
             code = _interrupted()
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         code = _interrupted()
     except DistCptError as error:
         print(f"dist-cpt: {error}", file=sys.stderr)
         code = error.exit_code
-    except KeyboardInterrupt:
-        code = _interrupted()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_DONE
