@@ -9,7 +9,7 @@ sum. The norm and the update widen a slice at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -67,7 +67,7 @@ class SingleEngine:
         return loss_sum
 
     def step(self, lrs: Mapping[str, float]) -> GradStats:
-        norm = global_norm(_slices(self._grads.values()), self._device)
+        norm = global_norm(self._grads.values(), self._device)
         if not math.isfinite(norm):
             self._grads.clear()
             return GradStats(norm, skipped=True)
@@ -157,7 +157,7 @@ class SingleEngine:
             grad = torch.zeros_like(self._adam.masters[name])
         wide = torch.empty(UPDATE_ELEMENTS, device=grad.device)
         start = 0
-        for piece in _slices([grad]):
+        for piece in grad.reshape(-1).split(UPDATE_ELEMENTS):
             fp32 = piece if piece.dtype == torch.float32 else wide[: piece.numel()].copy_(piece)
             if factor < 1.0:
                 fp32.mul_(factor)
@@ -169,12 +169,6 @@ class SingleEngine:
             master = self._adam.masters[name]
             if parameter.data_ptr() != master.data_ptr():
                 parameter.data.copy_(master)
-
-
-def _slices(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Every tensor flat, in slices of at most UPDATE_ELEMENTS elements."""
-    for tensor in tensors:
-        yield from tensor.reshape(-1).split(UPDATE_ELEMENTS)
 
 
 def _portions(names: Sequence[str], parameters: Mapping[str, nn.Parameter]) -> Iterator[list[str]]:
