@@ -104,6 +104,7 @@ def load_fp32(checkpoint: Path, base_folder: Path | None) -> Any:
 
 
 def _plain_model(folder: Path) -> Any:
+    import_peft()  # before transformers brings in what peft would, less quietly
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
