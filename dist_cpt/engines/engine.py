@@ -7,7 +7,7 @@ so that any engine at any world size can read what another has written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -20,6 +20,9 @@ STATE_KINDS: tuple[StateKind, ...] = ("master", "exp_avg", "exp_avg_sq")
 
 # (kind, canonical name, start, stop) -> flat fp32 CPU values [stop - start] of the full tensor in C order
 ReadState = Callable[[StateKind, str, int, int], torch.Tensor]
+
+
+OwnerOf = Callable[[StateKind, str], int]  # the rank that gets the whole tensor
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,12 @@ class ExportedTensor:
     kind: StateKind
     name: str
     values: torch.Tensor | None  # fp32, CPU, full shape
+
+
+class ExportState(Protocol):
+    """Yields every trainable tensor's `kinds`, in the groups' order, whole on its owner. Collective."""
+
+    def __call__(self, owner_of: OwnerOf, kinds: Sequence[StateKind] = STATE_KINDS) -> Iterator[ExportedTensor]: ...
 
 
 class Engine(Protocol):
@@ -69,8 +78,19 @@ class Engine(Protocol):
         """fp32 logits [1, V] after the last of `input_ids` [1, L]; same input and same result on every rank."""
         ...
 
-    def export_state(self, owner_of: Callable[[StateKind, str], int]) -> Iterator[ExportedTensor]:
-        """Yield every trainable tensor's master and moments, in the groups' order, whole on its owner."""
+    def discard(self) -> None:
+        """Drop the accumulated gradients: a step whose update is not wanted. Nothing moves, nothing counts."""
+        ...
+
+    def export_state(self, owner_of: OwnerOf, kinds: Sequence[StateKind] = STATE_KINDS) -> Iterator[ExportedTensor]:
+        """Yield every trainable tensor's `kinds`, in the groups' order, whole on its owner."""
+        ...
+
+    def snapshot(self) -> ExportState:
+        """Copy this rank's part of the state to the CPU; the result exports the copies, also on another thread.
+
+        At most one snapshot is in use at a time: the next one overwrites its copies.
+        """
         ...
 
     def import_state(self, read: ReadState, step: int) -> None:

@@ -16,7 +16,7 @@ waits for the last micro-batch, since it works on shards and holds nothing more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_cpt.config.schema import EngineConfig, RunConfig
 from dist_cpt.data.batch import Batch
-from dist_cpt.engines.engine import ExportedTensor, GradStats, ReadState, StateKind
+from dist_cpt.engines.engine import STATE_KINDS, ExportedTensor, ExportState, GradStats, OwnerOf, ReadState, StateKind
 from dist_cpt.engines.forward import inference, last_logits, scaled_loss
 from dist_cpt.engines.slices import SlicedState, clip_factor, global_norm, probe, storage_bytes
 from dist_cpt.errors import ConfigError
@@ -68,7 +68,8 @@ class Fsdp2Engine:
         self._state = SlicedState(
             {name: parameter.shape for name, parameter in self._parameters.items()},
             {name: _range(parameter, mesh) for name, parameter in self._parameters.items()},
-            lambda kind, name: self._adam.state(kind, name).view(-1),
+            self._adam.read,
+            self._adam.write,
             device,
             primary=not self._hybrid or mesh.get_local_rank(0) == 0,
         )
@@ -89,9 +90,12 @@ class Fsdp2Engine:
             if factor < 1.0:
                 torch._foreach_mul_(present, factor)
             self._update(grads, lrs)
+        self.discard()
+        return GradStats(norm, skipped=not math.isfinite(norm))
+
+    def discard(self) -> None:
         for parameter in self._parameters.values():
             parameter.grad = None
-        return GradStats(norm, skipped=not math.isfinite(norm))
 
     def evaluate(self, batch: Batch) -> torch.Tensor:
         with self._inference():
@@ -101,8 +105,11 @@ class Fsdp2Engine:
         with self._inference():
             return last_logits(self._module, input_ids.to(self._device))
 
-    def export_state(self, owner_of: Callable[[StateKind, str], int]) -> Iterator[ExportedTensor]:
-        return self._state.export(owner_of)
+    def export_state(self, owner_of: OwnerOf, kinds: Sequence[StateKind] = STATE_KINDS) -> Iterator[ExportedTensor]:
+        return self._state.export(owner_of, kinds)
+
+    def snapshot(self) -> ExportState:
+        return self._state.snapshot()
 
     def import_state(self, read: ReadState, step: int) -> None:
         self._state.import_(read)
@@ -128,8 +135,7 @@ class Fsdp2Engine:
         }
 
     def close(self) -> None:
-        for parameter in self._parameters.values():
-            parameter.grad = None
+        self.discard()
 
     @contextmanager
     def _inference(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.batch import Batch
-from dist_cpt.engines.engine import ExportedTensor, GradStats, ReadState, StateKind
+from dist_cpt.engines.engine import STATE_KINDS, ExportedTensor, ExportState, GradStats, OwnerOf, ReadState, StateKind
 from dist_cpt.engines.forward import inference, last_logits, scaled_loss
 from dist_cpt.engines.slices import SlicedState, clip_factor, global_norm, probe, storage_bytes
 from dist_cpt.errors import ConfigError
@@ -57,7 +57,8 @@ class SingleEngine:
         self._state = SlicedState(
             {name: p.shape for name, p in self._parameters.items()},
             {name: (0, p.numel()) for name, p in self._parameters.items()},
-            lambda kind, name: self._adam.state(kind, name).view(-1),
+            self._adam.read,
+            self._adam.write,
             device,
         )
 
@@ -84,6 +85,9 @@ class SingleEngine:
         self._refresh()
         return GradStats(norm, skipped=False)
 
+    def discard(self) -> None:
+        self._grads.clear()
+
     def evaluate(self, batch: Batch) -> torch.Tensor:
         with inference(self._module):
             return scaled_loss(self._module, batch.to(self._device), 1.0)[1]
@@ -92,8 +96,11 @@ class SingleEngine:
         with inference(self._module):
             return last_logits(self._module, input_ids.to(self._device))
 
-    def export_state(self, owner_of: Callable[[StateKind, str], int]) -> Iterator[ExportedTensor]:
-        return self._state.export(owner_of)
+    def export_state(self, owner_of: OwnerOf, kinds: Sequence[StateKind] = STATE_KINDS) -> Iterator[ExportedTensor]:
+        return self._state.export(owner_of, kinds)
+
+    def snapshot(self) -> ExportState:
+        return self._state.snapshot()
 
     def import_state(self, read: ReadState, step: int) -> None:
         self._state.import_(read)

@@ -1,25 +1,29 @@
 """The training state as flat slices: which part of each tensor a rank holds, and how the parts travel.
 
-An engine says once which elements of every flattened tensor this rank holds and hands out the live local
-tensors. Export sends the parts of one tensor to its owner; import reads and writes local parts alone, so
-that no collective stands between two reads and a rank that fails cannot leave the others waiting.
+An engine says once which elements of every flattened tensor this rank holds and how its parts are read and
+written. Export sends the parts of one tensor to its owner; import reads and writes local parts alone, so
+that no collective stands between two reads and a rank that fails cannot leave the others waiting. A snapshot
+copies this rank's parts to the CPU; it can be exported from another thread while training goes on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from dist_cpt.engines.engine import STATE_KINDS, ExportedTensor, ReadState, StateKind
+from dist_cpt.engines.engine import STATE_KINDS, ExportedTensor, ExportState, ReadState, StateKind
 from dist_cpt.errors import CheckpointError
-from dist_cpt.runtime.collectives import agree, gather_json, rank, world_size
+from dist_cpt.runtime.collectives import agree, current_group, gather_json, rank, world_size
 
 NORM_ELEMENTS = 1 << 16  # of one fp32 sum of squares
 
-Local = Callable[[StateKind, str], torch.Tensor]  # the live fp32 elements [stop - start] of this rank
+Read = Callable[[StateKind, str], torch.Tensor]  # fp32 [stop - start]: this rank's elements, live or a copy
+Write = Callable[[StateKind, str, torch.Tensor], None]  # replaces them by fp32 CPU values [stop - start]
+Layout = Mapping[str, Sequence[tuple[int, int, int]]]  # name -> (rank, start, stop) of every part that is sent
 
 
 class SlicedState:
@@ -32,14 +36,17 @@ class SlicedState:
         self,
         shapes: Mapping[str, torch.Size],
         ranges: Mapping[str, tuple[int, int]],
-        local: Local,
+        read: Read,
+        write: Write,
         device: torch.device,
         primary: bool = True,
     ) -> None:
         self.shapes = dict(shapes)
         self.ranges = dict(ranges)
-        self._local = local
+        self._read = read
+        self._write = write
         self._device = device
+        self._copies: dict[tuple[StateKind, str], torch.Tensor] = {}
         mine = [list(ranges[name]) if primary else [0, 0] for name in shapes]
         by_rank = gather_json(mine)
         self._layout = {
@@ -50,11 +57,35 @@ class SlicedState:
             held = sum(stop - start for _, start, stop in self._layout[name])
             assert held == shape.numel(), f"{name}: ranks hold {held} of {shape.numel()} elements"
 
-    def export(self, owner_of: Callable[[StateKind, str], int]) -> Iterator[ExportedTensor]:
-        """Every tensor of every kind, whole on its owner's CPU, one at a time. Collective."""
-        for kind in STATE_KINDS:
-            for name in self.shapes:
-                yield ExportedTensor(kind, name, self._assemble(kind, name, owner_of(kind, name)))
+    def export(
+        self, owner_of: Callable[[StateKind, str], int], kinds: Sequence[StateKind] = STATE_KINDS
+    ) -> Iterator[ExportedTensor]:
+        """Every tensor of `kinds`, whole on its owner's CPU, one at a time. Collective."""
+        return _export(self.shapes, self._layout, self._read, self._device, owner_of, kinds)
+
+    def snapshot(self) -> ExportState:
+        """Copy what this rank would send to the CPU, and return an `export` of the copies.
+
+        The copies are made once and written again by the next snapshot, so the export must have ended by then.
+        On a GPU they are pinned. The export may run on another thread, over that thread's process group.
+        """
+        for name, parts in self._layout.items():
+            if all(holder != rank() for holder, _, _ in parts):
+                continue
+            for kind in STATE_KINDS:
+                values = self._read(kind, name)
+                copy = self._copies.get((kind, name))
+                if copy is None:
+                    pinned = self._device.type == "cuda"
+                    copy = self._copies[kind, name] = torch.empty(values.shape, dtype=torch.float32, pin_memory=pinned)
+                copy.copy_(values, non_blocking=True)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # host sync: the step that follows overwrites
+
+        def read(kind: StateKind, name: str) -> torch.Tensor:
+            return self._copies[kind, name]
+
+        return partial(_export, self.shapes, self._layout, read, torch.device("cpu"))
 
     def import_(self, read: ReadState) -> None:
         """Overwrite this rank's part of every tensor.
@@ -82,28 +113,51 @@ class SlicedState:
                     raise CheckpointError(
                         f"{kind}.{name}: asked for elements {start} to {stop}, got {values.numel()} values"
                     )
-                self._local(kind, name).copy_(values.reshape(-1))
+                self._write(kind, name, values.reshape(-1))
 
-    def _assemble(self, kind: StateKind, name: str, owner: int) -> torch.Tensor | None:
-        me = rank()
-        whole = torch.empty(self.shapes[name].numel(), dtype=torch.float32) if me == owner else None
-        for holder, start, stop in self._layout[name]:
-            if holder == owner:
-                if whole is not None:
-                    whole[start:stop].copy_(self._local(kind, name))
-            elif me == holder:
-                dist.send(self._local(kind, name).contiguous(), owner)
-            elif whole is not None:
-                _receive(whole[start:stop], holder, self._device)
-        return None if whole is None else whole.view(self.shapes[name])
+
+def _export(
+    shapes: Mapping[str, torch.Size],
+    layout: Layout,
+    read: Read,
+    device: torch.device,
+    owner_of: Callable[[StateKind, str], int],
+    kinds: Sequence[StateKind] = STATE_KINDS,
+) -> Iterator[ExportedTensor]:
+    for kind in kinds:
+        for name, shape in shapes.items():
+            local = partial(read, kind, name)
+            whole = _assemble(shape.numel(), layout[name], local, device, owner_of(kind, name))
+            yield ExportedTensor(kind, name, None if whole is None else whole.view(shape))
+
+
+def _assemble(
+    num_elements: int,
+    parts: Sequence[tuple[int, int, int]],
+    local: Callable[[], torch.Tensor],
+    device: torch.device,
+    owner: int,
+) -> torch.Tensor | None:
+    """The flat tensor on its owner's CPU; parts travel over tensors on `device`."""
+    me = rank()
+    whole = torch.empty(num_elements, dtype=torch.float32) if me == owner else None
+    for holder, start, stop in parts:
+        if holder == owner:
+            if whole is not None:
+                whole[start:stop].copy_(local())
+        elif me == holder:
+            dist.send(local().contiguous(), owner, group=current_group())
+        elif whole is not None:
+            _receive(whole[start:stop], holder, device)
+    return whole
 
 
 def _receive(part: torch.Tensor, source: int, device: torch.device) -> None:
     if device.type == "cpu":
-        dist.recv(part, source)
+        dist.recv(part, source, group=current_group())
         return
     staged = torch.empty(part.numel(), dtype=part.dtype, device=device)
-    dist.recv(staged, source)
+    dist.recv(staged, source, group=current_group())
     part.copy_(staged)
 
 

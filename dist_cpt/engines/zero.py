@@ -23,7 +23,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from torch import nn
 
 from dist_cpt.config.schema import EngineConfig, RunConfig
 from dist_cpt.data.batch import Batch
-from dist_cpt.engines.engine import ExportedTensor, GradStats, ReadState, StateKind
+from dist_cpt.engines.engine import STATE_KINDS, ExportedTensor, ExportState, GradStats, OwnerOf, ReadState, StateKind
 from dist_cpt.engines.forward import inference, last_logits, scaled_loss
 from dist_cpt.engines.slices import SlicedState, storage_bytes
 from dist_cpt.errors import ConfigError, MissingExtraError
@@ -102,6 +102,12 @@ class ZeroEngine:
         norm = math.nan if skipped else float(self._zero._global_grad_norm)
         return GradStats(norm, skipped)
 
+    def discard(self) -> None:
+        # deepspeed's own way to drop a step, its bookkeeping included: a gradient that is not finite.
+        self._layout.spoil_gradient(next(iter(self._parameters.values())))
+        self._engine.step()
+        assert self._zero.overflow, "deepspeed applied a step that was to be dropped"
+
     def evaluate(self, batch: Batch) -> torch.Tensor:
         with inference(self._engine):
             return scaled_loss(self._engine, batch.to(self._device), 1.0)[1]
@@ -110,8 +116,11 @@ class ZeroEngine:
         with inference(self._engine):
             return last_logits(self._engine, input_ids.to(self._device))
 
-    def export_state(self, owner_of: Callable[[StateKind, str], int]) -> Iterator[ExportedTensor]:
-        return self._state.export(owner_of)
+    def export_state(self, owner_of: OwnerOf, kinds: Sequence[StateKind] = STATE_KINDS) -> Iterator[ExportedTensor]:
+        return self._state.export(owner_of, kinds)
+
+    def snapshot(self) -> ExportState:
+        return self._state.snapshot()
 
     def import_state(self, read: ReadState, step: int) -> None:
         self._state.import_(read)
@@ -156,7 +165,7 @@ class ZeroEngine:
     def _slices(self) -> SlicedState:
         full = {name: getattr(p, "ds_shape", p.shape) for name, p in self._parameters.items()}
         ranges = {name: self._layout.range(parameter) for name, parameter in self._parameters.items()}
-        return SlicedState(full, ranges, self._live, self._device)
+        return SlicedState(full, ranges, self._live, self._write, self._device)
 
     def _live(self, kind: StateKind, name: str) -> torch.Tensor:
         """This rank's elements of the flat buffer that AdamW reads: never a copy, never a linked fragment."""
@@ -164,6 +173,9 @@ class ZeroEngine:
         start, stop = self._state.ranges[name]
         buffer = flat.data if kind == "master" else self._adam.state[flat][kind]
         return buffer.narrow(0, offset, stop - start)
+
+    def _write(self, kind: StateKind, name: str, values: torch.Tensor) -> None:
+        self._live(kind, name).copy_(values)
 
     def _set_moments_to_zero(self) -> None:
         for flat in self._layout.flats:
@@ -196,6 +208,12 @@ class _Stage12:
     def refresh(self) -> None:
         self._zero.update_lp_params()
 
+    def spoil_gradient(self, parameter: Any) -> None:
+        if hasattr(self._zero, "fp32_groups_gradient_flat_partition"):  # BF16_Optimizer
+            self._zero.fp32_groups_gradient_flat_partition[0].fill_(math.nan)
+        else:
+            _spoil(parameter)
+
 
 class _Stage3:
     """Where a parameter lies under stage 3: ceil(elements / ranks) on each rank, the last one padded."""
@@ -220,6 +238,15 @@ class _Stage3:
         if persistent:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
+
+    def spoil_gradient(self, parameter: Any) -> None:
+        _spoil(parameter)
+
+
+def _spoil(parameter: Any) -> None:
+    from deepspeed.utils import safe_set_full_grad
+
+    safe_set_full_grad(parameter, torch.full(getattr(parameter, "ds_shape", parameter.shape), math.nan))
 
 
 def _import_deepspeed(device: torch.device) -> Any:

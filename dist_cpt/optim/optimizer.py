@@ -25,9 +25,13 @@ class AdamW:
         self._betas = optim.betas
         self._eps = optim.eps
 
-    def state(self, kind: str, name: str) -> torch.Tensor:
-        """The live tensor of `kind` master, exp_avg or exp_avg_sq."""
-        return {"master": self.masters, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}[kind][name]
+    def read(self, kind: str, name: str) -> torch.Tensor:
+        """The live fp32 values of `kind` master, exp_avg or exp_avg_sq, flat."""
+        return {"master": self.masters, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}[kind][name].view(-1)
+
+    def write(self, kind: str, name: str, values: torch.Tensor) -> None:
+        """Replace them by flat fp32 `values` of the same number."""
+        self.read(kind, name).copy_(values)
 
     def update(self, names: Sequence[str], grads: Sequence[torch.Tensor], lr: float, weight_decay: float) -> None:
         """Apply fp32 `grads` as part of update number `steps + 1`; the caller raises `steps` after the last part."""

@@ -1,13 +1,16 @@
 """Small facts that all ranks must share: exact integers, JSON, and whether someone failed.
 
 Everything here also works without a process group, as a world of one. JSON travels as bytes in tensors,
-so nothing is ever unpickled.
+so nothing is ever unpickled. A thread that works beside the training loop uses a process group of its own
+(`over_group`): collectives of two threads on one group would meet each other's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +21,7 @@ from dist_cpt.errors import DistCptError
 from dist_cpt.runtime.stop import SIGNALS, StopRequest
 
 T = TypeVar("T")
+_thread = threading.local()
 
 
 def rank() -> int:
@@ -30,12 +34,27 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+@contextmanager
+def over_group(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """All collectives of this thread go over `group`, which holds every rank; None is the default group."""
+    _thread.group = group
+    try:
+        yield
+    finally:
+        _thread.group = None
+
+
+def current_group() -> dist.ProcessGroup | None:
+    """The group that this thread's collectives use; None is the default one."""
+    return getattr(_thread, "group", None)
+
+
 def all_reduce_ints(values: list[int]) -> list[int]:
     """Element-wise sum over all ranks, exact in int64."""
     if world_size() == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.int64, device=_device())
-    dist.all_reduce(tensor)
+    dist.all_reduce(tensor, group=current_group())
     return tensor.tolist()  # host sync
 
 
@@ -44,7 +63,7 @@ def all_reduce_floats(values: list[float]) -> list[float]:
     if world_size() == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.float64, device=_device())
-    dist.all_reduce(tensor)
+    dist.all_reduce(tensor, group=current_group())
     return tensor.tolist()  # host sync
 
 
@@ -53,7 +72,7 @@ def all_reduce_max_int(value: int) -> int:
     if world_size() == 1:
         return value
     tensor = torch.tensor([value], dtype=torch.int64, device=_device())
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=current_group())
     return int(tensor.item())  # host sync
 
 
@@ -63,9 +82,9 @@ def broadcast_json(value: Any, src: int = 0) -> Any:
         return value
     payload = _encode(value) if rank() == src else b""
     length = torch.tensor([len(payload)], dtype=torch.int64, device=_device())
-    dist.broadcast(length, src)
+    dist.broadcast(length, src, group=current_group())
     buffer = _buffer(payload, int(length.item()))
-    dist.broadcast(buffer, src)
+    dist.broadcast(buffer, src, group=current_group())
     return _decode(buffer)
 
 
@@ -76,11 +95,11 @@ def gather_json(value: Any) -> list[Any]:
     payload = _encode(value)
     lengths = torch.zeros(world_size(), dtype=torch.int64, device=_device())
     lengths[rank()] = len(payload)
-    dist.all_reduce(lengths)
+    dist.all_reduce(lengths, group=current_group())
     sizes: list[int] = lengths.tolist()
     mine = _buffer(payload, max(sizes))
     buffers = [torch.empty_like(mine) for _ in sizes]
-    dist.all_gather(buffers, mine)
+    dist.all_gather(buffers, mine, group=current_group())
     return [_decode(buffer[:size]) for buffer, size in zip(buffers, sizes, strict=True)]
 
 
@@ -152,7 +171,7 @@ def barrier() -> None:
 
 
 def _device() -> torch.device:
-    if dist.get_backend() == "nccl":
+    if dist.get_backend(current_group()) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +18,7 @@ from dist_cpt.engines.engine import Engine, GradStats
 from dist_cpt.errors import DistCptError
 from dist_cpt.model.load import load_model
 from dist_cpt.optim.groups import ParamGroup, param_groups
+from dist_cpt.runtime.collectives import over_group
 from tests.contract.model import batches, block, num_tokens, recipe
 from tests.contract.reference import learning_rates, reference_run
 
@@ -177,6 +180,52 @@ def poisoned(base: str, engine: dict[str, Any], variant: str, weights: str) -> A
         without = train(built, groups, 3, 4), snapshot(built)
     assert isinstance(stats, GradStats)
     return stats, on_rank_0((before, after, with_bad, without))
+
+
+def discarded(base: str, engine: dict[str, Any], variant: str, weights: str) -> Any:
+    """Two good steps, one whose gradients are dropped, two good ones; and the same without the dropped one."""
+    with running(base, engine, variant, weights) as (built, groups):
+        train(built, groups, 1, 2)
+        before = snapshot(built)
+        accumulate(built, 3)
+        built.discard()
+        after = snapshot(built)
+        with_dropped = train(built, groups, 3, 4), snapshot(built)
+    with running(base, engine, variant, weights) as (built, groups):
+        train(built, groups, 1, 2)
+        without = train(built, groups, 3, 4), snapshot(built)
+    return on_rank_0((before, after, with_dropped, without))
+
+
+def snapshot_while_training(base: str, engine: dict[str, Any], variant: str) -> Any:
+    """(state at the snapshot, the snapshot exported on another thread while two steps run; then the same again)."""
+    group = dist.new_group(backend="gloo")
+    results = []
+    with running(base, engine, variant, "bf16") as (built, groups):
+        train(built, groups, 1, 2)
+        for step in (3, 5):
+            direct = snapshot(built)
+            export = built.snapshot()
+            copied: list[Any] = []
+
+            def work(export: Any = export, copied: list[Any] = copied) -> None:
+                with over_group(group):
+                    mine = export(lambda kind, name: hash_of(kind + name) % dist.get_world_size())
+                    copied.append({f"{e.kind}.{e.name}": e.values for e in mine if e.values is not None})
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            train(built, groups, step, step + 1)
+            thread.join()
+            parts: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, copied[0])
+            results.append((direct, {key: value for part in parts for key, value in part.items()}))
+    return on_rank_0(results)
+
+
+def hash_of(text: str) -> int:
+    """The same number on every rank."""
+    return zlib.crc32(text.encode())
 
 
 def bytes_held(base: str, engine: dict[str, Any], variant: str) -> dict[str, int]:

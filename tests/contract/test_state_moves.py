@@ -84,6 +84,16 @@ def test_resume_is_bit_exact(engine: str, ranks: int, variant: str, pool: Any, b
         assert_same(other[1], unbroken[1])
 
 
+@pytest.mark.parametrize(("engine", "ranks", "variant"), grid(*FAST, ("fsdp-hybrid", 4, "lora")))
+def test_a_snapshot_is_that_moment_while_training_goes_on(
+    engine: str, ranks: int, variant: str, pool: Any, base: Any
+) -> None:
+    for direct, copied in pool(ranks).run(
+        "tests.contract.cases:snapshot_while_training", base=base(variant), engine=ENGINES[engine], variant=variant
+    )[0]:
+        assert_same(copied, direct)
+
+
 @pytest.mark.parametrize(("engine", "ranks"), [("fsdp-full", 2), ("zero-3", 2)])
 def test_a_read_that_fails_on_one_rank_ends_on_all(engine: str, ranks: int, pool: Any, base: Any) -> None:
     messages = pool(ranks).run(

@@ -39,6 +39,19 @@ def test_a_nan_on_one_rank_skips_on_all(
     assert_same(with_bad[1], without[1])
 
 
+@pytest.mark.parametrize("weights", ["bf16", pytest.param("fp32", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize(("engine", "ranks", "variant"), grid(*POISON_FAST))
+def test_a_dropped_step_leaves_no_trace(
+    engine: str, ranks: int, variant: str, weights: str, pool: Any, base: Any
+) -> None:
+    before, after, with_dropped, without = pool(ranks).run(
+        "tests.contract.cases:discarded", base=base(variant), engine=ENGINES[engine], variant=variant, weights=weights
+    )[0]
+    assert_same(after, before)
+    assert with_dropped[0] == without[0]
+    assert_same(with_dropped[1], without[1])
+
+
 @pytest.mark.parametrize("engine", ["fsdp-full", "zero-3"])
 def test_two_ranks_hold_half_each(engine: str, pool: Any, base: Any) -> None:
     """Bytes of sharded tensors per rank. ZeRO-3 keeps what is below 100,000 elements gathered, so the matrices
