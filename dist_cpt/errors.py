@@ -44,6 +44,10 @@ class MissingExtraError(ConfigError):
         )
 
 
+class Superseded(ConfigError):
+    """A later attempt has taken over the run folder; this one must not write there any more."""
+
+
 class DataError(DistCptError):
     """The corpus, the tokenizer or the token store cannot be used as asked."""
 

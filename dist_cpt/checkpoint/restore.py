@@ -9,9 +9,10 @@ import torch
 
 from dist_cpt.checkpoint.folders import published, superseded
 from dist_cpt.checkpoint.manifest import Identity, Manifest, StateKind, TensorSpec
+from dist_cpt.checkpoint.outline import read_manifest, read_state
 from dist_cpt.checkpoint.safetensors_stream import TensorFile
 from dist_cpt.checkpoint.state import TrainState
-from dist_cpt.checkpoint.verify import read_manifest, read_state, verify_checkpoint, verify_together
+from dist_cpt.checkpoint.verify import verify_checkpoint, verify_together
 from dist_cpt.errors import CheckpointError
 from dist_cpt.runtime.collectives import broadcast_json, rank
 

@@ -9,8 +9,15 @@ import shutil
 import time
 from pathlib import Path
 
-from dist_cpt.checkpoint.folders import checkpoints_folder, published, superseded, superseded_folder
-from dist_cpt.checkpoint.verify import outline_problems
+from dist_cpt.checkpoint.folders import (
+    checkpoints_folder,
+    fsync_path,
+    published,
+    step_name,
+    superseded,
+    superseded_folder,
+)
+from dist_cpt.checkpoint.outline import outline_problems
 
 LOGGER = logging.getLogger("dist_cpt")
 
@@ -32,6 +39,28 @@ def prune(run_folder: Path, newest: Path, keep: int) -> list[str]:
         os.rename(path, doomed)
         remove_folder(doomed)
     return [path.name for path in old]
+
+
+def set_aside_after(run_folder: Path, restored: Path, step: int) -> list[str]:
+    """Move published checkpoints of later steps than `restored`, from which the run goes on, to `superseded/`.
+
+    They are damaged, or of a line that was given up: the next start must not prefer them. A `restored` that had
+    been moved aside itself comes back. Returns the names that moved away; rank 0 only.
+    """
+    aside = superseded_folder(run_folder)
+    moved = []
+    for path in published(run_folder):
+        if path.name > step_name(step):
+            aside.mkdir(exist_ok=True)
+            os.rename(path, aside / f"{path.name}.{secrets.token_hex(4)}")
+            moved.append(path.name)
+    final = checkpoints_folder(run_folder) / step_name(step)
+    if restored != final and not os.path.lexists(final):
+        os.rename(restored, final)
+    for folder in (aside, final.parent):
+        if folder.is_dir():
+            fsync_path(folder)
+    return moved
 
 
 def remove_stale_staging(run_folder: Path, older_than_seconds: float) -> list[str]:

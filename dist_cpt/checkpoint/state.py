@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from dist_cpt.config.schema import Frozen
 from dist_cpt.errors import CheckpointError
@@ -23,6 +23,8 @@ class Randomness(Frozen):
 
     seed: int
     step: int
+    # For each rank that saved: the seed of its next step, and the first number torch, numpy and Python draw with it.
+    next_draws: tuple[tuple[int, ...], ...] = ()
 
 
 class TrainState(Frozen):
@@ -38,8 +40,21 @@ class TrainState(Frozen):
     schedule: dict[str, Any]  # as in the recipe; learning rates are a function of the step
     wandb_run_id: str
     attempt: int = Field(ge=0)
+    parent: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")  # state_sha256 of the checkpoint this one came from
+    optimizer_steps: int = Field(ge=0)  # AdamW's counter: skipped steps aside, an imported optimizer's included
+    skipped_windows: tuple[tuple[int, int], ...] = ()  # blocks left out by a rollback: positions start to stop - 1
+    bad_since: tuple[int, int] | None = None  # (step, position) of the first bad step in the row that ends here
+    recent_losses: tuple[float, ...] = ()  # what the spike detector compares with
     next_block_ids: tuple[int, ...]  # of the next optimizer step, all ranks, in stream order
     probe: Probe
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_layout(cls, value: Any) -> Any:
+        """States written before an optimizer could be imported had no counter of their own."""
+        if isinstance(value, dict) and "optimizer_steps" not in value and {"step", "skipped_total"} <= value.keys():
+            return value | {"optimizer_steps": value["step"] - value["skipped_total"]}
+        return value
 
 
 def state_to_bytes(state: TrainState) -> bytes:
@@ -55,7 +70,7 @@ def state_from_bytes(raw: bytes) -> TrainState:
     """
     try:
         return TrainState.model_validate(json.loads(raw))
-    except (ValidationError, ValueError) as error:
+    except (ValidationError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"state.json does not hold a training state: {first_line(error)}") from None
 
 

@@ -44,11 +44,12 @@ from dist_cpt.checkpoint.manifest import (
     plan_files,
     state_digest,
 )
+from dist_cpt.checkpoint.outline import outline_problems, read_manifest
 from dist_cpt.checkpoint.retention import LOGGER, prune, remove_folder
 from dist_cpt.checkpoint.safetensors_stream import StreamWriter, file_sha256, scan
 from dist_cpt.checkpoint.state import TrainState, state_to_bytes
-from dist_cpt.checkpoint.verify import Exported, outline_problems, read_manifest, verify_checkpoint
-from dist_cpt.errors import CheckpointError, DistCptError, WriteError
+from dist_cpt.checkpoint.verify import Exported, verify_checkpoint
+from dist_cpt.errors import CheckpointError, DistCptError, Superseded, WriteError
 from dist_cpt.runtime.collectives import agree, barrier, broadcast_json, gather_json, rank, world_size
 
 # Where the protocol can be cut; `fault` is called with these names, in this order, on every rank.
@@ -76,6 +77,7 @@ class CheckpointInfo:
     path: Path
     num_bytes: int
     seconds: float
+    state_sha256: str
 
 
 @dataclass(frozen=True)
@@ -97,15 +99,20 @@ def save(
     sidecars: Sequence[Callable[[Path], object]],
     aliases: Mapping[str, str] | None = None,
     keep: int = 3,
+    trial: bool = False,
+    fence: Callable[[], object] = lambda: None,
     fault: Callable[[str], None] = lambda point: None,
 ) -> CheckpointInfo:
     """Write, verify and publish `checkpoints/step-N`, then prune to the `keep` newest. Collective.
 
     `export` is the engine's `export_state`. `sidecars` write what makes the folder open elsewhere
     (adapter_config.json or config.json, the tokenizer); rank 0 calls them with the staging folder.
-    `aliases` are second keys of tied matrices in an adapter file.
+    `aliases` are second keys of tied matrices in an adapter file. A `trial` does everything but publish, and
+    leaves nothing behind. `fence` is called on rank 0 before the first file and before the last rename; it
+    raises when a later attempt has taken over the run.
 
     Raises:
+        Superseded: from `fence`.
         WriteError: the file system refused on some rank; earlier checkpoints are untouched.
         NumericsError: a tensor is not finite; nothing is published.
         CheckpointError: the engine exported something else than `specs`.
@@ -114,7 +121,7 @@ def save(
     placed = owners(specs, world_size(), adapter)
     files = plan_files(specs, aliases or {}, placed, adapter)
     mine = [file for file in files if file.owner == rank()]
-    staging = _stage(run_folder, state)
+    staging = _stage(run_folder, state, fence)
     fault("staged")
     hashes, error = _write_tensors(staging, mine, export, specs, placed, fault)
     share = None
@@ -129,23 +136,31 @@ def save(
     _agree_or_clean(error, staging, run_folder, state.step)
     fault("agreed")
     shares = gather_json(None if share is None else [share.files, share.tensors])
-    path = _commit(staging, run_folder, shares, specs, files, adapter, state, identity, aliases or {}, fault)
+    num_bytes = sum(num_bytes for listed, _ in shares for num_bytes, _ in listed.values())
+    manifest = _manifest(shares, specs, files, adapter, state, identity, aliases or {})
+    if trial:
+        if rank() == 0:
+            remove_folder(staging)
+        return CheckpointInfo(staging, num_bytes, time.perf_counter() - begun, manifest.state_sha256)
+    path = _commit(staging, run_folder, manifest, fence, fault)
     if rank() == 0:
         _prune(run_folder, path, keep)
         fault("pruned")
-    num_bytes = sum(num_bytes for listed, _ in shares for num_bytes, _ in listed.values())
-    return CheckpointInfo(path, num_bytes, time.perf_counter() - begun)
+    return CheckpointInfo(path, num_bytes, time.perf_counter() - begun, manifest.state_sha256)
 
 
-def _stage(run_folder: Path, state: TrainState) -> Path:
+def _stage(run_folder: Path, state: TrainState, fence: Callable[[], object]) -> Path:
     """Rank 0 makes a new folder; everyone waits until it is visible from here."""
     name = broadcast_json(staging_name(state.step, state.attempt))
     staging = checkpoints_folder(run_folder) / name
     error: Exception | None = None
     if rank() == 0:
         try:
+            fence()
             staging.parent.mkdir(parents=True, exist_ok=True)
             staging.mkdir()
+        except Superseded as caught:
+            error = caught
         except OSError as caught:
             error = write_error(caught, run_folder, state.step)
     agree(error, "save")
@@ -296,33 +311,28 @@ def _as_ours(error: Exception, run_folder: Path, step: int) -> Exception:
 def _commit(
     staging: Path,
     run_folder: Path,
-    shares: Sequence[Any],
-    specs: Sequence[TensorSpec],
-    files: Sequence[PlannedFile],
-    adapter: bool,
-    state: TrainState,
-    identity: Identity,
-    aliases: Mapping[str, str],
+    manifest: Manifest,
+    fence: Callable[[], object],
     fault: Callable[[str], None],
 ) -> Path:
     """Rank 0 writes the manifest and publishes; all return when it is done."""
     error: Exception | None = None
     if rank() == 0:
         try:
-            manifest = _manifest(shares, specs, files, adapter, state, identity, aliases)
             (staging / MANIFEST).write_bytes(manifest_to_bytes(manifest))
             fsync_path(staging / MANIFEST)
             fsync_path(staging)
             problems = outline_problems(staging)
             if problems:
-                raise CheckpointError(f"step {state.step} is not published: {problems[0]}")
+                raise CheckpointError(f"step {manifest.step} is not published: {problems[0]}")
             fault("manifest")
+            fence()
             _publish(staging, run_folder, manifest, fault)
         except Exception as caught:  # the other ranks wait for this verdict
             error = caught
-    _agree_or_clean(error, staging, run_folder, state.step)
+    _agree_or_clean(error, staging, run_folder, manifest.step)
     barrier()
-    return checkpoints_folder(run_folder) / step_name(state.step)
+    return checkpoints_folder(run_folder) / step_name(manifest.step)
 
 
 def _publish(staging: Path, run_folder: Path, manifest: Manifest, fault: Callable[[str], None]) -> None:

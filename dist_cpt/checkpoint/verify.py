@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from dist_cpt.checkpoint.folders import published, step_name
-from dist_cpt.checkpoint.manifest import (
-    ADAPTER_WEIGHTS,
-    MANIFEST,
-    MODEL_INDEX,
-    STATE,
-    STATE_KINDS,
-    Manifest,
-    StateKind,
-    TensorEntry,
-    manifest_from_bytes,
-    state_digest,
-)
+from dist_cpt.checkpoint.folders import published
+from dist_cpt.checkpoint.manifest import STATE_KINDS, Manifest, StateKind, TensorEntry
+from dist_cpt.checkpoint.outline import outline_problems, read_manifest
 from dist_cpt.checkpoint.safetensors_stream import file_sha256, scan, tensor_sha256
-from dist_cpt.checkpoint.state import TrainState, state_from_bytes
 from dist_cpt.errors import CheckpointError
 from dist_cpt.runtime.collectives import broadcast_json, gather_json, rank, world_size
-
-# First bytes of a pickle (protocols 2 to 5) and of torch's zip archive around one.
-_PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
 
 class Exported(Protocol):
@@ -78,25 +63,6 @@ def verify_together(path: Path) -> list[str]:
     return [problem for share in gather_json(found) for problem in share]
 
 
-def outline_problems(path: Path) -> list[str]:
-    """What can be seen without reading the tensors: the manifest, names, sizes, extra or missing files."""
-    try:
-        manifest = read_manifest(path)
-    except CheckpointError as error:
-        return [error.message]
-    problems = _structure_problems(manifest)
-    if path.name.split(".")[0] != step_name(manifest.step):
-        problems.append(f"{MANIFEST} is of step {manifest.step}, but the folder is {path.name}")
-    for name, entry in manifest.files.items():
-        problems += _size_problems(path, name, entry.num_bytes)
-    for name in sorted(_files_below(path) - manifest.files.keys() - {MANIFEST}):
-        problems.append(f"{name} is not in {MANIFEST}")
-    if not problems:
-        problems += _state_problems(path, manifest)
-        problems += [f"{name} looks like a pickle" for name in manifest.files if _looks_like_a_pickle(path / name)]
-    return problems
-
-
 def file_problems(path: Path, manifest: Manifest, name: str) -> list[str]:
     """Read one listed file to its end and compare: bytes, sha256, and for tensor files every tensor."""
     entry = manifest.files[name]
@@ -127,24 +93,6 @@ def file_problems(path: Path, manifest: Manifest, name: str) -> list[str]:
     if (num_bytes, sha256) != (entry.num_bytes, entry.sha256):
         problems.append(f"{name}: does not have the sha256 of the manifest")
     return problems
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of a checkpoint folder.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
-    return manifest_from_bytes(_read_small(path, MANIFEST))
-
-
-def read_state(path: Path) -> TrainState:
-    """The training state of a checkpoint folder.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
-    return state_from_bytes(_read_small(path, STATE))
 
 
 def certify(
@@ -226,62 +174,6 @@ def _loss_check(recorded: float, replayed: float, tolerance: float) -> dict[str,
     return {"name": "replayed_loss", "passed": difference <= tolerance, "detail": detail}
 
 
-def _structure_problems(manifest: Manifest) -> list[str]:
-    """Whether the manifest is complete in itself."""
-    problems = []
-    names = manifest.names()
-    if not names:
-        problems.append(f"{MANIFEST} lists no tensors")
-    problems += [f"{MANIFEST} lists tensor {name} twice" for name in {n for n in names if names.count(n) > 1}]
-    needed = [STATE, *([ADAPTER_WEIGHTS, "adapter_config.json"] if manifest.adapter else [MODEL_INDEX, "config.json"])]
-    problems += [f"{MANIFEST} lists no {name}" for name in needed if name not in manifest.files]
-    for tensor in manifest.tensors:
-        for kind in STATE_KINDS:
-            if kind not in tensor.sha256 or tensor.file.get(kind) not in manifest.files:
-                problems.append(f"{MANIFEST} lists no file for {kind}.{tensor.name}")
-    for alias, name in manifest.aliases.items():
-        if name not in names:
-            problems.append(f"{MANIFEST}: {alias} is an alias of {name}, which is not listed")
-    if len(set(names)) == len(names):
-        listed = {name for tensor in manifest.tensors for name in tensor.file.values()}
-        stray = {name for name in manifest.files if name.endswith(".safetensors")} - listed
-        problems += [f"{MANIFEST} lists {name} without a tensor in it" for name in sorted(stray)]
-    return problems
-
-
-def _size_problems(path: Path, name: str, num_bytes: int) -> list[str]:
-    file = path / name
-    parents = [path.joinpath(*Path(name).parts[:depth]) for depth in range(1, len(Path(name).parts))]
-    if any(part.is_symlink() for part in (*parents, file)):
-        return [f"{name} is a symbolic link"]
-    if not file.exists():
-        return [f"{name} is missing"]
-    if not file.is_file():
-        return [f"{name} is not a regular file"]
-    size = file.stat().st_size
-    return [] if size == num_bytes else [f"{name} has {size} bytes, expected {num_bytes}"]
-
-
-def _state_problems(path: Path, manifest: Manifest) -> list[str]:
-    try:
-        state = read_state(path)
-    except CheckpointError as error:
-        return [error.message]
-    problems = []
-    if state.step != manifest.step:
-        problems.append(f"{STATE} is of step {state.step}, {MANIFEST} of step {manifest.step}")
-    if state_digest(state.step, state.position, manifest.tensors) != manifest.state_sha256:
-        problems.append(f"{STATE} and the tensors are not of the same moment")
-    return problems
-
-
-def _looks_like_a_pickle(file: Path) -> bool:
-    if file.suffix == ".safetensors":  # starts with a length; its content is checked to the last byte
-        return False
-    with open(file, "rb") as opened:
-        return opened.read(4).startswith(_PICKLES)
-
-
 def _expected_tensors(manifest: Manifest, file_name: str) -> dict[str, tuple[tuple[int, ...], str]]:
     """Key -> (shape, sha256) of every tensor that belongs into this file."""
     expected: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -296,25 +188,3 @@ def _expected_tensors(manifest: Manifest, file_name: str) -> dict[str, tuple[tup
         if by_name[name].file["master"] == file_name:
             expected[alias] = (by_name[name].shape, by_name[name].sha256["master"])
     return expected
-
-
-def _files_below(path: Path) -> set[str]:
-    """Relative names of everything that is not a plain folder; links count, and are not followed."""
-    found = set()
-    for folder, folders, files in os.walk(path):
-        here = Path(folder)
-        links = [name for name in folders if (here / name).is_symlink()]
-        # .nfs*: what an NFS client leaves of a deleted file that is still open somewhere.
-        names = [name for name in (*files, *links) if not name.startswith(".nfs")]
-        found |= {(here / name).relative_to(path).as_posix() for name in names}
-    return found
-
-
-def _read_small(path: Path, name: str) -> bytes:
-    file = path / name
-    if path.is_symlink() or file.is_symlink():
-        raise CheckpointError(f"{file} is a symbolic link")
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{name} is missing or unreadable in {path} ({error.strerror})") from None

@@ -99,6 +99,7 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     values["batch"].pop("micro_batch")
     values["data"].pop("cache_dir")
     values["model"].pop("kernels")
+    values["health"].pop("hang")
     return values
 
 

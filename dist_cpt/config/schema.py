@@ -253,14 +253,45 @@ class CheckpointConfig(Frozen):
     every_minutes: PositiveFloat | None = 30.0
     every_steps: PositiveInt | None = None
     keep: PositiveInt = 3
-    asynchronous: bool = False
+    asynchronous: bool = True  # write beside training, from a copy in host memory
+    trial: bool = True  # before the first step of a new run, save once without publishing
+    retry_minutes: float = Field(default=30.0, ge=0.0)  # how long a disk may refuse before the run ends with 73
 
-    @field_validator("asynchronous")
+
+class HangConfig(Frozen):
+    """When a rank counts as hung: a step longer than max(min_seconds, factor x its median step)."""
+
+    factor: float = Field(default=50.0, gt=1.0)
+    min_seconds: PositiveFloat = 300.0
+    grace_seconds: PositiveFloat = 10.0  # from the first dump to the end, so that every rank dumps
+    other_phase_seconds: PositiveFloat = 3600.0  # starting, the first step, saving, evaluating, ending
+
+
+class SpikeConfig(Frozen):
+    """What happens after a loss above mean + sigmas x std of the last `window` good ones."""
+
+    policy: Literal["off", "skip", "stop", "rollback"] = "off"
+    sigmas: PositiveFloat = 6.0
+    window: PositiveInt = 128  # steps
+    min_history: PositiveInt = 32  # steps before anything counts as a spike
+    max_bad_steps: PositiveInt = 10  # spikes or non-finite steps in a row
+    max_rollbacks: PositiveInt = 2
+
+    @field_validator("policy", mode="before")
     @classmethod
-    def _asynchronous(cls, value: bool) -> bool:
-        if value:
-            raise _not_yet("asynchronous", value, "false")
-        return value
+    def _policy(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
+
+    @model_validator(mode="after")
+    def _history_fits(self) -> SpikeConfig:
+        if self.min_history > self.window:
+            raise ValueError(f"min_history {self.min_history} is more than window {self.window}: no spike is ever seen")
+        return self
+
+
+class HealthConfig(Frozen):
+    hang: HangConfig | None = HangConfig()  # null: nothing ends a run that stands still
+    spike: SpikeConfig = SpikeConfig()
 
 
 class EvaluateConfig(Frozen):
@@ -295,6 +326,7 @@ class RunConfig(Frozen):
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    health: HealthConfig = HealthConfig()
     track: TrackConfig = TrackConfig()
 
     @model_validator(mode="after")
@@ -309,4 +341,7 @@ class RunConfig(Frozen):
             raise ValueError("an adapter on random weights learns nothing useful; use adapter.kind: none")
         if self.adapter.kind == "none" and self.embeddings.train:
             raise ValueError("embeddings.train belongs to adapter.kind: lora; kind none trains every parameter")
+        saves = self.checkpoint.every_minutes or self.checkpoint.every_steps
+        if self.health.spike.policy == "rollback" and saves is None:
+            raise ValueError("health.spike.policy rollback needs checkpoint.every_steps or every_minutes")
         return self

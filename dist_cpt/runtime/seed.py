@@ -9,6 +9,17 @@ import numpy as np
 import torch
 
 
+def first_draws(seed: int, step: int, rank: int) -> list[int]:
+    """[derived seed, first draw of torch, numpy and Python] of a step; the generators are left as they were."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        derived = seed_step(seed, step, rank)
+        draws = [derived, int(torch.randint(2**62, ())), int(np.random.randint(2**31)), random.getrandbits(62)]
+    np.random.set_state(numpy_state)
+    random.setstate(python_state)
+    return draws
+
+
 def seed_step(seed: int, step: int, rank: int) -> int:
     """Seed torch (CPU and CUDA), numpy and Python for one step of one rank; returns the derived 64-bit seed.
 

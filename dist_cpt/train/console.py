@@ -104,7 +104,9 @@ class Console:
 
     def on_checkpoint(self, record: CheckpointRecord) -> None:
         size = record.num_bytes / 2**20
-        self._print(f"step {record.step} saved in {record.seconds:.1f} s, {size:,.1f} MiB: {record.path}")
+        beside = f" beside training ({record.stall_seconds:.1f} s of it waited)"
+        how = "" if record.stall_seconds >= record.seconds else beside
+        self._print(f"step {record.step} saved in {record.seconds:.1f} s{how}, {size:,.1f} MiB: {record.path}")
 
     def on_message(self, text: str) -> None:
         self._print(text)

@@ -139,8 +139,8 @@ class Contract:
     def _master_hashes(self) -> dict[str, str]:
         """sha256 of every fp32 master by name, the same on all ranks."""
         mine: dict[str, str] = {}
-        for exported in self._engine.export_state(lambda kind, name: self._owner[name]):
-            if exported.kind == "master" and exported.values is not None:
+        for exported in self._engine.export_state(lambda kind, name: self._owner[name], kinds=("master",)):
+            if exported.values is not None:
                 data = exported.values.contiguous().numpy().tobytes()
                 mine[exported.name] = hashlib.sha256(data).hexdigest()
         return {name: value for part in gather_json(mine) for name, value in part.items()}

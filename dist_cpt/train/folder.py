@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,16 +14,40 @@ from typing import Any, TextIO
 from dist_cpt.config.load import build, parse_yaml
 from dist_cpt.config.resolve import differences, fingerprint, to_yaml
 from dist_cpt.config.schema import RunConfig
-from dist_cpt.errors import ConfigError, WriteError
+from dist_cpt.errors import ConfigError, Superseded, WriteError
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Rank 0's hold on a run folder; released with `close` or by the end of the process."""
+    """Rank 0's hold on a run folder; released with `close` or by the end of the process.
 
+    The lock keeps two starts on one host apart. It may not reach another host, and an old attempt may live on
+    there after the scheduler has given it up; run.json therefore names who holds the folder now, and an attempt
+    that no longer finds its own token there has been superseded.
+    """
+
+    folder: Path
     attempt: int  # 0 for the first start
     wandb_run_id: str
+    token: str
     lock: TextIO
+
+    def held(self) -> bool:
+        """Whether no later attempt has taken the folder; True also while run.json cannot be read."""
+        return _read_json(self.folder / "run.json").get("token", self.token) == self.token
+
+    def require(self) -> None:
+        """The fence before anything is published.
+
+        Raises:
+            Superseded: a later attempt holds the folder.
+        """
+        if not self.held():
+            later = _read_json(self.folder / "run.json").get("attempts", 0) - 1
+            raise Superseded(
+                f"attempt {self.attempt} no longer holds {self.folder}: attempt {later} has taken over",
+                remedy="nothing to do: the later attempt goes on from the last checkpoint",
+            )
 
     def close(self) -> None:
         """Let another process train in the folder."""
@@ -31,24 +57,19 @@ class Claim:
 def claim(folder: Path, config: RunConfig, new_run_id: str) -> Claim:
     """Take the folder for this start: same recipe or none yet, nobody else in it; count the attempt.
 
+    A requeued batch job (same SLURM_JOB_ID) takes over from its own earlier start even if that still lives.
+
     Raises:
         ConfigError: the folder holds another recipe, or another process trains in it.
         WriteError: the folder cannot be made or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a", encoding="utf-8")
+        lock = _lock(folder)
     except OSError as error:
         raise WriteError(
             f"run folder {folder} cannot be written: {error.strerror}", remedy="choose another output_dir"
         ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise ConfigError(
-            f"another process trains in {folder}", remedy="wait for it, stop it, or give this run another name"
-        ) from None
     try:
         _same_recipe(folder / "recipe.yaml", config)
         known = _read_json(folder / "run.json")
@@ -56,6 +77,10 @@ def claim(folder: Path, config: RunConfig, new_run_id: str) -> Claim:
             "wandb_run_id": known.get("wandb_run_id", new_run_id),
             "attempts": int(known.get("attempts", 0)) + 1,
             "fingerprint": fingerprint(config),
+            "token": secrets.token_hex(8),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "job": _job(),
         }
         _write(folder / "recipe.yaml", to_yaml(config))
         _write(folder / "run.json", json.dumps(started, indent=1) + "\n")
@@ -66,7 +91,7 @@ def claim(folder: Path, config: RunConfig, new_run_id: str) -> Claim:
     except Exception:
         lock.close()
         raise
-    return Claim(started["attempts"] - 1, started["wandb_run_id"], lock)
+    return Claim(folder, started["attempts"] - 1, started["wandb_run_id"], started["token"], lock)
 
 
 def write_exit(folder: Path, code: int, reason: str, step: int) -> None:
@@ -91,6 +116,32 @@ def write_json(path: Path, value: Any) -> None:
         _write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise WriteError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _lock(folder: Path) -> TextIO:
+    path = folder / ".lock"
+    lock = path.open("a", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except OSError:
+        lock.close()
+    holder = _read_json(folder / "run.json")
+    if _job() is None or holder.get("job") != _job():
+        where = f" (process {holder['pid']} on {holder['host']})" if {"pid", "host"} <= holder.keys() else ""
+        raise ConfigError(
+            f"another process trains in {folder}{where}",
+            remedy="wait for it, stop it, or give this run another name",
+        )
+    path.unlink(missing_ok=True)  # the earlier start keeps its lock on a file that nobody opens any more
+    lock = path.open("a", encoding="utf-8")
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
+
+
+def _job() -> str | None:
+    """The batch job this process belongs to; a requeued job keeps its number."""
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def _same_recipe(path: Path, config: RunConfig) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from dist_cpt.checkpoint.state import TrainState
 from dist_cpt.config.resolve import StepShape
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.batch import Batch
@@ -24,6 +25,7 @@ from dist_cpt.runtime.collectives import all_reduce_floats, all_reduce_ints
 from dist_cpt.runtime.seed import seed_step
 from dist_cpt.train.contract import Contract
 from dist_cpt.train.observers import StepRecord
+from dist_cpt.train.saver import Saver
 
 
 @dataclass
@@ -36,7 +38,19 @@ class Progress:
     tokens_by_source: dict[str, int] = field(default_factory=dict)
     skipped_total: int = 0
     skipped_in_a_row: int = 0
-    saved_step: int = -1  # the step of the newest checkpoint
+    optimizer_steps: int = 0  # AdamW's counter
+    skipped_windows: list[tuple[int, int]] = field(default_factory=list)  # positions left out by a rollback
+    bad_since: tuple[int, int] | None = None  # (step, position) of the first bad step in a row that still lasts
+    recent_losses: list[float] = field(default_factory=list)  # accepted ones, for the spike detector
+
+    def restore(self, state: TrainState) -> None:
+        """Stand where a checkpoint was saved; windows that are known already stay."""
+        self.step, self.position, self.tokens = state.step, state.position, state.tokens
+        self.tokens_by_source = dict(state.tokens_by_source)
+        self.skipped_total, self.skipped_in_a_row = state.skipped_total, state.skipped_in_a_row
+        self.optimizer_steps = state.optimizer_steps
+        self.skipped_windows = sorted({*self.skipped_windows, *state.skipped_windows})
+        self.bad_since, self.recent_losses = state.bad_since, list(state.recent_losses)
 
 
 @dataclass(frozen=True)
@@ -44,9 +58,10 @@ class Hooks:
     """What the loop calls; none of them may change the training state."""
 
     batches: Callable[[int], Iterator[list[Batch]]]  # (first position) -> the micro-batches of step after step
+    at_boundary: Callable[[int], None]  # (steps done) before anything of the next step
     stop_requested: Callable[[], bool]  # on any rank
-    save_due: Callable[[int], bool]  # (step) on rank 0
-    save: Callable[[Progress], None]
+    saver: Saver
+    state: Callable[[], TrainState]  # what a checkpoint says beside its tensors; collective
     evaluation_due: Callable[[int], bool]
     evaluate: Callable[[int], None]
     on_step: Callable[[StepRecord], None]
@@ -72,15 +87,21 @@ def train_loop(
     """
     for micro_batches in hooks.batches(progress.position):
         started = time.perf_counter()
-        flags = [int(hooks.stop_requested()), int(hooks.save_due(progress.step))]
+        hooks.at_boundary(progress.step)
+        saver = hooks.saver
+        flags = [hooks.stop_requested(), saver.due(progress.step), saver.ended, saver.failed]
         targets = sum(batch.num_targets for batch in micro_batches)
         by_source = np.sum([batch.tokens_by_source for batch in micro_batches], axis=0).tolist()
-        num_targets, stop, save, *source_tokens = all_reduce_ints([targets, *flags, *by_source])
-        if (stop or save) and progress.saved_step != progress.step:
-            hooks.save(progress)
-            started = time.perf_counter()
+        counts = all_reduce_ints([targets, *map(int, flags), *by_source])
+        num_targets, stop, save, ended, failed, *source_tokens = counts
+        if ended == shape.world_size or failed:
+            saver.collect()
         if stop:
+            saver.save_now(progress.step, hooks.state)
             return False
+        if save:
+            saver.save(progress.step, hooks.state)
+            started = time.perf_counter()
         if num_targets == 0:
             raise DataError(f"step {progress.step + 1} has no target token", remedy="documents need two tokens or more")
 
@@ -97,13 +118,14 @@ def train_loop(
         (loss_sum,) = all_reduce_floats([float(local_loss)])  # host sync, once per step
         seconds = time.perf_counter() - started
 
-        before = progress.position
+        before = past_windows(progress.position, progress.skipped_windows)
         progress.step = step
-        progress.position += shape.blocks_per_step
+        progress.position = before + shape.blocks_per_step
         progress.tokens += num_targets
         ledger = dict(zip(source_names, source_tokens, strict=True))
         for name, count in ledger.items():
             progress.tokens_by_source[name] = progress.tokens_by_source.get(name, 0) + count
+        progress.optimizer_steps += not stats.skipped
         progress.skipped_total += stats.skipped
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if stats.skipped else 0
         hooks.on_step(
@@ -133,6 +155,22 @@ def train_loop(
         if hooks.evaluation_due(step):
             hooks.evaluate(step)
     return True
+
+
+def past_windows(position: int, windows: Sequence[tuple[int, int]]) -> int:
+    """The first position from `position` on that lies in no window; windows are sorted, whole steps."""
+    for start, stop in windows:
+        if start <= position < stop:
+            position = stop
+    return position
+
+
+def step_starts(shape: StepShape, position: int, windows: Sequence[tuple[int, int]], step: int) -> Iterator[int]:
+    """First position of every step after `step`."""
+    for _ in range(shape.num_steps - step):
+        position = past_windows(position, windows)
+        yield position
+        position += shape.blocks_per_step
 
 
 def step_positions(shape: StepShape, position: int, rank: int) -> list[list[int]]:

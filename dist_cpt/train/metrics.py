@@ -11,6 +11,8 @@ import contextlib
 import json
 import math
 import os
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -28,12 +30,17 @@ EVENTS = "events.jsonl"
 class MetricsFile:
     """Observer that appends every record of a run to its folder.
 
+    A folder that does not take a line (full disk, lost mount) keeps it and all later ones waiting, in order.
+
     Raises:
-        WriteError: from every method, when the folder does not take the line (full disk, lost mount).
+        WriteError: from every method, when lines have waited for `patience_seconds`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, patience_seconds: float = 0.0) -> None:
         self._folder = folder
+        self._patience_seconds = patience_seconds
+        self._waiting: deque[tuple[str, bytes]] = deque()
+        self._refused_since: float | None = None
         self._open: dict[str, int] = {}
 
     def on_start(self, start: RunStart) -> None:
@@ -63,7 +70,6 @@ class MetricsFile:
 
     def on_checkpoint(self, record: CheckpointRecord) -> None:
         self._event("checkpoint", **asdict(record))
-        self.sync()  # a resume from this checkpoint counts on the rows before it
 
     def on_message(self, text: str) -> None:
         self._event("message", text=text)
@@ -74,7 +80,13 @@ class MetricsFile:
         self.close()
 
     def sync(self) -> None:
-        """Force the lines written so far onto the disk."""
+        """Force all lines onto the disk, those that wait included.
+
+        Raises:
+            WriteError: the folder does not take them now, however long they have waited.
+        """
+        while self._waiting:
+            self._write_first()
         for name, descriptor in self._open.items():
             _or_write_error(self._folder / name, lambda descriptor=descriptor: os.fsync(descriptor))
 
@@ -89,11 +101,25 @@ class MetricsFile:
         self._append(EVENTS, {"time": now, "kind": kind} | fields)
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
+        self._waiting.append((name, encode_row(row)))
+        try:
+            while self._waiting:
+                self._write_first()
+            self._refused_since = None
+        except WriteError:
+            now = time.monotonic()
+            self._refused_since = now if self._refused_since is None else self._refused_since
+            if now - self._refused_since >= self._patience_seconds:
+                raise
+
+    def _write_first(self) -> None:
+        name, line = self._waiting[0]
         path = self._folder / name
         if name not in self._open:
             _or_write_error(path, lambda: _repair(path))
             self._open[name] = _or_write_error(path, lambda: os.open(path, _APPEND, 0o644))
-        _or_write_error(path, lambda: _write_line(self._open[name], encode_row(row)))
+        _or_write_error(path, lambda: _write_line(self._open[name], line))
+        self._waiting.popleft()
 
 
 _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC

@@ -64,8 +64,9 @@ class EvaluationRecord:
 class CheckpointRecord:
     step: int
     path: str
-    seconds: float
+    seconds: float  # from the first file to the last rename
     num_bytes: int
+    stall_seconds: float  # that training waited for it
 
 
 @dataclass(frozen=True)

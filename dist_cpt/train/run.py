@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -14,11 +13,11 @@ from typing import Any
 
 import torch
 
-from dist_cpt.checkpoint.manifest import Identity, TensorSpec
+from dist_cpt.checkpoint.manifest import Identity, TensorSpec, owners
 from dist_cpt.checkpoint.restore import LoadedCheckpoint, load, newest_valid, require_fit
-from dist_cpt.checkpoint.retention import remove_stale_staging
+from dist_cpt.checkpoint.retention import remove_stale_staging, set_aside_after
 from dist_cpt.checkpoint.state import Probe, Randomness, TrainState
-from dist_cpt.checkpoint.store import save as save_checkpoint
+from dist_cpt.checkpoint.store import SAVE_POINTS, CheckpointInfo
 from dist_cpt.checkpoint.verify import certify
 from dist_cpt.config.resolve import StepShape, fingerprint, run_folder, step_shape
 from dist_cpt.config.schema import RunConfig
@@ -28,19 +27,29 @@ from dist_cpt.data.prepare import check_vocabulary, open_prepared, prepare
 from dist_cpt.data.tokenizer import load_tokenizer
 from dist_cpt.engines.build import build_engine
 from dist_cpt.engines.engine import Engine
-from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, CheckpointError, DistCptError, NumericsError
+from dist_cpt.errors import (
+    EXIT_DONE,
+    EXIT_INTERNAL,
+    EXIT_STOPPED,
+    CheckpointError,
+    DistCptError,
+    NumericsError,
+    Superseded,
+)
 from dist_cpt.model.load import TrainableModel, load_model, locate_base
 from dist_cpt.optim.groups import ParamGroup, param_groups
-from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
+from dist_cpt.runtime.collectives import gather_json, on_every_rank, on_rank_zero
 from dist_cpt.runtime.env import ProcessEnv, process_env
+from dist_cpt.runtime.fault import VARIABLE, Faults, planned_faults
 from dist_cpt.runtime.log import LOGGER, close_log, open_log
 from dist_cpt.runtime.mesh import init_distributed, shutdown
+from dist_cpt.runtime.seed import first_draws
 from dist_cpt.runtime.stop import StopRequest
 from dist_cpt.train.console import Console
 from dist_cpt.train.contract import Contract
 from dist_cpt.train.evaluate import evaluate
 from dist_cpt.train.folder import Claim, claim, write_exit, write_json
-from dist_cpt.train.loop import Hooks, Progress, step_positions, train_loop
+from dist_cpt.train.loop import Hooks, Progress, past_windows, step_positions, step_starts, train_loop
 from dist_cpt.train.metrics import MetricsFile, rewind
 from dist_cpt.train.observers import (
     CheckpointRecord,
@@ -51,6 +60,7 @@ from dist_cpt.train.observers import (
     StepRecord,
 )
 from dist_cpt.train.sample import write_sample
+from dist_cpt.train.saver import Saver
 from dist_cpt.train.wandb import new_run_id, wandb_observer
 
 RENDEZVOUS_SECONDS = 1800.0
@@ -58,7 +68,8 @@ WANDB_INIT_SECONDS = 30.0
 STALE_STAGING_SECONDS = 3600.0
 PROBE_BLOCKS = 4
 # The replayed loss is the same forward in another summation order: rounding of one token's loss, averaged.
-REPLAY_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
+REPLAY_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "nf4": 2e-3}
+FAULT_POINTS = ("step", "restore", *(f"{kind}.{point}" for kind in ("trial", "save") for point in SAVE_POINTS))
 
 
 def train(config: RunConfig, stop: StopRequest) -> tuple[int, Path | None]:
@@ -71,19 +82,24 @@ def train(config: RunConfig, stop: StopRequest) -> tuple[int, Path | None]:
     folder = run_folder(config)
     held: Claim | None = None
     met, own_group = False, not torch.distributed.is_initialized()
-    code, reason = EXIT_INTERNAL, ""
+    code, reason, superseded = EXIT_INTERNAL, "", False
     progress = Progress()
     observers: list[Observer] = []
     try:
         shape = step_shape(config, env.world_size)
         device = init_distributed(env, RENDEZVOUS_SECONDS)
         met = True
+        faults = on_every_rank(VARIABLE, lambda: planned_faults(FAULT_POINTS))
         held, attempt, run_id = _claim(folder, config, env)
         open_log(folder, env.rank)
-        run = _Run(config, env, folder, shape, device, attempt, run_id, stop, observers, progress)
+        fault = Faults(faults, env.rank, attempt)
+        if fault:
+            LOGGER.warning("%s is set: this run will be disturbed on purpose", VARIABLE)
+        run = _Run(config, env, folder, shape, device, attempt, run_id, held, stop, fault, observers, progress)
         code, reason = run.go()
     except DistCptError as error:
         code, reason = error.exit_code, str(error)
+        superseded = isinstance(error, Superseded)
         if code == EXIT_INTERNAL:
             traceback.print_exc()
         if env.rank == 0 or (met and not error.agreed):
@@ -94,7 +110,8 @@ def train(config: RunConfig, stop: StopRequest) -> tuple[int, Path | None]:
         print(f"dist-cpt: rank {env.rank}: {reason} -- see logs/rank-{env.rank}.log", file=sys.stderr, flush=True)
     finally:
         if held is not None:
-            _end(observers, folder, code, reason, progress.step)
+            if not superseded:  # the folder is another attempt's by now
+                _end(observers, folder, code, reason, progress.step)
             held.close()
         close_log()
         if own_group and code in (EXIT_DONE, EXIT_STOPPED):
@@ -138,7 +155,9 @@ class _Run:
     device: torch.device
     attempt: int
     wandb_run_id: str
+    held: Claim | None  # rank 0's
     stop: StopRequest
+    fault: Faults
     observers: list[Observer]
     progress: Progress
 
@@ -171,8 +190,11 @@ class _Run:
             recipe=fingerprint(config),
             engine=self.engine.kind,
         )
+        self.metrics = MetricsFile(self.folder, 60 * config.checkpoint.retry_minutes)
+        self.saver = self._saver()
         resumed_from = self._restore()
-        on_rank_zero("metrics", lambda: rewind(self.folder, self.progress.step if resumed_from else -1))
+        if resumed_from is None and config.checkpoint.trial:
+            self.saver.trial(self._state())
         self.contract = Contract(
             self.engine,
             self.folder,
@@ -194,8 +216,7 @@ class _Run:
                 reason = f"{self.stop.requested or 'another rank'}: stopped and saved at step {self.progress.step}"
                 self._tell(lambda observer: observer.on_message(reason))
                 return EXIT_STOPPED, reason
-            if self.progress.saved_step != self.progress.step:
-                self._save(self.progress)
+            self.saver.save_now(self.progress.step, self._state)
             self._sample()
         return EXIT_DONE, "done"
 
@@ -217,7 +238,7 @@ class _Run:
         """Start the observers, on rank 0."""
         if self.env.rank == 0:
             console = Console()
-            self.observers += [console, MetricsFile(self.folder)]
+            self.observers += [console, self.metrics]
             wandb = wandb_observer(
                 self.config.track.wandb,
                 self.folder,
@@ -249,39 +270,53 @@ class _Run:
     # -- restoring -----------------------------------------------------------------------------------------
 
     def _restore(self) -> str | None:
-        """The newest valid checkpoint into engine and progress, with its certificate; None for a fresh start."""
+        """The newest valid checkpoint into engine and progress, with its certificate; None for a fresh start.
+
+        What the folder holds of later steps belongs to a past that is not this run's any more: it moves aside.
+        """
         on_rank_zero("checkpoints", lambda: remove_stale_staging(self.folder, STALE_STAGING_SECONDS))
         found, skipped = newest_valid(self.folder)
         for name, why in skipped:
             LOGGER.warning("checkpoint %s does not hold and is skipped: %s", name, why)
         if found is None:
+            on_rank_zero("metrics", lambda: rewind(self.folder, -1))
             return None
+        self.fault("restore", 0)
         with load(found, verified=True) as checkpoint:
             on_every_rank("checkpoint", lambda: require_fit(checkpoint.manifest, self.specs, self.identity))
             state = checkpoint.state
-            self.engine.import_state(checkpoint.read, state.step - state.skipped_total)
+            self.engine.import_state(checkpoint.read, state.optimizer_steps)
             self._certify(checkpoint)
-        progress = self.progress
-        progress.step, progress.position, progress.tokens = state.step, state.position, state.tokens
-        progress.tokens_by_source = dict(state.tokens_by_source)
-        progress.skipped_total, progress.skipped_in_a_row = state.skipped_total, state.skipped_in_a_row
-        progress.saved_step = state.step
+            self.saver.saved_step, self.saver.parent = state.step, checkpoint.manifest.state_sha256
+        self.progress.restore(state)
+        on_rank_zero("checkpoints", lambda: self._leave_behind(found, state.step))
         return found.name
+
+    def _leave_behind(self, restored: Path, step: int) -> None:
+        for name in set_aside_after(self.folder, restored, step):
+            LOGGER.warning("%s is not in the line of %s and was moved to superseded/", name, restored.name)
+        self.metrics.close()
+        rewind(self.folder, step)
 
     def _certify(self, checkpoint: LoadedCheckpoint) -> None:
         """Prove the restored state; certificate.json holds the proof or the named failure."""
         state, weights = checkpoint.state, self.config.model.weights
-        owner = {spec.name: index % self.env.world_size for index, spec in enumerate(self.specs)}
+        placed = owners(self.specs, self.env.world_size, self.config.adapter.kind == "lora")
+        seed, next_step = self.config.seed, state.step + 1
         certificate = certify(
             checkpoint.manifest,
-            self.engine.export_state(lambda kind, name: owner[name]),
-            next_block_ids=self._block_ids(state.position, self.shape.blocks_per_step),
+            self.engine.export_state(lambda kind, name: placed[kind, name]),
+            next_block_ids=self._next_block_ids(state.position, state.skipped_windows),
             recorded_block_ids=state.next_block_ids,
-            replayed_loss=self._probe_loss(state.position),
+            replayed_loss=self._probe_loss(state.probe.block_ids),
             recorded_loss=state.probe.loss,
             tolerance=REPLAY_TOLERANCE[weights] * max(1.0, abs(state.probe.loss)),
             facts={
-                "random": ([state.random.seed, state.random.step], [self.config.seed, state.step]),
+                "random": ([state.random.seed, state.random.step], [seed, state.step]),
+                "random_of_every_rank": (
+                    [list(draws) for draws in state.random.next_draws],
+                    [first_draws(seed, next_step, rank) for rank in range(len(state.random.next_draws))],
+                ),
                 "schedule": (state.schedule, self._schedule()),
             },
         )
@@ -300,20 +335,21 @@ class _Run:
     def _schedule(self) -> dict[str, Any]:
         return {"num_steps": self.shape.num_steps, **self.config.schedule.model_dump(mode="json")}
 
-    def _block_ids(self, position: int, count: int) -> list[int]:
-        """(source, epoch, block) of the next positions, flat: what the data order gives, not what was asked."""
+    def _next_block_ids(self, position: int, windows: Sequence[tuple[int, int]]) -> list[int]:
+        """(source, epoch, block) of the next step's blocks, flat: what the data order gives, not what was asked."""
         ids: list[int] = []
-        for at in range(position, position + count):
+        start = past_windows(position, windows)
+        for at in range(start, start + self.shape.blocks_per_step):
             source, epoch, block = self.loader.describe(at)
             ids += [self.loader.source_names.index(source), epoch, block]
         return ids
 
-    def _probe_loss(self, position: int) -> float:
-        """Mean loss of the next few blocks of the training stream, without a gradient."""
+    def _probe_loss(self, positions: Sequence[int]) -> float:
+        """Mean loss of a few blocks of the training stream, without a gradient."""
         return evaluate(
             self.engine,
             self.loader.batch,
-            list(range(position, position + PROBE_BLOCKS)),
+            positions,
             PADDING,
             rank=self.env.rank,
             world_size=self.env.world_size,
@@ -323,7 +359,6 @@ class _Run:
     # -- training ------------------------------------------------------------------------------------------
 
     def _train(self) -> bool:
-        self._last_save = time.monotonic()
         return train_loop(
             self.config,
             self.shape,
@@ -333,9 +368,10 @@ class _Run:
             self.progress,
             Hooks(
                 batches=self._batches,
-                stop_requested=lambda: self.stop.requested is not None,
-                save_due=self._save_due,
-                save=self._save,
+                at_boundary=lambda step: self.fault("step", step + 1),
+                stop_requested=self._stop_requested,
+                saver=self.saver,
+                state=self._state,
                 evaluation_due=self._evaluation_due,
                 evaluate=self._evaluate,
                 on_step=self._on_step,
@@ -347,64 +383,67 @@ class _Run:
 
     def _batches(self, position: int) -> Iterator[list[Batch]]:
         """The micro-batches of every remaining step, made ahead on a thread."""
-        steps = self.shape.num_steps - self.progress.step
-        wanted = (
-            positions
-            for step in range(steps)
-            for positions in step_positions(self.shape, position + step * self.shape.blocks_per_step, self.env.rank)
-        )
+        starts = step_starts(self.shape, position, self.progress.skipped_windows, self.progress.step)
+        wanted = (positions for start in starts for positions in step_positions(self.shape, start, self.env.rank))
         ahead = prefetch(self.loader.batch, wanted, depth=2 * self.shape.accumulation)
-        for _ in range(steps):
+        for _ in range(self.shape.num_steps - self.progress.step):
             yield [next(ahead) for _ in range(self.shape.accumulation)]
 
-    def _save_due(self, step: int) -> bool:
-        """Whether rank 0 wants a checkpoint of the state after `step`."""
-        if self.env.rank != 0 or step == 0:
-            return False
-        every = self.config.checkpoint
-        by_steps = every.every_steps is not None and step % every.every_steps == 0
-        by_time = every.every_minutes is not None and time.monotonic() - self._last_save >= 60 * every.every_minutes
-        return by_steps or by_time
+    def _stop_requested(self) -> bool:
+        """A signal, or a later attempt that has taken the folder; the fence then names it."""
+        return self.stop.requested is not None or (self.held is not None and not self.held.held())
 
-    def _save(self, progress: Progress) -> None:
-        probe_loss = self._probe_loss(progress.position)
+    def _state(self) -> TrainState:
+        """What the next checkpoint says beside its tensors. Collective."""
+        progress = self.progress
+        start = past_windows(progress.position, progress.skipped_windows)
+        probed = tuple(range(start, start + PROBE_BLOCKS))
+        probe_loss = self._probe_loss(probed)
         if not math.isfinite(probe_loss):
             raise NumericsError(
                 f"the loss after step {progress.step} is {probe_loss}: this state is not saved",
                 remedy="lower the learning rate; the last checkpoint is from before",
             )
-        state = TrainState(
+        draws = gather_json(first_draws(self.config.seed, progress.step + 1, self.env.rank))
+        return TrainState(
             step=progress.step,
             position=progress.position,
             tokens=progress.tokens,
-            tokens_by_source=progress.tokens_by_source,
+            tokens_by_source=dict(progress.tokens_by_source),
             skipped_total=progress.skipped_total,
             skipped_in_a_row=progress.skipped_in_a_row,
-            random=Randomness(seed=self.config.seed, step=progress.step),
+            random=Randomness(seed=self.config.seed, step=progress.step, next_draws=tuple(map(tuple, draws))),
             schedule=self._schedule(),
             wandb_run_id=self.wandb_run_id,
             attempt=self.attempt,
-            next_block_ids=tuple(self._block_ids(progress.position, self.shape.blocks_per_step)),
-            probe=Probe(
-                block_ids=tuple(range(progress.position, progress.position + PROBE_BLOCKS)),
-                loss=probe_loss,
-            ),
+            parent=self.saver.parent,
+            optimizer_steps=progress.optimizer_steps,
+            skipped_windows=tuple(progress.skipped_windows),
+            bad_since=progress.bad_since,
+            recent_losses=tuple(progress.recent_losses),
+            next_block_ids=tuple(self._next_block_ids(progress.position, progress.skipped_windows)),
+            probe=Probe(block_ids=probed, loss=probe_loss),
         )
-        saved = save_checkpoint(
+
+    def _saver(self) -> Saver:
+        return Saver(
             self.folder,
-            self.engine.export_state,
-            specs=self.specs,
+            self.config.checkpoint,
+            self.engine,
+            self.specs,
+            self.identity,
             adapter=self.config.adapter.kind == "lora",
-            state=state,
-            identity=self.identity,
             sidecars=[self.model.write_config, self.tokenizer.save_pretrained],
             aliases=self.model.aliases,
-            keep=self.config.checkpoint.keep,
+            before=self.metrics.sync,
+            saved=self._on_saved,
+            fence=self.held.require if self.held is not None else lambda: None,
+            fault=self.fault,
         )
-        progress.saved_step = progress.step
-        self._last_save = time.monotonic()
-        record = CheckpointRecord(progress.step, saved.path.name, saved.seconds, saved.num_bytes)
-        on_rank_zero("observers", lambda: self._tell(lambda observer: observer.on_checkpoint(record)))
+
+    def _on_saved(self, info: CheckpointInfo, step: int, stall_seconds: float) -> None:
+        record = CheckpointRecord(step, info.path.name, info.seconds, info.num_bytes, stall_seconds)
+        self._tell(lambda observer: observer.on_checkpoint(record))
 
     def _evaluation_due(self, step: int) -> bool:
         every = self.config.evaluate.every_steps

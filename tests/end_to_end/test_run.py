@@ -156,26 +156,6 @@ def test_wandb_out_of_reach_trains_on_offline(made, tmp_path, monkeypatch, capfd
     assert list((tmp_path / "tiny/wandb").glob("offline-run-*"))
 
 
-def test_a_full_disk_ends_with_73_and_keeps_the_previous_checkpoint(made, tmp_path):
-    """A tmpfs of 1.6 MB as the run's file system: the second checkpoint does not fit."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs", str(disk)], check=False).returncode:
-        pytest.skip("mounting a tmpfs needs root; tests/unit/test_checkpoint_store.py fills a disk without it")
-    try:
-        values = tiny.recipe(*made, disk)
-        values["data"] = values["data"] | {"cache_dir": str(tmp_path / "cache")}
-        assert train(values) == 73
-        run = disk / "tiny"
-        kept = sorted(path.name for path in (run / "checkpoints").iterdir())
-        assert kept == ["step-00000004"]
-        from dist_cpt.checkpoint.verify import verify_checkpoint
-
-        assert verify_checkpoint(run / "checkpoints" / "step-00000004") == []
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
 def command(*arguments: str, **kwargs) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "dist_cpt.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

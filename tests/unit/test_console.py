@@ -162,7 +162,7 @@ def test_skipped_steps_and_checkpoints_are_said_at_once() -> None:
     observer.on_start(start())
     observer.on_step(record(1))
     observer.on_step(record(2, grad_norm=None, skipped=True, skipped_total=1))
-    observer.on_checkpoint(CheckpointRecord(2, "step-00000002", 1.25, 3 * 2**20))
+    observer.on_checkpoint(CheckpointRecord(2, "step-00000002", 1.25, 3 * 2**20, 1.25))
     assert "step 2 skipped: gradient not finite (1 skipped so far)" in stream.getvalue()
     assert "step 2 saved in 1.2 s, 3.0 MiB: step-00000002" in stream.getvalue()
 

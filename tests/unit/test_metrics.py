@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import time
 import signal
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def test_events_say_what_happened_and_when(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path)
     file.on_message("before the start")
     file.on_start(start(tmp_path))
-    file.on_checkpoint(CheckpointRecord(4, "step-00000004", 0.5, 1024))
+    file.on_checkpoint(CheckpointRecord(4, "step-00000004", 0.5, 1024, 0.5))
     file.on_end(RunEnd(75, "stopped by SIGTERM", 4))
     file = MetricsFile(tmp_path)
     resumed = {"first_step": 4, "resumed_from": "step-00000004", "attempt": 1}
@@ -224,7 +225,7 @@ def test_a_disk_that_takes_half_a_line_is_a_write_error_and_leaves_whole_lines(t
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "metrics.jsonl").stat().st_size == size
-    file.on_step(record(2))
+    file.sync()  # the line has waited
     file.close()
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
 
@@ -255,3 +256,23 @@ def test_a_process_killed_while_writing_leaves_a_file_the_next_start_continues(t
     file.on_step(record(1))
     file.close()
     assert len(read_rows(tmp_path / "metrics.jsonl")) == before + 1
+
+
+def test_lines_wait_in_order_for_a_disk_that_refuses_and_give_up_in_the_end(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path, patience_seconds=0.2)
+    file.on_step(record(1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size, hard))
+    try:
+        file.on_step(record(2))
+        file.on_step(record(3))
+        with pytest.raises(WriteError, match="File too large"):
+            file.sync()
+        time.sleep(0.25)
+        with pytest.raises(WriteError, match="File too large"):
+            file.on_step(record(4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    file.on_step(record(5))
+    file.close()
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]

@@ -84,7 +84,7 @@ def train_a_little(observer: WandbObserver, folder: Path, first: int = 1) -> Non
     for step in range(first, first + 3):
         observer.on_step(record(step, math.nan if step == 2 else 2.0))
     observer.on_evaluation(EvaluationRecord(first + 2, "law", "domain", 2.0, 7.39, 100, 0))
-    observer.on_checkpoint(CheckpointRecord(first + 2, "step-00000003", 0.1, 10))
+    observer.on_checkpoint(CheckpointRecord(first + 2, "step-00000003", 0.1, 10, 0.1))
     observer.on_end(RunEnd(0, "done", first + 2))
 
 

@@ -1,0 +1,347 @@
+"""What is inside a checkpoint, or in all checkpoints of a run? Reads JSON only: no tensor, no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dist_cpt.checkpoint.folders import published, superseded
+from dist_cpt.checkpoint.manifest import MANIFEST, STATE_KINDS, Manifest
+from dist_cpt.checkpoint.outline import outline_problems, read_manifest, read_state
+from dist_cpt.checkpoint.state import TrainState
+from dist_cpt.errors import CheckpointError, ConfigError
+
+_FP32_BYTES = 4
+_SHAPES_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class _Opened:
+    path: Path
+    manifest: Manifest
+    state: TrainState
+
+
+def inspect_path(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint folder, or of a run folder, as one JSON object.
+
+    Raises:
+        ConfigError: the path is neither.
+        CheckpointError: a checkpoint that cannot be read, or a run without one that holds in outline.
+    """
+    if (path / MANIFEST).exists() or (path.name.startswith("step-") and path.is_dir()):
+        return _checkpoint(_open(path), _opened_in(_run_of(path)))
+    if (path / "recipe.yaml").exists() or (path / "checkpoints").is_dir():
+        return _run(path)
+    raise ConfigError(f"{path} is neither a run folder nor a checkpoint", remedy="give a run folder or a checkpoint")
+
+
+def as_text(content: Mapping[str, Any]) -> str:
+    """`inspect_path`'s answer for people."""
+    lines: list[str] = []
+    if content["kind"] == "run":
+        lines += [f"{content['path']}: {len(content['checkpoints'])} checkpoints", *_run_table(content), ""]
+        content = content["newest"]
+    lines += [content["path"], *_facts(content), "", *_group_table(content), "", *_file_table(content)]
+    return "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)
+
+
+def _run(run_folder: Path) -> dict[str, Any]:
+    found = [*published(run_folder), *superseded(run_folder)]
+    if not found:
+        raise CheckpointError(f"{run_folder} holds no checkpoint")
+    opened = _opened_in(run_folder)
+    rows = [_row(path, opened) for path in found]
+    whole = [path for path, row in zip(found, rows, strict=True) if row["problem"] is None]
+    if not whole:
+        raise CheckpointError(
+            f"no checkpoint in {run_folder} holds: " + "; ".join(f"{row['name']}: {row['problem']}" for row in rows),
+            remedy="restore the folder from a copy, or start again under another name",
+        )
+    newest = next(one for one in opened.values() if one.path == whole[0])
+    return {
+        "kind": "run",
+        "path": str(run_folder),
+        "checkpoints": rows,
+        "newest": _checkpoint(newest, opened),
+    }
+
+
+def _row(path: Path, opened: Mapping[str, _Opened]) -> dict[str, Any]:
+    """One checkpoint of a run in short; what a damaged one does not tell is null."""
+    problems = outline_problems(path)
+    one = next((one for one in opened.values() if one.path == path), None)
+    return {
+        "name": path.name,
+        "superseded": path.parent.name == "superseded",
+        "step": one.manifest.step if one else None,
+        "saved": _saved(path) if one else None,
+        "num_bytes": _num_bytes(one) if one else None,
+        "attempt": one.manifest.attempt if one else None,
+        "state_sha256": one.manifest.state_sha256 if one else None,
+        "parent": one.state.parent if one else None,
+        "parent_step": opened[one.state.parent].manifest.step if one and one.state.parent in opened else None,
+        "problem": f"{problems[0]}{_more(problems)}" if problems else None,
+    }
+
+
+def _checkpoint(one: _Opened, siblings: Mapping[str, _Opened]) -> dict[str, Any]:
+    manifest, state = one.manifest, one.state
+    problems = outline_problems(one.path)
+    num_parameters = sum(math.prod(tensor.shape) for tensor in manifest.tensors)
+    num_bytes = _num_bytes(one)
+    base = {key: value for key, value in manifest.base.items() if key != "config"}
+    lineage, origin = _lineage(one, siblings)
+    return {
+        "kind": "checkpoint",
+        "path": str(one.path),
+        "problem": f"{problems[0]}{_more(problems)}" if problems else None,
+        "step": state.step,
+        "position": state.position,
+        "tokens": state.tokens,
+        "tokens_by_source": state.tokens_by_source,
+        "skipped_steps": state.skipped_total,
+        "skipped_windows": [list(window) for window in state.skipped_windows],
+        "saved": _saved(one.path),
+        "saved_by": {
+            "engine": manifest.engine,
+            "world_size": manifest.world_size,
+            "attempt": manifest.attempt,
+            "versions": manifest.versions,
+        },
+        "adapter": manifest.adapter,
+        "num_parameters": num_parameters,
+        "num_bytes": num_bytes,
+        "bytes_per_parameter": num_bytes / num_parameters if num_parameters else None,
+        "groups": _groups(manifest),
+        "files": [
+            {"name": name, "num_bytes": entry.num_bytes, "sha256": entry.sha256}
+            for name, entry in sorted(manifest.files.items())
+        ],
+        "base": base,
+        "data": manifest.data,
+        "recipe": manifest.recipe,
+        "schedule": state.schedule,
+        "wandb_run_id": state.wandb_run_id,
+        "probe_loss": state.probe.loss if math.isfinite(state.probe.loss) else None,
+        "state_sha256": manifest.state_sha256,
+        "parent": state.parent,
+        "lineage": [
+            {"step": link.manifest.step, "attempt": link.manifest.attempt, "name": link.path.name} for link in lineage
+        ],
+        "origin": origin,
+        "certificate": _certificate(_run_of(one.path)),
+    }
+
+
+def _groups(manifest: Manifest) -> list[dict[str, Any]]:
+    """Per parameter group; bytes are those of the fp32 values, a tied matrix's second key aside."""
+    groups = []
+    for name in dict.fromkeys(tensor.group for tensor in manifest.tensors):
+        tensors = [tensor for tensor in manifest.tensors if tensor.group == name]
+        num_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+        shapes = Counter("x".join(map(str, tensor.shape)) for tensor in tensors)
+        groups.append(
+            {
+                "name": name,
+                "num_tensors": len(tensors),
+                "num_parameters": num_parameters,
+                "compute_dtypes": sorted({tensor.dtype for tensor in tensors}),
+                "shapes": dict(shapes.most_common()),
+                "master_bytes": _FP32_BYTES * num_parameters,
+                "moment_bytes": _FP32_BYTES * num_parameters * (len(STATE_KINDS) - 1),
+            }
+        )
+    return groups
+
+
+def _lineage(one: _Opened, siblings: Mapping[str, _Opened]) -> tuple[list[_Opened], str]:
+    """The checkpoints this one came from that are still there, itself first, and where the chain ends."""
+    chain = [one]
+    while (parent := chain[-1].state.parent) is not None:
+        if parent not in siblings:
+            return chain, "parent pruned"
+        if siblings[parent].manifest.step >= chain[-1].manifest.step:
+            return chain, f"broken: its parent {siblings[parent].path.name} is not of an earlier step"
+        chain.append(siblings[parent])
+    return chain, "start" if "parent" in chain[-1].state.model_fields_set else "parent not recorded"
+
+
+def _certificate(run_folder: Path | None) -> dict[str, Any] | None:
+    """Verdict of the run's latest resume; None if it was never resumed, or the checkpoint lies alone."""
+    path = run_folder / "certificate.json" if run_folder else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+        return {key: content.get(key) for key in ("verdict", "failed", "step", "attempt", "state_sha256")}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {"verdict": "unreadable"}
+
+
+def _open(path: Path) -> _Opened:
+    try:
+        return _Opened(path, read_manifest(path), read_state(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error.message}") from None
+
+
+def _opened_in(run_folder: Path | None) -> dict[str, _Opened]:
+    """The readable checkpoints of a run by state_sha256."""
+    opened: dict[str, _Opened] = {}
+    for path in [*published(run_folder), *superseded(run_folder)] if run_folder else []:
+        try:
+            one = _open(path)
+            opened.setdefault(one.manifest.state_sha256, one)
+        except CheckpointError:  # `_row` names its problem
+            continue
+    return opened
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    parent = checkpoint.resolve().parent
+    parent = parent.parent if parent.name == "superseded" else parent
+    return parent.parent if parent.name == "checkpoints" else None
+
+
+def _num_bytes(one: _Opened) -> int:
+    manifest_bytes = (one.path / MANIFEST).stat().st_size
+    return manifest_bytes + sum(entry.num_bytes for entry in one.manifest.files.values())
+
+
+def _saved(path: Path) -> str:
+    """When its manifest was written, UTC; a copy without times shows when it was copied."""
+    return datetime.fromtimestamp((path / MANIFEST).stat().st_mtime, UTC).isoformat(timespec="seconds")
+
+
+def _more(problems: Sequence[str]) -> str:
+    return f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+
+
+# -- for people ------------------------------------------------------------------------------------------------
+
+
+def _run_table(content: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for row in content["checkpoints"]:
+        parent = "start" if row["parent"] is None else f"step {row['parent_step']}"
+        parent = "pruned" if row["parent"] is not None and row["parent_step"] is None else parent
+        known = row["step"] is not None
+        rows.append(
+            [
+                row["name"] + (" (superseded)" if row["superseded"] else ""),
+                row["saved"] or "",
+                _size(row["num_bytes"]) if known else "",
+                f"{row['attempt']}" if known else "",
+                parent if known else "",
+                "holds" if row["problem"] is None else f"DOES NOT HOLD: {row['problem']}",
+            ]
+        )
+    return _table(["checkpoint", "saved", ">size", ">attempt", "parent", "outline"], rows)
+
+
+def _facts(content: Mapping[str, Any]) -> list[str]:
+    by, base, data = content["saved_by"], content["base"], content["data"]
+    steps = " <- ".join(f"step {link['step']} (attempt {link['attempt']})" for link in content["lineage"])
+    certificate = content["certificate"]
+    windows = ", ".join(f"{start} to {stop - 1}" for start, stop in content["skipped_windows"])
+    per_parameter = content["bytes_per_parameter"]
+    facts = [
+        ("outline", "holds" if content["problem"] is None else f"DOES NOT HOLD: {content['problem']}"),
+        ("step", f"{content['step']:,}, {content['skipped_steps']:,} of them skipped"),
+        ("position", f"{content['position']:,} packed blocks" + (f", left out {windows}" if windows else "")),
+        ("tokens", f"{content['tokens']:,} targets; read " + _pairs(content["tokens_by_source"])),
+        ("saved", f"{content['saved']} by {by['engine']} on {by['world_size']} ranks, attempt {by['attempt']}"),
+        ("versions", _pairs(by["versions"])),
+        (
+            "parameters",
+            f"{content['num_parameters']:,} trained, " + ("adapter" if content["adapter"] else "whole model"),
+        ),
+        ("size", f"{_size(content['num_bytes'])}, {per_parameter or 0:.2f} bytes per trained parameter"),
+        ("base", _pairs(base)),
+        ("data", _pairs(data)),
+        ("recipe", content["recipe"][:12]),
+        ("schedule", _pairs(content["schedule"])),
+        ("W&B run", content["wandb_run_id"]),
+        ("probe loss", f"{content['probe_loss']} nats"),
+        ("state", content["state_sha256"][:12]),
+        ("lineage", f"{steps} <- {content['origin']}"),
+        ("certificate", _certificate_words(certificate)),
+    ]
+    return [f"  {name:<12}{value}" for name, value in facts]
+
+
+def _certificate_words(certificate: Mapping[str, Any] | None) -> str:
+    if certificate is None:
+        return "none: the run was not resumed yet"
+    if certificate["verdict"] == "unreadable":
+        return "unreadable"
+    failed = f" ({', '.join(map(str, certificate['failed']))})" if certificate.get("failed") else ""
+    return f"{certificate['verdict']}{failed}: step {certificate['step']} restored by attempt {certificate['attempt']}"
+
+
+def _group_table(content: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for group in content["groups"]:
+        shapes = [shape if count == 1 else f"{count} of {shape}" for shape, count in group["shapes"].items()]
+        rest = len(shapes) - _SHAPES_SHOWN
+        rows.append(
+            [
+                group["name"],
+                f"{group['num_tensors']:,}",
+                f"{group['num_parameters']:,}",
+                ", ".join(group["compute_dtypes"]),
+                _size(group["master_bytes"]),
+                _size(group["moment_bytes"]),
+                ", ".join(shapes[:_SHAPES_SHOWN]) + (f", {rest} more shapes" if rest > 0 else ""),
+            ]
+        )
+    return _table(["group", ">tensors", ">parameters", "computes in", ">master", ">moments", "shapes"], rows)
+
+
+def _file_table(content: Mapping[str, Any]) -> list[str]:
+    rows = [[file["name"], f"{file['num_bytes']:,}", file["sha256"][:12]] for file in content["files"]]
+    return _table(["file", ">bytes", "sha256"], rows)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned columns; a head that starts with > stands above numbers."""
+    right = [head.startswith(">") for head in heads]
+    cells = [[head.lstrip(">") for head in heads], *rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(heads))]
+    return [
+        "  " + "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in cells
+    ]
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    """`a 1, b x`; hashes cut to 12 digits, empty values left out."""
+    shown = []
+    for key, value in values.items():
+        if value is None or value in ({}, []):
+            continue
+        text = (
+            f"{value:,}"
+            if type(value) is int
+            else ", ".join(map(str, value))
+            if isinstance(value, list)
+            else f"{value}"
+        )
+        shown.append(f"{key} {text[:12] if key in ('sha256', 'identity') else text}")
+    return ", ".join(shown)
+
+
+def _size(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -1,0 +1,90 @@
+"""Faults on demand: DIST_CPT_FAULT rehearses what a cluster does to a run. Torch-free.
+
+`point[:rankR][:stepN][:attemptA][:action]`, several separated by commas, for example
+`save.written:rank1:step10:kill` or `step:step57:term`. Without a rank every rank is hit, without a step the
+first time the point is reached, without an attempt every attempt. The action is kill unless given.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dist_cpt.errors import ConfigError
+
+VARIABLE = "DIST_CPT_FAULT"
+_SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "freeze": signal.SIGSTOP}
+_ERRORS = {"enospc": errno.ENOSPC, "edquot": errno.EDQUOT, "eio": errno.EIO, "erofs": errno.EROFS}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One planned fault; None matches everything."""
+
+    point: str
+    rank: int | None
+    step: int | None
+    attempt: int | None
+    action: str
+
+
+class Faults:
+    """Called at every named point of a run; does what was planned for this rank, each fault once.
+
+    Raises:
+        OSError: a planned enospc, edquot, eio or erofs.
+    """
+
+    def __init__(self, planned: Sequence[Fault], rank: int, attempt: int) -> None:
+        self._planned = [fault for fault in planned if fault.rank in (None, rank) and fault.attempt in (None, attempt)]
+
+    def __bool__(self) -> bool:
+        return bool(self._planned)
+
+    def __call__(self, point: str, step: int) -> None:
+        for fault in self._planned:
+            if fault.point == point and fault.step in (None, step):
+                self._planned.remove(fault)
+                _act(fault.action)
+                return
+
+
+def planned_faults(points: Sequence[str]) -> list[Fault]:
+    """The faults in the environment; `points` are the names that exist.
+
+    Raises:
+        ConfigError: a fault cannot be read, or names an unknown point.
+    """
+    text = os.environ.get(VARIABLE, "")
+    return [_parse(item.strip(), points) for item in text.split(",") if item.strip()]
+
+
+def _parse(item: str, points: Sequence[str]) -> Fault:
+    point, *rest = item.split(":")
+    if point not in points:
+        raise ConfigError(f"{VARIABLE}: unknown point {point!r} in {item!r}", remedy=f"points: {', '.join(points)}")
+    numbers: dict[str, int] = {}
+    action = "kill"
+    for part in rest:
+        number = re.fullmatch(r"(rank|step|attempt)(\d+)", part)
+        if number:
+            numbers[number[1]] = int(number[2])
+        elif part in _SIGNALS or part in _ERRORS:
+            action = part
+        else:
+            raise ConfigError(
+                f"{VARIABLE}: {part!r} in {item!r} is no rankN, stepN, attemptN or action",
+                remedy=f"actions: {', '.join([*_SIGNALS, *_ERRORS])}",
+            )
+    return Fault(point, numbers.get("rank"), numbers.get("step"), numbers.get("attempt"), action)
+
+
+def _act(action: str) -> None:
+    if action in _SIGNALS:
+        os.kill(os.getpid(), _SIGNALS[action])
+    else:
+        raise OSError(_ERRORS[action], os.strerror(_ERRORS[action]) + f" (planned by {VARIABLE})")

@@ -1,0 +1,370 @@
+"""Is this run still moving, and is what it learns sane?
+
+A rank whose main thread reports no step within its limit leaves all its stacks, says who holds the run up, and
+ends with exit code 72; the other ranks see it and do the same. A loss far above the recent ones is a spike, and a
+policy says what becomes of its update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import logging
+import math
+import os
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from io import FileIO
+from pathlib import Path
+from signal import SIGKILL
+from types import TracebackType
+from typing import Any, Literal
+
+from dist_cpt.config.schema import HangConfig, SpikeConfig
+from dist_cpt.errors import EXIT_HANG, HangError, WriteError
+from dist_cpt.runtime.heartbeat import (
+    STACKS_SIGNAL,
+    Heartbeat,
+    heartbeat_path,
+    process_start,
+    process_state,
+    read_heartbeats,
+    send_signal,
+    write_heartbeat,
+)
+from dist_cpt.runtime.log import LOGGER
+
+Phase = Literal["starting", "training", "saving", "evaluating", "waiting for a save", "ending"]
+Verdict = Literal["apply", "skip", "stop", "rollback"]
+
+PERIOD_SECONDS = 5.0  # between two heartbeats
+STALE_PERIODS = 3  # so many missed heartbeats are a frozen process
+NUM_STEP_TIMES = 64
+NAMED_RANKS = 8  # in one line
+STD_FLOOR = 0.005  # nats: a loss that hardly varies has no spikes of a few hundredths
+
+
+class Watchdog:
+    """Watches this rank's main thread: `with Watchdog(...) as watchdog:`, then `watchdog.tick(phase, step)`.
+
+    Every rank has one. `limits` None writes heartbeats and ends nothing. `on_hang` gets the reason on a thread of
+    its own and has `grace_seconds` to tell others.
+
+    A thread writes the heartbeat and looks at the clock. It needs the interpreter lock now and then, so a timer
+    of faulthandler, which needs none, stands behind it: exit code 1, with the stacks, when neither it nor the main
+    thread has got anywhere for the limit, the grace and two periods.
+
+    Raises:
+        WriteError: on entry, the log folder cannot be written.
+        HangError: on exit with another error, if a peer has ended the run as hung: that error came of it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        limits: HangConfig | None,
+        *,
+        world_size: int = 1,
+        attempt: int = 0,
+        on_hang: Callable[[str], None] | None = None,
+    ) -> None:
+        self._folder, self._rank, self._limits = folder, rank, limits
+        self._world_size, self._attempt, self._on_hang = world_size, attempt, on_hang
+        self._period = PERIOD_SECONDS if limits is None else min(PERIOD_SECONDS, limits.grace_seconds / 2)
+        self._step_times: deque[float] = deque(maxlen=NUM_STEP_TIMES)
+        self._at: tuple[str, int, float] = ("", 0, 0.0)  # phase, step, since when: replaced whole, so no lock
+        self._arm_next = 0.0
+        self._leave = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        logs = self._folder / "logs"
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+            self._hang_file = FileIO(logs / f"hang-rank-{self._rank}.txt", "a")  # no buffer: a full disk keeps none
+            self._stacks_file = FileIO(logs / f"stack-rank-{self._rank}.txt", "a")
+        except OSError as error:
+            raise WriteError(f"{logs} cannot be written: {error.strerror}") from error
+        faulthandler.register(STACKS_SIGNAL, file=self._stacks_file, all_threads=True)
+        self._main = threading.get_ident()
+        self._me = (socket.gethostname(), os.getpid(), process_start(os.getpid()))
+        self.tick("starting", 0)
+        self._beat()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave.set()
+        self._thread.join()  # forever, if it is just ending the process
+        faulthandler.cancel_dump_traceback_later()
+        self._beat(ended=True)
+        faulthandler.unregister(STACKS_SIGNAL)
+        self._hang_file.close()
+        self._stacks_file.close()
+        if error is not None and (announced := self._announced()) is not None:
+            raise HangError(announced) from error
+
+    def tick(self, phase: Phase, step: int) -> None:
+        """Report progress of the main thread: it enters `phase`, or has done another `step`."""
+        now = time.monotonic()
+        before, earlier, since = self._at
+        if phase == before == "training" and step > earlier:
+            self._step_times.append(now - since)
+        self._at = (phase, step, now)
+        if self._limits is not None and (phase != before or now >= self._arm_next):
+            self._arm_next = now + self._period
+            seconds = self._limit(phase) + self._limits.grace_seconds + 2 * self._period
+            faulthandler.dump_traceback_later(seconds, exit=True, file=self._hang_file)
+
+    def _limit(self, phase: str) -> float:
+        """Seconds that may pass without a tick."""
+        if self._limits is None:
+            return math.inf
+        if phase != "training" or not self._step_times:  # the first step compiles and connects
+            return self._limits.other_phase_seconds
+        return max(self._limits.min_seconds, self._limits.factor * statistics.median(list(self._step_times)))
+
+    # -- on the thread -------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while not self._leave.wait(min(self._period, max(0.05, self._seconds_left()))):
+            reason = self._announced() if self._seconds_left() > 0 else self._own_reason()
+            if reason is not None and self._limits is not None:
+                self._end(reason, self._limits.grace_seconds)
+            self._beat()
+
+    def _seconds_left(self) -> float:
+        phase, _, since = self._at
+        return self._limit(phase) - (time.monotonic() - since)
+
+    def _own_reason(self) -> str:
+        phase, step, since = self._at
+        return (
+            f"rank {self._rank} made no progress for {time.monotonic() - since:.0f} s in {phase} at step {step} "
+            f"(limit {self._limit(phase):.0f} s)"
+        )
+
+    def _beat(self, *, ended: bool = False) -> None:
+        phase, step, since = self._at
+        frame = sys._current_frames().get(self._main)
+        place = (
+            "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
+        )
+        beat = Heartbeat(
+            self._rank,
+            *self._me,
+            attempt=self._attempt,
+            step=step,
+            phase=phase,
+            at=place,
+            time=time.time(),
+            seconds_in_phase=round(time.monotonic() - since, 3),
+            ended=ended,
+        )
+        try:
+            write_heartbeat(self._folder, beat)
+        except OSError:  # a full disk still takes a new date, and the date says that this process lives
+            with contextlib.suppress(OSError):
+                os.utime(heartbeat_path(self._folder, self._rank))
+
+    def _end(self, reason: str, grace: float) -> None:
+        """Leave the stacks, tell the others, wait for them, name the culprits, end this process."""
+        try:
+            faulthandler.dump_traceback_later(3 * grace, exit=True, file=self._hang_file)  # if any line here blocks
+            self._dump(reason)
+            first = self._announce(reason)
+            beats = self._beats()
+            for beat in frozen_ranks(beats, STALE_PERIODS * self._period):
+                send_signal(beat, STACKS_SIGNAL)  # one that only holds the interpreter lock still answers
+            if self._on_hang is not None:
+                threading.Thread(target=self._on_hang, args=(reason,), daemon=True).start()
+            self._wait(grace)
+            beats = self._beats()
+            frozen = frozen_ranks(beats, STALE_PERIODS * self._period)
+            reason = f"{reason}; {culprits(beats, frozen, self._world_size)}"
+            for beat in frozen:
+                send_signal(beat, SIGKILL)  # it would hold its launcher up, and a stopped process hears nothing else
+            if first:
+                with contextlib.suppress(OSError):
+                    os.replace(self._write_exit(reason), self._folder / "exit.json")
+            # Once on stderr, and in every rank's log.
+            level = logging.ERROR if first else logging.INFO
+            LOGGER.log(level, "hang: %s -- the stacks are in logs/hang-rank-*.txt", reason)
+            self._beat(ended=True)
+        except Exception:
+            LOGGER.exception("the watchdog of rank %d could not say all", self._rank)
+        finally:
+            os._exit(EXIT_HANG)
+
+    def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self._beat()
+            time.sleep(min(left, self._period))
+        self._beat()
+
+    def _beats(self) -> list[Heartbeat]:
+        beats = read_heartbeats(self._folder)
+        return [beat for beat in beats if beat.attempt == self._attempt and beat.rank < self._world_size]
+
+    def _dump(self, reason: str) -> None:
+        host, pid, _ = self._me
+        phase, step, since = self._at
+        header = (
+            f"--- {datetime.now(UTC).isoformat(timespec='seconds')} rank {self._rank} host {host} pid {pid} "
+            f"step {step} phase {phase}, {time.monotonic() - since:.1f} s without progress: {reason}\n"
+        )
+        try:
+            self._hang_file.write(header.encode())
+            faulthandler.dump_traceback(file=self._hang_file, all_threads=True)
+        except OSError:
+            print(header, file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(all_threads=True)
+
+    def _announce(self, reason: str) -> bool:
+        """Write exit.json unless this attempt has one; whether this rank was the first."""
+        if _json(self._folder / "run.json").get("attempts", 0) - 1 > self._attempt:
+            return False  # a later attempt holds the folder
+        path = self._folder / "exit.json"
+        try:
+            temporary = self._write_exit(reason)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without hard links
+                if path.exists():
+                    return False
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError:
+            LOGGER.error("exit.json cannot be written")
+        return True
+
+    def _write_exit(self, reason: str) -> Path:
+        path = self._folder / f"exit.json.rank-{self._rank}.tmp"
+        values = {"code": EXIT_HANG, "reason": reason, "step": self._at[1], "attempt": self._attempt}
+        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        return path
+
+    def _announced(self) -> str | None:
+        """Why a rank of this attempt has ended the run as hung, if one has."""
+        said = _json(self._folder / "exit.json")
+        if said.get("code") == EXIT_HANG and said.get("attempt") == self._attempt:
+            return str(said.get("reason"))
+        return None
+
+
+def frozen_ranks(beats: Sequence[Heartbeat], stale_seconds: float) -> list[Heartbeat]:
+    """Ranks whose file is older than the newest by more than `stale_seconds`; no clock of a host is compared."""
+    newest = max((beat.written for beat in beats), default=0.0)
+    return [beat for beat in beats if not beat.ended and newest - beat.written > stale_seconds]
+
+
+def culprits(beats: Sequence[Heartbeat], frozen: Sequence[Heartbeat], world_size: int) -> str:
+    """Who holds the others up, in one line: frozen or silent ranks, else those behind, else where each one waits."""
+    newest = max((beat.written for beat in beats), default=0.0)
+    silent = sorted(set(range(world_size)) - {beat.rank for beat in beats})
+    dead = [f"{_named([beat])} is {_condition(beat)}, silent for {newest - beat.written:.0f} s" for beat in frozen]
+    if silent:
+        dead.append(f"no heartbeat at all from rank {_short([str(rank) for rank in silent])}")
+    if dead:
+        return _short(dead)
+    last = max(beat.step for beat in beats)
+    behind = [beat for beat in beats if beat.step < last]
+    if behind:
+        return f"behind the others, who are at step {last}: {_places(behind)}"
+    return f"all ranks wait in the same step {last}: {_places(beats)}"
+
+
+def _places(beats: Sequence[Heartbeat]) -> str:
+    """Ranks by where their main thread is, the fewest first: the odd one out is usually the cause."""
+    places: dict[str, list[Heartbeat]] = {}
+    for beat in beats:
+        places.setdefault(f"{beat.phase} at step {beat.step}, in {beat.at}", []).append(beat)
+    rarest_first = sorted(places.items(), key=lambda item: len(item[1]))
+    return _short([f"{_named(there)} {place}" for place, there in rarest_first])
+
+
+def _condition(beat: Heartbeat) -> str:
+    state = process_state(beat)
+    known = "frozen or dead" if state is None else f"frozen or dead ({state})"
+    return f"{known} at step {beat.step} ({beat.phase})"
+
+
+def _named(beats: Sequence[Heartbeat]) -> str:
+    return "rank " + _short([f"{beat.rank} (host {beat.host}, pid {beat.pid})" for beat in beats])
+
+
+def _short(parts: Sequence[str]) -> str:
+    rest = len(parts) - NAMED_RANKS
+    return "; ".join(parts[:NAMED_RANKS]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+class SpikeDetector:
+    """Compares each loss with the good ones before it; every rank that sees the same losses says the same."""
+
+    def __init__(self, config: SpikeConfig, state: Sequence[float] = ()) -> None:
+        self._config = config
+        self._losses: deque[float] = deque(state, maxlen=config.window)
+
+    def observe(self, loss: float, bad_in_a_row: int) -> bool:
+        """Whether `loss` (nats per token) is a spike; a good one enters the window, a non-finite one never does.
+
+        `bad_in_a_row` counts the bad steps before this one. After max_bad_steps of them a spike is taken as the
+        new level, so that a run whose policy lets it go on does not complain for ever.
+
+        Source: the threshold of OLMo-core's SkipStepOptimizer, without its window that a NaN poisons.
+        """
+        if not math.isfinite(loss):
+            return False
+        spike = len(self._losses) >= self._config.min_history and loss > self._threshold()
+        if spike and bad_in_a_row >= self._config.max_bad_steps:
+            self._losses.clear()
+            spike = False
+        if not spike:
+            self._losses.append(loss)
+        return spike
+
+    def state(self) -> list[float]:
+        """The window, oldest first; the constructor takes it back."""
+        return list(self._losses)
+
+    def _threshold(self) -> float:
+        number = len(self._losses)
+        mean = math.fsum(self._losses) / number
+        std = math.sqrt(math.fsum((loss - mean) ** 2 for loss in self._losses) / number)
+        return mean + self._config.sigmas * max(std, STD_FLOOR)
+
+
+def verdict(*, finite: bool, spike: bool, bad_in_a_row: int, rollbacks: int, config: SpikeConfig) -> Verdict:
+    """What becomes of a step's update, from its loss and gradient norm.
+
+    `bad_in_a_row` counts this step too; `rollbacks` are those already done. A non-finite step is never applied;
+    under `off` and `stop`, how many of them a run bears is optim.max_skipped_steps.
+    """
+    if finite and not spike:
+        return "apply"
+    allowed: Verdict = "apply" if finite and config.policy in ("off", "stop") else "skip"
+    if config.policy == "off" or bad_in_a_row < config.max_bad_steps:
+        return allowed
+    return "rollback" if config.policy == "rollback" and rollbacks < config.max_rollbacks else "stop"

@@ -1,0 +1,475 @@
+"""A run that stands still ends with its stacks and names who holds it up; a loss spike is seen and judged."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dist_cpt.config.load import build, parse_yaml
+from dist_cpt.config.resolve import differences, fingerprint, to_yaml
+from dist_cpt.config.schema import SpikeConfig
+from dist_cpt.errors import ConfigError, HangError
+from dist_cpt.runtime.heartbeat import (
+    Heartbeat,
+    heartbeat_path,
+    process_start,
+    process_state,
+    read_heartbeats,
+    request_stacks,
+    send_signal,
+    write_heartbeat,
+)
+from dist_cpt.train.health import SpikeDetector, Watchdog, culprits, frozen_ranks, verdict
+
+ROOT = Path(__file__).parents[2]
+
+# -- ranks as processes: what each does is a function that its stack must name ---------------------------------
+
+RANK = """
+import os, re, resource, sys, time
+from datetime import timedelta
+from pathlib import Path
+
+from dist_cpt.config.schema import HangConfig
+from dist_cpt.train.health import Watchdog
+
+LIMITS = HangConfig(factor=2.0, min_seconds=2.0, grace_seconds=1.0, other_phase_seconds=60.0)
+
+
+def stands_still(folder):
+    time.sleep(600)
+
+
+def holds_the_lock(folder):
+    re.match(r"(a+)+$", "a" * 60 + "b")
+
+
+def is_out_of_disk(folder):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    time.sleep(600)
+
+
+def cannot_write_heartbeats(folder):
+    from dist_cpt.train import health
+
+    health.write_heartbeat = lambda folder, beat: time.sleep(600)  # as on a file server that is gone
+    time.sleep(600)
+
+
+def goes_on(folder):
+    for step in range(6, 81):
+        time.sleep(0.05)
+        watchdog.tick("training", step)
+
+
+def hears_its_peer(folder):
+    with open(folder / "fifo", "rb", buffering=0) as peer:
+        for step in range(6, 10**6):
+            peer.read(1)
+            watchdog.tick("training", step)
+
+
+def speaks(folder, until=10**6):
+    with open(folder / "fifo", "wb", buffering=0) as peer:
+        for step in range(6, until):
+            peer.write(b".")
+            watchdog.tick("training", step)
+            time.sleep(0.02)
+        holds_the_lock(folder)
+
+
+def speaks_a_while(folder):
+    speaks(folder, until=30)
+
+
+def reduces(folder, forever=True):
+    import torch
+    import torch.distributed as dist
+
+    watchdog.tick("starting", 0)
+    store = dist.FileStore(str(folder / "store"), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    for step in range(6, 10**6 if forever else 20):
+        dist.all_reduce(torch.ones(8))
+        watchdog.tick("training", step)
+    stands_still(folder)
+
+
+def stops_reducing(folder):
+    reduces(folder, forever=False)
+
+
+folder, rank, world_size, attempt = Path(sys.argv[1]), *map(int, sys.argv[2:5])
+told = folder / f"told-{rank}"
+with Watchdog(folder, rank, LIMITS, world_size=world_size, attempt=attempt, on_hang=told.write_text) as watchdog:
+    for step in range(1, 6):
+        watchdog.tick("training", step)
+        time.sleep(0.01)
+    globals()[sys.argv[5]](folder)
+    watchdog.tick("ending", 100)
+"""
+
+
+class Ranks:
+    """The processes of one small job."""
+
+    def __init__(self, folder: Path, *what: str, attempt: int = 0) -> None:
+        self.folder = folder
+        if {"hears_its_peer"} & set(what):
+            os.mkfifo(folder / "fifo")
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", RANK, str(folder), str(rank), str(len(what)), str(attempt), does],
+                env=environment,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, does in enumerate(what)
+        ]
+
+    def wait_for_step(self, rank: int, step: int, seconds: float = 60.0) -> Heartbeat:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            for beat in read_heartbeats(self.folder):
+                if beat.rank == rank and beat.step >= step:
+                    return beat
+            time.sleep(0.05)
+        raise AssertionError(f"rank {rank} did not reach step {step}")
+
+    def end(self, seconds: float = 90.0) -> tuple[list[int], list[str]]:
+        """(exit codes, stderr) by rank; all must have ended by themselves within `seconds`."""
+        until = time.monotonic() + seconds
+        try:
+            errors = [process.communicate(timeout=max(0.1, until - time.monotonic()))[1] for process in self.processes]
+        finally:
+            for process in self.processes:
+                if process.poll() is None:
+                    process.kill()
+                    process.communicate()
+        return [process.returncode for process in self.processes], errors
+
+    def text(self, name: str) -> str:
+        return (self.folder / name).read_text()
+
+    def exit(self) -> dict:
+        return json.loads(self.text("exit.json"))
+
+
+def test_a_main_thread_that_sleeps_ends_with_72_and_its_stack(tmp_path):
+    ranks = Ranks(tmp_path, "stands_still")
+    ranks.wait_for_step(0, 5)
+    seen = time.monotonic()
+    codes, errors = ranks.end()
+    assert codes == [72]
+    assert time.monotonic() - seen < 2.0 + 1.0 + 8.0  # limit, grace, and a busy machine
+    stacks = ranks.text("logs/hang-rank-0.txt")
+    assert "in stands_still" in stacks
+    assert f"rank 0 host {os.uname().nodename} pid {ranks.processes[0].pid} step 5 phase training" in stacks
+    assert "1 more" not in errors[0]
+    ended = ranks.exit()
+    assert (ended["code"], ended["step"]) == (72, 5)
+    assert "rank 0 made no progress for 2 s in training at step 5 (limit 2 s)" in ended["reason"]
+    assert "<string>:" in ended["reason"]
+    assert "stands_still" in ended["reason"]
+    assert [line for line in errors[0].splitlines() if ended["reason"] in line], errors[0]
+    assert "no progress" in ranks.text("told-0")
+
+
+def test_a_frozen_process_is_named_and_killed_by_its_peer(tmp_path):
+    ranks = Ranks(tmp_path, "hears_its_peer", "speaks")
+    beat = ranks.wait_for_step(1, 10)
+    os.kill(beat.pid, signal.SIGSTOP)
+    codes, errors = ranks.end()
+    assert codes == [72, -signal.SIGKILL]
+    who = f"rank 1 (host {beat.host}, pid {ranks.processes[1].pid}) is frozen or dead (stopped by a signal)"
+    assert who in errors[0]
+    assert who in ranks.exit()["reason"]
+    assert "in hears_its_peer" in ranks.text("logs/hang-rank-0.txt")
+
+
+def test_a_peer_that_holds_the_interpreter_lock_leaves_its_stack(tmp_path):
+    ranks = Ranks(tmp_path, "hears_its_peer", "speaks_a_while")
+    codes, errors = ranks.end()
+    assert codes == [72, -signal.SIGKILL]
+    assert "rank 1 (host" in errors[0]
+    assert "none of its other threads gets a turn" in errors[0]
+    assert "in holds_the_lock" in ranks.text("logs/stack-rank-1.txt")
+
+
+@pytest.mark.parametrize("what", ["holds_the_lock", "cannot_write_heartbeats"])
+def test_where_the_thread_cannot_act_the_timer_does(tmp_path, what):
+    ranks = Ranks(tmp_path, what)
+    codes, _ = ranks.end()
+    assert codes == [1]
+    stacks = ranks.text("logs/hang-rank-0.txt")
+    assert "Timeout" in stacks
+    assert f"in {what}" in stacks
+
+
+def test_a_full_disk_hides_neither_the_stacks_nor_the_code(tmp_path):
+    ranks = Ranks(tmp_path, "is_out_of_disk")
+    ranks.wait_for_step(0, 5)
+    path = heartbeat_path(tmp_path, 0)
+    before = path.stat()
+    time.sleep(1.6)
+    assert path.stat().st_mtime > before.st_mtime
+    codes, errors = ranks.end()
+    assert codes == [72]
+    assert "in is_out_of_disk" in errors[0]
+
+
+def test_no_alarm_while_steps_come_and_stacks_on_request(tmp_path):
+    (tmp_path / "exit.json").write_text('{"code": 72, "reason": "an earlier attempt", "attempt": 0}')
+    ranks = Ranks(tmp_path, "goes_on", "goes_on", attempt=1)
+    ranks.wait_for_step(0, 10)
+    ranks.wait_for_step(1, 10)
+    assert [beat.rank for beat in request_stacks(tmp_path)] == [0, 1]
+    codes, errors = ranks.end()
+    assert (codes, errors) == ([0, 0], ["", ""])
+    for rank in (0, 1):
+        assert ranks.text(f"logs/hang-rank-{rank}.txt") == ""
+        assert "in goes_on" in ranks.text(f"logs/stack-rank-{rank}.txt")
+    assert [(beat.step, beat.phase, beat.ended) for beat in read_heartbeats(tmp_path)] == [(100, "ending", True)] * 2
+    assert request_stacks(tmp_path) == []
+
+
+def test_two_gloo_ranks_end_where_one_never_enters(tmp_path):
+    ranks = Ranks(tmp_path, "reduces", "stops_reducing")
+    codes, errors = ranks.end()
+    assert codes == [72, 72]
+    assert "all_reduce" in ranks.text("logs/hang-rank-0.txt")
+    assert "in stands_still" in ranks.text("logs/hang-rank-1.txt")
+    reason = ranks.exit()["reason"]
+    assert "all ranks wait in the same step 19" in reason
+    assert "stands_still" in reason
+    assert "all_reduce" in reason
+    assert sum(reason in error for error in errors) == 1  # one rank speaks for all
+
+
+def test_an_error_that_came_of_a_hang_is_a_hang(tmp_path):
+    def fails(attempt):
+        with Watchdog(tmp_path, 0, None, attempt=attempt):
+            (tmp_path / "exit.json").write_text('{"code": 72, "reason": "rank 1 made no progress", "attempt": 3}')
+            raise RuntimeError("connection closed by peer")
+
+    with pytest.raises(HangError, match="rank 1 made no progress"):
+        fails(attempt=3)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        fails(attempt=4)
+
+
+# -- heartbeats -------------------------------------------------------------------------------------------------
+
+
+def heartbeat(rank: int, **changes) -> Heartbeat:
+    values = {"host": "node-1", "pid": 100 + rank, "started": 5, "attempt": 0, "step": 7, "phase": "training"}
+    return Heartbeat(**values | {"at": "x.py:1 f", "time": 0.0, "seconds_in_phase": 1.0, "rank": rank} | changes)
+
+
+def test_only_the_newest_attempt_counts_and_an_older_one_cannot_hide_it(tmp_path):
+    (tmp_path / "logs").mkdir()
+    for rank in range(3):
+        write_heartbeat(tmp_path, heartbeat(rank, attempt=1 if rank == 2 else 2))
+    write_heartbeat(tmp_path, heartbeat(0, attempt=1, step=99))
+    (tmp_path / "logs/heartbeat-rank-8.json").write_text("{")
+    (tmp_path / "logs/heartbeat-rank-9.json").write_text('{"rank": 9}')
+    beats = read_heartbeats(tmp_path)
+    assert [(beat.rank, beat.step) for beat in beats] == [(0, 7), (1, 7)]
+    assert all(abs(beat.written - time.time()) < 60 for beat in beats)
+    assert read_heartbeats(tmp_path / "nothing") == []
+
+
+def test_a_signal_reaches_only_the_process_that_wrote_the_heartbeat():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        me = heartbeat(0, host=os.uname().nodename, pid=child.pid, started=process_start(child.pid))
+        assert not send_signal(replace(me, started=1), signal.SIGTERM)
+        assert not send_signal(replace(me, host="elsewhere"), signal.SIGTERM)
+        assert process_state(replace(me, started=1)) == "dead"
+        assert process_state(replace(me, host="elsewhere")) is None
+        assert child.poll() is None
+        assert send_signal(me, signal.SIGTERM)
+        assert child.wait(10) == -signal.SIGTERM
+        assert not send_signal(me, signal.SIGTERM)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_culprits_are_the_frozen_then_the_silent_then_those_behind_then_the_odd_ones_out():
+    beats = [heartbeat(rank, written=1000.0) for rank in range(4)]
+    late = [*beats[:3], heartbeat(3, written=900.0)]
+    assert frozen_ranks(beats, 15.0) == []
+    assert frozen_ranks(late, 15.0) == [late[3]]
+    assert frozen_ranks([*beats[:3], replace(late[3], ended=True)], 15.0) == []
+    assert culprits(late, late[3:], 4) == (
+        "rank 3 (host node-1, pid 103) is frozen or dead at step 7 (training), silent for 100 s"
+    )
+    assert culprits(beats, [], 6) == "no heartbeat at all from rank 4; 5"
+    slow = [*beats[:3], replace(beats[3], step=6, at="data.py:3 read")]
+    assert culprits(slow, [], 4) == (
+        "behind the others, who are at step 7: rank 3 (host node-1, pid 103) training at step 6, in data.py:3 read"
+    )
+    odd = [*beats[:3], replace(beats[3], at="data.py:3 read")]
+    line = culprits(odd, [], 4)
+    assert line.startswith(
+        "all ranks wait in the same step 7: rank 3 (host node-1, pid 103) training at step 7, in data"
+    )
+    assert line.endswith(
+        "rank 0 (host node-1, pid 100); 1 (host node-1, pid 101); 2 (host node-1, pid 102) "
+        "training at step 7, in x.py:1 f"
+    )
+    assert "and 92 more" in culprits([heartbeat(rank) for rank in range(100)], [], 100)
+    assert culprits([], [], 1) == "no heartbeat at all from rank 0"
+
+
+# -- spikes -----------------------------------------------------------------------------------------------------
+
+SPIKE = SpikeConfig(policy="skip", window=64, min_history=16, max_bad_steps=4)
+
+
+def noisy(number: int, level: float = 2.0, seed: int = 0) -> list[float]:
+    source = random.Random(seed)
+    return [level + source.gauss(0.0, 0.02) for _ in range(number)]
+
+
+def observe_all(detector: SpikeDetector, losses: list[float]) -> list[bool]:
+    seen, bad = [], 0
+    for loss in losses:
+        seen.append(detector.observe(loss, bad))
+        bad = bad + 1 if seen[-1] or not math.isfinite(loss) else 0
+    return seen
+
+
+def test_a_spike_is_seen_after_enough_history_and_never_enters_the_window():
+    detector = SpikeDetector(SPIKE)
+    assert not any(observe_all(detector, noisy(15)))
+    assert not detector.observe(9.0, 0)  # the 16th: no history yet
+    detector = SpikeDetector(SPIKE, noisy(16))
+    assert detector.observe(9.0, 0)
+    assert not detector.observe(1.0, 1)  # a lower loss is none
+    assert len(detector.state()) == 17
+    assert 9.0 not in detector.state()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_loss_never_poisons_the_window(value):
+    detector = SpikeDetector(SPIKE, noisy(64))
+    before = detector.state()
+    assert not detector.observe(value, 0)
+    assert detector.state() == before
+    assert detector.observe(2.5, 1)
+    assert not detector.observe(2.0, 2)
+
+
+def test_the_threshold_is_mean_plus_sigmas_times_std_with_a_floor():
+    even = SpikeDetector(SPIKE, [1.0, 3.0] * 16)  # mean 2, std 1
+    assert not even.observe(7.999, 0)
+    assert SpikeDetector(SPIKE, [1.0, 3.0] * 16).observe(8.001, 0)
+    assert not SpikeDetector(SPIKE, [2.0] * 32).observe(2.029, 0)  # 6 x 0.005
+    assert SpikeDetector(SPIKE, [2.0] * 32).observe(2.031, 0)
+
+
+def test_a_new_level_is_taken_after_max_bad_steps():
+    detector = SpikeDetector(SPIKE, noisy(64))
+    assert observe_all(detector, noisy(40, level=5.0)) == [True] * 4 + [False] * 36
+    assert min(detector.state()) > 4.5
+    assert len(detector.state()) == 36
+    assert detector.observe(9.0, 0)
+
+
+def test_the_state_goes_through_json_and_the_rest_is_the_same():
+    losses = noisy(300)
+    for at in (50, 120, 121, 122, 260):
+        losses[at] = 4.0
+    whole = SpikeDetector(SPIKE)
+    expected = observe_all(whole, losses)
+    assert sum(expected) == 5
+    first = SpikeDetector(SPIKE)
+    assert observe_all(first, losses[:200]) == expected[:200]
+    second = SpikeDetector(SPIKE, json.loads(json.dumps(first.state())))
+    assert observe_all(second, losses[200:]) == expected[200:]
+    assert second.state() == whole.state()
+
+
+def test_a_tiny_run_and_a_falling_loss_have_no_spikes():
+    assert not any(observe_all(SpikeDetector(SpikeConfig()), [*noisy(19), 50.0]))
+    falling = [loss + 8.0 * math.exp(-step / 100) for step, loss in enumerate(noisy(2000))]
+    assert not any(observe_all(SpikeDetector(SpikeConfig()), falling))
+
+
+@pytest.mark.parametrize(
+    ("policy", "finite", "spike", "bad_in_a_row", "rollbacks", "expected"),
+    [
+        ("off", True, False, 0, 0, "apply"),
+        ("off", True, True, 99, 0, "apply"),
+        ("off", False, False, 99, 0, "skip"),
+        ("skip", True, False, 0, 0, "apply"),
+        ("skip", True, True, 1, 0, "skip"),
+        ("skip", False, False, 3, 0, "skip"),
+        ("skip", True, True, 4, 0, "stop"),
+        ("skip", False, False, 4, 0, "stop"),
+        ("stop", True, True, 3, 0, "apply"),
+        ("stop", False, False, 3, 0, "skip"),
+        ("stop", True, True, 4, 0, "stop"),
+        ("rollback", True, True, 3, 0, "skip"),
+        ("rollback", True, True, 4, 0, "rollback"),
+        ("rollback", False, False, 4, 1, "rollback"),
+        ("rollback", True, True, 4, 2, "stop"),
+    ],
+)
+def test_verdicts(policy, finite, spike, bad_in_a_row, rollbacks, expected):
+    config = SpikeConfig(policy=policy, max_bad_steps=4)
+    given = {"finite": finite, "spike": spike, "bad_in_a_row": bad_in_a_row, "rollbacks": rollbacks}
+    assert verdict(**given, config=config) == expected
+
+
+# -- the recipe -------------------------------------------------------------------------------------------------
+
+
+def recipe(health: str = "", **changes):
+    values = {
+        "name": "run",
+        "model": {"path": "base"},
+        "data": {"seq_len": 128, "sources": [{"path": "corpus.jsonl"}]},
+        "batch": {"global_tokens": 1024},
+        "train": {"tokens": 10_000},
+    }
+    return build(values | changes | (parse_yaml(health, "x") or {}), "recipe.yaml")
+
+
+def test_the_spike_policy_is_part_of_what_is_learned_and_the_hang_limits_are_not():
+    plain = recipe()
+    assert recipe("health: {spike: {policy: off}}") == plain  # YAML's bare off
+    assert recipe(to_yaml(plain)) == plain
+    assert recipe("health: {hang: null}").health.hang is None
+    assert fingerprint(recipe("health: {hang: null}")) == fingerprint(plain)
+    assert fingerprint(recipe("health: {hang: {min_seconds: 5}}")) == fingerprint(plain)
+    assert differences(plain, recipe("health: {spike: {policy: skip}}")) == ["health.spike.policy: 'off' -> 'skip'"]
+
+
+@pytest.mark.parametrize(
+    ("health", "expected"),
+    [
+        ("health: {spike: {polcy: skip}}", "did you mean health.spike.policy?"),
+        ("health: {spike: {policy: on}}", "health.spike.policy"),
+        ("health: {spike: {window: 16}}", "min_history 32 is more than window 16"),
+        ("health: {hang: {factor: 1}}", "health.hang.factor"),
+        ("health: {hang: {grace_seconds: 0}}", "health.hang.grace_seconds"),
+        ("health: {spike: {policy: rollback}}\ncheckpoint: {every_minutes: null}", "rollback needs checkpoint"),
+    ],
+)
+def test_refusals(health, expected):
+    with pytest.raises(ConfigError, match=expected.replace("?", r"\?")):
+        recipe(health)
