@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 from dist_cpt.checkpoint.folders import published, superseded
 from dist_cpt.checkpoint.manifest import MANIFEST, STATE_KINDS, Manifest
 from dist_cpt.checkpoint.outline import outline_problems, read_manifest, read_state
-from dist_cpt.checkpoint.state import TrainState
+from dist_cpt.checkpoint.state import TrainState, strict_json
 from dist_cpt.errors import CheckpointError, ConfigError
 
 _FP32_BYTES = 4
@@ -26,6 +25,16 @@ class _Opened:
     path: Path
     manifest: Manifest
     state: TrainState
+    num_bytes: int  # of all files
+    saved: str  # when its manifest was written, UTC; a copy made without times shows when it was copied
+
+
+@dataclass(frozen=True)
+class _Family:
+    """The readable checkpoints of a run: what a lineage is made of."""
+
+    by_path: dict[Path, _Opened]
+    by_state: dict[str, _Opened]
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -36,7 +45,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
         CheckpointError: a checkpoint that cannot be read, or a run without one that holds in outline.
     """
     if (path / MANIFEST).exists() or (path.name.startswith("step-") and path.is_dir()):
-        return _checkpoint(_open(path), _opened_in(_run_of(path)))
+        return _checkpoint(_open(path), _family(_run_of(path)))
     if (path / "recipe.yaml").exists() or (path / "checkpoints").is_dir():
         return _run(path)
     raise ConfigError(f"{path} is neither a run folder nor a checkpoint", remedy="give a run folder or a checkpoint")
@@ -56,59 +65,56 @@ def _run(run_folder: Path) -> dict[str, Any]:
     found = [*published(run_folder), *superseded(run_folder)]
     if not found:
         raise CheckpointError(f"{run_folder} holds no checkpoint")
-    opened = _opened_in(run_folder)
-    rows = [_row(path, opened) for path in found]
+    family = _family(run_folder)
+    rows = [_row(path, family) for path in found]
     whole = [path for path, row in zip(found, rows, strict=True) if row["problem"] is None]
     if not whole:
         raise CheckpointError(
             f"no checkpoint in {run_folder} holds: " + "; ".join(f"{row['name']}: {row['problem']}" for row in rows),
             remedy="restore the folder from a copy, or start again under another name",
         )
-    newest = next(one for one in opened.values() if one.path == whole[0])
     return {
         "kind": "run",
         "path": str(run_folder),
         "checkpoints": rows,
-        "newest": _checkpoint(newest, opened),
+        "newest": _checkpoint(family.by_path[whole[0]], family),
     }
 
 
-def _row(path: Path, opened: Mapping[str, _Opened]) -> dict[str, Any]:
+def _row(path: Path, family: _Family) -> dict[str, Any]:
     """One checkpoint of a run in short; what a damaged one does not tell is null."""
-    problems = outline_problems(path)
-    one = next((one for one in opened.values() if one.path == path), None)
+    one = family.by_path.get(path)
+    parent = family.by_state.get(one.state.parent or "") if one else None
     return {
         "name": path.name,
         "superseded": path.parent.name == "superseded",
         "step": one.manifest.step if one else None,
-        "saved": _saved(path) if one else None,
-        "num_bytes": _num_bytes(one) if one else None,
+        "saved": one.saved if one else None,
+        "num_bytes": one.num_bytes if one else None,
         "attempt": one.manifest.attempt if one else None,
         "state_sha256": one.manifest.state_sha256 if one else None,
         "parent": one.state.parent if one else None,
-        "parent_step": opened[one.state.parent].manifest.step if one and one.state.parent in opened else None,
-        "problem": f"{problems[0]}{_more(problems)}" if problems else None,
+        "parent_step": parent.manifest.step if parent else None,
+        "problem": _problem(path),
     }
 
 
-def _checkpoint(one: _Opened, siblings: Mapping[str, _Opened]) -> dict[str, Any]:
+def _checkpoint(one: _Opened, family: _Family) -> dict[str, Any]:
     manifest, state = one.manifest, one.state
-    problems = outline_problems(one.path)
     num_parameters = sum(math.prod(tensor.shape) for tensor in manifest.tensors)
-    num_bytes = _num_bytes(one)
     base = {key: value for key, value in manifest.base.items() if key != "config"}
-    lineage, origin = _lineage(one, siblings)
+    lineage, origin = _lineage(one, family.by_state)
     return {
         "kind": "checkpoint",
         "path": str(one.path),
-        "problem": f"{problems[0]}{_more(problems)}" if problems else None,
+        "problem": _problem(one.path),
         "step": state.step,
         "position": state.position,
         "tokens": state.tokens,
         "tokens_by_source": state.tokens_by_source,
         "skipped_steps": state.skipped_total,
         "skipped_windows": [list(window) for window in state.skipped_windows],
-        "saved": _saved(one.path),
+        "saved": one.saved,
         "saved_by": {
             "engine": manifest.engine,
             "world_size": manifest.world_size,
@@ -117,8 +123,8 @@ def _checkpoint(one: _Opened, siblings: Mapping[str, _Opened]) -> dict[str, Any]
         },
         "adapter": manifest.adapter,
         "num_parameters": num_parameters,
-        "num_bytes": num_bytes,
-        "bytes_per_parameter": num_bytes / num_parameters if num_parameters else None,
+        "num_bytes": one.num_bytes,
+        "bytes_per_parameter": one.num_bytes / num_parameters if num_parameters else None,
         "groups": _groups(manifest),
         "files": [
             {"name": name, "num_bytes": entry.num_bytes, "sha256": entry.sha256}
@@ -179,7 +185,7 @@ def _certificate(run_folder: Path | None) -> dict[str, Any] | None:
     if path is None or not path.is_file():
         return None
     try:
-        content = json.loads(path.read_bytes())
+        content = strict_json(path.read_bytes())
         return {key: content.get(key) for key in ("verdict", "failed", "step", "attempt", "state_sha256")}
     except (OSError, ValueError, AttributeError, RecursionError):
         return {"verdict": "unreadable"}
@@ -187,21 +193,24 @@ def _certificate(run_folder: Path | None) -> dict[str, Any] | None:
 
 def _open(path: Path) -> _Opened:
     try:
-        return _Opened(path, read_manifest(path), read_state(path))
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error.message}") from None
+        manifest, state = read_manifest(path), read_state(path)
+        stat = (path / MANIFEST).stat()
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(f"{path}: {getattr(error, 'message', error)}") from None
+    num_bytes = stat.st_size + sum(entry.num_bytes for entry in manifest.files.values())
+    saved = datetime.fromtimestamp(stat.st_mtime, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    return _Opened(path, manifest, state, num_bytes, saved)
 
 
-def _opened_in(run_folder: Path | None) -> dict[str, _Opened]:
-    """The readable checkpoints of a run by state_sha256."""
-    opened: dict[str, _Opened] = {}
+def _family(run_folder: Path | None) -> _Family:
+    family = _Family({}, {})
     for path in [*published(run_folder), *superseded(run_folder)] if run_folder else []:
         try:
-            one = _open(path)
-            opened.setdefault(one.manifest.state_sha256, one)
+            one = family.by_path[path] = _open(path)
+            family.by_state.setdefault(one.manifest.state_sha256, one)
         except CheckpointError:  # `_row` names its problem
             continue
-    return opened
+    return family
 
 
 def _run_of(checkpoint: Path) -> Path | None:
@@ -210,18 +219,10 @@ def _run_of(checkpoint: Path) -> Path | None:
     return parent.parent if parent.name == "checkpoints" else None
 
 
-def _num_bytes(one: _Opened) -> int:
-    manifest_bytes = (one.path / MANIFEST).stat().st_size
-    return manifest_bytes + sum(entry.num_bytes for entry in one.manifest.files.values())
-
-
-def _saved(path: Path) -> str:
-    """When its manifest was written, UTC; a copy without times shows when it was copied."""
-    return datetime.fromtimestamp((path / MANIFEST).stat().st_mtime, UTC).isoformat(timespec="seconds")
-
-
-def _more(problems: Sequence[str]) -> str:
-    return f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+def _problem(path: Path) -> str | None:
+    problems = outline_problems(path)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return problems[0] + more if problems else None
 
 
 # -- for people ------------------------------------------------------------------------------------------------
@@ -254,10 +255,10 @@ def _facts(content: Mapping[str, Any]) -> list[str]:
     per_parameter = content["bytes_per_parameter"]
     facts = [
         ("outline", "holds" if content["problem"] is None else f"DOES NOT HOLD: {content['problem']}"),
-        ("step", f"{content['step']:,}, {content['skipped_steps']:,} of them skipped"),
+        ("step", f"{content['step']:,} ({content['skipped_steps']:,} skipped)"),
         ("position", f"{content['position']:,} packed blocks" + (f", left out {windows}" if windows else "")),
         ("tokens", f"{content['tokens']:,} targets; read " + _pairs(content["tokens_by_source"])),
-        ("saved", f"{content['saved']} by {by['engine']} on {by['world_size']} ranks, attempt {by['attempt']}"),
+        ("saved", f"{content['saved']} by {by['engine']} on {_ranks(by['world_size'])}, attempt {by['attempt']}"),
         ("versions", _pairs(by["versions"])),
         (
             "parameters",
@@ -274,7 +275,11 @@ def _facts(content: Mapping[str, Any]) -> list[str]:
         ("lineage", f"{steps} <- {content['origin']}"),
         ("certificate", _certificate_words(certificate)),
     ]
-    return [f"  {name:<12}{value}" for name, value in facts]
+    return [f"  {name:<13}{value}" for name, value in facts]
+
+
+def _ranks(world_size: int) -> str:
+    return "1 rank" if world_size == 1 else f"{world_size:,} ranks"
 
 
 def _certificate_words(certificate: Mapping[str, Any] | None) -> str:
@@ -282,7 +287,7 @@ def _certificate_words(certificate: Mapping[str, Any] | None) -> str:
         return "none: the run was not resumed yet"
     if certificate["verdict"] == "unreadable":
         return "unreadable"
-    failed = f" ({', '.join(map(str, certificate['failed']))})" if certificate.get("failed") else ""
+    failed = f" ({certificate['failed']})" if certificate.get("failed") else ""
     return f"{certificate['verdict']}{failed}: step {certificate['step']} restored by attempt {certificate['attempt']}"
 
 

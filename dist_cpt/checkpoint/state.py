@@ -69,9 +69,22 @@ def state_from_bytes(raw: bytes) -> TrainState:
         CheckpointError: not the JSON of a state.
     """
     try:
-        return TrainState.model_validate(json.loads(raw))
+        return TrainState.model_validate(strict_json(raw))
     except (ValidationError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"state.json does not hold a training state: {first_line(error)}") from None
+
+
+def strict_json(raw: bytes) -> Any:
+    """Parsed JSON, where Python's own reader would also take NaN and Infinity.
+
+    Raises:
+        ValueError: no JSON.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    return json.loads(raw, parse_constant=refuse)
 
 
 def canonical_json(value: Any) -> bytes:

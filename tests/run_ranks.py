@@ -1,0 +1,92 @@
+"""Whole runs on several ranks, as a launcher would start them: real processes, real rendezvous, real signals.
+
+The processes are forked from a server that has imported the heavy libraries, so that an attempt starts in well
+under a second. A rank that ends badly takes the others with it after a grace, as torchrun and srun do.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from tests.ranks import PRELOAD
+
+MODULES = (*PRELOAD, "dist_cpt.cli", "dist_cpt.train.run", "dist_cpt.engines.zero", "dist_cpt.engines.fsdp2")
+
+
+class RunningRanks:
+    """The ranks of one attempt; `finish` gives their exit codes."""
+
+    def __init__(self, recipe: Path, ranks: int, *overrides: str, log: Path, **environment: str) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(MODULES))
+        port = _free_port()
+        self.processes: list[Any] = []
+        for rank in range(ranks):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            given = {key: str(value) for key, value in place.items()} | environment
+            given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            arguments = ["train", str(recipe), *(f"--set={item}" for item in overrides)]
+            process = context.Process(target=_rank, args=(arguments, given, str(log)))
+            process.start()
+            self.processes.append(process)
+
+    def send(self, signum: int) -> None:
+        """A signal to every rank, as the scheduler sends it."""
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, signum)
+
+    def finish(self, timeout_seconds: float = 120.0, grace_seconds: float = 1.0) -> list[int]:
+        """Exit codes by rank; negative is the signal that ended it.
+
+        Raises:
+            TimeoutError: some rank was still alive; all are killed.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while alive := [p for p in self.processes if p.is_alive()]:
+            if any(p.exitcode not in (None, 0, 75) for p in self.processes):
+                deadline = min(deadline, time.monotonic() + grace_seconds)
+            wait([p.sentinel for p in alive], timeout=0.2)
+            if time.monotonic() > deadline:
+                failed = any(p.exitcode not in (None, 0, 75) for p in self.processes)
+                self.send(signal.SIGKILL)
+                for process in self.processes:
+                    process.join()
+                if not failed:
+                    raise TimeoutError(f"{len(alive)} ranks were still alive after {timeout_seconds:g} s")
+        for process in self.processes:
+            process.join()
+        return [process.exitcode for process in self.processes]
+
+
+def run_ranks(recipe: Path, ranks: int, *overrides: str, log: Path, **environment: str) -> list[int]:
+    """One attempt from start to end."""
+    return RunningRanks(recipe, ranks, *overrides, log=log, **environment).finish()
+
+
+def _rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
+    os.environ.update({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} | environment)
+    with open(log, "a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import torch
+
+    torch.set_num_threads(1)
+    from dist_cpt.cli import main
+
+    sys.argv = ["dist-cpt", *arguments]
+    main()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
