@@ -125,22 +125,48 @@ def report(run: Run) -> None:
 def verify(
     path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder or one checkpoint.")],
 ) -> None:
-    """Check every byte of a checkpoint, or of all checkpoints of a run; exit code 74 if it does not hold."""
+    """Check every byte of a checkpoint, or of a whole run with its record; exit code 74 if it does not hold."""
+    from dist_cpt.checkpoint.outline import printable
     from dist_cpt.checkpoint.verify import verify_checkpoint, verify_run
 
+    path = Path(os.path.abspath(path))  # `.` has no name
     if not path.is_dir():
         raise CheckpointError(f"nothing to verify: {path} is not a folder")
+    record: list[str] = []
     if (path / "checkpoints").is_dir():
+        from dist_cpt.train.record import record_problems
+
         verdicts = verify_run(path)
+        record = record_problems(path)
     else:
         verdicts = {path.name: verify_checkpoint(path)}
-    if not verdicts:
-        raise CheckpointError(f"{path} holds no checkpoint")
     for name, problems in verdicts.items():
-        print(f"{name}: {'holds' if not problems else 'DOES NOT HOLD: ' + '; '.join(problems)}")
+        print(printable(f"{name}: {'holds' if not problems else 'DOES NOT HOLD: ' + '; '.join(problems)}"))
+    for problem in record:
+        print(printable(f"record: {problem}"))
+    if (path / "checkpoints").is_dir() and not record:
+        print("record: holds")
     broken = [name for name, problems in verdicts.items() if problems]
     if broken:
         raise CheckpointError(f"{len(broken)} of {len(verdicts)} checkpoints do not hold: {', '.join(broken)}")
+    if record:
+        raise CheckpointError(f"the checkpoints of {path} hold, its record does not ({len(record)} findings)")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder or one checkpoint.")],
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """What is inside: where the run stood, groups, sizes, identities, lineage. Reads no tensor."""
+    from dist_cpt.checkpoint.inspect import inspect_path
+    from dist_cpt.checkpoint.inspect_text import as_text
+    from dist_cpt.checkpoint.outline import printable
+
+    content = inspect_path(Path(os.path.abspath(path)))
+    print(json.dumps(content, indent=1) if json_ else as_text(content))
+    if content.get("problem"):  # of one checkpoint; a run shows the newest that holds
+        raise CheckpointError(printable(f"{path} does not hold: {content['problem']}"))
 
 
 @app.command()

@@ -24,6 +24,11 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint, published or moved aside."""
+    return int(path.name.removeprefix("step-").partition(".")[0])
+
+
 def staging_name(step: int, attempt: int) -> str:
     """A name no other save ever uses: two attempts that both still run must not meet in one folder."""
     return f"{step_name(step)}.attempt-{attempt}-{secrets.token_hex(4)}.tmp"

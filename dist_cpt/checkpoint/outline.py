@@ -51,6 +51,11 @@ def read_state(path: Path) -> TrainState:
     return state_from_bytes(_read_small(path, STATE))
 
 
+def printable(text: str) -> str:
+    """One line of text whatever a file says: line breaks and control characters are spelled out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def _outline_problems(path: Path, manifest: Manifest) -> list[str]:
     problems = _structure_problems(manifest)
     if path.name.split(".")[0] != step_name(manifest.step):
@@ -58,7 +63,7 @@ def _outline_problems(path: Path, manifest: Manifest) -> list[str]:
     for name, entry in manifest.files.items():
         problems += _size_problems(path, name, entry.num_bytes)
     for name in sorted(_files_below(path) - manifest.files.keys() - {MANIFEST}):
-        problems.append(f"{name if name.isprintable() else repr(name)} is not in {MANIFEST}")
+        problems.append(f"{name} is not in {MANIFEST}")
     if not problems:
         problems += _state_problems(path, manifest)
         problems += [f"{name} looks like a pickle" for name in manifest.files if _looks_like_a_pickle(path / name)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dist_cpt.checkpoint.folders import published, superseded
+from dist_cpt.checkpoint.folders import published, step_of, superseded
 from dist_cpt.checkpoint.manifest import Identity, Manifest, StateKind, TensorSpec
 from dist_cpt.checkpoint.outline import read_manifest, read_state
 from dist_cpt.checkpoint.safetensors_stream import TensorFile
@@ -54,17 +54,22 @@ class LoadedCheckpoint:
         self.close()
 
 
-def newest_valid(run_folder: Path) -> tuple[Path | None, list[tuple[str, str]]]:
+def newest_valid(run_folder: Path, up_to_step: int | None = None) -> tuple[Path | None, list[tuple[str, str]]]:
     """The newest checkpoint whose every byte holds, and (name, reason) of newer ones that do not. Collective.
 
-    Rank 0 lists the candidates; all ranks share the reading. (None, []) when the run has none yet. A
-    checkpoint that was moved aside comes last: it is all there is if a crash hit that very moment.
+    With `up_to_step` only those of that step or earlier. Rank 0 lists the candidates; all ranks share the
+    reading. (None, []) when the run has none yet. A checkpoint that was moved aside comes last: it is all there
+    is if a crash hit that very moment.
 
     Raises:
         CheckpointError: there are checkpoints, but none holds.
     """
     names: list[str] = broadcast_json(
-        [str(path.relative_to(run_folder)) for path in (*published(run_folder), *superseded(run_folder))]
+        [
+            str(path.relative_to(run_folder))
+            for path in (*published(run_folder), *superseded(run_folder))
+            if up_to_step is None or step_of(path) <= up_to_step
+        ]
         if rank() == 0
         else None
     )

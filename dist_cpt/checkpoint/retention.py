@@ -41,11 +41,11 @@ def prune(run_folder: Path, newest: Path, keep: int) -> list[str]:
     return [path.name for path in old]
 
 
-def set_aside_after(run_folder: Path, restored: Path, step: int) -> list[str]:
-    """Move published checkpoints of later steps than `restored`, from which the run goes on, to `superseded/`.
+def set_aside_after(run_folder: Path, step: int) -> list[str]:
+    """Move published checkpoints of later steps than `step`, from which the run goes on, to `superseded/`.
 
-    They are damaged, or of a line that was given up: the next start must not prefer them. A `restored` that had
-    been moved aside itself comes back. Returns the names that moved away; rank 0 only.
+    They are damaged, or of a line that was given up: the next start must not prefer them. Returns their names;
+    rank 0 only.
     """
     aside = superseded_folder(run_folder)
     moved = []
@@ -54,13 +54,18 @@ def set_aside_after(run_folder: Path, restored: Path, step: int) -> list[str]:
             aside.mkdir(exist_ok=True)
             os.rename(path, aside / f"{path.name}.{secrets.token_hex(4)}")
             moved.append(path.name)
+    if moved:
+        fsync_path(aside)
+        fsync_path(aside.parent)
+    return moved
+
+
+def bring_back(run_folder: Path, restored: Path, step: int) -> None:
+    """Publish a checkpoint again that had been moved aside, now that the run goes on from it; rank 0 only."""
     final = checkpoints_folder(run_folder) / step_name(step)
     if restored != final and not os.path.lexists(final):
         os.rename(restored, final)
-    for folder in (aside, final.parent):
-        if folder.is_dir():
-            fsync_path(folder)
-    return moved
+        fsync_path(final.parent)
 
 
 def remove_stale_staging(run_folder: Path, older_than_seconds: float) -> list[str]:

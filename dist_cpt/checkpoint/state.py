@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
@@ -75,16 +76,18 @@ def state_from_bytes(raw: bytes) -> TrainState:
 
 
 def strict_json(raw: bytes) -> Any:
-    """Parsed JSON, where Python's own reader would also take NaN and Infinity.
+    """Parsed JSON whose numbers are all finite; Python's own reader would take NaN, Infinity and 1e999.
 
     Raises:
-        ValueError: no JSON.
+        ValueError: no JSON, or a number that is not finite.
     """
 
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
+    def finite(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text} is not a finite number")
+        return value
 
-    return json.loads(raw, parse_constant=refuse)
+    return json.loads(raw, parse_constant=finite, parse_float=finite)
 
 
 def canonical_json(value: Any) -> bytes:

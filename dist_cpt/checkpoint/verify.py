@@ -45,7 +45,9 @@ def verify_run(run_folder: Path) -> dict[str, list[str]]:
     found = published(run_folder)
     if not found:
         raise CheckpointError(f"no checkpoints in {run_folder}", remedy="give a run folder or a checkpoint folder")
-    return {path.name: verify_checkpoint(path) for path in found}
+    verdicts = {path: verify_checkpoint(path) for path in found}
+    # A run that goes on may have pruned one meanwhile.
+    return {path.name: problems for path, problems in verdicts.items() if not problems or path.exists()}
 
 
 def verify_together(path: Path) -> list[str]:

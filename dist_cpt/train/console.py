@@ -86,7 +86,10 @@ class Console:
         self._ticks.append((record.step, now))
         self._last = record
         if record.skipped:
-            self._print(f"step {record.step} skipped: gradient not finite ({record.skipped_total} skipped so far)")
+            why = f"loss {record.loss:.4g} is a spike" if record.spike else "gradient not finite"
+            self._print(f"step {record.step} skipped: {why} ({record.skipped_total} skipped so far)")
+        elif record.spike:
+            self._print(f"step {record.step}: loss {record.loss:.4g} is a spike; the update was applied")
         if self._progress is not None:
             self._progress.update(self._task, completed=record.step, shown=self._summary(record, brief=True))
             return

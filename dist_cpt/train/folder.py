@@ -34,7 +34,7 @@ class Claim:
 
     def held(self) -> bool:
         """Whether no later attempt has taken the folder; True also while run.json cannot be read."""
-        return _read_json(self.folder / "run.json").get("token", self.token) == self.token
+        return read_json(self.folder / "run.json").get("token", self.token) == self.token
 
     def require(self) -> None:
         """The fence before anything is published.
@@ -43,7 +43,7 @@ class Claim:
             Superseded: a later attempt holds the folder.
         """
         if not self.held():
-            later = _read_json(self.folder / "run.json").get("attempts", 0) - 1
+            later = read_json(self.folder / "run.json").get("attempts", 0) - 1
             raise Superseded(
                 f"attempt {self.attempt} no longer holds {self.folder}: attempt {later} has taken over",
                 remedy="nothing to do: the later attempt goes on from the last checkpoint",
@@ -72,7 +72,7 @@ def claim(folder: Path, config: RunConfig, new_run_id: str) -> Claim:
         ) from error
     try:
         _same_recipe(folder / "recipe.yaml", config)
-        known = _read_json(folder / "run.json")
+        known = read_json(folder / "run.json")
         started = {
             "wandb_run_id": known.get("wandb_run_id", new_run_id),
             "attempts": int(known.get("attempts", 0)) + 1,
@@ -126,7 +126,7 @@ def _lock(folder: Path) -> TextIO:
         return lock
     except OSError:
         lock.close()
-    holder = _read_json(folder / "run.json")
+    holder = read_json(folder / "run.json")
     if _job() is None or holder.get("job") != _job():
         where = f" (process {holder['pid']} on {holder['host']})" if {"pid", "host"} <= holder.keys() else ""
         raise ConfigError(
@@ -158,7 +158,8 @@ def _same_recipe(path: Path, config: RunConfig) -> None:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of the run folder; empty if it is absent or no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

@@ -121,7 +121,8 @@ class Watchdog:
         if phase == before == "training" and step > earlier:
             self._step_times.append(now - since)
         self._at = (phase, step, now)
-        if self._limits is not None and (phase != before or now >= self._arm_next):
+        limit_changed = phase != before or len(self._step_times) == 1
+        if self._limits is not None and (limit_changed or now >= self._arm_next):
             self._arm_next = now + self._period
             seconds = self._limit(phase) + self._limits.grace_seconds + 2 * self._period
             faulthandler.dump_traceback_later(seconds, exit=True, file=self._hang_file)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,15 +18,18 @@ from dist_cpt.checkpoint.state import TrainState
 from dist_cpt.config.resolve import StepShape
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.batch import Batch
-from dist_cpt.engines.engine import Engine
+from dist_cpt.engines.engine import Engine, GradStats
 from dist_cpt.errors import DataError, NumericsError
 from dist_cpt.optim.groups import ParamGroup
 from dist_cpt.optim.schedule import learning_rates
 from dist_cpt.runtime.collectives import all_reduce_floats, all_reduce_ints
 from dist_cpt.runtime.seed import seed_step
 from dist_cpt.train.contract import Contract
+from dist_cpt.train.health import SpikeDetector, Verdict, verdict
 from dist_cpt.train.observers import StepRecord
 from dist_cpt.train.saver import Saver
+
+Outcome = Literal["done", "stopped", "rollback"]
 
 
 @dataclass
@@ -39,7 +43,8 @@ class Progress:
     skipped_total: int = 0
     skipped_in_a_row: int = 0
     optimizer_steps: int = 0  # AdamW's counter
-    skipped_windows: list[tuple[int, int]] = field(default_factory=list)  # positions left out by a rollback
+    skipped_windows: list[tuple[int, int]] = field(default_factory=list)  # positions left out, one per rollback
+    bad_in_a_row: int = 0  # steps that were skipped or had a spike
     bad_since: tuple[int, int] | None = None  # (step, position) of the first bad step in a row that still lasts
     recent_losses: list[float] = field(default_factory=list)  # accepted ones, for the spike detector
 
@@ -50,6 +55,7 @@ class Progress:
         self.skipped_total, self.skipped_in_a_row = state.skipped_total, state.skipped_in_a_row
         self.optimizer_steps = state.optimizer_steps
         self.skipped_windows = sorted({*self.skipped_windows, *state.skipped_windows})
+        self.bad_in_a_row = 0 if state.bad_since is None else state.step - state.bad_since[0] + 1
         self.bad_since, self.recent_losses = state.bad_since, list(state.recent_losses)
 
 
@@ -79,12 +85,13 @@ def train_loop(
     source_names: Sequence[str],
     rank: int,
     attempt: int,
-) -> bool:
-    """Train to the last step; True when done, False when stopped (and saved) before.
+) -> Outcome:
+    """Train to the last step; `stopped` when saved before it, `rollback` when the policy wants to go back.
 
     Raises:
-        NumericsError: too many non-finite steps in a row, or the trainability contract is broken.
+        NumericsError: too many bad steps in a row, or the trainability contract is broken.
     """
+    detector = SpikeDetector(config.health.spike, progress.recent_losses)
     for micro_batches in hooks.batches(progress.position):
         started = time.perf_counter()
         hooks.at_boundary(progress.step)
@@ -98,9 +105,10 @@ def train_loop(
             saver.collect()
         if stop:
             saver.save_now(progress.step, hooks.state)
-            return False
+            return "stopped"
         if save:
             saver.save(progress.step, hooks.state)
+            hooks.at_boundary(progress.step)
             started = time.perf_counter()
         if num_targets == 0:
             raise DataError(f"step {progress.step + 1} has no target token", remedy="documents need two tokens or more")
@@ -113,9 +121,11 @@ def train_loop(
             last = number == len(micro_batches) - 1
             local_loss = local_loss.to(batch.input_ids.device) + engine.accumulate(batch, num_targets, last)
         contract.before_update(step)
-        stats = engine.step(lrs)
+        (loss_sum,) = all_reduce_floats([float(local_loss)])  # host sync, before that of the gradient norm
+        loss = loss_sum / num_targets
+        spike = detector.observe(loss, progress.bad_in_a_row)
+        stats, decision = _update(config, engine, lrs, progress, finite=math.isfinite(loss), spike=spike)
         contract.after_update(step, stats.skipped)
-        (loss_sum,) = all_reduce_floats([float(local_loss)])  # host sync, once per step
         seconds = time.perf_counter() - started
 
         before = past_windows(progress.position, progress.skipped_windows)
@@ -128,12 +138,19 @@ def train_loop(
         progress.optimizer_steps += not stats.skipped
         progress.skipped_total += stats.skipped
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if stats.skipped else 0
+        if not (spike or stats.skipped):
+            progress.bad_in_a_row, progress.bad_since = 0, None
+        else:
+            progress.bad_in_a_row += 1
+            progress.bad_since = progress.bad_since or (step, before)
+        progress.recent_losses = detector.state()
         hooks.on_step(
             StepRecord(
                 step=step,
-                loss=loss_sum / num_targets,
+                loss=loss,
                 grad_norm=stats.grad_norm if math.isfinite(stats.grad_norm) else None,
                 skipped=stats.skipped,
+                spike=spike,
                 skipped_total=progress.skipped_total,
                 lr=lrs,
                 position=(before, progress.position),
@@ -146,15 +163,40 @@ def train_loop(
                 attempt=attempt,
             )
         )
-        if progress.skipped_in_a_row >= config.optim.max_skipped_steps:
+        if decision == "rollback":
+            return "rollback"
+        if decision == "stop" or progress.skipped_in_a_row >= config.optim.max_skipped_steps:
             raise NumericsError(
-                f"{progress.skipped_in_a_row} steps in a row up to step {step} had non-finite gradients and were "
-                f"skipped; the last blocks were {before} to {progress.position - 1}",
+                f"{progress.bad_in_a_row} bad steps in a row up to step {step} ({progress.skipped_in_a_row} of them "
+                f"skipped); the last blocks were {before} to {progress.position - 1}, the last loss {loss:.4g}",
                 remedy="lower the learning rate or look at that data; the last checkpoint is from before",
             )
         if hooks.evaluation_due(step):
             hooks.evaluate(step)
-    return True
+            hooks.at_boundary(step)
+    return "done"
+
+
+def _update(
+    config: RunConfig, engine: Engine, lrs: Mapping[str, float], progress: Progress, *, finite: bool, spike: bool
+) -> tuple[GradStats, Verdict]:
+    """Apply the step, or drop it, as the policy says of its loss; then what it says of its gradient."""
+
+    def judge(finite: bool, spike: bool) -> Verdict:
+        return verdict(
+            finite=finite,
+            spike=spike,
+            bad_in_a_row=progress.bad_in_a_row + 1,
+            rollbacks=len(progress.skipped_windows),
+            config=config.health.spike,
+        )
+
+    decision = judge(finite, spike)
+    if decision != "apply":
+        engine.discard()
+        return GradStats(math.nan, skipped=True), decision
+    stats = engine.step(lrs)
+    return stats, judge(finite=False, spike=False) if stats.skipped else decision
 
 
 def past_windows(position: int, windows: Sequence[tuple[int, int]]) -> int:

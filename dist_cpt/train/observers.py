@@ -33,7 +33,7 @@ class StepRecord:
     step: int  # from 1
     loss: float  # mean over the step's target tokens, nats
     grad_norm: float | None  # None when it was not finite
-    skipped: bool
+    skipped: bool  # the update was not applied
     skipped_total: int
     lr: dict[str, float]  # by group
     position: tuple[int, int]  # global blocks consumed before and after
@@ -44,6 +44,7 @@ class StepRecord:
     step_seconds: float
     memory_gib: float  # peak of this rank: CUDA allocated, or resident set on CPU
     attempt: int  # 0 for the first start, +1 with every resume
+    spike: bool = False  # the loss was far above the recent ones
     extra: dict[str, float] = field(default_factory=dict)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from dist_cpt.checkpoint.manifest import Identity, TensorSpec, owners
 from dist_cpt.checkpoint.restore import LoadedCheckpoint, load, newest_valid, require_fit
-from dist_cpt.checkpoint.retention import remove_stale_staging, set_aside_after
+from dist_cpt.checkpoint.retention import bring_back, remove_stale_staging, set_aside_after
 from dist_cpt.checkpoint.state import Probe, Randomness, TrainState
 from dist_cpt.checkpoint.store import SAVE_POINTS, CheckpointInfo
 from dist_cpt.checkpoint.verify import certify
@@ -48,8 +48,9 @@ from dist_cpt.runtime.stop import StopRequest
 from dist_cpt.train.console import Console
 from dist_cpt.train.contract import Contract
 from dist_cpt.train.evaluate import evaluate
-from dist_cpt.train.folder import Claim, claim, write_exit, write_json
-from dist_cpt.train.loop import Hooks, Progress, past_windows, step_positions, step_starts, train_loop
+from dist_cpt.train.folder import Claim, claim, read_json, write_exit, write_json
+from dist_cpt.train.health import Watchdog
+from dist_cpt.train.loop import Hooks, Outcome, Progress, past_windows, step_positions, step_starts, train_loop
 from dist_cpt.train.metrics import MetricsFile, rewind
 from dist_cpt.train.observers import (
     CheckpointRecord,
@@ -69,6 +70,7 @@ STALE_STAGING_SECONDS = 3600.0
 PROBE_BLOCKS = 4
 # The replayed loss is the same forward in another summation order: rounding of one token's loss, averaged.
 REPLAY_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "nf4": 2e-3}
+ROLLBACKS = "rollbacks.json"
 FAULT_POINTS = ("step", "restore", *(f"{kind}.{point}" for kind in ("trial", "save") for point in SAVE_POINTS))
 
 
@@ -95,8 +97,10 @@ def train(config: RunConfig, stop: StopRequest) -> tuple[int, Path | None]:
         fault = Faults(faults, env.rank, attempt)
         if fault:
             LOGGER.warning("%s is set: this run will be disturbed on purpose", VARIABLE)
-        run = _Run(config, env, folder, shape, device, attempt, run_id, held, stop, fault, observers, progress)
-        code, reason = run.go()
+        limits = config.health.hang
+        with Watchdog(folder, env.rank, limits, world_size=env.world_size, attempt=attempt) as watchdog:
+            pieces = (config, env, folder, shape, device, attempt, run_id, held, stop, fault, watchdog)
+            code, reason = _Run(*pieces, observers, progress).go()
     except DistCptError as error:
         code, reason = error.exit_code, str(error)
         superseded = isinstance(error, Superseded)
@@ -158,6 +162,7 @@ class _Run:
     held: Claim | None  # rank 0's
     stop: StopRequest
     fault: Faults
+    watchdog: Watchdog
     observers: list[Observer]
     progress: Progress
 
@@ -192,6 +197,8 @@ class _Run:
         )
         self.metrics = MetricsFile(self.folder, 60 * config.checkpoint.retry_minutes)
         self.saver = self._saver()
+        known: list[list[int]] = on_rank_zero("rollbacks", self._known_windows)
+        self.progress.skipped_windows = [(start, stop) for start, stop in known]
         resumed_from = self._restore()
         if resumed_from is None and config.checkpoint.trial:
             self.saver.trial(self._state())
@@ -210,12 +217,14 @@ class _Run:
             stack.callback(self.engine.close)
             if self.progress.step == 0:
                 self._evaluate(0)
-            done = self._train()
+            while (outcome := self._train()) == "rollback":
+                self._roll_back()
             self.contract.close(self.progress.step)
-            if not done:
+            if outcome == "stopped":
                 reason = f"{self.stop.requested or 'another rank'}: stopped and saved at step {self.progress.step}"
                 self._tell(lambda observer: observer.on_message(reason))
                 return EXIT_STOPPED, reason
+            self.watchdog.tick("ending", self.progress.step)
             self.saver.save_now(self.progress.step, self._state)
             self._sample()
         return EXIT_DONE, "done"
@@ -269,17 +278,18 @@ class _Run:
 
     # -- restoring -----------------------------------------------------------------------------------------
 
-    def _restore(self) -> str | None:
+    def _restore(self, up_to_step: int | None = None) -> str | None:
         """The newest valid checkpoint into engine and progress, with its certificate; None for a fresh start.
 
         What the folder holds of later steps belongs to a past that is not this run's any more: it moves aside.
         """
         on_rank_zero("checkpoints", lambda: remove_stale_staging(self.folder, STALE_STAGING_SECONDS))
-        found, skipped = newest_valid(self.folder)
+        found, skipped = newest_valid(self.folder, up_to_step)
         for name, why in skipped:
             LOGGER.warning("checkpoint %s does not hold and is skipped: %s", name, why)
         if found is None:
-            on_rank_zero("metrics", lambda: rewind(self.folder, -1))
+            if up_to_step is None:
+                on_rank_zero("metrics", lambda: rewind(self.folder, -1))
             return None
         self.fault("restore", 0)
         with load(found, verified=True) as checkpoint:
@@ -292,9 +302,37 @@ class _Run:
         on_rank_zero("checkpoints", lambda: self._leave_behind(found, state.step))
         return found.name
 
+    def _roll_back(self) -> None:
+        """Go back to the newest checkpoint from before the bad steps, and leave their data out from now on.
+
+        Raises:
+            NumericsError: there is none.
+        """
+        progress = self.progress
+        assert progress.bad_since is not None
+        bad_step, bad_position = progress.bad_since
+        last_step = progress.step
+        self.saver.finish()
+        progress.skipped_windows = sorted([*progress.skipped_windows, (bad_position, progress.position)])
+        windows = {"windows": progress.skipped_windows}
+        on_rank_zero("rollback", lambda: write_json(self.folder / ROLLBACKS, windows))
+        restored = self._restore(up_to_step=bad_step - 1)
+        if restored is None:
+            raise NumericsError(
+                f"steps {bad_step} to {last_step} were bad, and no checkpoint from before them holds",
+                remedy="save more often (checkpoint.every_steps), lower the learning rate, or look at that data",
+            )
+        text = (
+            f"steps {bad_step} to {last_step} were bad: back to {restored}, "
+            f"blocks {bad_position} to {progress.skipped_windows[-1][1] - 1} are left out"
+        )
+        LOGGER.warning("%s", text)
+        self._tell(lambda observer: observer.on_message(text))
+
     def _leave_behind(self, restored: Path, step: int) -> None:
-        for name in set_aside_after(self.folder, restored, step):
+        for name in set_aside_after(self.folder, step):
             LOGGER.warning("%s is not in the line of %s and was moved to superseded/", name, restored.name)
+        bring_back(self.folder, restored, step)
         self.metrics.close()
         rewind(self.folder, step)
 
@@ -358,7 +396,7 @@ class _Run:
 
     # -- training ------------------------------------------------------------------------------------------
 
-    def _train(self) -> bool:
+    def _train(self) -> Outcome:
         return train_loop(
             self.config,
             self.shape,
@@ -368,7 +406,7 @@ class _Run:
             self.progress,
             Hooks(
                 batches=self._batches,
-                at_boundary=lambda step: self.fault("step", step + 1),
+                at_boundary=self._at_boundary,
                 stop_requested=self._stop_requested,
                 saver=self.saver,
                 state=self._state,
@@ -389,6 +427,10 @@ class _Run:
         for _ in range(self.shape.num_steps - self.progress.step):
             yield [next(ahead) for _ in range(self.shape.accumulation)]
 
+    def _at_boundary(self, step: int) -> None:
+        self.watchdog.tick("training", step)
+        self.fault("step", step + 1)
+
     def _stop_requested(self) -> bool:
         """A signal, or a later attempt that has taken the folder; the fence then names it."""
         return self.stop.requested is not None or (self.held is not None and not self.held.held())
@@ -396,6 +438,7 @@ class _Run:
     def _state(self) -> TrainState:
         """What the next checkpoint says beside its tensors. Collective."""
         progress = self.progress
+        self.watchdog.tick("saving", progress.step)
         start = past_windows(progress.position, progress.skipped_windows)
         probed = tuple(range(start, start + PROBE_BLOCKS))
         probe_loss = self._probe_loss(probed)
@@ -425,6 +468,10 @@ class _Run:
             probe=Probe(block_ids=probed, loss=probe_loss),
         )
 
+    def _known_windows(self) -> list[list[int]]:
+        """Windows that rollbacks of earlier attempts left out; the checkpoint they went back to is older."""
+        return read_json(self.folder / ROLLBACKS).get("windows", [])
+
     def _saver(self) -> Saver:
         return Saver(
             self.folder,
@@ -450,6 +497,7 @@ class _Run:
         return step == self.shape.num_steps or (every is not None and step % every == 0)
 
     def _evaluate(self, step: int) -> None:
+        self.watchdog.tick("evaluating", step)
         for loader in self.held_out:
             result = evaluate(
                 self.engine,

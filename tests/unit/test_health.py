@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def holds_the_lock(folder):
 
 
 def is_out_of_disk(folder):
+    time.sleep(0.7)  # for a heartbeat
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    watchdog.tick("training", 6)
     time.sleep(600)
 
 
@@ -93,10 +96,10 @@ def speaks_a_while(folder):
 
 
 def reduces(folder, forever=True):
+    watchdog.tick("starting", 5)
     import torch
     import torch.distributed as dist
 
-    watchdog.tick("starting", 0)
     store = dist.FileStore(str(folder / "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
     for step in range(6, 10**6 if forever else 20):
@@ -138,6 +141,12 @@ class Ranks:
             for rank, does in enumerate(what)
         ]
 
+    def close(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
     def wait_for_step(self, rank: int, step: int, seconds: float = 60.0) -> Heartbeat:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
@@ -150,13 +159,7 @@ class Ranks:
     def end(self, seconds: float = 90.0) -> tuple[list[int], list[str]]:
         """(exit codes, stderr) by rank; all must have ended by themselves within `seconds`."""
         until = time.monotonic() + seconds
-        try:
-            errors = [process.communicate(timeout=max(0.1, until - time.monotonic()))[1] for process in self.processes]
-        finally:
-            for process in self.processes:
-                if process.poll() is None:
-                    process.kill()
-                    process.communicate()
+        errors = [process.communicate(timeout=max(0.1, until - time.monotonic()))[1] for process in self.processes]
         return [process.returncode for process in self.processes], errors
 
     def text(self, name: str) -> str:
@@ -166,8 +169,21 @@ class Ranks:
         return json.loads(self.text("exit.json"))
 
 
-def test_a_main_thread_that_sleeps_ends_with_72_and_its_stack(tmp_path):
-    ranks = Ranks(tmp_path, "stands_still")
+@pytest.fixture
+def start(tmp_path):
+    """Start the ranks of one job; what has not ended with the test is killed."""
+    with ExitStack() as stack:
+
+        def begin(*what: str, attempt: int = 0) -> Ranks:
+            ranks = Ranks(tmp_path, *what, attempt=attempt)
+            stack.callback(ranks.close)
+            return ranks
+
+        yield begin
+
+
+def test_a_main_thread_that_sleeps_ends_with_72_and_its_stack(start):
+    ranks = start("stands_still")
     ranks.wait_for_step(0, 5)
     seen = time.monotonic()
     codes, errors = ranks.end()
@@ -186,8 +202,8 @@ def test_a_main_thread_that_sleeps_ends_with_72_and_its_stack(tmp_path):
     assert "no progress" in ranks.text("told-0")
 
 
-def test_a_frozen_process_is_named_and_killed_by_its_peer(tmp_path):
-    ranks = Ranks(tmp_path, "hears_its_peer", "speaks")
+def test_a_frozen_process_is_named_and_killed_by_its_peer(start):
+    ranks = start("hears_its_peer", "speaks")
     beat = ranks.wait_for_step(1, 10)
     os.kill(beat.pid, signal.SIGSTOP)
     codes, errors = ranks.end()
@@ -198,8 +214,8 @@ def test_a_frozen_process_is_named_and_killed_by_its_peer(tmp_path):
     assert "in hears_its_peer" in ranks.text("logs/hang-rank-0.txt")
 
 
-def test_a_peer_that_holds_the_interpreter_lock_leaves_its_stack(tmp_path):
-    ranks = Ranks(tmp_path, "hears_its_peer", "speaks_a_while")
+def test_a_peer_that_holds_the_interpreter_lock_leaves_its_stack(start):
+    ranks = start("hears_its_peer", "speaks_a_while")
     codes, errors = ranks.end()
     assert codes == [72, -signal.SIGKILL]
     assert "rank 1 (host" in errors[0]
@@ -208,8 +224,8 @@ def test_a_peer_that_holds_the_interpreter_lock_leaves_its_stack(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["holds_the_lock", "cannot_write_heartbeats"])
-def test_where_the_thread_cannot_act_the_timer_does(tmp_path, what):
-    ranks = Ranks(tmp_path, what)
+def test_where_the_thread_cannot_act_the_timer_does(start, what):
+    ranks = start(what)
     codes, _ = ranks.end()
     assert codes == [1]
     stacks = ranks.text("logs/hang-rank-0.txt")
@@ -217,21 +233,22 @@ def test_where_the_thread_cannot_act_the_timer_does(tmp_path, what):
     assert f"in {what}" in stacks
 
 
-def test_a_full_disk_hides_neither_the_stacks_nor_the_code(tmp_path):
-    ranks = Ranks(tmp_path, "is_out_of_disk")
+def test_a_full_disk_hides_neither_the_stacks_nor_the_code(start, tmp_path):
+    ranks = start("is_out_of_disk")
     ranks.wait_for_step(0, 5)
-    path = heartbeat_path(tmp_path, 0)
-    before = path.stat()
+    before = heartbeat_path(tmp_path, 0).stat().st_mtime
     time.sleep(1.6)
-    assert path.stat().st_mtime > before.st_mtime
+    (beat,) = read_heartbeats(tmp_path)
+    assert beat.step == 5
+    assert beat.written > before + 0.4
     codes, errors = ranks.end()
     assert codes == [72]
     assert "in is_out_of_disk" in errors[0]
 
 
-def test_no_alarm_while_steps_come_and_stacks_on_request(tmp_path):
+def test_no_alarm_while_steps_come_and_stacks_on_request(start, tmp_path):
     (tmp_path / "exit.json").write_text('{"code": 72, "reason": "an earlier attempt", "attempt": 0}')
-    ranks = Ranks(tmp_path, "goes_on", "goes_on", attempt=1)
+    ranks = start("goes_on", "goes_on", attempt=1)
     ranks.wait_for_step(0, 10)
     ranks.wait_for_step(1, 10)
     assert [beat.rank for beat in request_stacks(tmp_path)] == [0, 1]
@@ -244,8 +261,8 @@ def test_no_alarm_while_steps_come_and_stacks_on_request(tmp_path):
     assert request_stacks(tmp_path) == []
 
 
-def test_two_gloo_ranks_end_where_one_never_enters(tmp_path):
-    ranks = Ranks(tmp_path, "reduces", "stops_reducing")
+def test_two_gloo_ranks_end_where_one_never_enters(start):
+    ranks = start("reduces", "stops_reducing")
     codes, errors = ranks.end()
     assert codes == [72, 72]
     assert "all_reduce" in ranks.text("logs/hang-rank-0.txt")

@@ -6,10 +6,10 @@ import json
 import math
 import os
 import resource
-import time
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
