@@ -194,7 +194,8 @@ def generate(
     """Continue a prompt with a run, a checkpoint or any model folder."""
     from dist_cpt.model.generate import generate as generate_text
 
-    folder = _checkpoint_folder(model) if (model / "checkpoints").is_dir() else model
+    ours = (model / "checkpoints").is_dir() or (model / "manifest.json").exists()
+    folder = _checkpoint_folder(model) if ours else model
     print(generate_text(folder, prompt, max_new_tokens, temperature, top_k, seed))
 
 
@@ -270,8 +271,13 @@ def _run_folder(path: Path) -> Path:
 
 
 def _checkpoint_folder(path: Path) -> Path:
-    """A checkpoint itself, or the newest valid one of a run."""
-    if (path / "manifest.json").is_file():
+    """A checkpoint itself if what makes up its model holds, or the newest valid one of a run."""
+    if (path / "manifest.json").exists():
+        from dist_cpt.checkpoint.verify import model_problems
+
+        problems = model_problems(path)
+        if problems:
+            raise CheckpointError(f"{path} does not hold: {problems[0]}", remedy="dist-cpt verify names everything")
         return path
     from dist_cpt.checkpoint.restore import newest_valid
 

@@ -36,6 +36,16 @@ def verify_checkpoint(path: Path) -> list[str]:
     return [problem for name in manifest.files for problem in file_problems(path, manifest, name)]
 
 
+def model_problems(path: Path) -> list[str]:
+    """As `verify_checkpoint`, but without reading the optimizer's files: enough to use the model."""
+    problems = outline_problems(path)
+    if problems:
+        return problems
+    manifest = read_manifest(path)
+    used = [name for name in manifest.files if not name.startswith("optimizer-")]
+    return [problem for name in used for problem in file_problems(path, manifest, name)]
+
+
 def verify_run(run_folder: Path) -> dict[str, list[str]]:
     """The problems of every published checkpoint of a run by folder name, newest first.
 

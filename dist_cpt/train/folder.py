@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from dist_cpt.config.load import build, parse_yaml
+from dist_cpt.config.load import load_recipe
 from dist_cpt.config.resolve import differences, fingerprint, to_yaml
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError, Superseded, WriteError
@@ -145,11 +145,9 @@ def _job() -> str | None:
 
 
 def _same_recipe(path: Path, config: RunConfig) -> None:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not path.exists():
         return
-    held = build(parse_yaml(text, str(path)), where=str(path))
+    held = load_recipe(path)
     if fingerprint(held) != fingerprint(config):
         changed = "; ".join(differences(held, config)[:5])
         raise ConfigError(
@@ -161,9 +159,10 @@ def _same_recipe(path: Path, config: RunConfig) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of the run folder; empty if it is absent or no JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _write(path: Path, text: str) -> None:

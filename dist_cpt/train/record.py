@@ -49,6 +49,15 @@ def record_problems(run_folder: Path) -> list[str]:
 
     Checkpoints that cannot be read are left to `verify_run`, which names them.
     """
+    problems = _problems(run_folder)
+    if problems and not (run_folder / "exit.json").exists():
+        # The run may go on, and two files were read at two moments: what is wrong is so at a second look too.
+        again = _problems(run_folder)
+        problems = [problem for problem in problems if problem in again]
+    return problems
+
+
+def _problems(run_folder: Path) -> list[str]:
     paths = published(run_folder)  # before the rows: those of a published step are on the disk already
     saved = _readable(paths)
     newest_step = int(paths[0].name.removeprefix("step-")) if paths else 0
@@ -57,9 +66,11 @@ def record_problems(run_folder: Path) -> list[str]:
     events, no_events = _rows(run_folder / EVENTS, dict)
     evaluations, no_evaluations = _rows(run_folder / EVALUATIONS, lambda row: (int(row["step"]), str(row["name"])))
     problems += unreadable + no_events + no_evaluations
+    windows, lost = _windows(objects.get("rollbacks.json", {}), saved)
+    problems += lost
     if not unreadable:
         problems += _step_problems([row.step for row in rows])
-        problems += _sequence_problems(rows, saved[0].state.skipped_windows if saved else (), newest_step)
+        problems += _sequence_problems(rows, windows)
         problems += [problem for one in saved for problem in _saved_problems(one, rows)]
         problems += _end_problems(objects.get("exit.json", {}), rows, newest_step)
     problems += _recipe_problems(run_folder, objects.get("run.json", {}), saved)
@@ -84,17 +95,30 @@ def _step_problems(steps: Sequence[int]) -> list[str]:
     return found or [f"{METRICS}: the steps are not in order from 1"]
 
 
-def _sequence_problems(rows: Sequence[_Row], windows: Sequence[tuple[int, int]], newest_step: int) -> list[str]:
-    """Whether each row begins where the one before it ended."""
+def _windows(rollbacks: Mapping[str, Any], saved: Sequence[_Saved]) -> tuple[list[tuple[int, int]], list[str]]:
+    """The blocks that rollbacks left out; those a checkpoint knows of must stand in rollbacks.json too."""
+    try:
+        known = {(int(start), int(stop)) for start, stop in rollbacks.get("windows", [])}
+    except (TypeError, ValueError):
+        return [], ["rollbacks.json: `windows` is no list of [start, stop]"]
+    lost = [
+        f"{one.name} left out blocks {start} to {stop - 1}, rollbacks.json does not say so"
+        for one in saved
+        for start, stop in one.state.skipped_windows
+        if (start, stop) not in known
+    ]
+    return sorted(known.union(*(one.state.skipped_windows for one in saved))), lost
+
+
+def _sequence_problems(rows: Sequence[_Row], windows: Sequence[tuple[int, int]]) -> list[str]:
+    """Whether each row begins where the one before it ended, windows that were left out aside."""
     blocks, tokens, skipped = [], [], []
     before = _Row(step=0, position=(0, 0), num_tokens=0, tokens=0, tokens_by_source={}, skipped=False, skipped_total=0)
     for row in rows:
         start = before.position[1]
-        for left_out, until in sorted(windows):
+        for left_out, until in windows:
             start = until if left_out <= start < until else start
-        # A rollback after the newest checkpoint leaves out blocks that no state on disk tells of yet.
-        later = row.step > newest_step and row.position[0] > start
-        if (row.position[0] != start and not later) or row.position[1] <= row.position[0]:
+        if row.position[0] != start or row.position[1] <= row.position[0]:
             blocks.append(f"step {row.step} took blocks {row.position[0]} to {row.position[1]}, {start} was next")
         if row.tokens != before.tokens + row.num_tokens:
             tokens.append(f"step {row.step} has {row.tokens} tokens, not {before.tokens} + {row.num_tokens}")

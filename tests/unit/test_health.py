@@ -169,8 +169,24 @@ class Ranks:
         return json.loads(self.text("exit.json"))
 
 
+@pytest.fixture(scope="module")
+def unattended(tmp_path_factory):
+    """Jobs that need nobody to look on, by what their last rank does; all started at once, as they mostly wait."""
+    jobs = [
+        ("holds_the_lock",),
+        ("cannot_write_heartbeats",),
+        ("hears_its_peer", "speaks_a_while"),
+        ("reduces", "stops_reducing"),
+    ]
+    with ExitStack() as stack:
+        ranks = {what[-1]: Ranks(tmp_path_factory.mktemp("job"), *what) for what in jobs}
+        for job in ranks.values():
+            stack.callback(job.close)
+        yield ranks
+
+
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, unattended):
     """Start the ranks of one job; what has not ended with the test is killed."""
     with ExitStack() as stack:
 
@@ -214,8 +230,8 @@ def test_a_frozen_process_is_named_and_killed_by_its_peer(start):
     assert "in hears_its_peer" in ranks.text("logs/hang-rank-0.txt")
 
 
-def test_a_peer_that_holds_the_interpreter_lock_leaves_its_stack(start):
-    ranks = start("hears_its_peer", "speaks_a_while")
+def test_a_peer_that_holds_the_interpreter_lock_leaves_its_stack(unattended):
+    ranks = unattended["speaks_a_while"]
     codes, errors = ranks.end()
     assert codes == [72, -signal.SIGKILL]
     assert "rank 1 (host" in errors[0]
@@ -224,8 +240,8 @@ def test_a_peer_that_holds_the_interpreter_lock_leaves_its_stack(start):
 
 
 @pytest.mark.parametrize("what", ["holds_the_lock", "cannot_write_heartbeats"])
-def test_where_the_thread_cannot_act_the_timer_does(start, what):
-    ranks = start(what)
+def test_where_the_thread_cannot_act_the_timer_does(unattended, what):
+    ranks = unattended[what]
     codes, _ = ranks.end()
     assert codes == [1]
     stacks = ranks.text("logs/hang-rank-0.txt")
@@ -261,8 +277,8 @@ def test_no_alarm_while_steps_come_and_stacks_on_request(start, tmp_path):
     assert request_stacks(tmp_path) == []
 
 
-def test_two_gloo_ranks_end_where_one_never_enters(start):
-    ranks = start("reduces", "stops_reducing")
+def test_two_gloo_ranks_end_where_one_never_enters(unattended):
+    ranks = unattended["stops_reducing"]
     codes, errors = ranks.end()
     assert codes == [72, 72]
     assert "all_reduce" in ranks.text("logs/hang-rank-0.txt")

@@ -193,6 +193,7 @@ def save_with_windows(run: Path, *windows: tuple[int, int]) -> None:
     save_step(run, 8, state=state, identity=type(IDENTITY)(IDENTITY.base, IDENTITY.data, recipe, IDENTITY.engine))
     starts = [0, 8, 16, 24, 48, 56, 64, 72]
     write_rows(run / "metrics.jsonl", [row(step, start) for step, start in enumerate(starts, start=1)])
+    (run / "rollbacks.json").write_text(json.dumps({"windows": windows}))
 
 
 def test_blocks_left_out_by_a_rollback_are_no_gap(run: Path) -> None:
@@ -204,13 +205,38 @@ def test_blocks_left_out_by_a_rollback_are_no_gap(run: Path) -> None:
     assert record_problems(run) == ["metrics.jsonl: step 7 took blocks 64 to 72, 72 was next"]
 
 
-def test_a_window_left_out_after_the_newest_checkpoint_is_normal_going_back_is_not(run: Path) -> None:
+def test_a_window_of_a_rollback_since_the_newest_checkpoint_counts_too(run: Path) -> None:
     (run / "exit.json").unlink()
     rows = read(run / "metrics.jsonl")
     write_rows(run / "metrics.jsonl", [*rows, row(9, 72)])
+    assert record_problems(run) == ["metrics.jsonl: step 9 took blocks 72 to 80, 64 was next"]
+    (run / "rollbacks.json").write_text(json.dumps({"windows": [[64, 72]]}))
     assert record_problems(run) == []
-    write_rows(run / "metrics.jsonl", [*rows, row(9, 56)])
-    assert record_problems(run) == ["metrics.jsonl: step 9 took blocks 56 to 64, 64 was next"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "step-00000008 left out blocks 32 to 47, rollbacks.json does not say so"),
+        ('{"windows": [[32, 40]]}', "step-00000008 left out blocks 32 to 47, rollbacks.json does not say so"),
+        ('{"windows": 3}', "rollbacks.json: `windows` is no list of [start, stop]"),
+        ("\x80\x04", "rollbacks.json: not a JSON object"),
+    ],
+)
+def test_a_lost_rollback_is_named(run: Path, text: str | None, said: str) -> None:
+    save_with_windows(run, (32, 48))
+    assert record_problems(run) == []
+    (run / "rollbacks.json").unlink()
+    if text is not None:
+        (run / "rollbacks.json").write_text(text)
+    assert said in record_problems(run)
+
+
+def test_what_a_second_look_does_not_see_was_a_run_at_work(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = [["rows are moving"], []]
+    monkeypatch.setattr("dist_cpt.train.record._problems", lambda run: looks.pop(0))
+    (run / "exit.json").unlink()
+    assert record_problems(run) == []
 
 
 def test_the_certificate_of_a_pruned_checkpoint_is_normal(run: Path) -> None:

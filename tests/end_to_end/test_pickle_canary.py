@@ -1,13 +1,15 @@
-"""Nothing is ever unpickled: not in what a run writes, not from what somebody puts in its place, not in the source."""
+"""Nothing is ever unpickled: not what a run writes, and not what somebody puts in its place."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
 import pickletools
 import shutil
 import signal
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +17,11 @@ from typing import Any
 
 import pytest
 
+from dist_cpt.checkpoint.manifest import Manifest, manifest_to_bytes
+from dist_cpt.checkpoint.outline import read_manifest
 from tests import tiny
 from tests.command import Ended, command
 
-ROOT = Path(__file__).parents[2]
 DOCUMENTED = {0, 64, 65, 71, 73, 74, 75}
 FOREIGN = ("optimizer.pt", "pytorch_model.bin", "adapter_model.bin", "training_args.bin", "rng_state.pth")
 
@@ -78,12 +81,12 @@ class Run:
         shutil.rmtree(self.runs)
         shutil.copytree(self._pristine, self.runs)
 
-    def commands(self, *, trains: bool = True) -> dict[str, Ended]:
+    def commands(self) -> dict[str, Ended]:
         """Every command that reads a run, in one process; the last one goes on with it."""
         self._number += 1
         out = self.runs.parent / f"merged-{self._number}"
         checkpoint, few = self.checkpoint, ("--max-new-tokens", 2)
-        ended = {
+        return {
             "inspect": command("inspect", self.folder),
             "inspect checkpoint": command("inspect", checkpoint, "--json"),
             "verify": command("verify", self.folder),
@@ -94,15 +97,13 @@ class Run:
             "generate checkpoint": command("generate", checkpoint, *few),
             "merge": command("merge", self.folder, "--out", out),
             "merge checkpoint": command("merge", checkpoint, "--out", f"{out}-checkpoint"),
+            "train": command("train", self.recipe),
         }
-        if trains:
-            ended["train"] = command("train", self.recipe)
-        return ended
 
-    def codes(self, **options: bool) -> dict[str, int]:
+    def codes(self) -> dict[str, int]:
         """The exit codes; that every command ended as documented, and nobody unpickled anything."""
         codes = {}
-        for name, end in self.commands(**options).items():
+        for name, end in self.commands().items():
             assert not self.marker.exists(), name
             assert end.code in DOCUMENTED, (name, end)
             assert "Traceback" not in end.out + end.err, (name, end)
@@ -144,3 +145,93 @@ def test_nothing_a_run_writes_can_be_unpickled(run):
 
 def test_unharmed_every_command_is_content(run):
     assert set(run.codes().values()) == {0}
+
+
+PAYLOADS = pytest.mark.parametrize("payload", [pickled, pytest.param(zipped, marks=pytest.mark.matrix)])
+
+
+@PAYLOADS
+def test_a_pickle_in_place_of_a_file_of_the_newest_checkpoint(run, payload):
+    """Each in turn: it is refused by name, and whoever takes a run goes back to the checkpoint before."""
+    names = sorted(path.name for path in run.checkpoint.iterdir())
+    assert len(names) == 7
+    for name in names:
+        run.restore()
+        (run.checkpoint / name).write_bytes(payload(run.marker))
+        codes = run.codes()
+        refused = {"verify", *(command for command in codes if command.endswith(" checkpoint"))}
+        assert codes == {command: 74 if command in refused else 0 for command in codes}, name
+
+
+def test_a_pickle_in_place_of_a_file_of_the_run_folder(run):
+    names = sorted(path.name for path in run.folder.iterdir() if path.is_file())
+    assert {"recipe.yaml", "run.json", "certificate.json", "metrics.jsonl"} < set(names)
+    for name in names:
+        run.restore()
+        (run.folder / name).write_bytes(pickled(run.marker))
+        codes = run.codes()
+        record = name not in (".lock", "report.html")  # neither is read by anyone
+        refused = {"recipe.yaml": {"train": 64, "resume": 64}}.get(name, {}) | ({"verify": 74} if record else {})
+        assert codes == {command: refused.get(command, 0) for command in codes}, name
+
+
+def test_a_pickle_in_place_of_a_file_of_a_token_store(run):
+    """The store is made again, and the run goes on only because it came out as it was."""
+    stores = sorted(path.relative_to(run.runs) for path in (run.runs / "data").rglob("*") if path.is_file())
+    assert len(stores) == 6
+    for name in stores:
+        run.restore()
+        before = (run.runs / name).read_bytes()
+        (run.runs / name).write_bytes(pickled(run.marker))
+        assert command("train", run.recipe).code == 0
+        assert not run.marker.exists()
+        if name.name != "manifest.json":
+            assert (run.runs / name).read_bytes() == before
+
+
+@PAYLOADS
+def test_a_pickle_whose_hash_stands_in_the_manifest(run, payload):
+    """As somebody would pack it who also writes the manifest."""
+    names = sorted(path.name for path in run.checkpoint.iterdir() if path.name != "manifest.json")
+    for name in names:
+        run.restore()
+        content = payload(run.marker)
+        (run.checkpoint / name).write_bytes(content)
+        values = read_manifest(run.checkpoint).model_dump(mode="json")
+        values["files"][name] = {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (run.checkpoint / "manifest.json").write_bytes(manifest_to_bytes(Manifest.model_validate(values)))
+        codes = run.codes()
+        refused = {"verify", "verify checkpoint"}  # every byte is looked at
+        if name != "optimizer-00001-of-00001.safetensors":
+            refused |= {"generate checkpoint", "merge checkpoint"}  # what they use is looked at
+        if not name.endswith(".safetensors"):
+            refused |= {"inspect checkpoint"}  # no tensor is looked at
+        assert codes == {command: 74 if command in refused else 0 for command in codes}, name
+
+
+_watched: list[str] | None = None
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if _watched is not None and event == "open" and isinstance(arguments[0], str):
+        _watched.append(arguments[0])
+
+
+def test_foreign_files_in_a_checkpoint_are_named_and_never_opened(run):
+    """What other trainers leave there, and loaders like to pick up."""
+    global _watched
+    sys.addaudithook(_watch)  # for the rest of the process; it looks only while there is a list
+    for name in FOREIGN:
+        (run.checkpoint / name).write_bytes(zipped(run.marker) if name.endswith(".pt") else pickled(run.marker))
+    _watched = []
+    try:
+        said = command("verify", run.folder).out
+        codes = run.codes()
+        opened = {Path(path).name for path in _watched}
+    finally:
+        _watched = None
+    assert all(f"{name} is not in manifest.json" in said for name in FOREIGN)
+    assert codes["train"] == codes["generate"] == 0  # from the checkpoint before
+    assert codes["generate checkpoint"] == codes["inspect checkpoint"] == 74
+    assert "state.json" in opened
+    assert opened.isdisjoint(FOREIGN)
