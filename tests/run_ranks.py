@@ -44,6 +44,31 @@ class RunningRanks:
             if process.is_alive():
                 os.kill(process.pid, signum)
 
+    def freeze(self, timeout_seconds: float = 60.0) -> None:
+        """Wait until a planned fault has frozen some rank, then freeze the others too.
+
+        Raises:
+            AssertionError: no rank froze in time, or some rank has ended.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while not any(process_stopped(process.pid) for process in self.processes):
+            ended = [process.exitcode for process in self.processes]
+            assert ended == [None] * len(ended), f"no rank froze; exit codes {ended}"
+            assert time.monotonic() < deadline, f"no rank froze within {timeout_seconds:g} s"
+            time.sleep(0.01)
+        self.send(signal.SIGSTOP)
+        while not all(process_stopped(process.pid) for process in self.processes):
+            time.sleep(0.01)
+
+    def __enter__(self) -> RunningRanks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """A case that fails leaves no rank behind, frozen or not."""
+        self.send(signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+
     def finish(self, timeout_seconds: float = 120.0, grace_seconds: float = 1.0) -> list[int]:
         """Exit codes by rank; negative is the signal that ended it.
 
@@ -70,6 +95,14 @@ class RunningRanks:
 def run_ranks(recipe: Path, ranks: int, *overrides: str, log: Path, **environment: str) -> list[int]:
     """One attempt from start to end."""
     return RunningRanks(recipe, ranks, *overrides, log=log, **environment).finish()
+
+
+def process_stopped(pid: int) -> bool:
+    """Whether SIGSTOP holds a process. Source: proc(5), /proc/pid/stat, field 3."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:  # it has ended
+        return False
 
 
 def _rank(arguments: list[str], environment: dict[str, str], log: str) -> None:

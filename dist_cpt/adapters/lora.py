@@ -190,7 +190,8 @@ def _is_linear(module: nn.Module) -> bool:
 def _stores_transposed(model: Any, targets: list[str]) -> bool:
     """Whether the targets are GPT-2's Conv1D, which stores [in, out]; PEFT wants to be told."""
     matched = [m for name, m in model.named_modules() if any(name == t or name.endswith(f".{t}") for t in targets)]
-    transposed = {not isinstance(module, nn.Linear) for module in matched}
+    # A quantised layer has turned its weight around, but the saved adapter shall fit the base as it lies on the disk.
+    transposed = {not issubclass(getattr(module, "source_cls", type(module)), nn.Linear) for module in matched}
     if len(transposed) > 1:
         raise ConfigError("adapter.targets mixes linear layers of two storage orders", remedy="name one kind only")
     return transposed == {True}

@@ -33,17 +33,22 @@ class ModelConfig(Frozen):
     path: str | None = None
     revision: str | None = None
     config: dict[str, Any] | None = None  # a transformers config with its model_type; random weights from the seed
-    weights: str = "bf16"  # storage of the frozen weights and the compute dtype: fp32 | bf16
+    weights: str = "bf16"  # storage of the frozen weights: fp32 | bf16 | nf4
     kernels: str = "auto"  # auto | reference
 
     @field_validator("weights")
     @classmethod
     def _weights(cls, value: str) -> str:
-        if value in ("nf4", "int8"):
-            raise _not_yet("weights", value, "bf16 or fp32")
-        if value not in ("fp32", "bf16"):
-            raise ValueError(f"weights must be fp32 or bf16, not {value!r}")
+        if value == "int8":
+            raise _not_yet("weights", value, "nf4, bf16 or fp32")
+        if value not in ("fp32", "bf16", "nf4"):
+            raise ValueError(f"weights must be fp32, bf16 or nf4, not {value!r}")
         return value
+
+    @property
+    def compute_dtype(self) -> Literal["fp32", "bf16"]:
+        """What activations, and the copies of trainable tensors that compute, are in."""
+        return "fp32" if self.weights == "fp32" else "bf16"
 
     @field_validator("kernels")
     @classmethod
@@ -337,6 +342,10 @@ class RunConfig(Frozen):
             )
         if self.model.config is not None and self.data.tokenizer is None:
             raise ValueError("model.config initialises from scratch, so data.tokenizer must name a tokenizer")
+        if self.model.weights == "nf4" and self.model.config is not None:
+            raise ValueError("model.weights nf4 quantises a pretrained base, and model.config has none; use bf16")
+        if self.model.weights == "nf4" and self.adapter.kind == "none":
+            raise ValueError("a base in nf4 cannot train in full; use adapter.kind lora, or model.weights bf16")
         if self.model.config is not None and self.adapter.kind == "lora":
             raise ValueError("an adapter on random weights learns nothing useful; use adapter.kind: none")
         if self.adapter.kind == "none" and self.embeddings.train:

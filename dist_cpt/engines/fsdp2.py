@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from dist_cpt.adapters.quantize import quantisation_state
 from dist_cpt.config.schema import EngineConfig, RunConfig
 from dist_cpt.data.batch import Batch
 from dist_cpt.engines.engine import STATE_KINDS, ExportedTensor, ExportState, GradStats, OwnerOf, ReadState, StateKind
@@ -123,6 +124,7 @@ class Fsdp2Engine:
         for name, parameter in self._module.named_parameters():
             if id(parameter) not in training:
                 yield name, _local(parameter)
+        yield from quantisation_state(self._module)
 
     def sharded_bytes(self) -> dict[str, int]:
         # The compute copies live from gather to reshard only; the shards are the masters, counted as trainable.
@@ -190,7 +192,7 @@ def _shard(
     device: torch.device,
 ) -> list[FSDPModule]:
     """Apply fully_shard to each layer and the root; the units, root first."""
-    compute = torch.bfloat16 if config.model.weights == "bf16" else torch.float32
+    compute = torch.bfloat16 if config.model.compute_dtype == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     ignored = {p for p in module.parameters() if not p.requires_grad} if engine.shard == "trainable" else None
     if ignored:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
+from dist_cpt.adapters.quantize import quantisation_state
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.batch import Batch
 from dist_cpt.engines.engine import STATE_KINDS, ExportedTensor, ExportState, GradStats, OwnerOf, ReadState, StateKind
@@ -49,7 +50,7 @@ class SingleEngine:
         self._parameters = {name: trainable[name] for group in groups for name in group.names}
         # In fp32 the master computes itself: the same tensor, no copy.
         self._adam = AdamW({name: p.data for name, p in self._parameters.items()}, config.optim)
-        if config.model.weights == "bf16":
+        if config.model.compute_dtype == "bf16":
             for parameter in self._parameters.values():
                 parameter.data = parameter.data.to(torch.bfloat16)
         self._grads: dict[str, torch.Tensor] = {}
@@ -115,6 +116,7 @@ class SingleEngine:
         for name, parameter in self._module.named_parameters():
             if id(parameter) not in training:
                 yield name, parameter.data
+        yield from quantisation_state(self._module)
 
     def sharded_bytes(self) -> dict[str, int]:
         seen: set[int] = set()

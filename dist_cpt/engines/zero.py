@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_cpt.adapters.quantize import quantisation_state
 from dist_cpt.config.schema import EngineConfig, RunConfig
 from dist_cpt.data.batch import Batch
 from dist_cpt.engines.engine import STATE_KINDS, ExportedTensor, ExportState, GradStats, OwnerOf, ReadState, StateKind
@@ -80,7 +81,7 @@ class ZeroEngine:
         self._layout = _Stage3(self._zero) if engine.stage == 3 else _Stage12(self._zero)
         self._state = self._slices()
         self._set_moments_to_zero()
-        if config.model.weights == "bf16":  # in fp32 the masters were copied without rounding
+        if config.model.compute_dtype == "bf16":  # in fp32 the masters were copied without rounding
             for name, (start, stop) in self._state.ranges.items():
                 if start < stop:
                     self._live("master", name).copy_(initial[name].reshape(-1)[start:stop])
@@ -146,16 +147,18 @@ class ZeroEngine:
         for name, parameter in self._module.named_parameters():
             if id(parameter) not in training:
                 yield name, _local(parameter)
+        yield from quantisation_state(self._module)
 
     def sharded_bytes(self) -> dict[str, int]:
         training = {id(parameter) for parameter in self._parameters.values()}
         frozen = [p for p in self._module.parameters() if id(p) not in training]
+        beside = [tensor for _, tensor in quantisation_state(self._module)]
         flats = self._layout.flats
         moments = [self._adam.state[flat][kind] for flat in flats for kind in ("exp_avg", "exp_avg_sq")]
         seen: set[int] = set()
         return {
             "trainable": storage_bytes(_held(self._parameters.values()), seen),
-            "frozen": storage_bytes(_held(frozen), seen),
+            "frozen": storage_bytes([*_held(frozen), *beside], seen),
             "optimizer": storage_bytes([flat.data for flat in flats] + moments, seen),
         }
 
@@ -284,7 +287,7 @@ def _deepspeed_config(config: RunConfig, engine: EngineConfig, trainable: Mappin
         "gradient_accumulation_steps": 1,  # the boundary is set by hand, so the number may vary
         "gradient_clipping": config.optim.max_grad_norm,
         "steps_per_print": 2**31,
-        "bf16": {"enabled": config.model.weights == "bf16", "check_grad_overflow": True},
+        "bf16": {"enabled": config.model.compute_dtype == "bf16", "check_grad_overflow": True},
         # The defaults accumulate and reduce in bf16, which costs 1e-3 of the gradient.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",

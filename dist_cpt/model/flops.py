@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from dist_cpt.adapters.quantize import weight_elements
+
 
 @dataclass(frozen=True)
 class ModelFlops:
@@ -45,7 +47,7 @@ def model_flops(module: nn.Module, hf_config: Any, *, embeddings: nn.Embedding, 
     counts = {True: 0, False: 0}
     for parameter in module.parameters():
         if parameter.ndim == 2 and id(parameter) not in lookups:
-            counts[parameter.requires_grad] += parameter.numel()
+            counts[parameter.requires_grad] += weight_elements(parameter)
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     width = hf_config.num_hidden_layers * hf_config.num_attention_heads * head_dim
     return ModelFlops(counts[False], counts[True], width)

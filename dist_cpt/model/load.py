@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_cpt.adapters import quantize
 from dist_cpt.adapters.lora import adapter_aliases, apply_lora, canonical_name, write_adapter_config
 from dist_cpt.config.schema import ModelConfig, RunConfig
 from dist_cpt.errors import ConfigError
@@ -64,8 +65,9 @@ def load_model(config: RunConfig, *, device: torch.device, vocab_size: int | Non
     Raises:
         ConfigError: no such model, no safetensors weights, an unknown architecture or config key, too small
             a vocabulary, too few positions, or adapter targets that do not exist.
+        MissingExtraError: weights are nf4 and bitsandbytes is not installed.
     """
-    model, identity = _base(config, vocab_size)
+    model, identity = _base(config, vocab_size, device)
     check_config(model.config)
     parts = parts_of(model)
     _check_sizes(config, parts, vocab_size)
@@ -91,10 +93,11 @@ def load_model(config: RunConfig, *, device: torch.device, vocab_size: int | Non
 
 
 def frozen_hash(module: nn.Module) -> str:
-    """sha256 over the names and raw bytes of every frozen parameter and every buffer; not for shards."""
+    """sha256 over the names and raw bytes of every frozen parameter, what unpacks it and every buffer; not for
+    shards."""
     digest = hashlib.sha256()
     frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
-    for name, tensor in frozen + list(module.named_buffers()):
+    for name, tensor in (*frozen, *quantize.quantisation_state(module), *module.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -164,12 +167,12 @@ def build_config(values: dict[str, Any], vocab_size: int | None) -> Any:
     return hf_config
 
 
-def _base(config: RunConfig, vocab_size: int | None) -> tuple[Any, dict[str, Any]]:
+def _base(config: RunConfig, vocab_size: int | None, device: torch.device) -> tuple[Any, dict[str, Any]]:
     trains_in_full = config.adapter.kind == "none"
-    dtype = torch.float32 if trains_in_full else WEIGHTS_DTYPE[config.model.weights]
+    dtype = torch.float32 if trains_in_full else WEIGHTS_DTYPE[config.model.compute_dtype]
     if config.model.config is not None:
         return _from_scratch(config.model.config, config.seed, dtype, vocab_size)
-    return _from_folder(config.model, dtype)
+    return _from_folder(config.model, dtype, device)
 
 
 def _from_scratch(
@@ -191,7 +194,7 @@ def _from_scratch(
     return model, identity | _description(model.config)
 
 
-def _from_folder(chosen: ModelConfig, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def _from_folder(chosen: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -201,14 +204,24 @@ def _from_folder(chosen: ModelConfig, dtype: torch.dtype) -> tuple[Any, dict[str
     try:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _switch_off_dropout(hf_config, keep=set())
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=hf_config, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        if getattr(hf_config, "quantization_config", None) is not None:
+            raise ConfigError(
+                f"model.path: {chosen.path} holds quantised weights (quantization_config in its config.json)",
+                remedy="give the unquantised model; model.weights: nf4 quantises it while loading",
+            )
+        if chosen.weights == "nf4":
+            model = quantize.load_nf4(folder, hf_config, device)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=hf_config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise ConfigError(f"model.path: {chosen.path} cannot be loaded: {_one_line(error)}") from error
     # a hub snapshot lies in a folder named after its commit
     revision = folder.name if folder.parent.name == "snapshots" else chosen.revision
     identity = {"path": chosen.path, "revision": revision, "sha256": weights_sha256(folder)}
+    if chosen.weights == "nf4":
+        identity |= quantize.IDENTITY
     return model, identity | _description(model.config)
 
 
@@ -217,7 +230,7 @@ def _description(hf_config: Any) -> dict[str, Any]:
         "model_type": hf_config.model_type,
         "architectures": list(hf_config.architectures or []),
         "vocab_size": hf_config.vocab_size,
-        "config": hf_config.to_diff_dict(),
+        "config": {key: value for key, value in hf_config.to_diff_dict().items() if key != "quantization_config"},
     }
 
 

@@ -70,7 +70,10 @@ def _problems(run_folder: Path) -> list[str]:
     problems += lost
     if not unreadable:
         problems += _step_problems([row.step for row in rows])
-        problems += _sequence_problems(rows, windows)
+        ended_well = objects.get("exit.json", {}).get("code") in (EXIT_DONE, EXIT_STOPPED)
+        # A kill may have hit between the decision to roll back and the deed: then the rows know nothing of it yet.
+        done = windows if ended_well or not saved else saved[0].state.skipped_windows
+        problems += _sequence_problems(rows, windows, done)
         problems += [problem for one in saved for problem in _saved_problems(one, rows)]
         problems += _end_problems(objects.get("exit.json", {}), rows, newest_step)
     problems += _recipe_problems(run_folder, objects.get("run.json", {}), saved)
@@ -110,22 +113,29 @@ def _windows(rollbacks: Mapping[str, Any], saved: Sequence[_Saved]) -> tuple[lis
     return sorted(known.union(*(one.state.skipped_windows for one in saved))), lost
 
 
-def _sequence_problems(rows: Sequence[_Row], windows: Sequence[tuple[int, int]]) -> list[str]:
-    """Whether each row begins where the one before it ended, windows that were left out aside."""
+def _sequence_problems(
+    rows: Sequence[_Row], windows: Sequence[tuple[int, int]], done: Sequence[tuple[int, int]]
+) -> list[str]:
+    """Whether each row begins where the one before it ended, or after the `windows`, or those `done`, that follow."""
     blocks, tokens, skipped = [], [], []
     before = _Row(step=0, position=(0, 0), num_tokens=0, tokens=0, tokens_by_source={}, skipped=False, skipped_total=0)
     for row in rows:
-        start = before.position[1]
-        for left_out, until in windows:
-            start = until if left_out <= start < until else start
-        if row.position[0] != start or row.position[1] <= row.position[0]:
-            blocks.append(f"step {row.step} took blocks {row.position[0]} to {row.position[1]}, {start} was next")
+        starts = [_past(before.position[1], left_out) for left_out in (windows, done)]
+        if row.position[0] not in starts or row.position[1] <= row.position[0]:
+            blocks.append(f"step {row.step} took blocks {row.position[0]} to {row.position[1]}, {starts[0]} was next")
         if row.tokens != before.tokens + row.num_tokens:
             tokens.append(f"step {row.step} has {row.tokens} tokens, not {before.tokens} + {row.num_tokens}")
         if row.skipped_total != before.skipped_total + row.skipped:
             skipped.append(f"step {row.step} counts {row.skipped_total} skipped steps after {before.skipped_total}")
         before = row
     return [f"{METRICS}: {found[0]}{_more(found)}" for found in (blocks, tokens, skipped) if found]
+
+
+def _past(position: int, windows: Sequence[tuple[int, int]]) -> int:
+    """The first position from `position` on that lies in none of the windows."""
+    for start, stop in windows:
+        position = stop if start <= position < stop else position
+    return position
 
 
 def _saved_problems(one: _Saved, rows: Sequence[_Row]) -> list[str]:

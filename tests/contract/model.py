@@ -46,7 +46,7 @@ def recipe(base: str, engine: dict[str, Any], variant: str, weights: str, **mode
     if variant != "full":
         adapter = {
             "adapter": {"kind": "lora", "rank": 3, "alpha": 6},
-            "embeddings": {"train": ["embed_tokens", "lm_head"]},
+            "embeddings": {"train": [] if variant == "lora-only" else ["embed_tokens", "lm_head"]},
         }
     return RunConfig.model_validate(
         {

@@ -214,6 +214,16 @@ def test_a_window_of_a_rollback_since_the_newest_checkpoint_counts_too(run: Path
     assert record_problems(run) == []
 
 
+def test_a_kill_between_the_decision_to_roll_back_and_the_deed_is_normal(run: Path) -> None:
+    (run / "rollbacks.json").write_text(json.dumps({"windows": [[48, 64]]}))
+    (said,) = record_problems(run)  # it has ended well
+    assert said == "metrics.jsonl: step 7 took blocks 48 to 56, 64 was next (and 1 more)"
+    (run / "exit.json").unlink()
+    assert record_problems(run) == []
+    save_with_windows(run, (32, 48), (72, 80))
+    assert record_problems(run) == ["metrics.jsonl: step 8 took blocks 72 to 80, 80 was next"]  # one it knew of
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

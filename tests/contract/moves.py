@@ -1,0 +1,122 @@
+"""One training state through a checkpoint on the disk from any engine and world size to any other."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_cpt.checkpoint.manifest import Identity, TensorSpec, owners
+from dist_cpt.checkpoint.restore import load, newest_valid, require_fit
+from dist_cpt.checkpoint.state import Probe, Randomness, TrainState
+from dist_cpt.checkpoint.store import save
+from dist_cpt.checkpoint.verify import certify
+from dist_cpt.engines.engine import Engine
+from dist_cpt.optim.groups import ParamGroup
+from dist_cpt.runtime.collectives import broadcast_json
+from tests.contract.cases import on_rank_0, running, train
+
+BEFORE, AFTER = 3, 5  # steps before the move and after it
+IDENTITY = Identity({"path": "base"}, {"sha256": "0" * 64}, "0" * 64, "engine")
+
+
+def leave(base: str, engine: dict[str, Any], variant: str, weights: str, folder: str) -> Any:
+    """Train, save, and go on unbroken: (losses and gradient norms of the later steps), with the end saved as well."""
+    with running(base, engine, variant, weights) as (built, groups):
+        train(built, groups, 1, BEFORE)
+        _save(built, groups, variant, Path(folder), BEFORE)
+        numbers = train(built, groups, BEFORE + 1, BEFORE + AFTER)
+        _save(built, groups, variant, Path(folder) / "end", BEFORE + AFTER)
+        return on_rank_0(numbers)
+
+
+def arrive(base: str, engine: dict[str, Any], variant: str, weights: str, folders: dict[str, str]) -> Any:
+    """For every origin: (checks that failed, later losses and norms, largest master difference at the end over the
+    largest change of that tensor in these steps)."""
+    arrived: dict[str, Any] = {}
+    with running(base, engine, variant, weights) as (built, groups):
+        specs = _specs(built, groups)
+        for origin, folder in folders.items():
+            path, skipped = newest_valid(Path(folder))
+            assert path is not None
+            assert not skipped
+            with load(path, verified=True) as checkpoint:
+                require_fit(checkpoint.manifest, specs, IDENTITY)
+                built.import_state(checkpoint.read, checkpoint.state.optimizer_steps)
+                certificate = _certify(built, specs, variant, checkpoint)
+            numbers = train(built, groups, BEFORE + 1, BEFORE + AFTER)
+            drift = _drift(built, Path(folder))
+            arrived[origin] = certificate["failed"], numbers, drift
+    return on_rank_0(arrived)
+
+
+def _specs(engine: Engine, groups: list[ParamGroup]) -> list[TensorSpec]:
+    exported = engine.export_state(lambda kind, name: 0, ("master",))
+    sizes = broadcast_json(
+        [[tensor.name, tuple(tensor.values.shape)] for tensor in exported if tensor.values is not None]
+    )
+    shapes = {name: tuple(shape) for name, shape in sizes}
+    return [TensorSpec(name, shapes[name], "bf16", group.name) for group in groups for name in group.names]
+
+
+def _save(engine: Engine, groups: list[ParamGroup], variant: str, folder: Path, step: int) -> None:
+    adapter = variant != "full"
+    save(
+        folder,
+        engine.export_state,
+        specs=_specs(engine, groups),
+        adapter=adapter,
+        state=TrainState(
+            step=step,
+            position=8 * step,
+            tokens=step,
+            tokens_by_source={},
+            skipped_total=0,
+            random=Randomness(seed=0, step=step),
+            schedule={},
+            wandb_run_id="moves",
+            attempt=0,
+            optimizer_steps=step,
+            next_block_ids=(),
+            probe=Probe(block_ids=(), loss=0.0),
+        ),
+        identity=IDENTITY,
+        sidecars=[lambda path: (path / ("adapter_config.json" if adapter else "config.json")).write_text("{}")],
+    )
+
+
+def _certify(engine: Engine, specs: list[TensorSpec], variant: str, checkpoint: Any) -> dict[str, Any]:
+    placed = owners(specs, dist.get_world_size(), variant != "full")
+    return certify(
+        checkpoint.manifest,
+        engine.export_state(lambda kind, name: placed[kind, name]),
+        next_block_ids=(),
+        recorded_block_ids=(),
+        replayed_loss=0.0,
+        recorded_loss=0.0,
+        tolerance=0.0,
+    )
+
+
+def _drift(engine: Engine, folder: Path) -> float:
+    """Largest |master - master of the unbroken run|, over the largest change of that tensor since the move."""
+    worst = 0.0
+    start, _ = newest_valid(folder)
+    end, _ = newest_valid(folder / "end")
+    assert start is not None
+    assert end is not None
+    with load(start, verified=True) as before, load(end, verified=True) as after:
+        for tensor in engine.export_state(lambda kind, name: 0, ("master",)):
+            if tensor.values is None:
+                continue
+            size = tensor.values.numel()
+            flat = tensor.values.reshape(-1)
+            unbroken = after.read("master", tensor.name, 0, size)
+            moved = float((unbroken - before.read("master", tensor.name, 0, size)).abs().max())
+            worst = max(worst, float((flat - unbroken).abs().max()) / moved if moved else math.inf)
+    answer = torch.tensor([worst], dtype=torch.float64)
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+    return float(answer)
