@@ -177,9 +177,14 @@ def merge(
 ) -> None:
     """Base and adapter as one plain Hugging Face folder, checked against the trainer's logits."""
     from dist_cpt.model.export import merge as merge_model
+    from dist_cpt.model.export import nf4_gap
 
-    difference = merge_model(_checkpoint_folder(path), out, dtype)
+    checkpoint = _checkpoint_folder(path)
+    gap = nf4_gap(checkpoint)
+    difference = merge_model(checkpoint, out, dtype)
     print(f"{out}: largest logit difference in fp32 {difference:.2e}")
+    if gap is not None:
+        print(f"trained over an nf4 base, merged into the unquantised one: off the trainer's logits by up to {gap:.2e}")
 
 
 @app.command()

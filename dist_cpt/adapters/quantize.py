@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dist_cpt.adapters.lora import import_peft
 from dist_cpt.errors import ConfigError, MissingExtraError
 
 BLOCKSIZE = 64  # elements that share a scale; fixed by transformers for weights it quantises while loading
@@ -24,7 +25,7 @@ BLOCKSIZE = 64  # elements that share a scale; fixed by transformers for weights
 IDENTITY = {"weights": "nf4", "weights_quantisation": {"blocksize": BLOCKSIZE, "double_quant": True}}
 
 
-def load_nf4(folder: Path, hf_config: Any, device: torch.device) -> Any:
+def load_nf4(folder: Path, hf_config: Any | None, device: torch.device) -> Any:
     """A transformers causal LM on `device` with every linear layer but the head in NF4, the rest in bf16.
 
     transformers quantises one tensor after the other while it reads: the 16-bit base never exists as a whole.
@@ -72,6 +73,7 @@ def require_bitsandbytes() -> Any:
     Raises:
         MissingExtraError: it is not installed.
     """
+    import_peft()  # first, for it knows how to bring in bitsandbytes without lines on every rank
     try:
         import bitsandbytes
     except ImportError:
@@ -108,9 +110,8 @@ def _state(module: Any) -> Any:
 class _Product(torch.autograd.Function):
     """x W^T + b with W unpacked for this one product, in forward and again in backward.
 
-    bitsandbytes' own layer computes the same, but keeps a view of the gathered codes from forward to backward,
-    so that ZeRO-3 could not free them; and on CPUs with bf16 instructions it repacks codes and scales in place at
-    the first evaluation, under which sharded codes would no longer be those that were trained on.
+    bitsandbytes' own layer keeps a view of the gathered codes from forward to backward, so that ZeRO-3 could not
+    free them; and on a CPU with bf16 instructions it repacks codes and scales in place at the first evaluation.
     """
 
     @staticmethod
@@ -130,6 +131,13 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _unpacked(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     """The weight [out, in]. The codes are looked up now: an engine may have gathered them a moment ago."""
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import dequantize_blockwise
 
-    return dequantize_4bit(layer.weight.data, layer.quant_state).to(dtype)
+    state = layer.quant_state
+    elements = state.shape.numel()
+    absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    # As one row: for rows of 16 n elements, but not 64 n, the CPU kernel of bitsandbytes 0.50 would take the scales
+    # of other blocks. A row of an odd number of elements ends in the spare half of its last byte.
+    row = (1, elements + elements % 2)
+    flat = torch.ops.bitsandbytes.dequantize_4bit(layer.weight.data, absmax, BLOCKSIZE, "nf4", row, torch.bfloat16)
+    return flat[0, :elements].view(state.shape).to(dtype)

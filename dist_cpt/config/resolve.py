@@ -38,6 +38,8 @@ def resolve_paths(config: RunConfig) -> RunConfig:
         source["name"] = source["name"] or _source_name(source["path"])
     for held_out in values["data"]["validation"]:
         held_out["path"] = _absolute(held_out["path"])
+    if config.adapter.continue_from is not None:
+        values["adapter"]["continue_from"]["path"] = _absolute(config.adapter.continue_from.path)
     values["model"]["path"] = _folder_or_hub_id(config.model.path)
     values["data"]["tokenizer"] = _folder_or_hub_id(config.data.tokenizer or config.model.path)
     if values["optim"]["embedding_lr"] is None:

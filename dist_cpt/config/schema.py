@@ -68,6 +68,13 @@ class ModelConfig(Frozen):
         return self
 
 
+class ContinueFromConfig(Frozen):
+    """The adapter a run starts from; `optimizer` takes over AdamW's moments and step count as well."""
+
+    path: str  # a PEFT folder, a Trainer's checkpoint-N or a checkpoint of this program
+    optimizer: bool = False
+
+
 class AdapterConfig(Frozen):
     """PEFT LoRA on `targets`, or `none`: every parameter trains."""
 
@@ -77,14 +84,18 @@ class AdapterConfig(Frozen):
     rslora: bool = True
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     targets: str | tuple[str, ...] = "all-linear"
-    continue_from: str | None = None
+    continue_from: ContinueFromConfig | None = None  # a bare path: its weights, with a fresh optimizer
 
-    @field_validator("continue_from")
+    @field_validator("continue_from", mode="before")
     @classmethod
-    def _continue_from(cls, value: str | None) -> str | None:
-        if value is not None:
-            raise _not_yet("continue_from", value, "null, or merge the adapter into the base first")
-        return value
+    def _bare_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _continues_an_adapter(self) -> AdapterConfig:
+        if self.kind == "none" and self.continue_from is not None:
+            raise ValueError("continue_from belongs to kind: lora; a full model is continued with model.path")
+        return self
 
 
 class EmbeddingsConfig(Frozen):

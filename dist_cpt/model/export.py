@@ -1,4 +1,8 @@
-"""A checkpoint as a plain Hugging Face folder, proven to give the logits that training had."""
+"""A checkpoint as a plain Hugging Face folder, proven to give the logits that training had.
+
+Over an NF4 base they are those of the unquantised base under the trained adapter, and `nf4_gap` says how far
+they are from the trainer's.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from typing import Any
 import torch
 
 from dist_cpt.adapters.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, import_peft, without_peft_deprecations
+from dist_cpt.adapters.quantize import load_nf4
 from dist_cpt.errors import CheckpointError, ConfigError, WriteError
 from dist_cpt.model.load import WEIGHTS_DTYPE, locate_base, weights_sha256
 
@@ -67,6 +72,32 @@ def merge(checkpoint: str | Path, out: str | Path, dtype: str = "bf16", *, base:
     return difference
 
 
+def nf4_gap(checkpoint: str | Path, *, base: str | None = None) -> float | None:
+    """How far the trainer's NF4 base is from the one that `merge` and `generate` use, under the trained adapter.
+
+    The largest absolute difference of their logits, both computed in fp32, over probe tokens; None if the run's
+    base was not quantised. `base` as for `merge`.
+
+    Raises:
+        CheckpointError: no checkpoint, or another base than the run had.
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    checkpoint = Path(checkpoint)
+    if _manifest(checkpoint)["base"].get("weights") != "nf4":
+        return None
+    base_folder = verified_base(checkpoint, base)
+    assert base_folder is not None  # only adapters train over NF4
+    plain = load_fp32(checkpoint, base_folder)
+    probe = _probe(plain.config.vocab_size)
+    expected = _logits(plain, probe)
+    del plain
+    quantised = load_nf4(base_folder, None, torch.device("cpu"))
+    for parameter in quantised.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    return float((_logits(_under_adapter(quantised, checkpoint), probe) - expected).abs().max())
+
+
 def verified_base(checkpoint: Path, override: str | None = None) -> Path | None:
     """The base folder of an adapter checkpoint, its weights hashed against the manifest; None without adapter.
 
@@ -98,9 +129,13 @@ def load_fp32(checkpoint: Path, base_folder: Path | None) -> Any:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (checkpoint / name).is_file():
             raise CheckpointError(f"{checkpoint} has no {name}", remedy="adapters are read from safetensors only")
+    return _under_adapter(_plain_model(base_folder), checkpoint)
+
+
+def _under_adapter(model: Any, checkpoint: Path) -> Any:
     peft = import_peft()
     with without_peft_deprecations():
-        return peft.PeftModel.from_pretrained(_plain_model(base_folder), str(checkpoint)).eval()
+        return peft.PeftModel.from_pretrained(model, str(checkpoint)).eval()
 
 
 def _plain_model(folder: Path) -> Any:

@@ -66,8 +66,11 @@ def _base_of(folder: Path) -> Path | None:
         return None
     if (folder / "manifest.json").is_file():
         return verified_base(folder)
-    values = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    path = values.get("base_model_name_or_path")
+    try:
+        values = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        path = values.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from None
     if not path:
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG} names no base model", remedy="merge it, or name the base there"

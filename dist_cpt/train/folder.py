@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from dist_cpt.checkpoint.folders import fsync_path, published
+from dist_cpt.checkpoint.outline import read_state
 from dist_cpt.config.load import load_recipe
 from dist_cpt.config.resolve import differences, fingerprint, to_yaml
 from dist_cpt.config.schema import RunConfig
-from dist_cpt.errors import ConfigError, Superseded, WriteError
+from dist_cpt.errors import CheckpointError, ConfigError, Superseded, WriteError
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,10 @@ def claim(folder: Path, config: RunConfig, new_run_id: str) -> Claim:
         ) from error
     try:
         _same_recipe(folder / "recipe.yaml", config)
-        known = read_json(folder / "run.json")
+        attempts, wandb_run_id = _earlier_starts(folder)
         started = {
-            "wandb_run_id": known.get("wandb_run_id", new_run_id),
-            "attempts": int(known.get("attempts", 0)) + 1,
+            "wandb_run_id": wandb_run_id or new_run_id,
+            "attempts": attempts + 1,
             "fingerprint": fingerprint(config),
             "token": secrets.token_hex(8),
             "host": socket.gethostname(),
@@ -139,6 +141,21 @@ def _lock(folder: Path) -> TextIO:
     return lock
 
 
+def _earlier_starts(folder: Path) -> tuple[int, str | None]:
+    """(starts so far, W&B run id) from run.json, or from the newest readable checkpoint if that file is lost."""
+    known = read_json(folder / "run.json")
+    attempts, wandb_run_id = known.get("attempts"), known.get("wandb_run_id")
+    if isinstance(attempts, int) and isinstance(wandb_run_id, str):
+        return attempts, wandb_run_id
+    for path in published(folder):
+        try:
+            state = read_state(path)
+        except CheckpointError:
+            continue
+        return state.attempt + 1, state.wandb_run_id
+    return 0, None
+
+
 def _job() -> str | None:
     """The batch job this process belongs to; a requeued job keeps its number."""
     return os.environ.get("SLURM_JOB_ID")
@@ -167,5 +184,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+    fsync_path(path.parent)

@@ -215,7 +215,7 @@ class _Run:
         self._watch(resumed_from)
         with ExitStack() as stack:
             stack.callback(self.engine.close)
-            if self.progress.step == 0:
+            if resumed_from is None:
                 self._evaluate(0)
             while (outcome := self._train()) == "rollback":
                 self._roll_back()
@@ -470,7 +470,16 @@ class _Run:
 
     def _known_windows(self) -> list[list[int]]:
         """Windows that rollbacks of earlier attempts left out; the checkpoint they went back to is older."""
-        return read_json(self.folder / ROLLBACKS).get("windows", [])
+        path = self.folder / ROLLBACKS
+        if not path.exists():
+            return []
+        try:
+            return [[int(start), int(stop)] for start, stop in read_json(path)["windows"]]
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(
+                f"{path} is damaged: the data that a rollback left out is not known",
+                remedy="restore it from a copy, or remove it if the run may see that data again",
+            ) from None
 
     def _saver(self) -> Saver:
         return Saver(

@@ -42,6 +42,7 @@ def save_base(folder: str, sizes: dict[str, Any]) -> None:
 
 def recipe(base: str, engine: dict[str, Any], variant: str, weights: str, **model: Any) -> RunConfig:
     """A recipe around the base folder; the optimizer's numbers make clipping and every group matter."""
+    weights = "nf4" if variant == "nf4" else weights  # the variant is LoRA over a quantised base
     adapter: dict[str, Any] = {"adapter": {"kind": "none"}}
     if variant != "full":
         adapter = {

@@ -185,8 +185,8 @@ def require_began_at(job: Job, attempt: int, step: int, why: str) -> None:
 
 
 def attempt_that_finds_its_step_taken(job: Job, step: int, planned: str) -> list[int]:
-    """While the run is on its way to `step`, a folder of that name appears, as a late older attempt would leave it."""
-    with job.start(f"step:rank0:step{step}:freeze,{planned}") as running:
+    """While the run saves `step`, a folder of that name appears, as a late older attempt would leave it."""
+    with job.start(f"save.staged:rank0:step{step}:freeze,{planned}") as running:
         running.freeze()
         folder = job.run / "checkpoints"
         shutil.copytree(folder / f"step-{step - EVERY:08d}", folder / f"step-{step:08d}")
@@ -240,3 +240,290 @@ def test_the_matrix_kills_at_every_point_on_every_rank() -> None:
                 seen.setdefault(engine, set()).add(point)
     points = {*(f"save.{p}" for p in SAVE_POINTS), *(f"trial.{p}" for p in ON_ALL_RANKS), "step", "restore"}
     assert seen == {engine: points for engine in ENGINES}
+
+
+# -- damaged on the disk ------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    """One bit, in the middle."""
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 16
+    path.write_bytes(raw)
+
+
+def swap(one: Path, other: Path) -> None:
+    kept = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(kept)
+
+
+def link(path: Path) -> None:
+    path.rename(path.parent.parent.parent / "elsewhere")
+    path.symlink_to("../../elsewhere")
+
+
+TO_A_FILE: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "zero-length": lambda path: os.truncate(path, 0),
+    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "flipped": flip,
+    "deleted": lambda path: path.unlink(),
+    "of another step": lambda path: shutil.copy(path.parent.parent / "step-00000010" / path.name, path),
+    "a link": link,
+}
+FILES = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "optimizer-00001-of-00002.safetensors",
+    "optimizer-00002-of-00002.safetensors",
+    "state.json",
+    "manifest.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+# The same in every checkpoint of a run.
+CONSTANT = ("adapter_config.json", "tokenizer.json", "tokenizer_config.json")
+# What is done to the newest checkpoint as a whole, and the name that must be said.
+TO_THE_FOLDER: dict[str, tuple[Callable[[Path], object], str]] = {
+    "optimizer files swapped": (lambda path: swap(path / FILES[2], path / FILES[3]), FILES[2]),
+    "json files swapped": (lambda path: swap(path / "state.json", path / "adapter_config.json"), "state.json"),
+    "tokenizer files swapped": (lambda path: swap(path / FILES[6], path / FILES[7]), "tokenizer.json"),
+    "old manifest and old state": (
+        lambda path: [shutil.copy(path.parent / "step-00000010" / name, path) for name in ("manifest.json", FILES[4])],
+        "manifest.json",
+    ),
+    "old files under a new manifest": (
+        lambda path: [shutil.copy(path.parent / "step-00000010" / name, path) for name in FILES if "man" not in name],
+        "state.json",
+    ),
+    "an extra file": (lambda path: (path / "extra.safetensors").write_bytes(b"x"), "extra.safetensors"),
+    "an extra link": (lambda path: (path / "extra").symlink_to("/etc/passwd"), "extra"),
+    "an extra link to a folder": (lambda path: (path / "extra").symlink_to("/etc"), "extra"),
+    "emptied": (lambda path: [file.unlink() for file in path.iterdir()], "manifest.json"),
+    "only a manifest": (lambda path: [(path / name).unlink() for name in FILES if "man" not in name], FILES[0]),
+}
+
+
+@pytest.fixture
+def copied(unbroken, tmp_path) -> Path:
+    """The last three checkpoints of a finished run of two ranks, to be damaged."""
+    run = tmp_path / "copied"
+    for step in (8, 10, 12):
+        name = f"step-{step:08d}"
+        shutil.copytree(unbroken("fsdp-full", 2).run / "checkpoints" / name, run / "checkpoints" / name)
+    assert sorted(path.name for path in (run / "checkpoints" / "step-00000012").iterdir()) == sorted(FILES)
+    return run
+
+
+def require_named_and_skipped(run: Path, damaged: tuple[str, ...], said: str) -> None:
+    """`verify` and the choice of a checkpoint to resume from name the folder, the file and a reason."""
+    verdicts = verify_run(run)
+    assert {name for name, problems in verdicts.items() if problems} == set(damaged)
+    path, skipped = newest_valid(run)
+    assert path is not None
+    assert path.name == max(verdicts.keys() - set(damaged))
+    assert [name for name, _ in skipped] == list(damaged)
+    for name, reason in skipped:
+        named = [problem for problem in verdicts[name] if said in problem]
+        assert named, f"{said} is not named in {verdicts[name]}"
+        assert all(len(problem.replace(said, "").split()) >= 2 for problem in named), "no reason"
+        assert reason.startswith(verdicts[name][0])
+
+
+@pytest.mark.parametrize("damage", TO_A_FILE)
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(copied: Path, file: str, damage: str) -> None:
+    newest = copied / "checkpoints" / "step-00000012"
+    TO_A_FILE[damage](newest / file)
+    if damage == "of another step" and file in CONSTANT:
+        assert verify_checkpoint(newest) == []
+        return
+    require_named_and_skipped(copied, ("step-00000012",), file)
+
+
+@pytest.mark.parametrize("damage", TO_THE_FOLDER)
+def test_a_damaged_folder_is_named_and_the_checkpoint_before_is_taken(copied: Path, damage: str) -> None:
+    work, said = TO_THE_FOLDER[damage]
+    work(copied / "checkpoints" / "step-00000012")
+    require_named_and_skipped(copied, ("step-00000012",), said)
+
+
+@pytest.mark.parametrize("file", [name for name in FILES if name not in CONSTANT])
+def test_files_swapped_between_two_checkpoints_damage_both(copied: Path, file: str) -> None:
+    swap(copied / "checkpoints" / "step-00000012" / file, copied / "checkpoints" / "step-00000010" / file)
+    require_named_and_skipped(copied, ("step-00000012", "step-00000010"), file)
+
+
+def test_a_link_in_the_place_of_a_checkpoint_is_none(copied: Path) -> None:
+    newest = copied / "checkpoints" / "step-00000012"
+    newest.rename(copied / "elsewhere")
+    newest.symlink_to("../elsewhere")
+    path, _ = newest_valid(copied)
+    assert path is not None
+    assert path.name == "step-00000010"
+
+
+def continued(job: Job) -> Job:
+    """The unbroken run's folder as this job's own."""
+    assert job.unbroken is not None
+    shutil.copytree(job.unbroken.run, job.run)
+    return job
+
+
+def test_a_finished_run_whose_last_checkpoints_are_damaged_trains_them_again(new_job) -> None:
+    job = continued(new_job("fsdp-full", 2))
+    flip(job.run / "checkpoints/step-00000012/tokenizer.json")
+    swap(*(job.run / f"checkpoints/step-00000010/{name}" for name in FILES[2:4]))
+    assert job.attempt() == [0, 0]
+    require_began_at(job, 1, 8, job.said())
+    log = (job.run / "logs/rank-0.log").read_text()
+    assert "checkpoint step-00000012 does not hold and is skipped: tokenizer.json: " in log
+    assert "checkpoint step-00000010 does not hold and is skipped: optimizer-0000" in log
+    assert [row["step"] for row in rows(job.run / "metrics.rewound.jsonl")] == [9, 10, 11, 12]
+    require_as_unbroken(job)
+
+
+def test_a_run_without_a_checkpoint_that_holds_ends_with_74_and_names_each(new_job, capfd) -> None:
+    job = continued(new_job("fsdp-full", 2))
+    for path in published(job.run)[2:]:
+        shutil.rmtree(path)
+    (job.run / "checkpoints/step-00000012/optimizer-00001-of-00002.safetensors").unlink()
+    flip(job.run / "checkpoints/step-00000010/adapter_model.safetensors")
+    before = (job.run / "metrics.jsonl").read_bytes()
+    assert job.attempt() == [74, 74]
+    (line,) = [line for line in job.said().splitlines() if line.startswith("dist-cpt: ")]
+    assert "step-00000012: optimizer-00001-of-00002.safetensors is missing" in line
+    assert "step-00000010: adapter_model.safetensors: " in line
+    assert job.code() == 74
+    assert (job.run / "metrics.jsonl").read_bytes() == before
+
+
+# -- two attempts at once -----------------------------------------------------------------------------------
+
+SAME_JOB = {"SLURM_JOB_ID": "7"}
+
+
+def belongings(run: Path) -> dict[str, bytes | str]:
+    """All that an attempt must leave alone once another one holds the folder: records, and what is published."""
+    names = ("metrics.jsonl", "metrics.rewound.jsonl", "events.jsonl", "exit.json", "run.json", "certificate.json")
+    found: dict[str, bytes | str] = {n: (run / n).read_bytes() if (run / n).exists() else "absent" for n in names}
+    for path in (*published(run), *superseded(run)):
+        found[path.name] = (path / "manifest.json").read_bytes()
+    return found
+
+
+def frozen_then_succeeded(job: Job, freeze: str, goes_on_from: int, *, half_way: bool = True) -> None:
+    """Attempt A freezes; B takes over and trains on; A wakes up, must go away without a trace; B ends as unbroken."""
+    step = f"step:step{goes_on_from + EVERY + 3}:freeze" if half_way else ""
+    with job.start(freeze, **SAME_JOB) as a:
+        a.freeze()
+        with job.start(step, **SAME_JOB) as b:
+            if half_way:
+                b.freeze()
+            else:
+                assert b.finish() == [0] * job.ranks, job.said()
+            require_began_at(job, 1, goes_on_from, job.said())
+            before = belongings(job.run)
+            a.send(signal.SIGCONT)
+            codes = a.finish()
+            assert belongings(job.run) == before, f"A, codes {codes}, changed the folder of B\n{job.said()}"
+            assert codes == [64] * job.ranks, job.said()
+            (line,) = [line for line in job.said().splitlines() if line.startswith("dist-cpt: ")]
+            assert f"attempt 0 no longer holds {job.run}: attempt 1 has taken over" in line
+            if half_way:
+                b.send(signal.SIGCONT)
+                assert b.finish() == [0] * job.ranks, job.said()
+    require_as_unbroken(job)
+
+
+# Where A freezes, whether it saves beside training, and the step that B goes on from.
+FROZEN = {
+    "between two steps": ("step:step6:freeze", False, 4),
+    "before it says that all agree": ("save.reread:rank1:step6:freeze", False, 4),
+    "before the manifest": ("save.agreed:rank0:step6:freeze", False, 4),
+    "before the fence": ("save.manifest:rank0:step6:freeze", False, 4),
+    "after the rename": ("save.renamed:rank0:step6:freeze", False, 6),
+    "after pruning": ("save.pruned:rank0:step6:freeze", False, 6),
+    "beside training, before the manifest": ("save.agreed:rank0:step6:freeze", True, 4),
+    "beside training, before the fence": ("save.manifest:rank0:step6:freeze", True, 4),
+    "beside training, after the rename": ("save.renamed:rank0:step6:freeze", True, 6),
+    "in the save of a stop": ("step:rank0:step6:term,save.published:rank0:step5:freeze", True, 5),
+}
+FAST = ("after the rename", "beside training, before the fence")
+
+
+@pytest.mark.parametrize("where", [name if name in FAST else pytest.param(name, marks=pytest.mark.matrix) for name in FROZEN])
+def test_an_attempt_that_wakes_up_after_another_took_over_changes_nothing(new_job, where: str) -> None:
+    freeze, asynchronous, goes_on_from = FROZEN[where]
+    job = new_job("fsdp-full", 2, keep=2, asynchronous=asynchronous)
+    frozen_then_succeeded(job, freeze, goes_on_from)
+
+
+@pytest.mark.matrix
+def test_an_attempt_that_wakes_up_in_its_last_save_leaves_the_end_to_the_other(new_job) -> None:
+    job = new_job("fsdp-full", 2, keep=2, asynchronous=False)
+    frozen_then_succeeded(job, "save.published:rank0:step12:freeze", 12, half_way=False)
+
+
+def test_a_start_beside_a_living_attempt_is_refused_by_process_and_host(new_job, monkeypatch, capfd) -> None:
+    import socket
+
+    import yaml
+
+    job = new_job("fsdp-full", 2)
+    with job.start("step:rank0:step2:freeze", **SAME_JOB) as running:
+        running.freeze()
+        before = belongings(job.run)
+        for job_id in (None, "8"):
+            if job_id is not None:
+                monkeypatch.setenv("SLURM_JOB_ID", job_id)
+            capfd.readouterr()
+            assert train(yaml.safe_load(job.recipe.read_text())) == 64
+            (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dist-cpt: ")]
+            assert f"another process trains in {job.run}" in line
+            assert f"(process {running.processes[0].pid} on {socket.gethostname()})" in line
+        assert belongings(job.run) == before
+
+
+# -- errors and signals while a save runs beside training ---------------------------------------------------
+
+
+def test_a_refusal_beside_training_surfaces_within_a_step_and_ends_with_73(new_job) -> None:
+    job = new_job("fsdp-full", 2)
+    codes = job.attempt("save.written:rank1:step4:eio")
+    assert codes == [73, 73], job.said()
+    ended = json.loads((job.run / "exit.json").read_text())
+    assert ended["code"] == 73
+    assert "save: rank 1: cannot save step 4 in" in ended["reason"]
+    assert "(EIO)" in ended["reason"]
+    require_state_of_unbroken(job, 2, "the one before stays")
+    # The save removed its folder when it failed; from then on one step may have gone by, and the end of the run.
+    gone = (job.run / "checkpoints").stat().st_mtime
+    steps = rows(job.run / "metrics.jsonl")
+    waited = (job.run / "exit.json").stat().st_mtime - gone
+    assert waited <= 2 * max(row["step_seconds"] for row in steps) + 0.5
+    assert job.attempt() == [0, 0]
+    require_as_unbroken(job)
+
+
+@pytest.mark.parametrize(("signal_name", "asynchronous"), [("term", True), ("usr1", False)])
+def test_a_signal_while_a_save_runs_waits_for_it_saves_and_ends_with_75(new_job, signal_name, asynchronous) -> None:
+    """The signal comes on one rank's saving thread; two more of another kind come right after."""
+    job = new_job("fsdp-full", 2, asynchronous=asynchronous)
+    with job.start(f"save.tensor:rank1:step4:{signal_name}") as running:
+        staged = time.monotonic() + 60
+        while not list(job.run.glob("checkpoints/step-00000004*")) and time.monotonic() < staged:
+            time.sleep(0.005)
+        running.send(signal.SIGUSR1)
+        running.send(signal.SIGTERM)
+        assert running.finish() == [75, 75], job.said()
+    ended = json.loads((job.run / "exit.json").read_text())
+    assert ended["code"] == 75
+    assert {path.name for path in published(job.run)} >= {"step-00000004", f"step-{ended['step']:08d}"}
+    assert set(map(tuple, verify_run(job.run).values())) == {()}
+    assert record_problems(job.run) == []
+    assert not list(job.run.rglob("*.tmp"))
+    assert job.attempt() == [0, 0]
+    require_began_at(job, 1, ended["step"], job.said())
+    require_as_unbroken(job)

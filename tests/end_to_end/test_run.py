@@ -218,3 +218,31 @@ def test_ctrl_c_in_prepare_is_one_line_and_loses_nothing(made, tmp_path):
     assert "Traceback" not in said
     assert said.splitlines()[-1].startswith("dist-cpt: interrupted")
     assert not any(cache.glob("*tmp*"))
+
+
+def test_a_lost_run_json_is_made_good_from_the_checkpoints(made, tmp_path):
+    values = tiny.recipe(*made, tmp_path)
+    run = tmp_path / "tiny"
+    assert train(values, StopAfter(run / "metrics.jsonl", 6)) == 75
+    before = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text("")
+    assert train(values) == 0
+    after = json.loads((run / "run.json").read_text())
+    assert (after["attempts"], after["wandb_run_id"]) == (2, before["wandb_run_id"])
+
+
+def test_a_stop_before_the_first_step_evaluates_once(made, tmp_path):
+    values = tiny.recipe(*made, tmp_path)
+    stop = StopRequest()
+    stop.requested = "SIGTERM"
+    assert train(values, stop) == 75
+    assert train(values) == 0
+    assert [row["step"] for row in rows(tmp_path / "tiny/evaluations.jsonl")] == [0, 12]
+
+
+def test_a_damaged_record_of_rollbacks_is_not_forgotten(made, tmp_path, capfd):
+    values = tiny.recipe(*made, tmp_path)
+    assert train(values, StopAfter(tmp_path / "tiny/metrics.jsonl", 6)) == 75
+    (tmp_path / "tiny/rollbacks.json").write_text("{")
+    assert train(values) == 74
+    assert "rollbacks.json is damaged" in capfd.readouterr().err

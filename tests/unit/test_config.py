@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -51,6 +52,9 @@ def refused(values) -> str:
         ({"optim": {"lr": float("nan")}}, "optim.lr"),
         ({"name": "../escape"}, "name"),
         ({"adapter": {"kind": "none"}, "embeddings": {"train": ["lm_head"]}}, "embeddings.train belongs to"),
+        ({"adapter": {"kind": "none", "continue_from": "a"}}, "continue_from belongs to kind: lora"),
+        ({"adapter": {"continue_from": {"path": "a", "optimiser": True}}}, "adapter.continue_from.optimizer?"),
+        ({"adapter": {"continue_from": {"optimizer": True}}}, "adapter.continue_from.path is required"),
         ({"schedule": {"kind": "wsd", "warmup_fraction": 0.6, "decay_fraction": 0.6}}, "sum to 1.2"),
         ({"schedule": {"per_group": {"adpater": {}}}}, "unknown group 'adpater'"),
     ],
@@ -101,6 +105,17 @@ def test_fingerprint_ignores_placement_only():
     other = resolve_paths(build(recipe(seed=1), "x"))
     assert fingerprint(config) != fingerprint(other)
     assert differences(config, other) == ["seed: 0 -> 1"]
+
+
+def test_continue_from_takes_a_path_alone_or_with_the_optimizer():
+    bare = resolve_paths(build(recipe(adapter={"continue_from": "old"}), "x"))
+    assert bare.adapter.continue_from is not None
+    assert (bare.adapter.continue_from.path, bare.adapter.continue_from.optimizer) == (str(Path.cwd() / "old"), False)
+    assert build(yaml.safe_load(to_yaml(bare)), "again") == bare
+    whole = resolve_paths(build(recipe(adapter={"continue_from": {"path": "old", "optimizer": True}}), "x"))
+    fresh = resolve_paths(build(recipe(), "x"))
+    assert len({fingerprint(fresh), fingerprint(bare), fingerprint(whole)}) == 3
+    assert differences(bare, whole) == ["adapter.continue_from.optimizer: False -> True"]
 
 
 def test_step_shape_divides_or_says_why():
