@@ -54,31 +54,30 @@ def load_nf4(folder: Path, hf_config: Any | None, device: torch.device) -> Any:
         use_safetensors=True,
         trust_remote_code=False,
     )
-    layers = [module for module in model.modules() if _state(module) is not None]
+    layers: list[Any] = [module for module in model.modules() if _state(module) is not None]
     if not layers or _state(model.get_output_embeddings()) is not None:
         raise ConfigError(
-            f"model type {hf_config.model_type}: no linear layer beside the head for model.weights: nf4",
+            f"model type {model.config.model_type}: no linear layer beside the head for model.weights: nf4",
             remedy="use model.weights: bf16",
         )
     for layer in layers:
-        state = _state(layer)
-        assert layer.weight.dtype == torch.uint8 and state.blocksize == BLOCKSIZE and state.nested
+        found = (layer.weight.dtype, layer.quant_state.blocksize, layer.quant_state.nested)
+        assert found == (torch.uint8, BLOCKSIZE, True)
         layer.forward = partial(_forward, layer)
     return model
 
 
-def require_bitsandbytes() -> Any:
-    """The module bitsandbytes.
+def require_bitsandbytes() -> None:
+    """Import bitsandbytes.
 
     Raises:
         MissingExtraError: it is not installed.
     """
     import_peft()  # first, for it knows how to bring in bitsandbytes without lines on every rank
     try:
-        import bitsandbytes
+        import bitsandbytes  # noqa: F401
     except ImportError:
         raise MissingExtraError("model.weights: nf4", "qlora") from None
-    return bitsandbytes
 
 
 def quantisation_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -82,10 +82,12 @@ def newest_valid(run_folder: Path, up_to_step: int | None = None) -> tuple[Path 
         skipped.append((Path(name).name, problems[0] + more))
     if skipped:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped)
-        raise CheckpointError(
+        error = CheckpointError(
             f"no checkpoint in {run_folder} holds: {reasons}",
             remedy="restore the folder from a copy, or start again under another name",
         )
+        error.agreed = True  # all ranks read the same verdicts
+        raise error
     return None, []
 
 

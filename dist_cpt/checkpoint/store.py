@@ -108,8 +108,8 @@ def save(
     `export` is the engine's `export_state`. `sidecars` write what makes the folder open elsewhere
     (adapter_config.json or config.json, the tokenizer); rank 0 calls them with the staging folder.
     `aliases` are second keys of tied matrices in an adapter file. A `trial` does everything but publish, and
-    leaves nothing behind. `fence` is called on rank 0 before the first file and before the last rename; it
-    raises when a later attempt has taken over the run.
+    leaves nothing behind. `fence` is called on rank 0 before the first file, before the last rename, and
+    before old checkpoints go; it raises when a later attempt has taken over the run.
 
     Raises:
         Superseded: from `fence`.
@@ -144,7 +144,7 @@ def save(
         return CheckpointInfo(staging, num_bytes, time.perf_counter() - begun, manifest.state_sha256)
     path = _commit(staging, run_folder, manifest, fence, fault)
     if rank() == 0:
-        _prune(run_folder, path, keep)
+        _prune(run_folder, path, keep, fence)
         fault("pruned")
     return CheckpointInfo(path, num_bytes, time.perf_counter() - begun, manifest.state_sha256)
 
@@ -359,9 +359,12 @@ def _holds(final: Path, state_sha256: str) -> bool:
     return final.is_dir() and not verify_checkpoint(final) and read_manifest(final).state_sha256 == state_sha256
 
 
-def _prune(run_folder: Path, newest: Path, keep: int) -> None:
+def _prune(run_folder: Path, newest: Path, keep: int, fence: Callable[[], object]) -> None:
     try:
+        fence()
         prune(run_folder, newest, keep)
+    except Superseded:  # the old ones are the later attempt's now; the next boundary ends this one
+        LOGGER.warning("a later attempt has taken over: no old checkpoint is removed")
     except OSError as error:  # the new checkpoint is safe; too many old ones are no reason to stop
         LOGGER.warning("could not remove old checkpoints in %s: %s", newest.parent, error.strerror)
 

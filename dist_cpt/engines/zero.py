@@ -214,8 +214,10 @@ class _Stage12:
     def spoil_gradient(self, parameter: Any) -> None:
         if hasattr(self._zero, "fp32_groups_gradient_flat_partition"):  # BF16_Optimizer
             self._zero.fp32_groups_gradient_flat_partition[0].fill_(math.nan)
-        else:
-            _spoil(parameter)
+            return
+        from deepspeed.utils import safe_set_full_grad
+
+        safe_set_full_grad(parameter, torch.full(parameter.shape, math.nan))
 
 
 class _Stage3:
@@ -243,13 +245,12 @@ class _Stage3:
             persistent[0].all_gather(persistent)
 
     def spoil_gradient(self, parameter: Any) -> None:
-        _spoil(parameter)
+        from deepspeed.utils import safe_set_local_grad
 
-
-def _spoil(parameter: Any) -> None:
-    from deepspeed.utils import safe_set_full_grad
-
-    safe_set_full_grad(parameter, torch.full(getattr(parameter, "ds_shape", parameter.shape), math.nan))
+        # The setter of whole gradients fails on the last rank if the elements do not divide by the ranks. Rank 0,
+        # which speaks for all, has no padding, where a NaN could stay.
+        value = math.nan if dist.get_rank() == 0 else 0.0
+        safe_set_local_grad(parameter, torch.full((parameter.partition_numel(),), value))
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,6 +86,7 @@ def _parse(item: str, points: Sequence[str]) -> Fault:
 
 def _act(action: str) -> None:
     if action in _SIGNALS:
-        os.kill(os.getpid(), _SIGNALS[action])
+        # To this very thread: one sent to the process may stop it only after this thread has gone on for a while.
+        signal.pthread_kill(threading.get_ident(), _SIGNALS[action])
     else:
         raise OSError(_ERRORS[action], os.strerror(_ERRORS[action]) + f" (planned by {VARIABLE})")

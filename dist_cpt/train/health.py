@@ -55,7 +55,7 @@ class Watchdog:
     """Watches this rank's main thread: `with Watchdog(...) as watchdog:`, then `watchdog.tick(phase, step)`.
 
     Every rank has one. `limits` None writes heartbeats and ends nothing. `on_hang` gets the reason on a thread of
-    its own and has `grace_seconds` to tell others.
+    its own and has `grace_seconds` to tell others. `local_ranks` are those of this host, by default all.
 
     A thread writes the heartbeat and looks at the clock. It needs the interpreter lock now and then, so a timer
     of faulthandler, which needs none, stands behind it: exit code 1, with the stacks, when neither it nor the main
@@ -73,11 +73,13 @@ class Watchdog:
         limits: HangConfig | None,
         *,
         world_size: int = 1,
+        local_ranks: range | None = None,
         attempt: int = 0,
         on_hang: Callable[[str], None] | None = None,
     ) -> None:
         self._folder, self._rank, self._limits = folder, rank, limits
-        self._world_size, self._attempt, self._on_hang = world_size, attempt, on_hang
+        self._ranks, self._attempt, self._on_hang = range(world_size), attempt, on_hang
+        self._local_ranks = self._ranks if local_ranks is None else local_ranks
         self._period = PERIOD_SECONDS if limits is None else min(PERIOD_SECONDS, limits.grace_seconds / 2)
         self._step_times: deque[float] = deque(maxlen=NUM_STEP_TIMES)
         self._at: tuple[str, int, float] = ("", 0, 0.0)  # phase, step, since when: replaced whole, so no lock
@@ -184,21 +186,18 @@ class Watchdog:
             faulthandler.dump_traceback_later(3 * grace, exit=True, file=self._hang_file)  # if any line here blocks
             self._dump(reason)
             first = self._announce(reason)
-            beats = self._beats()
-            for beat in frozen_ranks(beats, STALE_PERIODS * self._period):
-                send_signal(beat, STACKS_SIGNAL)  # one that only holds the interpreter lock still answers
             if self._on_hang is not None:
                 threading.Thread(target=self._on_hang, args=(reason,), daemon=True).start()
             self._wait(grace)
-            beats = self._beats()
+            beats = self._beats(self._ranks if first else self._local_ranks)
             frozen = frozen_ranks(beats, STALE_PERIODS * self._period)
-            reason = f"{reason}; {culprits(beats, frozen, self._world_size)}"
-            for beat in frozen:
-                send_signal(beat, SIGKILL)  # it would hold its launcher up, and a stopped process hears nothing else
             if first:
+                reason = f"{reason}; {culprits(beats, frozen, len(self._ranks))}"
                 with contextlib.suppress(OSError):
                     os.replace(self._write_exit(reason), self._folder / "exit.json")
-            # Once on stderr, and in every rank's log.
+            for beat in frozen:
+                send_signal(beat, SIGKILL)  # it would hold its launcher up, and a stopped process hears nothing else
+            # The first rank says it on stderr; the others in their own logs.
             level = logging.ERROR if first else logging.INFO
             LOGGER.log(level, "hang: %s -- the stacks are in logs/hang-rank-*.txt", reason)
             self._beat(ended=True)
@@ -208,15 +207,19 @@ class Watchdog:
             os._exit(EXIT_HANG)
 
     def _wait(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
+        """Let the others leave their stacks; ask those for them that hold the interpreter lock: a signal needs none."""
+        until, asked = time.monotonic() + seconds, set[int]()
         while (left := until - time.monotonic()) > 0:
             self._beat()
+            for beat in frozen_ranks(self._beats(self._local_ranks), STALE_PERIODS * self._period):
+                if beat.rank not in asked:
+                    asked.add(beat.rank)
+                    send_signal(beat, STACKS_SIGNAL)
             time.sleep(min(left, self._period))
         self._beat()
 
-    def _beats(self) -> list[Heartbeat]:
-        beats = read_heartbeats(self._folder)
-        return [beat for beat in beats if beat.attempt == self._attempt and beat.rank < self._world_size]
+    def _beats(self, ranks: range) -> list[Heartbeat]:
+        return [beat for beat in read_heartbeats(self._folder, ranks) if beat.attempt == self._attempt]
 
     def _dump(self, reason: str) -> None:
         host, pid, _ = self._me

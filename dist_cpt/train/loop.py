@@ -25,7 +25,7 @@ from dist_cpt.optim.schedule import learning_rates
 from dist_cpt.runtime.collectives import all_reduce_floats, all_reduce_ints
 from dist_cpt.runtime.seed import seed_step
 from dist_cpt.train.contract import Contract
-from dist_cpt.train.health import SpikeDetector, Verdict, verdict
+from dist_cpt.train.health import Phase, SpikeDetector, Verdict, verdict
 from dist_cpt.train.observers import StepRecord
 from dist_cpt.train.saver import Saver
 
@@ -65,6 +65,7 @@ class Hooks:
 
     batches: Callable[[int], Iterator[list[Batch]]]  # (first position) -> the micro-batches of step after step
     at_boundary: Callable[[int], None]  # (steps done) before anything of the next step
+    phase: Callable[[Phase, int], None]  # what this rank does from now on, for whoever watches it
     stop_requested: Callable[[], bool]  # on any rank
     saver: Saver
     state: Callable[[], TrainState]  # what a checkpoint says beside its tensors; collective
@@ -96,19 +97,23 @@ def train_loop(
         started = time.perf_counter()
         hooks.at_boundary(progress.step)
         saver = hooks.saver
-        flags = [hooks.stop_requested(), saver.due(progress.step), saver.ended, saver.failed]
+        # The checkpoint from before a bad step must not be pruned by one from after it.
+        may_save = not (progress.bad_in_a_row and config.health.spike.policy == "rollback")
+        flags = [hooks.stop_requested(), may_save and saver.due(progress.step), saver.ended, saver.failed]
         targets = sum(batch.num_targets for batch in micro_batches)
         by_source = np.sum([batch.tokens_by_source for batch in micro_batches], axis=0).tolist()
         counts = all_reduce_ints([targets, *map(int, flags), *by_source])
         num_targets, stop, save, ended, failed, *source_tokens = counts
         if ended == shape.world_size or failed:
             saver.collect()
+        if stop or save:
+            hooks.phase("saving", progress.step)
         if stop:
             saver.save_now(progress.step, hooks.state)
             return "stopped"
         if save:
             saver.save(progress.step, hooks.state)
-            hooks.at_boundary(progress.step)
+            hooks.phase("training", progress.step)
             started = time.perf_counter()
         if num_targets == 0:
             raise DataError(f"step {progress.step + 1} has no target token", remedy="documents need two tokens or more")
@@ -165,15 +170,17 @@ def train_loop(
         )
         if decision == "rollback":
             return "rollback"
-        if decision == "stop" or progress.skipped_in_a_row >= config.optim.max_skipped_steps:
+        unbearable = progress.skipped_in_a_row >= config.optim.max_skipped_steps
+        if decision == "stop" or (unbearable and config.health.spike.policy in ("off", "stop")):
             raise NumericsError(
                 f"{progress.bad_in_a_row} bad steps in a row up to step {step} ({progress.skipped_in_a_row} of them "
                 f"skipped); the last blocks were {before} to {progress.position - 1}, the last loss {loss:.4g}",
                 remedy="lower the learning rate or look at that data; the last checkpoint is from before",
             )
         if hooks.evaluation_due(step):
+            hooks.phase("evaluating", step)
             hooks.evaluate(step)
-            hooks.at_boundary(step)
+            hooks.phase("training", step)
     return "done"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -34,11 +35,12 @@ from dist_cpt.errors import (
     CheckpointError,
     DistCptError,
     NumericsError,
+    Stopped,
     Superseded,
 )
 from dist_cpt.model.load import TrainableModel, load_model, locate_base
 from dist_cpt.optim.groups import ParamGroup, param_groups
-from dist_cpt.runtime.collectives import gather_json, on_every_rank, on_rank_zero
+from dist_cpt.runtime.collectives import agree, all_reduce_ints, gather_json, on_every_rank, on_rank_zero
 from dist_cpt.runtime.env import ProcessEnv, process_env
 from dist_cpt.runtime.fault import VARIABLE, Faults, planned_faults
 from dist_cpt.runtime.log import LOGGER, close_log, open_log
@@ -67,6 +69,7 @@ from dist_cpt.train.wandb import new_run_id, wandb_observer
 RENDEZVOUS_SECONDS = 1800.0
 WANDB_INIT_SECONDS = 30.0
 STALE_STAGING_SECONDS = 3600.0
+PREPARE_SECONDS = 1.0  # between two meetings of the ranks while the corpus is prepared
 PROBE_BLOCKS = 4
 # The replayed loss is the same forward in another summation order: rounding of one token's loss, averaged.
 REPLAY_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "nf4": 2e-3}
@@ -98,7 +101,11 @@ def train(config: RunConfig, stop: StopRequest) -> tuple[int, Path | None]:
         if fault:
             LOGGER.warning("%s is set: this run will be disturbed on purpose", VARIABLE)
         limits = config.health.hang
-        with Watchdog(folder, env.rank, limits, world_size=env.world_size, attempt=attempt) as watchdog:
+        first = env.rank - env.local_rank
+        local = range(first, first + env.local_world_size)
+        with Watchdog(
+            folder, env.rank, limits, world_size=env.world_size, local_ranks=local, attempt=attempt
+        ) as watchdog:
             pieces = (config, env, folder, shape, device, attempt, run_id, held, stop, fault, watchdog)
             code, reason = _Run(*pieces, observers, progress).go()
     except DistCptError as error:
@@ -172,7 +179,7 @@ class _Run:
         path = config.model.path
         if path is not None:  # before the corpus is prepared: that may take hours
             on_rank_zero("model.path", lambda: str(locate_base(path, config.model.revision)))
-        on_rank_zero("prepare data", lambda: prepare(config, self._say_prepared) and None)
+        self._prepare()
         self.prepared = on_every_rank("open data", lambda: open_prepared(config))
         self.tokenizer = on_every_rank("tokenizer", self._load_tokenizer)
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
@@ -216,6 +223,7 @@ class _Run:
         with ExitStack() as stack:
             stack.callback(self.engine.close)
             if resumed_from is None:
+                self.watchdog.tick("evaluating", 0)
                 self._evaluate(0)
             while (outcome := self._train()) == "rollback":
                 self._roll_back()
@@ -230,6 +238,34 @@ class _Run:
         return EXIT_DONE, "done"
 
     # -- building ------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Rank 0 prepares the corpus, for hours if need be; all ranks meet meanwhile, and a stop is heard.
+
+        Raises:
+            Stopped: a rank was sent a stop signal; what was finished is kept.
+        """
+        failed: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                prepare(self.config, self._say_prepared)
+            except BaseException as error:  # handed to all ranks below
+                failed.append(error)
+
+        worker = threading.Thread(target=work, name="prepare", daemon=True)
+        if self.env.rank == 0:
+            worker.start()
+        while True:
+            if self.env.rank == 0:
+                worker.join(PREPARE_SECONDS)
+            self.watchdog.tick("starting", 0)
+            at_work, stop = all_reduce_ints([int(worker.is_alive()), int(self.stop.requested is not None)])
+            if not at_work:
+                agree(failed[0] if failed else None, "prepare data")
+                return
+            if stop:
+                raise Stopped("stopped while the data was prepared; what was finished is kept")
 
     def _say_prepared(self, name: str, documents: int) -> None:
         LOGGER.info("preparing %s: %d documents", name, documents)
@@ -407,6 +443,7 @@ class _Run:
             Hooks(
                 batches=self._batches,
                 at_boundary=self._at_boundary,
+                phase=self.watchdog.tick,
                 stop_requested=self._stop_requested,
                 saver=self.saver,
                 state=self._state,
@@ -438,7 +475,6 @@ class _Run:
     def _state(self) -> TrainState:
         """What the next checkpoint says beside its tensors. Collective."""
         progress = self.progress
-        self.watchdog.tick("saving", progress.step)
         start = past_windows(progress.position, progress.skipped_windows)
         probed = tuple(range(start, start + PROBE_BLOCKS))
         probe_loss = self._probe_loss(probed)
@@ -506,7 +542,6 @@ class _Run:
         return step == self.shape.num_steps or (every is not None and step % every == 0)
 
     def _evaluate(self, step: int) -> None:
-        self.watchdog.tick("evaluating", step)
         for loader in self.held_out:
             result = evaluate(
                 self.engine,

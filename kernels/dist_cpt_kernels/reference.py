@@ -5,8 +5,36 @@ T tokens, D model, V vocab.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+
+
+def cross_entropy(
+    logits_TV: torch.Tensor,
+    labels_T: torch.Tensor,
+    *,
+    scale: float | torch.Tensor = 1.0,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """scale * ((1 - e) nll + e mean over V of -log p + z_loss * logsumexp(z)^2) [T], 0 for ignored tokens.
+
+    In at least fp32; e is `label_smoothing`, z = softcap * tanh(logits / softcap) where `softcap` is given.
+    """
+    z_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    if softcap is not None:
+        z_TV = softcap * torch.tanh(z_TV / softcap)
+    losses_T = F.cross_entropy(
+        z_TV, labels_T, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )
+    if z_loss:
+        losses_T = losses_T + torch.where(labels_T != ignore_index, z_loss * z_TV.logsumexp(-1) ** 2, 0.0)
+    return losses_T * scale
 
 
 def linear_cross_entropy(
@@ -14,15 +42,119 @@ def linear_cross_entropy(
     weight_VD: torch.Tensor,
     labels_T: torch.Tensor,
     *,
-    scale: float = 1.0,
+    scale: float | torch.Tensor = 1.0,
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale * loss_sum, loss_sum detached), loss_sum = sum over kept tokens of logsumexp(z) - z[label].
+    """(scale * loss_sum, loss_sum detached), loss_sum = sum of `cross_entropy` over the kept tokens.
 
-    z = hidden @ weight.T in the inputs' common dtype, everything after it in at least fp32. Differentiable
+    Logits = hidden @ weight.T in the inputs' common dtype, everything after it in at least fp32. Differentiable
     by autograd; materialises the full logits [T, V].
     """
     logits_TV = hidden_TD @ weight_VD.to(hidden_TD.dtype).T
-    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-    loss_sum = F.cross_entropy(logits_TV, labels_T, ignore_index=ignore_index, reduction="sum")
+    loss_sum = cross_entropy(
+        logits_TV,
+        labels_T,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+    ).sum()
     return loss_sum * scale, loss_sum.detach()
+
+
+# Source: Dettmers et al., QLoRA, appendix E; as fp32 numbers.
+NF4_LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+def dequantize_nf4(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    nested: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int] | None = None,
+    block: int = 64,
+) -> torch.Tensor:
+    """level[code] * scale in fp32, rounded to `dtype`; the first code of a byte is its high half.
+
+    `nested` (code map, absmax2, offset, its block): scale = map[absmax] * absmax2 + offset, each step in fp32.
+    """
+    num_elements = math.prod(shape)
+    if nested is not None:
+        code_map, absmax2, offset, nested_block = nested
+        absmax = code_map[absmax.int()] * absmax2.repeat_interleave(nested_block)[: absmax.numel()] + offset
+    codes = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), dim=1).flatten()[:num_elements]
+    levels = torch.tensor(NF4_LEVELS, device=packed.device)[codes.int()]
+    return (levels * absmax.repeat_interleave(block)[:num_elements]).to(dtype).view(*shape)
+
+
+def embedding_gradient(
+    grad_TD: torch.Tensor,
+    ids_T: torch.Tensor,
+    num_embeddings: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    padding_idx: int | None = None,
+) -> torch.Tensor:
+    """[V, D] in `dtype`: row v is the sum, in at least fp32, of the rows of `grad` whose id is v."""
+    grad_TD = grad_TD.to(torch.promote_types(grad_TD.dtype, torch.float32))
+    table_VD = grad_TD.new_zeros((num_embeddings, grad_TD.shape[1])).index_add_(0, ids_T, grad_TD)
+    if padding_idx is not None:
+        table_VD[padding_idx] = 0.0
+    return table_VD.to(dtype)
+
+
+def adamw_(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    *,
+    copies: Sequence[torch.Tensor] = (),
+    step_size: float | torch.Tensor,
+    denominator: float | torch.Tensor,
+    decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    grad_factor: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
+) -> None:
+    """m += (1 - b1)(g - m); v = b2 v + (1 - b2) g^2; p = decay p - step_size m / (sqrt(v) / denominator + eps).
+
+    In the dtype of `params`, in place, and nothing where `skip` is not zero; `copies` receive the new params.
+    """
+    for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        grad = grad.to(param.dtype)
+        grad = grad if grad_factor is None else grad * grad_factor
+        new_m = exp_avg + (grad - exp_avg) * (1 - betas[0])
+        new_v = exp_avg_sq * betas[1] + grad * grad * (1 - betas[1])
+        new_p = param * decay - step_size * new_m / (new_v.sqrt() / denominator + eps)
+        for old, new in ((exp_avg, new_m), (exp_avg_sq, new_v), (param, new_p)):
+            old.copy_(new if skip is None else torch.where(skip != 0, old, new))
+        if copies:
+            copies[i].copy_(param if skip is None else torch.where(skip != 0, copies[i].to(param.dtype), param))
+
+
+def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """fp64 []: the sum of the squares of all elements of `tensors`."""
+    return torch.stack([tensor.double().square().sum() for tensor in tensors]).sum()

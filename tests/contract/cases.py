@@ -235,6 +235,21 @@ def bytes_held(base: str, engine: dict[str, Any], variant: str) -> dict[str, int
         return built.sharded_bytes()
 
 
+def elements_read(base: str, engine: dict[str, Any], variant: str) -> tuple[int, int]:
+    """(elements that this rank asks for in an import, elements of the whole state)."""
+    asked = 0
+
+    def read(kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+        nonlocal asked
+        asked += stop - start
+        return torch.zeros(stop - start)
+
+    with running(base, engine, variant, "bf16") as (built, _):
+        whole = sum(tensor.numel() for tensor in snapshot(built).values())
+        built.import_state(read, 1)
+    return asked, whole
+
+
 def failing_import(base: str, engine: dict[str, Any], failing_rank: int) -> str:
     """The error each rank sees when one rank's read fails half way, as `class: message`."""
     calls = 0
@@ -254,13 +269,16 @@ def failing_import(base: str, engine: dict[str, Any], failing_rank: int) -> str:
     return "no error"
 
 
-def frozen_is_untouched(base: str, engine: dict[str, Any]) -> tuple[int, bool]:
-    """(frozen tensors, whether two steps left their local values as they were)."""
-    with running(base, engine, "lora", "bf16") as (built, groups):
+def frozen_is_untouched(base: str, engine: dict[str, Any], weights: str) -> tuple[int, list[str]]:
+    """(frozen tensors, those whose local values five steps and two evaluations did not leave as they were)."""
+    with running(base, engine, "lora", weights) as (built, groups):
         before = {name: tensor.clone() for name, tensor in built.frozen_tensors()}
-        train(built, groups, 1, 2)
+        built.evaluate(block(999, 0))
+        train(built, groups, 1, 5)
+        built.evaluate(block(999, 0))
         after = dict(built.frozen_tensors())
-        return len(before), all(torch.equal(after[name], tensor) for name, tensor in before.items())
+        assert after.keys() == before.keys()
+        return len(before), [name for name, tensor in before.items() if not torch.equal(after[name], tensor)]
 
 
 def refusal(base: str, engine: dict[str, Any], deepspeed_version: str | None = "0.19.8") -> str:

@@ -13,6 +13,7 @@ State = dict[str, torch.Tensor]
 
 # ZeRO-3 on 4 -> FSDP2 on 2 -> ZeRO-1 on 1 and back
 CHAIN = [("zero-3", 4), ("fsdp-full", 2), ("zero-1", 1), ("fsdp-full", 2), ("zero-3", 4)]
+NF4_CHAIN = [("zero-3", 2), ("fsdp-full", 2), ("single", 1), ("zero-3", 2)]
 MORE_CHAINS = [
     [("zero-2", 4), ("fsdp-hybrid", 4), ("zero-3", 2), ("fsdp-trainable", 4), ("single", 1), ("zero-2", 2)],
     [("fsdp-trainable", 2), ("zero-1", 4), ("fsdp-hybrid", 2), ("zero-1", 2), ("fsdp-full", 4), ("zero-3", 1)],
@@ -23,10 +24,11 @@ MORE_CHAINS = [
     ("chain", "variant"),
     [
         pytest.param(CHAIN, "lora", id="issue-lora"),
+        pytest.param(NF4_CHAIN, "nf4", id="nf4"),
         *(
             pytest.param(chain, variant, id=f"{i}-{variant}", marks=pytest.mark.matrix)
             for i, chain in enumerate([CHAIN, *MORE_CHAINS])
-            for variant in ("lora", "lora-tied", "full")
+            for variant in ("lora", "lora-tied", "full", "nf4")
             if (i, variant) != (0, "lora")
         ),
     ],
@@ -73,7 +75,10 @@ def test_the_optimizer_uses_what_was_imported(engine: str, ranks: int, variant: 
 FAST = (("single", 1, "lora"), ("fsdp-full", 2, "lora"), ("zero-1", 2, "lora"), ("zero-3", 2, "lora"))
 
 
-@pytest.mark.parametrize(("engine", "ranks", "variant"), grid(*FAST))
+NF4_FAST = tuple((engine, ranks, "nf4") for engine, ranks in (("single", 1), ("fsdp-full", 2), ("zero-3", 2)))
+
+
+@pytest.mark.parametrize(("engine", "ranks", "variant"), grid(*FAST, *NF4_FAST, variants=("lora", "nf4")))
 def test_resume_is_bit_exact(engine: str, ranks: int, variant: str, pool: Any, base: Any) -> None:
     """10 + export + import + 10 = 20 steps, into a fresh engine and into one that has gone on meanwhile."""
     unbroken, resumed, rewound = pool(ranks).run(
@@ -92,6 +97,16 @@ def test_a_snapshot_is_that_moment_while_training_goes_on(
         "tests.contract.cases:snapshot_while_training", base=base(variant), engine=ENGINES[engine], variant=variant
     )[0]:
         assert_same(copied, direct)
+
+
+@pytest.mark.parametrize(("engine", "ranks"), [("fsdp-full", 2), ("zero-1", 2), ("zero-3", 2), ("zero-2", 4)])
+def test_a_rank_reads_its_own_part_and_no_more(engine: str, ranks: int, pool: Any, base: Any) -> None:
+    results = pool(ranks).run(
+        "tests.contract.cases:elements_read", base=base("full"), engine=ENGINES[engine], variant="full"
+    )
+    whole = results[0][1]
+    assert sum(asked for asked, _ in results) == whole
+    assert max(asked for asked, _ in results) <= 1.1 * whole / ranks  # rows and partitions do not divide evenly
 
 
 @pytest.mark.parametrize(("engine", "ranks"), [("fsdp-full", 2), ("zero-3", 2)])

@@ -20,8 +20,11 @@ POISON_FAST = (
     ("zero-3", 2, "lora"),
 )
 
+WEIGHTS = ["bf16", *(pytest.param(weights, marks=pytest.mark.matrix) for weights in ("fp32", "nf4"))]
+FROZEN_SHARE = {"fsdp-full": 2, "zero-3": 2, "fsdp-trainable": 1}  # by how many of two ranks a frozen base is cut
 
-@pytest.mark.parametrize("weights", ["bf16", pytest.param("fp32", marks=pytest.mark.matrix)])
+
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize(("engine", "ranks", "variant"), grid(*POISON_FAST))
 def test_a_nan_on_one_rank_skips_on_all(
     engine: str, ranks: int, variant: str, weights: str, pool: Any, base: Any
@@ -39,7 +42,7 @@ def test_a_nan_on_one_rank_skips_on_all(
     assert_same(with_bad[1], without[1])
 
 
-@pytest.mark.parametrize("weights", ["bf16", pytest.param("fp32", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize(("engine", "ranks", "variant"), grid(*POISON_FAST))
 def test_a_dropped_step_leaves_no_trace(
     engine: str, ranks: int, variant: str, weights: str, pool: Any, base: Any
@@ -69,30 +72,38 @@ def test_two_ranks_hold_half_each(engine: str, pool: Any, base: Any) -> None:
     assert whole >= 2 * (2 * 512 * 320 + 4 * 320 * 320 + 3 * 320 * 640)
 
 
-@pytest.mark.parametrize("engine", ["fsdp-full", "zero-3", "fsdp-trainable"])
-def test_the_frozen_base_is_halved_or_whole(engine: str, pool: Any, base: Any) -> None:
+@pytest.mark.parametrize(("engine", "variant"), [(e, v) for v in ("lora", "nf4") for e in FROZEN_SHARE])
+def test_the_frozen_base_is_halved_or_whole(engine: str, variant: str, pool: Any, base: Any) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4,
              "num_hidden_layers": 1}  # fmt: skip
-    options = {"base": base("lora", **sizes), "engine": ENGINES[engine], "variant": "lora"}
+    options = {"base": base(variant, **sizes), "engine": ENGINES[engine], "variant": variant}
     [alone] = pool(1).run("tests.contract.cases:bytes_held", **options)
     both = pool(2).run("tests.contract.cases:bytes_held", **options)
-    share = 1 if engine == "fsdp-trainable" else 2
+    elements = 4 * 512 * 512 + 3 * 512 * 1024
+    norms = 3 * 512 * 2  # bytes, which may stay gathered
+    # Beside the codes: a byte per block, an fp32 per 256 of them, and per layer an offset and two tables.
+    scales = elements // 64 + elements // 64 // 256 * 4 + 7 * 4 * (1 + 16 + 256) if variant == "nf4" else 0
+    assert alone["frozen"] == (elements // 2 + scales if variant == "nf4" else elements * 2) + norms
     for held in both:
-        assert abs(held["frozen"] - alone["frozen"] / share) <= 3 * 512 * 2
+        assert abs(held["frozen"] - scales - (alone["frozen"] - scales) / FROZEN_SHARE[engine]) <= norms
 
 
+@pytest.mark.parametrize("weights", ["bf16", "nf4"])
 @pytest.mark.parametrize("engine", ["single", "fsdp-full", "fsdp-trainable", "zero-2", "zero-3"])
-def test_the_frozen_base_stays_as_it_was(engine: str, pool: Any, base: Any) -> None:
+def test_the_frozen_base_stays_as_it_was(engine: str, weights: str, pool: Any, base: Any) -> None:
     ranks = 1 if engine == "single" else 2
-    for count, same in pool(ranks).run(
-        "tests.contract.cases:frozen_is_untouched", base=base("lora"), engine=ENGINES[engine]
+    # Seven matrices and two norms in each of two layers, and the last norm; to each quantised matrix five tensors.
+    tensors = 2 * 9 + 1 + (2 * 7 * 5 if weights == "nf4" else 0)
+    for count, changed in pool(ranks).run(
+        "tests.contract.cases:frozen_is_untouched", base=base("lora"), engine=ENGINES[engine], weights=weights
     ):
-        assert count == 2 * 9 + 1  # seven matrices and two norms in each of two layers, and the last norm
-        assert same
+        assert count == tensors
+        assert changed == []
 
 
 @pytest.mark.parametrize(
-    ("engine", "ranks", "variant"), grid(("single", 1, "lora"), ("fsdp-full", 2, "lora"), ("zero-3", 2, "lora"))
+    ("engine", "ranks", "variant"),
+    grid(("single", 1, "lora"), ("fsdp-full", 2, "lora"), ("zero-3", 2, "lora"), variants=("lora", "nf4")),
 )
 def test_recomputed_activations_change_no_bit(engine: str, ranks: int, variant: str, pool: Any, base: Any) -> None:
     results = [

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,9 @@ from dist_cpt.checkpoint.outline import read_manifest
 from dist_cpt.checkpoint.restore import newest_valid
 from dist_cpt.checkpoint.store import SAVE_POINTS
 from dist_cpt.checkpoint.verify import verify_checkpoint, verify_run
-from dist_cpt.errors import CheckpointError
 from dist_cpt.train.record import record_problems
 from tests import tiny
-from tests.run_ranks import RunningRanks, run_ranks
+from tests.run_ranks import RunningRanks
 from tests.whole_run import rows, train
 
 NUM_STEPS, EVERY = 12, 2
@@ -239,7 +238,7 @@ def test_the_matrix_kills_at_every_point_on_every_rank() -> None:
             for engine, (point, _) in cells:
                 seen.setdefault(engine, set()).add(point)
     points = {*(f"save.{p}" for p in SAVE_POINTS), *(f"trial.{p}" for p in ON_ALL_RANKS), "step", "restore"}
-    assert seen == {engine: points for engine in ENGINES}
+    assert seen == dict.fromkeys(ENGINES, points)
 
 
 # -- damaged on the disk ------------------------------------------------------------------------------------
@@ -384,7 +383,7 @@ def test_a_finished_run_whose_last_checkpoints_are_damaged_trains_them_again(new
     require_as_unbroken(job)
 
 
-def test_a_run_without_a_checkpoint_that_holds_ends_with_74_and_names_each(new_job, capfd) -> None:
+def test_a_run_without_a_checkpoint_that_holds_ends_with_74_and_names_each(new_job) -> None:
     job = continued(new_job("fsdp-full", 2))
     for path in published(job.run)[2:]:
         shutil.rmtree(path)
@@ -415,7 +414,7 @@ def belongings(run: Path) -> dict[str, bytes | str]:
 
 def frozen_then_succeeded(job: Job, freeze: str, goes_on_from: int, *, half_way: bool = True) -> None:
     """Attempt A freezes; B takes over and trains on; A wakes up, must go away without a trace; B ends as unbroken."""
-    step = f"step:step{goes_on_from + EVERY + 3}:freeze" if half_way else ""
+    step = f"step:rank0:step{goes_on_from + EVERY + 3}:freeze" if half_way else ""
     with job.start(freeze, **SAME_JOB) as a:
         a.freeze()
         with job.start(step, **SAME_JOB) as b:
@@ -439,7 +438,7 @@ def frozen_then_succeeded(job: Job, freeze: str, goes_on_from: int, *, half_way:
 
 # Where A freezes, whether it saves beside training, and the step that B goes on from.
 FROZEN = {
-    "between two steps": ("step:step6:freeze", False, 4),
+    "between two steps": ("step:rank0:step6:freeze", False, 4),
     "before it says that all agree": ("save.reread:rank1:step6:freeze", False, 4),
     "before the manifest": ("save.agreed:rank0:step6:freeze", False, 4),
     "before the fence": ("save.manifest:rank0:step6:freeze", False, 4),
@@ -453,7 +452,9 @@ FROZEN = {
 FAST = ("after the rename", "beside training, before the fence")
 
 
-@pytest.mark.parametrize("where", [name if name in FAST else pytest.param(name, marks=pytest.mark.matrix) for name in FROZEN])
+@pytest.mark.parametrize(
+    "where", [name if name in FAST else pytest.param(name, marks=pytest.mark.matrix) for name in FROZEN]
+)
 def test_an_attempt_that_wakes_up_after_another_took_over_changes_nothing(new_job, where: str) -> None:
     freeze, asynchronous, goes_on_from = FROZEN[where]
     job = new_job("fsdp-full", 2, keep=2, asynchronous=asynchronous)

@@ -1,0 +1,268 @@
+"""What of somebody else's adapter becomes this run's initial training state.
+
+Taken over: the weights of a PEFT folder, as fp32 masters; on request AdamW's moments and step count, from one of
+our checkpoints or from a Trainer's optimizer.pt. Data order, learning rates and the step of the run start afresh.
+The folder is read by name: what this run would not train the same way is refused, never adapted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from dist_cpt.adapters.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from dist_cpt.checkpoint.foreign_match import refusal, require_match, trained_apart, vocabulary_words
+from dist_cpt.checkpoint.manifest import MANIFEST, StateKind, TensorSpec
+from dist_cpt.checkpoint.outline import printable
+from dist_cpt.checkpoint.restore import LoadedCheckpoint, load
+from dist_cpt.checkpoint.safetensors_stream import file_sha256, is_finite
+from dist_cpt.checkpoint.state import first_line, strict_json
+from dist_cpt.checkpoint.trainer_optimizer import WEIGHTS_ALONE, TrainerMoments, require_betas
+from dist_cpt.checkpoint.verify import verify_together
+from dist_cpt.config.load import parse_yaml
+from dist_cpt.config.schema import ContinueFromConfig, OptimConfig
+from dist_cpt.errors import CheckpointError
+from dist_cpt.model.load import TrainableModel
+from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
+from dist_cpt.runtime.log import LOGGER
+
+OPTIMIZER = "optimizer.pt"
+_FLOATS = ("F32", "BF16", "F16")  # widen to fp32 exactly
+_COMPARE_ELEMENTS = 1 << 24
+
+
+class Importer(Protocol):
+    """The part of an engine that is needed here."""
+
+    def import_state(self, read: Any, step: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class StartedFrom:
+    """What a run has taken over: AdamW's step counter, a sentence for logs, and the sha256 of the adapter file."""
+
+    step: int
+    description: str
+    sha256: str
+
+
+class ForeignAdapter:
+    """An open PEFT folder: its configuration, and slices of its tensors by canonical name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = _read_config(folder)
+        self.moments: TrainerMoments | LoadedCheckpoint | None = None
+        self._file, self._keys = _open_tensors(folder / ADAPTER_WEIGHTS)
+        self.shapes = {name: tuple(self._file.get_slice(keys[0]).get_shape()) for name, keys in self._keys.items()}
+
+    @property
+    def step(self) -> int:
+        """AdamW's counter: 0 without moments."""
+        if isinstance(self.moments, LoadedCheckpoint):
+            return self.moments.state.optimizer_steps
+        return 0 if self.moments is None else self.moments.step
+
+    def read(self, kind: StateKind, name: str, start: int, stop: int) -> torch.Tensor:
+        """Flat fp32 CPU [stop - start]: these elements of a tensor in C order; moments are zero without an optimizer.
+
+        Raises:
+            CheckpointError: no such tensor, or a value is not finite.
+        """
+        if kind == "master":
+            values = self._slice(self._keys[name][0], start, stop)
+        elif self.moments is None:
+            return torch.zeros(stop - start)
+        else:
+            values = self.moments.read(kind, name, start, stop)
+        if values.numel() and not is_finite(values):
+            raise CheckpointError(f"{self.folder}: {kind} of {name} holds values that are not finite")
+        return values
+
+    def master(self, name: str) -> torch.Tensor:
+        """fp32 CPU, full shape."""
+        shape = self.shapes[name]
+        return self.read("master", name, 0, math.prod(shape)).view(shape)
+
+    def close(self) -> None:
+        """Close the files."""
+        if isinstance(self.moments, LoadedCheckpoint):
+            self.moments.close()
+        del self._file
+
+    def require_one_value(self, aliases: Mapping[str, str]) -> None:
+        """Refuse a tensor that stands in the file twice, under two spellings or as a tied pair, and differs.
+
+        Raises:
+            ConfigError: embedding and head of a tied base were trained apart.
+            CheckpointError: two spellings of one name hold different values.
+        """
+        for alias, name in aliases.items():
+            if alias in self._keys and not self._same(self._keys[alias][0], self._keys[name][0]):
+                raise trained_apart(self.folder, name, alias)
+        for keys in self._keys.values():
+            for other in keys[1:]:
+                if not self._same(keys[0], other):
+                    raise CheckpointError(f"{self.folder}: {keys[0]} and {other} name one tensor but differ")
+
+    def _slice(self, key: str, start: int, stop: int) -> torch.Tensor:
+        rows_of = self._file.get_slice(key)
+        columns = math.prod(rows_of.get_shape()[1:])
+        first, last = start // columns, -(-stop // columns)
+        return rows_of[first:last].reshape(-1)[start - first * columns : stop - first * columns].float()
+
+    def _same(self, left: str, right: str) -> bool:
+        shape = self._file.get_slice(left).get_shape()
+        if self._file.get_slice(right).get_shape() != shape:
+            return False
+        size = math.prod(shape)
+        cuts = [(start, min(start + _COMPARE_ELEMENTS, size)) for start in range(0, size, _COMPARE_ELEMENTS)]
+        return all(torch.equal(self._slice(left, *cut), self._slice(right, *cut)) for cut in cuts)
+
+
+def start_from(
+    engine: Importer, chosen: ContinueFromConfig, specs: Sequence[TensorSpec], model: TrainableModel, optim: OptimConfig
+) -> StartedFrom:
+    """Put the adapter of `chosen` into an engine that has not trained yet. Collective.
+
+    `specs` are the engine's tensors, `model` is what it was built from.
+
+    Raises:
+        ConfigError: the folder is not an adapter, or not one that this recipe continues.
+        CheckpointError: damaged, or its optimizer cannot be matched to names.
+    """
+    folder, what = Path(chosen.path), "adapter.continue_from"
+    if ours := on_rank_zero(what, lambda: (folder / MANIFEST).is_file()):
+        problems = verify_together(folder)
+        if problems:
+            raise CheckpointError(f"{what}: {folder}: {problems[0]}", remedy="use another checkpoint of that run")
+
+    def opened() -> ForeignAdapter:
+        adapter = open_adapter(folder)
+        require_match(adapter, specs, model)
+        if chosen.optimizer:
+            adapter.moments = _moments(adapter, ours, list(model.trainable), optim)
+        return adapter
+
+    adapter = on_every_rank(what, opened)
+    sha256 = on_rank_zero(what, lambda: _require_consistent(adapter, model))
+    engine.import_state(adapter.read, adapter.step)
+    adapter.close()
+    kind = "own checkpoint" if ours else "PEFT folder"
+    source = f"AdamW's moments after {adapter.step} steps" if chosen.optimizer else "a fresh optimizer"
+    return StartedFrom(adapter.step, f"started from {folder} ({kind}): {len(specs)} tensors, {source}", sha256)
+
+
+def open_adapter(folder: Path) -> ForeignAdapter:
+    """Open a folder with adapter_config.json and adapter_model.safetensors; nothing else in it is looked at.
+
+    Raises:
+        ConfigError: not such a folder; says what it seems to be.
+        CheckpointError: one of the two files is damaged.
+    """
+    wrong, remedy = _not_an_adapter(folder)
+    if wrong and remedy:
+        raise refusal(folder, wrong, remedy)
+    return ForeignAdapter(folder)
+
+
+def canonical_key(key: str) -> str | None:
+    """The canonical name behind a key of an adapter file, in any spelling; None for a frozen original."""
+    if ".original_module." in key or ".base_layer." in key:
+        return None
+    key = re.sub(r"\.modules_to_save(\.[^.]+)?\.weight$", ".weight", key)
+    return re.sub(r"(\.lora_[A-Za-z_]+)\.[^.]+\.weight$", r"\1.weight", key)
+
+
+def _moments(
+    adapter: ForeignAdapter, ours: bool, order: list[str], optim: OptimConfig
+) -> TrainerMoments | LoadedCheckpoint:
+    if ours:
+        require_betas(_betas_of_run(adapter.folder, optim), optim.betas)
+        return load(adapter.folder, verified=True)
+    path = adapter.folder / OPTIMIZER
+    if not path.is_file():
+        raise CheckpointError(
+            f"adapter.continue_from: {adapter.folder} has no {OPTIMIZER} (what FSDP or DeepSpeed save is not read)",
+            remedy=WEIGHTS_ALONE,
+        )
+    moments = TrainerMoments(path, order, adapter.shapes)
+    require_betas(moments.betas, optim.betas)
+    return moments
+
+
+def _require_consistent(adapter: ForeignAdapter, model: TrainableModel) -> str:
+    """What takes reading whole tensors, on one rank; returns the sha256 of the adapter file."""
+    theirs, here = adapter.config.get("base_model_name_or_path"), model.identity["path"]
+    if theirs != here:
+        LOGGER.warning("%s was trained on the base %s, this run has %s", adapter.folder, printable(str(theirs)), here)
+    adapter.require_one_value(model.aliases)
+    if isinstance(adapter.moments, TrainerMoments):
+        head = next((name for name, word in vocabulary_words(model).items() if word == "lm_head"), None)
+        adapter.moments.require_own(adapter.master, head)
+    return file_sha256((adapter.folder / ADAPTER_WEIGHTS).resolve())[1]
+
+
+def _betas_of_run(checkpoint: Path, optim: OptimConfig) -> Sequence[float]:
+    """The betas in the recipe beside the checkpoint; where it was copied away from its run, this run's."""
+    recipe = checkpoint.parent.parent / "recipe.yaml"
+    if not recipe.is_file():
+        return optim.betas
+    values = parse_yaml(recipe.read_text(encoding="utf-8"), str(recipe))
+    return values["optim"]["betas"]
+
+
+def _not_an_adapter(folder: Path) -> tuple[str | None, str | None]:
+    """What is wrong with a folder, and what to do; (None, None) for an adapter that can be opened."""
+    if not folder.is_dir():
+        return "is not a folder", "give a local folder; fetch an adapter from the hub first"
+    if not (folder / ADAPTER_CONFIG).is_file():
+        inside = sorted([*folder.glob("checkpoints/step-????????"), *folder.glob("checkpoint-*")])
+        if inside:
+            return f"is a run, not one of its {len(inside)} checkpoints", f"name one, for example {inside[-1]}"
+        if (folder / "config.json").is_file():
+            return "holds a full model, no adapter", "use it as model.path"
+        return f"has no {ADAPTER_CONFIG}", "give a folder that PEFT's save_pretrained wrote"
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        pickled = "only a pickled adapter_model.bin, which is never opened"
+        return (
+            f"has {pickled if (folder / 'adapter_model.bin').exists() else f'no {ADAPTER_WEIGHTS}'}",
+            "where you trust it, load it with PEFT and write it again with save_pretrained (safetensors)",
+        )
+    return None, None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = strict_json((folder / ADAPTER_CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: {ADAPTER_CONFIG} cannot be read ({first_line(error)})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder}: {ADAPTER_CONFIG} holds no mapping")
+    return config
+
+
+def _open_tensors(path: Path) -> tuple[Any, dict[str, list[str]]]:
+    """The open file, and the keys of each canonical name in it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework="pt", device="cpu")
+        by_name: dict[str, list[str]] = {}
+        for key in sorted(file.keys()):
+            if (name := canonical_key(key)) is not None:
+                by_name.setdefault(name, []).append(key)
+                dtype = file.get_slice(key).get_dtype()
+                if dtype not in _FLOATS:
+                    raise CheckpointError(
+                        printable(f"{path}: {key} is {dtype}"), remedy=f"only {', '.join(_FLOATS)} are read"
+                    )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({first_line(error)})") from None
+    return file, by_name

@@ -1,0 +1,150 @@
+"""Whether this run trains exactly what a foreign adapter holds, and if not, which recipe key would."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from dist_cpt.checkpoint.manifest import TensorSpec
+from dist_cpt.checkpoint.outline import printable
+from dist_cpt.errors import ConfigError
+from dist_cpt.model.load import TrainableModel
+
+_PREFIX = "base_model.model."
+_MERGE = "merge that adapter into the base and start from the merged model (model.path)"
+
+# Keys of adapter_config.json that this run may have otherwise: they say where the adapter came from or how it was
+# trained and started, or its tensors' names say the same. Every other key of PEFT's LoRA must agree.
+_FREE = {
+    *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"),
+    *("peft_type", "r", "lora_alpha", "use_rslora", "lora_dropout", "modules_to_save", "ensure_weight_tying"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("megatron_config", "megatron_core", "qalora_group_size"),
+}
+_KEEPS_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # the other starts subtract from its weights
+
+
+class PeftFolder(Protocol):
+    """The adapter_config.json of a folder, and the shapes of its tensors by canonical name."""
+
+    folder: Path
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def require_match(adapter: PeftFolder, specs: Sequence[TensorSpec], model: TrainableModel) -> None:
+    """Refuse an adapter of another kind, rank, scale, targets or shapes than this run trains.
+
+    The base is compared by its shapes: the name in adapter_config.json is that of whatever copy it was trained on.
+
+    Raises:
+        ConfigError: names every difference that the recipe can follow, or the first one that it cannot.
+    """
+    assert model.adapter_config is not None
+    _require_same_method(adapter, model.adapter_config)
+    shapes = {spec.name: tuple(spec.shape) for spec in specs}
+    words = vocabulary_words(model)
+    differences = _scale_differences(adapter.config, model.adapter_config)
+    differences += _target_differences(adapter, shapes, words)
+    differences += _vocabulary_differences(adapter, shapes, words, model.aliases)
+    if differences:
+        said, settings = zip(*differences, strict=True)
+        raise refusal(adapter.folder, f"has {'; '.join(said)}", f"set {', '.join(settings)}")
+    for name in sorted((adapter.shapes.keys() - model.aliases.keys()) ^ shapes.keys()):
+        said = f"has {name}, which does not train here" if name in adapter.shapes else f"lacks {name}"
+        remedy = "name the same modules in adapter.targets, on the same base" if ".lora_" in name else _MERGE
+        raise refusal(adapter.folder, said, remedy)
+    for name, shape in shapes.items():
+        if adapter.shapes[name] != shape:
+            vocabulary = name in words and adapter.shapes[name][1:] == shape[1:]
+            said = f"has {name} of shape {list(adapter.shapes[name])}, here {list(shape)}"
+            raise refusal(
+                adapter.folder,
+                f"has a vocabulary of {adapter.shapes[name][0]}, here {shape[0]}: it {said}" if vocabulary else said,
+                f"use the {'base and tokenizer' if vocabulary else 'base'} that the adapter was trained on",
+            )
+    for alias, name in model.aliases.items():
+        if alias not in adapter.shapes:
+            raise trained_apart(adapter.folder, name, alias)
+
+
+def _require_same_method(adapter: PeftFolder, ours: Mapping[str, Any]) -> None:
+    theirs = adapter.config
+    if theirs.get("peft_type") != "LORA":
+        raise refusal(adapter.folder, f"is of type {theirs.get('peft_type')!r}, not LORA", _MERGE)
+    if theirs.get("init_lora_weights") not in _KEEPS_THE_BASE:
+        how = f"init_lora_weights {theirs['init_lora_weights']!r}"
+        raise refusal(adapter.folder, f"was started with {how}, which changes the base it belongs to", _MERGE)
+    for key in sorted(ours.keys() - _FREE):
+        left, right = theirs.get(key, None) or None, ours[key] or None  # {}, False and None all ask for nothing
+        if left != right and (left, right) not in ((None, "none"), ("none", None)):
+            raise refusal(adapter.folder, f"has {key} {theirs.get(key)!r}, here {ours[key]!r}", _MERGE)
+
+
+def _scale_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(what differs, what to set) for the numbers that scale B A x."""
+    found = []
+    for key, word in (("r", "rank"), ("lora_alpha", "alpha"), ("use_rslora", "rslora")):
+        value = theirs.get(key, False if key == "use_rslora" else None)
+        if value != ours[key]:
+            found.append((f"{word} {value} (here {ours[key]})", f"adapter.{word}: {str(value).lower()}"))
+    return found
+
+
+def _target_differences(
+    adapter: PeftFolder, shapes: Mapping[str, tuple[int, ...]], words: Mapping[str, str]
+) -> list[tuple[str, str]]:
+    theirs, ours = _lora_modules(adapter.shapes), _lora_modules(shapes)
+    for name, word in words.items():
+        if name.removesuffix(".weight") in theirs:
+            raise refusal(adapter.folder, f"has LoRA on {word}, which trains in full or not at all here", _MERGE)
+    left, right = ({module.rpartition(".")[2] for module in modules} for modules in (theirs, ours))
+    if left == right:
+        return []  # other layers than here show as single tensors
+    more = [f"not on {', '.join(sorted(right - left))}"] if right - left else []
+    more = [f"on {', '.join(sorted(left - right))}", *more] if left - right else more
+    return [(f"LoRA {' and '.join(more)} (unlike here)", f"adapter.targets: [{', '.join(sorted(left))}]")]
+
+
+def _vocabulary_differences(
+    adapter: PeftFolder,
+    shapes: Mapping[str, tuple[int, ...]],
+    words: Mapping[str, str],
+    aliases: Mapping[str, str],
+) -> list[tuple[str, str]]:
+    theirs = {word for name, word in words.items() if name in adapter.shapes}
+    ours = {word for name, word in words.items() if name in shapes or aliases.get(name) in shapes}
+    if aliases and theirs and ours:
+        return []  # a tied pair: whether both are there and equal is looked at next
+    if theirs == ours:
+        return []
+    said = f"trained {' and '.join(sorted(theirs))}" if theirs else "no trained embeddings"
+    return [(f"{said} (here {', '.join(sorted(ours)) or 'none'})", f"embeddings.train: [{', '.join(sorted(theirs))}]")]
+
+
+def _lora_modules(names: Mapping[str, Any]) -> set[str]:
+    return {name.rpartition(".lora_A.")[0] for name in names if ".lora_A." in name}
+
+
+def vocabulary_words(model: TrainableModel) -> dict[str, str]:
+    """Canonical name -> the recipe's word, for embedding and head, whatever the model calls them."""
+    hf_model = model.module.hf_model
+    names = {id(module): name for name, module in hf_model.named_modules()}
+    pair = ((hf_model.get_input_embeddings(), "embed_tokens"), (hf_model.get_output_embeddings(), "lm_head"))
+    return {f"{_PREFIX}{names[id(module)]}.weight": word for module, word in pair}
+
+
+def trained_apart(folder: Path, name: str, alias: str) -> ConfigError:
+    """The refusal of an adapter that unties what the base ties."""
+    return refusal(
+        folder,
+        f"trained {name} and {alias} apart, but this base ties them",
+        "merge that adapter into an untied copy of the base and start from there (model.path)",
+    )
+
+
+def refusal(folder: Path, said: str, remedy: str) -> ConfigError:
+    """One line, whatever names and values a foreign file holds."""
+    return ConfigError(printable(f"adapter.continue_from: {folder} {said}"), remedy=printable(remedy))

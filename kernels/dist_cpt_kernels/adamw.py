@@ -1,0 +1,321 @@
+"""AdamW over many tensors in one launch, and their gradient norm: nothing in between is read by the host.
+
+The norm, the clip factor and the decision to skip stay on the device, so a step is a few launches without a
+sync. A table of addresses says which program works on which piece of which tensor.
+
+Sums of squares are taken in fp32 within a piece and in fp64, in a fixed order, over the pieces: two runs give the
+same bits, and a non-finite gradient gives a non-finite norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from dist_cpt_kernels import reference
+from dist_cpt_kernels.dispatch import available, jit, tl
+from dist_cpt_kernels.rounding import rounded
+
+PIECE = 16384  # elements of one program
+BLOCK = 1024  # of them at once: 16 bytes of each tensor for each of 256 threads
+NUM_WARPS = 8
+
+
+def adamw_(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    *,
+    step: int | torch.Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_factor: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
+    copies: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """One AdamW update in place of fp32 `params` and moments from `grads`, fp32 or bf16, all of one dtype.
+
+    `step` is the number of this update, from 1, on the host or as one element on the device. Every gradient is
+    multiplied by `grad_factor` (one fp32 element on the device) first. If `skip` (one element on the device) is
+    not zero, nothing is written, so the caller raises a `step` on the device by `1 - skip`. `copies` (bf16 or
+    fp16, all of one dtype) receive the new params, rounded. Every tensor is contiguous.
+    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, algorithm 2, with bias correction.
+
+    Raises:
+        ValueError: lists that do not fit together, or tensors of another dtype or not contiguous.
+    """
+    lists = [list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(copies or ())]
+    if not lists[0]:
+        return
+    _check(lists)
+    step_size, denominator = _corrections(step, lr, betas)
+    if not available(lists[0][0]):
+        reference.adamw_(
+            *lists[:4],
+            copies=lists[4],
+            step_size=step_size,
+            denominator=denominator,
+            decay=1 - lr * weight_decay,
+            betas=betas,
+            eps=eps,
+            grad_factor=grad_factor,
+            skip=skip,
+        )
+        return
+    on_device = isinstance(step_size, torch.Tensor)
+    launch = _Launch(lists)
+    if launch.num_pieces:
+        adamw_kernel[(launch.num_pieces,)](
+            launch.addresses,
+            launch.pieces,
+            len(lists[0]),
+            lists[1][0],
+            lists[4][0] if copies else None,
+            grad_factor,
+            skip,
+            step_size if on_device else None,
+            denominator if on_device else None,
+            0.0 if on_device else step_size,
+            0.0 if on_device else denominator,
+            1 - lr * weight_decay,
+            1 - betas[0],
+            betas[1],
+            1 - betas[1],
+            eps,
+            ALIGNED=launch.aligned,
+            PIECE=PIECE,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,  # only the fused multiply-adds written out: the same bits on every GPU
+        )
+
+
+def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """fp64 []: the sum of all elements' squares of contiguous bf16, fp16 or fp32 `tensors` on one device.
+
+    The same bits every time. A non-finite element makes it non-finite; so does an fp32 element above 1.8e19.
+
+    Raises:
+        ValueError: no tensor, or one that is not contiguous.
+    """
+    if not tensors:
+        raise ValueError("at least one tensor expected, got none")
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        raise ValueError("contiguous tensors expected")
+    if not available(tensors[0]):
+        return reference.sum_of_squares(tensors)
+    launches = [
+        _Launch([[tensor for tensor in tensors if tensor.dtype == dtype]])
+        for dtype in sorted({tensor.dtype for tensor in tensors}, key=str)
+    ]
+    total = sum(launch.num_pieces for launch in launches)
+    device = tensors[0].device
+    partial = torch.empty(total, dtype=torch.float32, device=device)
+    place = 0
+    for launch in launches:
+        if launch.num_pieces:
+            sum_squares_kernel[(launch.num_pieces,)](
+                launch.addresses,
+                launch.pieces,
+                launch.lists[0][0],
+                partial[place:],
+                ALIGNED=launch.aligned,
+                PIECE=PIECE,
+                BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
+            )
+        place += launch.num_pieces
+    out = torch.empty((), dtype=torch.float64, device=device)
+    add_up_kernel[(1,)](partial, out, total, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    return out
+
+
+def clip(sum_of_squares: torch.Tensor, max_norm: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(norm fp32 [], factor fp32 [], skip int32 []) of the global `sum_of_squares`, all on its device.
+
+    factor = min(1, max_norm / (norm + 1e-6)), 1 without a limit; skip is 1 where the norm is not finite.
+    """
+    norm = sum_of_squares.sqrt()
+    factor = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp_max(1.0)
+    return norm.float(), factor.float(), (~norm.isfinite()).int()
+
+
+def _corrections(
+    step: int | torch.Tensor, lr: float, betas: tuple[float, float]
+) -> tuple[float, float] | tuple[torch.Tensor, torch.Tensor]:
+    """(lr / (1 - beta1^step), sqrt(1 - beta2^step)), computed in fp64, where `step` lies."""
+    if isinstance(step, torch.Tensor):
+        exponent = step.reshape(()).double()
+        return (lr / (1 - betas[0] ** exponent)).float(), (1 - betas[1] ** exponent).sqrt().float()
+    return lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5
+
+
+def _check(lists: list[list[torch.Tensor]]) -> None:
+    params, grads, exp_avgs, exp_avg_sqs, copies = lists
+    named = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    if copies:
+        named["copies"] = copies
+    for name, tensors in named.items():
+        if [tensor.numel() for tensor in tensors] != [tensor.numel() for tensor in params]:
+            raise ValueError(f"{name}: as many elements as in params expected, in each tensor")
+        if not all(tensor.is_contiguous() for tensor in tensors):
+            raise ValueError(f"{name}: contiguous tensors expected")
+        dtypes = {tensor.dtype for tensor in tensors}
+        if len(dtypes) > 1 or (name in ("params", "exp_avgs", "exp_avg_sqs") and dtypes != {torch.float32}):
+            raise ValueError(f"{name}: one dtype expected, fp32 for params and moments, got {sorted(map(str, dtypes))}")
+
+
+class _Launch:
+    """Which program works on what: addresses int64 [lists, tensors], pieces int64 [P, 3] (tensor, start, count)."""
+
+    def __init__(self, lists: list[list[torch.Tensor]]) -> None:
+        self.lists = lists
+        device = lists[0][0].device
+        addresses = tuple(tensor.data_ptr() for tensors in lists for tensor in tensors)
+        self.aligned = all(address % 16 == 0 for address in addresses)
+        self.addresses = _on_device(addresses, device)
+        self.pieces = _pieces(tuple(tensor.numel() for tensor in lists[0]), device)
+        self.num_pieces = len(self.pieces)
+
+
+@lru_cache(maxsize=64)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """int64 on `device`; pinned on the way, as a copy from pageable memory is a host sync."""
+    table = torch.tensor(numbers, dtype=torch.int64)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+@lru_cache(maxsize=64)
+def _pieces(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    flat = [
+        number
+        for tensor, size in enumerate(sizes)
+        for start in range(0, size, PIECE)
+        for number in (tensor, start, min(PIECE, size - start))
+    ]
+    return _on_device(tuple(flat), device).view(-1, 3)
+
+
+@jit
+def adamw_kernel(
+    addresses_ptr,
+    pieces_ptr,
+    num_tensors,
+    grad_like,
+    copy_like,
+    grad_factor_ptr,
+    skip_ptr,
+    step_size_ptr,
+    denominator_ptr,
+    step_size,
+    denominator,
+    decay,
+    weight1,
+    beta2,
+    weight2,
+    eps,
+    ALIGNED: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program, one piece. Pointers that are None switch their part off; `*_like` give a dtype."""
+    if skip_ptr is not None:
+        if tl.load(skip_ptr) != 0:  # noqa: SIM102 - with `and` a pointer that is None would be loaded
+            return
+    factor = 1.0
+    if grad_factor_ptr is not None:
+        factor = tl.load(grad_factor_ptr)
+    if step_size_ptr is not None:
+        step_size = tl.load(step_size_ptr)
+        denominator = tl.load(denominator_ptr)
+    tensor, start, count = _piece(pieces_ptr)
+    param = _address(addresses_ptr + tensor, start, tl.pointer_type(tl.float32), ALIGNED)
+    grad = _address(addresses_ptr + num_tensors + tensor, start, grad_like.dtype, ALIGNED)
+    exp_avg = _address(addresses_ptr + 2 * num_tensors + tensor, start, tl.pointer_type(tl.float32), ALIGNED)
+    exp_avg_sq = _address(addresses_ptr + 3 * num_tensors + tensor, start, tl.pointer_type(tl.float32), ALIGNED)
+    copy = None
+    if copy_like is not None:
+        copy = _address(addresses_ptr + 4 * num_tensors + tensor, start, copy_like.dtype, ALIGNED)
+    whole = tl.where(count == PIECE, count, 0)  # masks would hide that a vector lies inside
+    for first in range(0, whole, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        _update(
+            param, grad, exp_avg, exp_avg_sq, copy, index, None,
+            factor, step_size, denominator, decay, weight1, beta2, weight2, eps,
+        )  # fmt: skip
+    for first in range(whole, count, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        _update(
+            param, grad, exp_avg, exp_avg_sq, copy, index, index < count,
+            factor, step_size, denominator, decay, weight1, beta2, weight2, eps,
+        )  # fmt: skip
+
+
+@jit
+def _piece(pieces_ptr):
+    piece = pieces_ptr + tl.program_id(0).to(tl.int64) * 3
+    return tl.load(piece), tl.load(piece + 1), tl.load(piece + 2)
+
+
+@jit
+def _address(entry, start, kind: tl.constexpr, ALIGNED: tl.constexpr):
+    """Element `start` of the tensor whose address lies at `entry`."""
+    first = tl.load(entry).to(kind)
+    if ALIGNED:
+        # a piece starts at a multiple of PIECE, so it is aligned as the tensor's first element is
+        return tl.multiple_of(first + start, 16)
+    return first + start
+
+
+@jit
+def _update(
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, copy_ptr, index, mask,
+    factor, step_size, denominator, decay, weight1, beta2, weight2, eps,
+):  # fmt: skip
+    """The multiply-adds, divisions and roots that torch's fused AdamW has on a CPU, each rounded once."""
+    g = tl.load(grad_ptr + index, mask=mask).to(tl.float32) * factor
+    m = tl.load(exp_avg_ptr + index, mask=mask)
+    v = tl.load(exp_avg_sq_ptr + index, mask=mask)
+    p = tl.load(param_ptr + index, mask=mask)
+    m = tl.fma(g - m, weight1 + tl.zeros_like(m), m)
+    v = tl.fma(g * weight2, g, v * beta2)
+    p = p * decay - tl.div_rn(m * step_size, tl.div_rn(tl.sqrt_rn(v), denominator) + eps)
+    tl.store(exp_avg_ptr + index, m, mask=mask)
+    tl.store(exp_avg_sq_ptr + index, v, mask=mask)
+    tl.store(param_ptr + index, p, mask=mask)
+    if copy_ptr is not None:
+        tl.store(copy_ptr + index, rounded(p, copy_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def sum_squares_kernel(
+    addresses_ptr, pieces_ptr, like, partial_ptr, ALIGNED: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program, one piece: the sum of its squares in fp32."""
+    tensor, start, count = _piece(pieces_ptr)
+    x_ptr = _address(addresses_ptr + tensor, start, like.dtype, ALIGNED)
+    total = tl.zeros([BLOCK], tl.float32)
+    whole = tl.where(count == PIECE, count, 0)
+    for first in range(0, whole, BLOCK):
+        x = tl.load(x_ptr + first + tl.arange(0, BLOCK)).to(tl.float32)
+        total += x * x
+    for first in range(whole, count, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + index, mask=index < count, other=0.0).to(tl.float32)
+        total += x * x
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(total, 0))
+
+
+@jit
+def add_up_kernel(partial_ptr, out_ptr, num_partial, BLOCK: tl.constexpr):
+    """One program: the sum of all partial sums in fp64, always in the same order."""
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, num_partial, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        total += tl.load(partial_ptr + index, mask=index < num_partial, other=0.0).to(tl.float64)
+    tl.store(out_ptr, tl.sum(total, 0))

@@ -1,0 +1,149 @@
+"""NF4 codes back to numbers in one kernel, the nested scales decoded on the way.
+
+Two codes lie in a byte, the first in the high half. A block of 64 elements shares one scale, itself a code:
+scale = code_map[code] * absmax2 + offset, with one absmax2 for 256 scales. Every product and sum is rounded to
+fp32 by itself, never fused, so the result equals bitsandbytes' bit for bit.
+Source: Dettmers et al., QLoRA, sections 2 and 3 (the 16 levels: appendix E).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from dist_cpt_kernels import reference
+from dist_cpt_kernels.dispatch import available, jit, tl
+from dist_cpt_kernels.rounding import rounded
+
+TILE = 4096  # elements of one program: 4 bytes of codes and 16 bytes of bf16 for each thread, twice
+NUM_WARPS = 8
+
+
+class NestedScales(NamedTuple):
+    """How the scales themselves are stored."""
+
+    code_map: torch.Tensor  # fp32 [256]
+    absmax: torch.Tensor  # fp32 [ceil(number of scales / block)]
+    offset: torch.Tensor  # fp32 []
+    block: int = 256
+
+
+def dequantize_nf4(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    nested: NestedScales | None = None,
+    block: int = 64,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The tensor of `shape` in `dtype` (bf16, fp16 or fp32) that `packed` uint8, two codes a byte, stands for.
+
+    `absmax` holds one scale for `block` elements: fp32, or uint8 codes with `nested`. Written to `out`, contiguous
+    and of that shape and dtype, if given. Not differentiable: a quantised weight has no gradient.
+
+    Raises:
+        ValueError: tensors that do not fit together.
+    """
+    _check(packed, absmax, shape, dtype, nested, block, out)
+    if not available(packed):
+        values = reference.dequantize_nf4(packed, absmax, shape, dtype, nested=nested, block=block)
+        return values if out is None else out.copy_(values)
+    if out is None:
+        out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
+    num_elements = out.numel()
+    if num_elements:
+        dequantize_nf4_kernel[(-(-num_elements // TILE),)](
+            packed,
+            absmax,
+            None if nested is None else nested.code_map,
+            None if nested is None else nested.absmax,
+            None if nested is None else nested.offset,
+            _levels(packed.device),
+            out,
+            num_elements,
+            BLOCK=block,
+            NESTED_BLOCK=256 if nested is None else nested.block,
+            TILE=TILE,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
+    return out
+
+
+@cache
+def _levels(device: torch.device) -> torch.Tensor:
+    return torch.tensor(reference.NF4_LEVELS, dtype=torch.float32, device=device)
+
+
+def _check(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    nested: NestedScales | None,
+    block: int,
+    out: torch.Tensor | None,
+) -> None:
+    num_elements = math.prod(shape)
+    num_scales = -(-num_elements // block)
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"dtype bf16, fp16 or fp32 expected, got {dtype}")
+    if packed.dtype != torch.uint8 or not packed.is_contiguous() or packed.numel() != -(-num_elements // 2):
+        raise ValueError(
+            f"packed: {-(-num_elements // 2)} contiguous uint8 expected, got {packed.dtype} {[*packed.shape]}"
+        )
+    if block < 32 or block > TILE or block & (block - 1):
+        raise ValueError(f"block: a power of two from 32 to {TILE} expected, got {block}")
+    scale_dtype = torch.float32 if nested is None else torch.uint8
+    if absmax.dtype != scale_dtype or absmax.numel() != num_scales or not absmax.is_contiguous():
+        raise ValueError(f"absmax: {num_scales} {scale_dtype} expected, got {absmax.numel()} {absmax.dtype}")
+    if nested is not None and (
+        nested.code_map.numel() != 256 or nested.absmax.numel() != -(-num_scales // nested.block)
+    ):
+        raise ValueError(
+            f"nested: a map of 256 and {-(-num_scales // nested.block)} scales expected, "
+            f"got {nested.code_map.numel()} and {nested.absmax.numel()}"
+        )
+    if out is not None and (out.shape != torch.Size(shape) or out.dtype != dtype or not out.is_contiguous()):
+        raise ValueError(f"out: contiguous {dtype} {[*shape]} expected, got {out.dtype} {[*out.shape]}")
+
+
+@jit
+def dequantize_nf4_kernel(
+    packed_ptr,
+    absmax_ptr,
+    code_map_ptr,
+    absmax2_ptr,
+    offset_ptr,
+    levels_ptr,
+    out_ptr,
+    num_elements,
+    BLOCK: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One program decodes TILE elements, a row of its tile being one block with its scale."""
+    ROWS: tl.constexpr = TILE // BLOCK
+    BYTES: tl.constexpr = BLOCK // 2
+    tile = tl.program_id(0).to(tl.int64)
+    num_bytes = (num_elements + 1) // 2
+    scale_index = tile * ROWS + tl.arange(0, ROWS)
+    scale_mask = scale_index * BLOCK < num_elements
+    scale = tl.load(absmax_ptr + scale_index, mask=scale_mask, other=0)
+    if code_map_ptr is not None:
+        absmax2 = tl.load(absmax2_ptr + scale_index // NESTED_BLOCK, mask=scale_mask, other=0.0)
+        scale = tl.load(code_map_ptr + scale.to(tl.int32)) * absmax2 + tl.load(offset_ptr)
+
+    byte_index = tile * (TILE // 2) + tl.arange(0, ROWS)[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+    codes = tl.load(packed_ptr + byte_index, mask=byte_index < num_bytes, other=0).to(tl.int32)
+    first = rounded(tl.load(levels_ptr + (codes >> 4)) * scale[:, None], out_ptr.dtype.element_ty)
+    second = rounded(tl.load(levels_ptr + (codes & 15)) * scale[:, None], out_ptr.dtype.element_ty)
+    values = tl.reshape(tl.join(first, second), (ROWS, BLOCK))
+    index = tile * TILE + tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(out_ptr + index, values, mask=index < num_elements)
