@@ -83,14 +83,15 @@ def require_bitsandbytes() -> None:
 def quantisation_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of all that turns codes back into weights; none of it is a parameter or a buffer.
 
-    `<layer>.weight.absmax` uint8, `.nested_absmax`, `.offset` and the two tables of code values, fp32.
+    `<layer>.weight.absmax` uint8 [blocks], `.nested_absmax` [blocks / 256], `.offset` [1] and the two tables of
+    code values [16] and [256], fp32. The very tensors that are used, not copies.
     """
     for name, layer in module.named_modules():
         state = _state(layer)
         if state is None:
             continue
         yield f"{name}.weight.absmax", state.absmax
-        yield f"{name}.weight.offset", state.offset
+        yield f"{name}.weight.offset", state.offset.view(1)
         yield f"{name}.weight.quant_map", state.code
         yield f"{name}.weight.nested_absmax", state.state2.absmax
         yield f"{name}.weight.nested_quant_map", state.state2.code

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dist_cpt.checkpoint.foreign import start_from
 from dist_cpt.checkpoint.manifest import Identity, TensorSpec, owners
 from dist_cpt.checkpoint.restore import LoadedCheckpoint, load, newest_valid, require_fit
 from dist_cpt.checkpoint.retention import bring_back, remove_stale_staging, set_aside_after
@@ -21,7 +22,7 @@ from dist_cpt.checkpoint.state import Probe, Randomness, TrainState
 from dist_cpt.checkpoint.store import SAVE_POINTS, CheckpointInfo
 from dist_cpt.checkpoint.verify import certify
 from dist_cpt.config.resolve import StepShape, fingerprint, run_folder, step_shape
-from dist_cpt.config.schema import RunConfig
+from dist_cpt.config.schema import ContinueFromConfig, RunConfig
 from dist_cpt.data.batch import Batch
 from dist_cpt.data.loader import PADDING, BlockLoader, ValidationLoader, prefetch
 from dist_cpt.data.prepare import check_vocabulary, open_prepared, prepare
@@ -207,6 +208,8 @@ class _Run:
         known: list[list[int]] = on_rank_zero("rollbacks", self._known_windows)
         self.progress.skipped_windows = [(start, stop) for start, stop in known]
         resumed_from = self._restore()
+        if resumed_from is None and config.adapter.continue_from is not None:
+            self._start_from_adapter(config.adapter.continue_from)
         if resumed_from is None and config.checkpoint.trial:
             self.saver.trial(self._state())
         self.contract = Contract(
@@ -337,6 +340,28 @@ class _Run:
         self.progress.restore(state)
         on_rank_zero("checkpoints", lambda: self._leave_behind(found, state.step))
         return found.name
+
+    def _start_from_adapter(self, chosen: ContinueFromConfig) -> None:
+        """Take over somebody's adapter, and prove that it is in effect: the loss with and without it.
+
+        Raises:
+            CheckpointError: it changes nothing.
+        """
+        probed = range(PROBE_BLOCKS)
+        without = self._probe_loss(probed)  # a new adapter adds zero
+        started = start_from(self.engine, chosen, self.specs, self.model, self.config.optim)
+        self.progress.optimizer_steps = started.step
+        with_it = self._probe_loss(probed)
+        if with_it == without:
+            raise CheckpointError(
+                f"{chosen.path}: the loss is {without:.6f} with and without this adapter",
+                remedy="its matrices are those of an untrained one; take a later checkpoint of it",
+            )
+        LOGGER.info("%s; loss on %d blocks without it %.4f, with it %.4f",
+                    started.description, PROBE_BLOCKS, without, with_it)  # fmt: skip
+        proof = {"description": started.description, "sha256": started.sha256, "optimizer_steps": started.step}
+        proof |= {"loss_without": without, "loss_with": with_it}
+        on_rank_zero("continued", lambda: write_json(self.folder / "continued.json", proof))
 
     def _roll_back(self) -> None:
         """Go back to the newest checkpoint from before the bad steps, and leave their data out from now on.

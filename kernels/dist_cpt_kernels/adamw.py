@@ -224,8 +224,8 @@ def adamw_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program, one piece. Pointers that are None switch their part off; `*_like` give a dtype."""
-    if skip_ptr is not None:
-        if tl.load(skip_ptr) != 0:  # noqa: SIM102 - with `and` a pointer that is None would be loaded
+    if skip_ptr is not None:  # noqa: SIM102 - with `and` a pointer that is None would be read
+        if tl.load(skip_ptr) != 0:
             return
     factor = 1.0
     if grad_factor_ptr is not None:

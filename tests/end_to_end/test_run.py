@@ -246,3 +246,36 @@ def test_a_damaged_record_of_rollbacks_is_not_forgotten(made, tmp_path, capfd):
     (tmp_path / "tiny/rollbacks.json").write_text("{")
     assert train(values) == 74
     assert "rollbacks.json is damaged" in capfd.readouterr().err
+
+
+def test_a_run_from_an_adapter_proves_its_effect_and_resumes_with_its_counter(made, tmp_path):
+    from dist_cpt.checkpoint.outline import read_state
+
+    assert train(tiny.recipe(*made, tmp_path / "old")) == 0
+    old = tmp_path / "old/tiny/checkpoints/step-00000012"
+    lora = {"rank": 4, "alpha": 4, "continue_from": {"path": str(old), "optimizer": True}}
+    values = tiny.recipe(*made, tmp_path / "new", adapter=lora, name="next")
+    run = tmp_path / "new/next"
+    assert train(values, StopAfter(run / "metrics.jsonl", 6)) == 75
+    assert train(values) == 0
+    proof = json.loads((run / "continued.json").read_text())
+    assert proof["optimizer_steps"] == 12
+    assert proof["loss_with"] < proof["loss_without"] - 0.01
+    first = rows(run / "evaluations.jsonl")[0]
+    last = rows(tmp_path / "old/tiny/evaluations.jsonl")[-1]
+    assert first["loss"] == last["loss"]  # step 0 of this run is where the other one ended
+    assert read_state(run / "checkpoints/step-00000012").optimizer_steps == 24
+    assert json.loads((run / "certificate.json").read_text())["verdict"] == "pass"
+
+
+def test_an_adapter_without_effect_is_refused(made, tmp_path, capfd):
+    from dist_cpt.runtime.stop import StopRequest
+
+    stop = StopRequest()
+    stop.requested = "SIGTERM"
+    lora = {"rank": 4, "alpha": 4}
+    assert train(tiny.recipe(*made, tmp_path / "old", adapter=lora, embeddings={"train": []}), stop) == 75
+    untrained = tmp_path / "old/tiny/checkpoints/step-00000000"
+    lora["continue_from"] = str(untrained)
+    assert train(tiny.recipe(*made, tmp_path / "new", adapter=lora, embeddings={"train": []})) == 74
+    assert "with and without this adapter" in capfd.readouterr().err
