@@ -20,6 +20,7 @@ from dist_cpt_kernels.rounding import rounded
 
 PIECE = 16384  # elements of one program
 BLOCK = 1024  # of them at once: 16 bytes of each tensor for each of 256 threads
+NORM_BLOCK = 2048  # the same for bf16 alone
 NUM_WARPS = 8
 
 
@@ -126,7 +127,7 @@ def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
                 partial[place:],
                 ALIGNED=launch.aligned,
                 PIECE=PIECE,
-                BLOCK=BLOCK,
+                BLOCK=NORM_BLOCK,
                 num_warps=NUM_WARPS,
             )
         place += launch.num_pieces
@@ -302,7 +303,8 @@ def sum_squares_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     whole = tl.where(count == PIECE, count, 0)
     for first in range(0, whole, BLOCK):
-        x = tl.load(x_ptr + first + tl.arange(0, BLOCK)).to(tl.float32)
+        index = first + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + index).to(tl.float32)
         total += x * x
     for first in range(whole, count, BLOCK):
         index = first + tl.arange(0, BLOCK)

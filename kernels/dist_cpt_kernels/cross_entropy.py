@@ -308,7 +308,7 @@ def _capped(x, softcap, inverse_softcap, SOFTCAP: tl.constexpr):
         u = x * inverse_softcap
         size = tl.abs(u)
         e = tl.exp(-2.0 * size)
-        far = (1.0 - e) / (1.0 + e)
+        far = 1.0 - 2.0 * e / (1.0 + e)
         w = tl.minimum(u * u, 1.0)  # beyond the polynomial's range it must not overflow
         poly = -5.70498872745e-3 * w + 2.06390887954e-2
         poly = poly * w - 5.37397155531e-2

@@ -18,8 +18,10 @@ else:
     except ImportError:
         triton = tl = None
 
-# Triton decides so when a kernel is decorated, that is, when its module is imported.
+# Triton decides so when a kernel is decorated, its own library's when it is imported: the first import counts.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Interpreted kernels are far slower than torch, so tensors on the CPU go there only where a test asks for it.
+interpret_cpu_tensors = False
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -28,8 +30,8 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 def available(tensor: torch.Tensor) -> bool:
-    """Whether kernels take this tensor: on a GPU, or on the CPU in Triton's interpreter (TRITON_INTERPRET=1)."""
-    return tl is not None and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))
+    """Whether kernels take this tensor: on a GPU, or in a test on the CPU, in Triton's interpreter."""
+    return tl is not None and (tensor.is_cuda or (interpret_cpu_tensors and tensor.device.type == "cpu"))
 
 
 class _Missing:

@@ -19,8 +19,8 @@ from dist_cpt_kernels import reference
 from dist_cpt_kernels.dispatch import available, jit, tl
 from dist_cpt_kernels.rounding import rounded
 
-TILE = 4096  # elements of one program: 4 bytes of codes and 16 bytes of bf16 for each thread, twice
-NUM_WARPS = 8
+TILE = 4096  # elements of one program: 16 bytes of codes for each thread
+NUM_WARPS = 4
 
 
 class NestedScales(NamedTuple):
@@ -67,6 +67,7 @@ def dequantize_nf4(
             _levels(packed.device),
             out,
             num_elements,
+            packed.numel(),
             BLOCK=block,
             NESTED_BLOCK=256 if nested is None else nested.block,
             TILE=TILE,
@@ -103,13 +104,10 @@ def _check(
     scale_dtype = torch.float32 if nested is None else torch.uint8
     if absmax.dtype != scale_dtype or absmax.numel() != num_scales or not absmax.is_contiguous():
         raise ValueError(f"absmax: {num_scales} {scale_dtype} expected, got {absmax.numel()} {absmax.dtype}")
-    if nested is not None and (
-        nested.code_map.numel() != 256 or nested.absmax.numel() != -(-num_scales // nested.block)
-    ):
-        raise ValueError(
-            f"nested: a map of 256 and {-(-num_scales // nested.block)} scales expected, "
-            f"got {nested.code_map.numel()} and {nested.absmax.numel()}"
-        )
+    if nested is not None:
+        wanted, found = (256, -(-num_scales // nested.block)), (nested.code_map.numel(), nested.absmax.numel())
+        if wanted != found:
+            raise ValueError(f"nested: a map of {wanted[0]} and {wanted[1]} scales expected, got {found}")
     if out is not None and (out.shape != torch.Size(shape) or out.dtype != dtype or not out.is_contiguous()):
         raise ValueError(f"out: contiguous {dtype} {[*shape]} expected, got {out.dtype} {[*out.shape]}")
 
@@ -124,6 +122,7 @@ def dequantize_nf4_kernel(
     levels_ptr,
     out_ptr,
     num_elements,
+    num_bytes,
     BLOCK: tl.constexpr,
     NESTED_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -132,7 +131,6 @@ def dequantize_nf4_kernel(
     ROWS: tl.constexpr = TILE // BLOCK
     BYTES: tl.constexpr = BLOCK // 2
     tile = tl.program_id(0).to(tl.int64)
-    num_bytes = (num_elements + 1) // 2
     scale_index = tile * ROWS + tl.arange(0, ROWS)
     scale_mask = scale_index * BLOCK < num_elements
     scale = tl.load(absmax_ptr + scale_index, mask=scale_mask, other=0)

@@ -99,7 +99,9 @@ def new_job(made, unbroken, tmp_path) -> Callable[..., Job]:
     return make
 
 
-def _job(made, folder: Path, engine: str, ranks: int, unbroken: Job | None = None, **checkpoint: object) -> Job:
+def _job(
+    made: tuple[Path, Path], folder: Path, engine: str, ranks: int, unbroken: Job | None = None, **checkpoint: object
+) -> Job:
     values = tiny.recipe(
         *made,
         folder,

@@ -12,15 +12,17 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dist_cpt.checkpoint.folders import published
+from dist_cpt.checkpoint.outline import read_manifest
 from dist_cpt.checkpoint.restore import load
 from dist_cpt.checkpoint.store import SAVE_POINTS
 from dist_cpt.checkpoint.verify import verify_run
@@ -28,7 +30,7 @@ from dist_cpt.train.record import record_problems
 from tests import tiny
 from tests.contract.engines import ENGINES, WORLDS
 from tests.run_ranks import RunningRanks
-from tests.whole_run import rows, train
+from tests.whole_run import rows
 
 EVERY, KEEP = 5, 3
 ON_ALL_RANKS = ("staged", "tensor", "written", "sidecars", "reread", "agreed")
@@ -125,7 +127,7 @@ class Execution:
     run: Path
     log: Path
 
-    def carry_out(self, attempts: Sequence[Attempt]) -> Iterator[tuple[int, int | None, str]]:
+    def carry_out(self, attempts: Sequence[Attempt]) -> Generator[tuple[int, int | None, str], None, None]:
         """(attempt, first step, how it ended) of each; no step where it ended before it could say so."""
         frozen: RunningRanks | None = None
         with ExitStack() as alive:
@@ -218,6 +220,51 @@ def recipe(made: tuple[Path, Path], folder: Path, num_steps: int) -> dict[str, A
     return values
 
 
+def soak(made: tuple[Path, Path], folder: Path, seed: int, attempts: list[Attempt], num_steps: int) -> Path:
+    """Carry out a plan from nothing; the run folder, with a record that adds up."""
+    folder.mkdir()
+    path = tiny.write_recipe(folder / "recipe.yaml", recipe(made, folder, num_steps))
+    execution = Execution(path, folder / "tiny", folder / "log")
+    try:
+        with closing(execution.carry_out(attempts)) as happenings:
+            for (number, attempt), happened in zip(enumerate(attempts), happenings, strict=True):
+                first_step = None if attempt.fault.startswith("restore") else attempt.begins_at
+                assert happened == (number, first_step, attempt.ends), f"attempt {number} went otherwise"
+        assert json.loads((execution.run / "exit.json").read_text())["code"] == 0
+        assert set(map(tuple, verify_run(execution.run).values())) == {()}
+        assert record_problems(execution.run) == []
+    except (AssertionError, TimeoutError) as error:
+        planned = "\n".join(f"{number}: {attempt}" for number, attempt in enumerate(attempts))
+        said = execution.log.read_text()[-3000:] if execution.log.exists() else ""
+        raise AssertionError(f"{error}\nseed {seed}, plan:\n{planned}\n{said}") from error
+    return execution.run
+
+
+def unbroken(made: tuple[Path, Path], folder: Path, num_steps: int, engine: str = "single", ranks: int = 1) -> Path:
+    """The same recipe without any disturbance."""
+    folder.mkdir()
+    path = tiny.write_recipe(folder / "recipe.yaml", recipe(made, folder, num_steps))
+    execution = Execution(path, folder / "tiny", folder / "log")
+    (happened,) = execution.carry_out([Attempt(engine, ranks, True, 0, "done")])
+    assert happened == (0, 0, "done"), execution.log.read_text()
+    return execution.run
+
+
+def require_same_data(run: Path, other: Path, num_steps: int) -> None:
+    """Every block once and in the same order, the same tokens of each source, the same learning rates."""
+    here, there = rows(run / "metrics.jsonl"), rows(other / "metrics.jsonl")
+    assert [row["step"] for row in here] == list(range(1, num_steps + 1))
+    assert [row["position"] for row in here] == [[8 * i, 8 * i + 8] for i in range(num_steps)]
+    for key in ("position", "num_tokens", "tokens", "tokens_by_source", "lr", "skipped"):
+        assert [row[key] for row in here] == [row[key] for row in there], key
+    with load(published(run)[0]) as one, load(published(other)[0]) as two:
+        assert one.state.step == two.state.step == num_steps
+        assert one.state.optimizer_steps == two.state.optimizer_steps == num_steps
+        assert one.state.next_block_ids == two.state.next_block_ids
+        assert one.state.tokens_by_source == two.state.tokens_by_source == dict(totals(here))
+        assert len(one.state.tokens_by_source) == 2
+
+
 def totals(metrics: list[dict[str, Any]]) -> Counter[str]:
     """Target tokens of each source."""
     total: Counter[str] = Counter()
@@ -226,66 +273,73 @@ def totals(metrics: list[dict[str, Any]]) -> Counter[str]:
     return total
 
 
-def soak(made: tuple[Path, Path], folder: Path, seed: int, attempts: list[Attempt], num_steps: int) -> list[float]:
-    """Carry out a plan next to the unbroken run on one rank; returns |loss difference| by step."""
-    (folder / "broken").mkdir()
-    values = recipe(made, folder / "broken", num_steps)
-    path = tiny.write_recipe(folder / "recipe.yaml", values)
-    execution = Execution(path, folder / "broken" / "tiny", folder / "log")
-    where = f"seed {seed}, plan:\n" + "\n".join(f"{i}: {attempt}" for i, attempt in enumerate(attempts))
-    try:
-        expected = [
-            (number, None if attempt.fault.startswith("restore") else attempt.begins_at, attempt.ends)
-            for number, attempt in enumerate(attempts)
-        ]
-        for happened, wanted in zip(execution.carry_out(attempts), expected, strict=True):
-            assert happened == wanted, f"attempt {wanted[0]} went otherwise"
-        return _require_like_unbroken(made, folder, execution.run, num_steps)
-    except Exception as error:
-        tail = execution.log.read_text()[-3000:] if execution.log.exists() else ""
-        raise AssertionError(f"{error}\n{where}\n{tail}") from error
+def loss_differences(run: Path, other: Path) -> list[float]:
+    """|difference| of the loss by step, in nats per token."""
+    here, there = rows(run / "metrics.jsonl"), rows(other / "metrics.jsonl")
+    return [abs(one["loss"] - two["loss"]) for one, two in zip(here, there, strict=True)]
 
 
-def _require_like_unbroken(made, folder: Path, run: Path, num_steps: int) -> list[float]:
-    values = recipe(made, folder / "unbroken", num_steps) | {"checkpoint": {"every_steps": num_steps}}
-    assert train(values) == 0
-    here, there = rows(run / "metrics.jsonl"), rows(folder / "unbroken/tiny/metrics.jsonl")
-    assert [row["step"] for row in here] == list(range(1, num_steps + 1))
-    for key in ("position", "num_tokens", "tokens", "tokens_by_source", "lr", "skipped"):
-        assert [row[key] for row in here] == [row[key] for row in there], key
-    assert totals(here) == totals(there)
-    with load(published(run)[0]) as one, load(published(folder / "unbroken/tiny")[0]) as other:
-        assert one.state.step == other.state.step == num_steps
-        assert one.state.next_block_ids == other.state.next_block_ids
-        assert one.state.tokens_by_source == other.state.tokens_by_source == dict(totals(there))
-        assert one.state.optimizer_steps == num_steps
-    assert set(map(tuple, verify_run(run).values())) == {()}
-    assert record_problems(run) == []
-    assert json.loads((run / "exit.json").read_text())["code"] == 0
-    return [abs(a["loss"] - b["loss"]) for a, b in zip(here, there, strict=True)]
+def test_a_plan_is_a_function_of_its_seed() -> None:
+    for seed in range(50):
+        attempts = plan(seed, 240, 30, 4)
+        assert attempts == plan(seed, 240, 30, 4)
+        assert attempts != plan(seed + 1, 240, 30, 4)
+        assert sum(attempt.disturbances for attempt in attempts) >= 30
+        assert attempts[-1].ends == "done"
+        assert all(attempt.begins_at < 240 for attempt in attempts)
+    met = [attempt for seed in range(50) for attempt in plan(seed, 240, 30, 4)]
+    assert {attempt.engine for attempt in met} == ENGINES.keys()
+    assert {attempt.ranks for attempt in met} == {1, 2, 4}
+    assert {attempt.fault.split(":")[0] for attempt in met} == {"", "step", "restore", *(f"save.{p}" for p in POINTS)}
+    assert {attempt.damage[0] for attempt in met if attempt.damage is not None} == set(DAMAGES)
 
 
-def test_a_short_soak(made, tmp_path) -> None:
-    differences = soak(made, tmp_path, 11, plan(11, 40, 6, 2), 40)
-    print("DIFF", differences)
+SHORT_SEED, SHORT_STEPS = 11, 40  # kills, a stop, an attempt that is overtaken, two damaged checkpoints, 4 engines
+LONG_SEED, LONG_STEPS = 13, 240  # all seven engines, two starts from nothing
+
+
+def test_a_short_soak_ends_like_the_unbroken_run(made, tmp_path) -> None:
+    attempts = plan(SHORT_SEED, SHORT_STEPS, 6, 2)
+    run = soak(made, tmp_path / "broken", SHORT_SEED, attempts, SHORT_STEPS)
+    other = unbroken(made, tmp_path / "unbroken", SHORT_STEPS)
+    require_same_data(run, other, SHORT_STEPS)
+    # What the engines are allowed over 20 steps (docs/engines.md); seen over 40: 1.9e-6, 3e-7 of the loss.
+    assert max(loss_differences(run, other)) <= 4.4e-6 * rows(other / "metrics.jsonl")[0]["loss"]
 
 
 @pytest.mark.matrix
-def test_a_long_soak(made, tmp_path) -> None:
-    num_steps = 240
-    attempts = plan(LONG, num_steps, 32, 4)
-    differences = soak(made, tmp_path, LONG, attempts, num_steps)
-    print("DIFF", differences)
-    base = recipe(made, tmp_path / "c", num_steps)
-    for engine, ranks in (("fsdp-full", 2), ("zero-1", 2), ("zero-3",4)):
-        (tmp_path / f"c{engine}").mkdir()
-        v = recipe(made, tmp_path / f"c{engine}", num_steps)
-        r = tiny.write_recipe(tmp_path / f"c{engine}.yaml", v)
-        e = Execution(r, tmp_path / f"c{engine}/tiny", tmp_path / "log2")
-        assert e._start(Attempt(engine, ranks, True, 0, "done")).finish() == [0] * ranks
-        a, b = rows(e.run / "metrics.jsonl"), rows(tmp_path / "unbroken/tiny/metrics.jsonl")
-        print("CONTROL", engine, [abs(x["loss"] - y["loss"]) for x, y in zip(a, b, strict=True)])
-    print("LOSS", [x["loss"] for x in b])
+def test_a_long_soak_ends_like_the_unbroken_run(made, tmp_path) -> None:
+    """Rounding grows along the run, so what is allowed is measured: undisturbed runs that sum in another order.
+
+    All differences are rounding errors of the first steps times the same growth, 300 in 80 steps here, and the
+    starting ones differ by a factor of about 3 from engine to engine: 4 times the largest is allowed.
+    """
+    attempts = plan(LONG_SEED, LONG_STEPS, 32, 4)
+    assert {attempt.engine for attempt in attempts} == ENGINES.keys()
+    run = soak(made, tmp_path / "broken", LONG_SEED, attempts, LONG_STEPS)
+    other = unbroken(made, tmp_path / "unbroken", LONG_STEPS)
+    require_same_data(run, other, LONG_STEPS)
+    allowed = [0.0] * LONG_STEPS
+    for engine in ("fsdp-full", "zero-1"):
+        moved = unbroken(made, tmp_path / engine, LONG_STEPS, engine, 2)
+        found = accumulate(loss_differences(moved, other), max)
+        allowed = [max(pair) for pair in zip(allowed, found, strict=True)]
+    ulp = 2.0**-23 * rows(other / "metrics.jsonl")[0]["loss"]
+    for step, (difference, control) in enumerate(zip(loss_differences(run, other), allowed, strict=True), start=1):
+        assert difference <= 4 * max(control, ulp), f"step {step}, seed {LONG_SEED}: {difference:.2g}, {control:.2g}"
 
 
-LONG = 13
+@pytest.mark.matrix
+def test_the_same_seed_gives_the_same_run_bit_for_bit(made, tmp_path) -> None:
+    runs = [soak(made, tmp_path / name, SHORT_SEED, plan(SHORT_SEED, SHORT_STEPS, 6, 2), SHORT_STEPS) for name in "ab"]
+    assert loss_differences(*runs) == [0.0] * SHORT_STEPS
+    first, second = (read_manifest(published(run)[0]).state_sha256 for run in runs)
+    assert first == second
+    told = [[_deed(event) for event in rows(run / "events.jsonl")] for run in runs]
+    assert [deed for deed in told[0] if deed] == [deed for deed in told[1] if deed]
+
+
+def _deed(event: dict[str, Any]) -> dict[str, Any]:
+    """What of an event does not depend on the clock; which save beside training was still announced does."""
+    keys = ("kind", "attempt", "engine", "world_size", "first_step", "resumed_from")
+    return {key: event[key] for key in keys} if event["kind"] in ("start", "resume") else {}
