@@ -33,7 +33,7 @@ from dist_cpt.engines.engine import STATE_KINDS, ExportedTensor, ExportState, Gr
 from dist_cpt.engines.forward import inference, last_logits, scaled_loss
 from dist_cpt.engines.slices import SlicedState, clip_factor, global_norm, probe, storage_bytes
 from dist_cpt.errors import ConfigError
-from dist_cpt.optim.groups import ParamGroup
+from dist_cpt.optim.groups import ParamGroup, eight_bit_names
 from dist_cpt.optim.optimizer import AdamW
 from dist_cpt.runtime.env import process_env
 
@@ -65,7 +65,7 @@ class Fsdp2Engine:
         # Sharding replaces the parameters, so they are looked up again by path.
         self._parameters = {name: module.get_parameter(path) for name, path in paths.items()}
         shards = {name: _local(parameter) for name, parameter in self._parameters.items()}
-        self._adam = AdamW(shards, config.optim)
+        self._adam = AdamW(shards, config.optim, eight_bit_names(groups, config.optim))
         self._state = SlicedState(
             {name: parameter.shape for name, parameter in self._parameters.items()},
             {name: _range(parameter, mesh) for name, parameter in self._parameters.items()},
@@ -129,11 +129,10 @@ class Fsdp2Engine:
     def sharded_bytes(self) -> dict[str, int]:
         # The compute copies live from gather to reshard only; the shards are the masters, counted as trainable.
         seen: set[int] = set()
-        moments = [*self._adam.exp_avg.values(), *self._adam.exp_avg_sq.values()]
         return {
             "trainable": storage_bytes(self._adam.masters.values(), seen),
             "frozen": storage_bytes((tensor for _, tensor in self.frozen_tensors()), seen),
-            "optimizer": storage_bytes(moments, seen),
+            "optimizer": storage_bytes(self._adam.held(), seen),
         }
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ from dist_cpt.engines.engine import STATE_KINDS, ExportedTensor, ExportState, Gr
 from dist_cpt.engines.forward import inference, last_logits, scaled_loss
 from dist_cpt.engines.slices import SlicedState, clip_factor, global_norm, probe, storage_bytes
 from dist_cpt.errors import ConfigError
-from dist_cpt.optim.groups import ParamGroup
+from dist_cpt.optim.groups import ParamGroup, eight_bit_names
 from dist_cpt.optim.optimizer import AdamW
 from dist_cpt.runtime.collectives import world_size
 
@@ -49,7 +49,8 @@ class SingleEngine:
         self._max_norm = config.optim.max_grad_norm
         self._parameters = {name: trainable[name] for group in groups for name in group.names}
         # In fp32 the master computes itself: the same tensor, no copy.
-        self._adam = AdamW({name: p.data for name, p in self._parameters.items()}, config.optim)
+        masters = {name: p.data for name, p in self._parameters.items()}
+        self._adam = AdamW(masters, config.optim, eight_bit_names(groups, config.optim))
         if config.model.compute_dtype == "bf16":
             for parameter in self._parameters.values():
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -123,14 +124,7 @@ class SingleEngine:
         return {
             "trainable": storage_bytes((p.data for p in self._parameters.values()), seen),
             "frozen": storage_bytes((tensor for _, tensor in self.frozen_tensors()), seen),
-            "optimizer": storage_bytes(
-                (
-                    tensor
-                    for tensors in (self._adam.masters, self._adam.exp_avg, self._adam.exp_avg_sq)
-                    for tensor in tensors.values()
-                ),
-                seen,
-            ),
+            "optimizer": storage_bytes([*self._adam.masters.values(), *self._adam.held()], seen),
         }
 
     def close(self) -> None:

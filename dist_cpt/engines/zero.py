@@ -31,13 +31,14 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_cpt.adapters.quantize import quantisation_state
-from dist_cpt.config.schema import EngineConfig, RunConfig
+from dist_cpt.config.schema import EngineConfig, OptimConfig, RunConfig
 from dist_cpt.data.batch import Batch
 from dist_cpt.engines.engine import STATE_KINDS, ExportedTensor, ExportState, GradStats, OwnerOf, ReadState, StateKind
 from dist_cpt.engines.forward import inference, last_logits, scaled_loss
 from dist_cpt.engines.slices import SlicedState, storage_bytes
 from dist_cpt.errors import ConfigError, MissingExtraError
-from dist_cpt.optim.groups import ParamGroup
+from dist_cpt.optim.groups import ParamGroup, eight_bit_names
+from dist_cpt.optim.optimizer import AdamW, FlatAdamW
 
 TESTED_VERSION = "0.19.8"
 BUCKET_ELEMENTS = 200_000_000  # of one reduction, in fp32 0.8 GB on the device
@@ -63,24 +64,32 @@ class ZeroEngine:
         self._lr_order = [group.name for group in groups]
         # deepspeed puts new bf16 tensors into the parameters; the fp32 values live on in this dictionary.
         initial = {name: parameter.data for name, parameter in self._parameters.items()}
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [trainable[n] for n in group.names], "lr": 0.0, "weight_decay": group.weight_decay}
-                for group in groups
-            ],
-            betas=config.optim.betas,
-            eps=config.optim.eps,
-            fused=True,
-        )
+        named = [
+            {"params": [trainable[n] for n in group.names], "lr": 0.0, "weight_decay": group.weight_decay}
+            for group in groups
+        ]
+        eight_bit = eight_bit_names(groups, config.optim)
+        optimizer: torch.optim.Optimizer = FlatAdamW(named)
+        if not eight_bit:
+            optimizer = torch.optim.AdamW(named, betas=config.optim.betas, eps=config.optim.eps, fused=True)
         self._module = module.train()
         settings = _deepspeed_config(config, engine, trainable)
+        logger = deepspeed.utils.logger
+        level = logger.level
+        if eight_bit:
+            logger.setLevel("ERROR")  # else it warns on every rank that FlatAdamW is not on its list
         with contextlib.redirect_stdout(io.StringIO()):  # memory reports that ask no logger
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        logger.setLevel(level)
         self._zero = self._engine.optimizer
         self._adam = self._zero.optimizer
         self._layout = _Stage3(self._zero) if engine.stage == 3 else _Stage12(self._zero)
         self._state = self._slices()
-        self._set_moments_to_zero()
+        self._named: AdamW | None = None  # what keeps the moments, if some are in 8 bit
+        if eight_bit:
+            self._name_the_moments(config.optim, eight_bit)
+        else:
+            self._set_moments_to_zero()
         if config.model.compute_dtype == "bf16":  # in fp32 the masters were copied without rounding
             for name, (start, stop) in self._state.ranges.items():
                 if start < stop:
@@ -100,6 +109,8 @@ class ZeroEngine:
             group["lr"] = lrs[name]
         self._engine.step()
         skipped = bool(self._zero.overflow)
+        if self._named is not None:
+            self._named.steps += not skipped
         norm = math.nan if skipped else float(self._zero._global_grad_norm)
         return GradStats(norm, skipped)
 
@@ -125,8 +136,11 @@ class ZeroEngine:
 
     def import_state(self, read: ReadState, step: int) -> None:
         self._state.import_(read)
-        for flat in self._layout.flats:
-            self._adam.state[flat]["step"].fill_(float(step))
+        if self._named is not None:
+            self._named.steps = step
+        else:
+            for flat in self._layout.flats:
+                self._adam.state[flat]["step"].fill_(float(step))
         self._layout.refresh()
 
     def gradient_probe(self) -> dict[str, tuple[float, float]]:
@@ -154,7 +168,10 @@ class ZeroEngine:
         frozen = [p for p in self._module.parameters() if id(p) not in training]
         beside = [tensor for _, tensor in quantisation_state(self._module)]
         flats = self._layout.flats
-        moments = [self._adam.state[flat][kind] for flat in flats for kind in ("exp_avg", "exp_avg_sq")]
+        if self._named is not None:
+            moments = self._named.held()
+        else:
+            moments = [self._adam.state[flat][kind] for flat in flats for kind in ("exp_avg", "exp_avg_sq")]
         seen: set[int] = set()
         return {
             "trainable": storage_bytes(_held(self._parameters.values()), seen),
@@ -168,7 +185,12 @@ class ZeroEngine:
     def _slices(self) -> SlicedState:
         full = {name: getattr(p, "ds_shape", p.shape) for name, p in self._parameters.items()}
         ranges = {name: self._layout.range(parameter) for name, parameter in self._parameters.items()}
-        return SlicedState(full, ranges, self._live, self._write, self._device)
+        return SlicedState(full, ranges, self._read, self._write, self._device)
+
+    def _read(self, kind: StateKind, name: str) -> torch.Tensor:
+        if kind != "master" and self._named is not None:
+            return self._named.read(kind, name)
+        return self._live(kind, name)
 
     def _live(self, kind: StateKind, name: str) -> torch.Tensor:
         """This rank's elements of the flat buffer that AdamW reads: never a copy, never a linked fragment."""
@@ -178,7 +200,20 @@ class ZeroEngine:
         return buffer.narrow(0, offset, stop - start)
 
     def _write(self, kind: StateKind, name: str, values: torch.Tensor) -> None:
-        self._live(kind, name).copy_(values)
+        if kind != "master" and self._named is not None:
+            self._named.write(kind, name, values)
+        else:
+            self._live(kind, name).copy_(values)
+
+    def _name_the_moments(self, optim: OptimConfig, eight_bit: frozenset[str]) -> None:
+        """Keep the moments by name; deepspeed gets nothing to link, and calls the update with its flat gradients."""
+        masters = {n: self._live("master", n) for n, (start, stop) in self._state.ranges.items() if start < stop}
+        self._named = self._adam.adam = AdamW(masters, optim, eight_bit)
+        for name, part in masters.items():
+            flat, offset = self._layout.place(self._parameters[name])
+            self._adam.parts.setdefault(id(flat), []).append((name, offset, part.numel()))
+        for flat in self._layout.flats:
+            self._adam.state[flat] = {}
 
     def _set_moments_to_zero(self) -> None:
         for flat in self._layout.flats:
@@ -288,6 +323,7 @@ def _deepspeed_config(config: RunConfig, engine: EngineConfig, trainable: Mappin
         "gradient_accumulation_steps": 1,  # the boundary is set by hand, so the number may vary
         "gradient_clipping": config.optim.max_grad_norm,
         "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": config.optim.state == "8bit",  # FlatAdamW is not on its list
         "bf16": {"enabled": config.model.compute_dtype == "bf16", "check_grad_overflow": True},
         # The defaults accumulate and reduce in bf16, which costs 1e-3 of the gradient.
         "data_types": {"grad_accum_dtype": "fp32"},

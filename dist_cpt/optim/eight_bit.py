@@ -16,6 +16,9 @@ import torch
 from dist_cpt.errors import MissingExtraError
 
 BLOCK = 256  # elements that share a scale
+# A block below it is kept as zeros: its smaller elements would be subnormal and not come back as they went in. AdamW
+# adds eps, 1e-8 or so, to the root of exp_avg_sq, so nothing this small has an effect.
+SMALLEST_SCALE = 2.0**-100
 
 
 class EightBit:
@@ -23,7 +26,7 @@ class EightBit:
 
     def __init__(self, num_elements: int, *, signed: bool, device: torch.device) -> None:
         self._signed = signed
-        self._map, self._midpoints = (part.to(device) for part in dynamic_map(signed))
+        self._map, self._borders = (part.to(device) for part in dynamic_map(signed))
         zero = int(torch.searchsorted(self._map, torch.zeros((), device=device)))
         self.codes = torch.full((num_elements,), zero, dtype=torch.uint8, device=device)
         self.scales = torch.zeros(-(-num_elements // BLOCK), device=device)
@@ -42,9 +45,10 @@ class EightBit:
         scales[: full // BLOCK] = magnitude[:full].view(-1, BLOCK).amax(1)
         if full < number:
             scales[full // BLOCK] = magnitude[full:].amax()
-        # a block of zeros has no scale to divide by
-        normal = values / self._spread(scales, number).clamp_min(torch.finfo(torch.float32).tiny)
-        self.codes[start : start + number] = torch.bucketize(normal, self._midpoints, out_int32=True).to(torch.uint8)
+        scales[scales < SMALLEST_SCALE] = 0.0
+        spread = self._spread(scales, number)
+        normal = torch.where(spread > 0, values / spread, torch.zeros((), device=values.device))
+        self.codes[start : start + number] = torch.bucketize(normal, self._borders, out_int32=True).to(torch.uint8)
 
     def _scales_of(self, start: int, number: int) -> torch.Tensor:
         assert start % BLOCK == 0
@@ -56,7 +60,7 @@ class EightBit:
 
 @functools.cache
 def dynamic_map(signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(256 sorted entries in [-1, 1] or [0, 1], the 255 midpoints between them), fp32 on the CPU.
+    """(256 sorted entries in [-1, 1] or [0, 1], the 255 borders between their codes), fp32 on the CPU.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
@@ -68,7 +72,12 @@ def dynamic_map(signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     entries = create_dynamic_map(signed=signed).float()
     if signed:
         entries[0] = -1.0
-    return entries, (entries[1:] + entries[:-1]) / 2
+    borders = (entries[1:] + entries[:-1]) / 2
+    if not signed:
+        # A positive exp_avg_sq never becomes 0: at the next small gradient exp_avg would be divided by almost nothing
+        # and the element would move by hundreds of learning rates.
+        borders[0] = 0.0
+    return entries, borders
 
 
 def half_step(signed: bool) -> float:
@@ -82,5 +91,5 @@ def within_half_step(kind: str, restored: torch.Tensor, saved: torch.Tensor) -> 
     # A block of any borders lies within BLOCK - 1 elements to either side of each of its own.
     reach = torch.nn.functional.max_pool1d(saved.abs()[None], 2 * BLOCK - 1, stride=1, padding=BLOCK - 1)[0]
     # The second rounding is that of the division and the product in fp32.
-    allowed = reach * (half_step(kind == "exp_avg") + 2.0**-22)
+    allowed = reach * (half_step(kind == "exp_avg") + 2.0**-22) + SMALLEST_SCALE
     return bool(((restored - saved).abs() <= allowed).all())

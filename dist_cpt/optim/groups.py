@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dist_cpt.config.schema import OptimConfig
 
+EIGHT_BIT_GROUPS = ("adapter", "weights")  # embeddings, head, norms and biases keep fp32 moments
 EMBEDDING_SUFFIXES = ("embed_tokens.weight", "lm_head.weight", "wte.weight")
 
 
@@ -46,3 +47,13 @@ def param_groups(trainable: Mapping[str, torch.Tensor], optim: OptimConfig, adap
         "no_decay": 0.0,
     }
     return [ParamGroup(key, tuple(names), lr[key], decay[key]) for key, names in members.items() if names]
+
+
+def state_dtype(group: ParamGroup, optim: OptimConfig) -> str:
+    """How the moments of a group are kept between steps: `fp32` or `8bit`."""
+    return "8bit" if optim.state == "8bit" and group.name in EIGHT_BIT_GROUPS else "fp32"
+
+
+def eight_bit_names(groups: Sequence[ParamGroup], optim: OptimConfig) -> frozenset[str]:
+    """The tensors whose moments are kept in 8 bit."""
+    return frozenset(name for group in groups if state_dtype(group, optim) == "8bit" for name in group.names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -56,13 +57,9 @@ class AdamW:
 
     def held(self) -> list[torch.Tensor]:
         """Every tensor behind the moments."""
-        packed = [
-            part
-            for kinds in self.eight_bit.values()
-            for moment in kinds.values()
-            for part in (moment.codes, moment.scales)
-        ]
-        return [*self.exp_avg.values(), *self.exp_avg_sq.values(), *packed]
+        packed = [moment for kinds in self.eight_bit.values() for moment in kinds.values()]
+        parts = [part for moment in packed for part in (moment.codes, moment.scales)]
+        return [*self.exp_avg.values(), *self.exp_avg_sq.values(), *parts]
 
     def update(self, names: Sequence[str], grads: Sequence[torch.Tensor], lr: float, weight_decay: float) -> None:
         """Apply fp32 `grads` as part of update number `steps + 1`; the caller raises `steps` after the last part."""
@@ -138,7 +135,7 @@ class FlatAdamW(torch.optim.Optimizer):
         self.parts: dict[int, list[tuple[str, int, int]]] = {}
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Apply the gradients of the flat buffers that are in the groups now."""
         for group in self.param_groups:
             for flat in group["params"]:

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
+from dist_cpt.config.schema import OptimConfig
 from dist_cpt.engines.engine import Engine
 from dist_cpt.errors import ConfigError, NumericsError
-from dist_cpt.optim.groups import ParamGroup
+from dist_cpt.optim.groups import ParamGroup, state_dtype
 from dist_cpt.runtime.collectives import gather_json
 
 UPDATES_TO_WATCH = 2
@@ -37,6 +38,7 @@ class Contract:
         *,
         ties: Sequence[tuple[str, str]],
         compute_dtype: str,
+        optim: OptimConfig,
         rank: int,
         world_size: int,
     ) -> None:
@@ -63,6 +65,7 @@ class Contract:
                     "num_parameters": sum(math.prod(declared[name]) for name in group.names),
                     "compute_dtype": compute_dtype,
                     "master_dtype": "fp32",
+                    "state_dtype": state_dtype(group, optim),
                     "peak_lr": group.peak_lr,
                     "weight_decay": group.weight_decay,
                     "sharding": _sharding(engine.kind, world_size),

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from dist_cpt.adapters.quantize import require_bitsandbytes
 from dist_cpt.checkpoint.foreign import start_from
-from dist_cpt.checkpoint.manifest import Identity, TensorSpec, owners
+from dist_cpt.checkpoint.manifest import Identity, StateKind, TensorSpec, owners
 from dist_cpt.checkpoint.restore import LoadedCheckpoint, load, newest_valid, require_fit
 from dist_cpt.checkpoint.retention import bring_back, remove_stale_staging, set_aside_after
 from dist_cpt.checkpoint.state import Probe, Randomness, TrainState
@@ -40,7 +41,8 @@ from dist_cpt.errors import (
     Superseded,
 )
 from dist_cpt.model.load import TrainableModel, load_model, locate_base
-from dist_cpt.optim.groups import ParamGroup, param_groups
+from dist_cpt.optim.eight_bit import dynamic_map, within_half_step
+from dist_cpt.optim.groups import ParamGroup, eight_bit_names, param_groups
 from dist_cpt.runtime.collectives import agree, all_reduce_ints, gather_json, on_every_rank, on_rank_zero
 from dist_cpt.runtime.env import ProcessEnv, process_env
 from dist_cpt.runtime.fault import VARIABLE, Faults, planned_faults
@@ -180,6 +182,10 @@ class _Run:
         path = config.model.path
         if path is not None:  # before the corpus is prepared: that may take hours
             on_rank_zero("model.path", lambda: str(locate_base(path, config.model.revision)))
+        if config.model.weights == "nf4":
+            on_every_rank("model.weights", require_bitsandbytes)
+        if config.optim.state == "8bit":
+            on_every_rank("optim.state", lambda: dynamic_map(True))
         self._prepare()
         self.prepared = on_every_rank("open data", lambda: open_prepared(config))
         self.tokenizer = on_every_rank("tokenizer", self._load_tokenizer)
@@ -193,7 +199,7 @@ class _Run:
         trainable = self.model.trainable
         self.groups = param_groups(trainable, config.optim, adapter=config.adapter.kind == "lora")
         declared = {name: tensor.shape for name, tensor in trainable.items()}
-        self.specs = _specs(self.groups, declared, config.model.weights)
+        self.specs = _specs(self.groups, declared, config.model.compute_dtype)
         self.engine: Engine = build_engine(
             self.model.module, trainable, self.groups, self.model.layers, config, self.device
         )
@@ -218,7 +224,8 @@ class _Run:
             self.groups,
             declared,
             ties=self.model.ties,
-            compute_dtype=config.model.weights,
+            compute_dtype=config.model.compute_dtype,
+            optim=config.optim,
             rank=rank,
             world_size=self.env.world_size,
         )
@@ -418,6 +425,7 @@ class _Run:
                 ),
                 "schedule": (state.schedule, self._schedule()),
             },
+            approximate=self._requantised(checkpoint),
         )
         certificate |= {
             "attempt": self.attempt,
@@ -430,6 +438,21 @@ class _Run:
                 remedy="see certificate.json",
             )
         LOGGER.info("resumed from %s, certificate passes", checkpoint.path.name)
+
+    def _requantised(self, checkpoint: LoadedCheckpoint) -> Callable[[StateKind, str, torch.Tensor], bool] | None:
+        """Which restored moments may differ from the saved ones: 8-bit ones whose blocks have other borders here."""
+        manifest = checkpoint.manifest
+        same_place = (manifest.engine, manifest.world_size) == (self.engine.kind, self.env.world_size)
+        eight_bit = eight_bit_names(self.groups, self.config.optim)
+        if same_place or not eight_bit:
+            return None
+
+        def close(kind: StateKind, name: str, values: torch.Tensor) -> bool:
+            if kind == "master" or name not in eight_bit:
+                return False
+            return within_half_step(kind, values.reshape(-1), checkpoint.read(kind, name, 0, values.numel()))
+
+        return close
 
     def _schedule(self) -> dict[str, Any]:
         return {"num_steps": self.shape.num_steps, **self.config.schedule.model_dump(mode="json")}

@@ -3,7 +3,7 @@
 T tokens, V vocab.
 
 A row keeps its largest logit m and the sum s of exp(z - m) over all classes **but the true one**. So
-p_y - 1 = -s / (s + exp(z_y - m)) keeps every digit however sure the model is, where a rounded p_y minus one
+p_y - 1 = -s / (s + exp(z_y - m)) keeps its digits however sure the model is, where a rounded p_y minus one
 loses them, and the loss is (m - z_y) + log1p(...), a sum of two numbers that are not negative. Everything is
 computed in fp32 and rounded once, at the store.
 Source: Milakov and Gimelshein, Online normalizer calculation for softmax, algorithm 3.
@@ -156,6 +156,7 @@ def _launch(
     if not labels.numel():
         return
     softcap = 1.0 if terms.softcap is None else terms.softcap
+    share = terms.label_smoothing / logits.shape[1]
     cross_entropy_kernel[(labels.shape[0],)](
         logits,
         logits.stride(0),
@@ -172,6 +173,8 @@ def _launch(
         logits.shape[1],
         terms.ignore_index,
         terms.label_smoothing,
+        share,
+        1.0 - terms.label_smoothing + share,
         terms.z_loss,
         softcap,
         1.0 / softcap,
@@ -201,6 +204,8 @@ def cross_entropy_kernel(
     vocab,
     ignore_index,
     label_smoothing,
+    share,
+    true_share,
     z_loss,
     softcap,
     inverse_softcap,
@@ -247,9 +252,11 @@ def cross_entropy_kernel(
     if grad_ptr is not None:
         if upstream_ptr is not None:
             scale *= tl.load(upstream_ptr + row * upstream_stride)
-        share = label_smoothing / vocab
-        d_true = (label_smoothing - share) - others / total + 2.0 * z_loss * lse * (e_true / total)
-        p_factor = (1.0 + 2.0 * z_loss * lse) / total
+        p_true = tl.div_rn(e_true, total)
+        # p - 1 + e - e / V, by whichever form of p - 1 rounds less
+        d_true = tl.where(p_true < 0.5, p_true - true_share, (1.0 - true_share) - tl.div_rn(others, total))
+        d_true += 2.0 * z_loss * lse * p_true
+        p_factor = tl.div_rn(1.0 + 2.0 * z_loss * lse, total)
         grad_ptr += row * grad_stride
         if READ_SUMS:
             tl.debug_barrier()  # grad may lie over logits: every warp has read the true class by now

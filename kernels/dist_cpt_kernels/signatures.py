@@ -47,6 +47,8 @@ def _cross_entropy() -> list[Signature]:
         "vocab": "i32:16",
         "ignore_index": "i32",
         "label_smoothing": "fp32",
+        "share": "fp32",
+        "true_share": "fp32",
         "z_loss": "fp32",
         "softcap": "fp32",
         "inverse_softcap": "fp32",

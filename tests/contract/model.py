@@ -17,6 +17,7 @@ from dist_cpt.data.batch import IGNORE_INDEX, Batch
 
 VOCAB = 131
 SEQ_LEN = 20
+FULL = ("full", "8bit")  # the variants without an adapter
 BLOCKS_PER_STEP = 8
 VARIANTS = ("lora", "lora-tied", "full")  # the first two train the embeddings and the head as well
 
@@ -43,8 +44,9 @@ def save_base(folder: str, sizes: dict[str, Any]) -> None:
 def recipe(base: str, engine: dict[str, Any], variant: str, weights: str, **model: Any) -> RunConfig:
     """A recipe around the base folder; the optimizer's numbers make clipping and every group matter."""
     weights = "nf4" if variant == "nf4" else weights  # the variant is LoRA over a quantised base
+    state = "8bit" if variant == "8bit" else "fp32"  # the variant trains every parameter
     adapter: dict[str, Any] = {"adapter": {"kind": "none"}}
-    if variant != "full":
+    if variant not in FULL:
         adapter = {
             "adapter": {"kind": "lora", "rank": 3, "alpha": 6},
             "embeddings": {"train": [] if variant == "lora-only" else ["embed_tokens", "lm_head"]},
@@ -56,7 +58,7 @@ def recipe(base: str, engine: dict[str, Any], variant: str, weights: str, **mode
             "data": {"seq_len": SEQ_LEN, "sources": [{"path": "none.jsonl"}]},
             "batch": {"global_tokens": SEQ_LEN * BLOCKS_PER_STEP},
             "train": {"tokens": 10_000},
-            "optim": {"lr": 3e-3, "embedding_lr": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.5},
+            "optim": {"lr": 3e-3, "embedding_lr": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.5, "state": state},
             "engine": engine,
             **adapter,
         }

@@ -13,18 +13,20 @@ from tests.contract.moves import AFTER, BEFORE
 
 Cell = tuple[str, int]
 CELLS: list[Cell] = [(engine, ranks) for engine in ENGINES for ranks in WORLDS[engine]]
-VARIANTS = {"lora-only": "fp32", "lora": "fp32", "nf4": "nf4", "full": "fp32"}  # and the dtype of the weights
+# and what limits how far a loss may be off: the order of fp32 sums, bf16 products, 8-bit moments in other blocks
+VARIANTS = {"lora-only": "fp32", "lora": "fp32", "nf4": "nf4", "full": "fp32", "8bit": "8bit"}
 FAST: list[Cell] = [("single", 1), ("fsdp-full", 2), ("zero-3", 2)]
 U = 2.0**-24  # unit roundoff of fp32
 
-# In fp32 only the order of sums differs between two engines; tests/contract/test_reference.py derives 30 U of the summed
-# magnitudes for a gradient and checks it. Seen here: 4 U of a loss, 2 U of a norm. Five updates of AdamW are off by five
-# times the 30 U, relative to what they move, times the cancellation in a gradient: 4.4e-6 was seen, ten times the
-# 9e-6 is allowed. With bf16 products (nf4) a gradient is only known to 2**-8, and an element whose gradient is mostly
-# rounding may move the other way, so that the end of the masters proves nothing there.
-LOSS = {"fp32": 16 * U, "nf4": 2.0**-9}
-NORM = {"fp32": 16 * U, "nf4": 2.0**-7}
-DRIFT = {"fp32": 10 * AFTER * 30 * U, "nf4": 2.0}
+# In fp32 only the order of sums differs between two engines; tests/contract/test_reference.py derives 30 U of the
+# summed magnitudes for a gradient and checks it. Seen here: 4 U of a loss, 2 U of a norm. Five updates of AdamW are
+# off by five times the 30 U, relative to what they move, times the cancellation in a gradient: 4.4e-6 was seen, ten
+# times the 9e-6 is allowed. With bf16 products a gradient is only known to 2**-8, and an element whose gradient is
+# mostly rounding may move the other way, so that the end of the masters proves nothing there. A moment in 8 bit is off
+# by up to 1 % of its block's largest, and an update by a few times that; five of them change the loss by less than 1 %.
+LOSS = {"fp32": 16 * U, "nf4": 2.0**-9, "8bit": 2.0**-12}
+NORM = {"fp32": 16 * U, "nf4": 2.0**-7, "8bit": 2.0**-7}
+DRIFT = {"fp32": 10 * AFTER * 30 * U, "nf4": 2.0, "8bit": 0.5}
 
 
 def name_of(cell: Cell) -> str:
@@ -34,8 +36,7 @@ def name_of(cell: Cell) -> str:
 
 def move_all(pool: Callable[[int], Any], base: str, variant: str, cells: list[Cell], folder: Path) -> dict[Any, Any]:
     """{(origin, target): (failed checks, relative loss difference, relative norm difference, master drift)}."""
-    weights = VARIANTS[variant]
-    options = {"base": base, "variant": variant, "weights": weights}
+    options = {"base": base, "variant": variant, "weights": "nf4" if variant == "nf4" else "fp32"}
     unbroken = {
         (engine, ranks): pool(ranks).run(
             "tests.contract.moves:leave", engine=ENGINES[engine], folder=str(folder / f"{engine}-{ranks}"), **options
@@ -65,11 +66,12 @@ def difference(got: list[float], want: list[float]) -> float:
     ("variant", "cells"),
     [
         pytest.param("lora", FAST, id="some"),
+        pytest.param("8bit", FAST[:2], id="some-8bit"),
         *(pytest.param(variant, CELLS, id=variant, marks=pytest.mark.matrix) for variant in VARIANTS),
     ],
 )
 def test_every_move(variant: str, cells: list[Cell], pool: Any, base: Any, tmp_path: Path) -> None:
-    weights = VARIANTS[variant]
+    limit = VARIANTS[variant]
     for (origin, target), (failed, loss, norm, drift) in move_all(
         pool, base(variant), variant, cells, tmp_path
     ).items():
@@ -77,6 +79,6 @@ def test_every_move(variant: str, cells: list[Cell], pool: Any, base: Any, tmp_p
         assert failed == [], what
         if origin == target:
             assert (loss, norm, drift) == (0.0, 0.0, 0.0), what
-        assert loss <= LOSS[weights], what
-        assert norm <= NORM[weights], what
-        assert drift <= DRIFT[weights], what
+        assert loss <= LOSS[limit], what
+        assert norm <= NORM[limit], what
+        assert drift <= DRIFT[limit], what

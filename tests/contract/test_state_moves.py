@@ -78,7 +78,16 @@ FAST = (("single", 1, "lora"), ("fsdp-full", 2, "lora"), ("zero-1", 2, "lora"), 
 NF4_FAST = tuple((engine, ranks, "nf4") for engine, ranks in (("single", 1), ("fsdp-full", 2), ("zero-3", 2)))
 
 
-@pytest.mark.parametrize(("engine", "ranks", "variant"), grid(*FAST, *NF4_FAST, variants=("lora", "nf4")))
+EIGHT_BIT_FAST = tuple(
+    (engine, ranks, "8bit")
+    for engine, ranks in (("single", 1), ("fsdp-full", 2), ("zero-1", 2), ("zero-2", 2), ("zero-3", 2))
+)
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "variant"),
+    grid(*FAST, *NF4_FAST, *EIGHT_BIT_FAST, variants=("lora", "nf4", "8bit")),
+)
 def test_resume_is_bit_exact(engine: str, ranks: int, variant: str, pool: Any, base: Any) -> None:
     """10 + export + import + 10 = 20 steps, into a fresh engine and into one that has gone on meanwhile."""
     unbroken, resumed, rewound = pool(ranks).run(

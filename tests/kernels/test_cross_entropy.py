@@ -1,4 +1,4 @@
-"""Fused cross-entropy against fp64: random and confident logits, every term, strides, extremes, a vocabulary of 256k."""
+"""Fused cross-entropy against fp64: random and confident logits, every term, strides, extremes, a large vocabulary."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _assert_right(logits, labels, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [_random, _confident, _huge])
 def test_error_is_at_most_twice_that_of_torch(make, dtype, terms):
-    for num_tokens, vocab in ((1, 1), (3, 123), (7, 507)):
+    for num_tokens, vocab in ((1, 1), (13, 123), (17, 507)):
         _assert_right(*make(num_tokens, vocab, dtype), scale=0.37, **terms)
 
 
@@ -76,10 +76,11 @@ def test_true_class_keeps_its_digits():
     """p - 1 is about -1e-10 here: in fp32, p itself is 1 and nothing is left of the difference."""
     logits, labels = _confident(64, 123)
     _, grad = _grads(cross_entropy, logits, labels, torch.ones(64))
-    exact = torch.expm1(torch.log_softmax(logits.double(), -1).gather(1, labels[:, None]))
+    others = (logits - logits.gather(1, labels[:, None])).double().scatter(1, labels[:, None], -torch.inf).exp().sum(1)
+    exact = (-others / (1 + others))[:, None]
     relative = (grad.gather(1, labels[:, None]).double() - exact).abs() / exact.abs()
     assert float(exact.abs().min()) < 1e-9
-    assert float(relative.max()) < 1e-5  # of exp's argument, a difference of 35 in fp32
+    assert float(relative.max()) < 1e-6
 
 
 def test_strides_views_and_an_expanded_upstream_gradient():

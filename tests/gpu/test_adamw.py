@@ -1,0 +1,65 @@
+"""Multi-tensor AdamW and the gradient norm on a GPU: right by the rule beside torch's own, no host sync."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dist_cpt_kernels import adamw_, clip, dispatch, reference, sum_of_squares
+
+from tests.kernels.error_rule import assert_right
+
+pytestmark = pytest.mark.gpu
+SIZES = (1, 507, 16384, 1_000_003)
+
+
+@pytest.mark.parametrize("step", [1, 1000])
+def test_update_beside_torchs_fused_adamw(step):
+    assert not dispatch.INTERPRETED, "run with TRITON_INTERPRET=0"
+    generator = torch.Generator("cuda").manual_seed(0)
+    params, grads, exp_avgs, exp_avg_sqs = (
+        [scale * torch.randn(n, generator=generator, device="cuda") for n in SIZES]
+        for scale in (0.02, 1e-3, 1e-4, 1e-3)
+    )
+    exp_avg_sqs = [tensor.square() for tensor in exp_avg_sqs]
+    lr, betas, eps, decay = 3e-4, (0.9, 0.95), 1e-8, 0.1
+    torchs, truth, found = (
+        [[tensor.to(dtype, copy=True) for tensor in tensors] for tensors in (params, exp_avgs, exp_avg_sqs)]
+        for dtype in (torch.float32, torch.float64, torch.float32)
+    )
+    number = torch.full((), float(step), device="cuda")
+    torch._fused_adamw_(torchs[0], grads, torchs[1], torchs[2], [], [number.clone() for _ in SIZES], lr=lr,
+                        beta1=betas[0], beta2=betas[1], weight_decay=decay, eps=eps, amsgrad=False, maximize=False)  # fmt: skip
+    reference.adamw_(truth[0], [g.double() for g in grads], truth[1], truth[2], step_size=lr / (1 - betas[0] ** step),
+                     denominator=(1 - betas[1] ** step) ** 0.5, decay=1 - lr * decay, betas=betas, eps=eps)  # fmt: skip
+    copies = [torch.empty_like(param, dtype=torch.bfloat16) for param in params]
+    adamw_(
+        found[0], grads, found[1], found[2], step=number, lr=lr, betas=betas, eps=eps, weight_decay=decay, copies=copies
+    )
+    for ours, theirs, exact in zip(found, torchs, truth, strict=True):
+        assert_right(ours, theirs, exact)
+    assert all(torch.equal(copy, param.bfloat16()) for copy, param in zip(copies, found[0], strict=True))
+
+
+def test_clip_and_skip_without_a_host_sync():
+    params, grads, exp_avgs, exp_avg_sqs = ([torch.ones(n, device="cuda") for n in SIZES] for _ in range(4))
+    for attempt in range(2):  # the first call compiles
+        torch.cuda.set_sync_debug_mode("error" if attempt else "default")
+        try:
+            _, factor, skip = clip(sum_of_squares([*grads, grads[2].bfloat16()]), 1.0)
+            adamw_(params, grads, exp_avgs, exp_avg_sqs, step=1, lr=1e-3, betas=(0.9, 0.95), eps=1e-8,
+                   weight_decay=0.1, grad_factor=factor, skip=skip)  # fmt: skip
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    before = [param.clone() for param in params]
+    grads[3][77] = float("nan")
+    _, factor, skip = clip(sum_of_squares(grads), 1.0)
+    adamw_(params, grads, exp_avgs, exp_avg_sqs, step=2, lr=1e-3, betas=(0.9, 0.95), eps=1e-8,
+           weight_decay=0.1, grad_factor=factor, skip=skip)  # fmt: skip
+    assert all(map(torch.equal, params, before))
+
+
+def test_sum_of_squares():
+    tensors = [torch.randn(n, device="cuda") for n in SIZES]
+    found = sum_of_squares(tensors)
+    torch.testing.assert_close(found, reference.sum_of_squares(tensors), rtol=1e-6, atol=0.0)
+    assert torch.equal(found, sum_of_squares(tensors))
