@@ -1,4 +1,4 @@
-"""8-bit moments behind every engine: what they cost, that training goes as with fp32 ones, and no step leaves traces."""
+"""8-bit moments behind every engine: what they cost, how training goes with them, and what a step leaves behind."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from dist_cpt.optim.eight_bit import BLOCK
 from tests.contract.engines import ENGINES, grid
 from tests.contract.test_state_moves import assert_same
 
-FAST = tuple(
-    (engine, ranks, "8bit")
-    for engine, ranks in (("single", 1), ("fsdp-full", 2), ("zero-1", 2), ("zero-2", 2), ("zero-3", 2))
-)
+FAST = tuple((engine, ranks, "8bit") for engine, ranks in (("fsdp-full", 2), ("zero-1", 2), ("zero-3", 2)))
 STEPS, CYCLE = 60, 4
 
 # A first moment is off by up to 1.05 % of its block's largest, a second one by 0.35 %, at each step anew: the path is
@@ -22,7 +19,7 @@ STEPS, CYCLE = 60, 4
 QUALITY = 0.01
 
 
-@pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("zero-3", 2)])
+@pytest.mark.parametrize(("engine", "ranks"), [("single", 1), pytest.param("zero-3", 2, marks=pytest.mark.matrix)])
 def test_training_goes_as_with_fp32_moments(engine: str, ranks: int, pool: Any, base: Any) -> None:
     (plain, moments), (packed, packed_moments) = (
         pool(ranks).run(
@@ -60,13 +57,12 @@ def test_a_snapshot_holds_the_moments_of_that_step(engine: str, ranks: int, vari
 
 @pytest.mark.parametrize(
     ("engine", "ranks", "variant"),
-    grid(("single", 1, "8bit"), ("fsdp-full", 2, "8bit"), ("zero-1", 2, "8bit"), ("zero-3", 2, "8bit"),
-         variants=("8bit",)),
-)  # fmt: skip
+    grid(("single", 1, "8bit"), ("zero-3", 2, "8bit"), variants=("8bit",)),
+)
 def test_two_bytes_and_the_scales_in_place_of_eight(
     engine: str, ranks: int, variant: str, pool: Any, base: Any
 ) -> None:
-    sizes = {"vocab_size": 64, "hidden_size": 320, "intermediate_size": 640, "num_attention_heads": 4,
+    sizes = {"hidden_size": 320, "intermediate_size": 640, "num_attention_heads": 4,
              "num_key_value_heads": 4, "num_hidden_layers": 1}  # fmt: skip
     tensors, elements = 7, 4 * 320 * 320 + 3 * 320 * 640
     plain, packed = (

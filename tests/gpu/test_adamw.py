@@ -21,20 +21,25 @@ def test_update_beside_torchs_fused_adamw(step):
         for scale in (0.02, 1e-3, 1e-4, 1e-3)
     )
     exp_avg_sqs = [tensor.square() for tensor in exp_avg_sqs]
-    lr, betas, eps, decay = 3e-4, (0.9, 0.95), 1e-8, 0.1
+    hyper = {"lr": 3e-4, "eps": 1e-8, "weight_decay": 0.1}
+    betas = (0.9, 0.95)
     torchs, truth, found = (
         [[tensor.to(dtype, copy=True) for tensor in tensors] for tensors in (params, exp_avgs, exp_avg_sqs)]
         for dtype in (torch.float32, torch.float64, torch.float32)
     )
     number = torch.full((), float(step), device="cuda")
-    torch._fused_adamw_(torchs[0], grads, torchs[1], torchs[2], [], [number.clone() for _ in SIZES], lr=lr,
-                        beta1=betas[0], beta2=betas[1], weight_decay=decay, eps=eps, amsgrad=False, maximize=False)  # fmt: skip
-    reference.adamw_(truth[0], [g.double() for g in grads], truth[1], truth[2], step_size=lr / (1 - betas[0] ** step),
-                     denominator=(1 - betas[1] ** step) ** 0.5, decay=1 - lr * decay, betas=betas, eps=eps)  # fmt: skip
+    steps = [number.clone() for _ in SIZES]
+    torch._fused_adamw_(
+        torchs[0], grads, torchs[1], torchs[2], [], steps, beta1=betas[0], beta2=betas[1], amsgrad=False,
+        maximize=False, **hyper,
+    )  # fmt: skip
+    reference.adamw_(
+        truth[0], [grad.double() for grad in grads], truth[1], truth[2], step_size=hyper["lr"] / (1 - betas[0] ** step),
+        denominator=(1 - betas[1] ** step) ** 0.5, decay=1 - hyper["lr"] * hyper["weight_decay"], betas=betas,
+        eps=hyper["eps"],
+    )  # fmt: skip
     copies = [torch.empty_like(param, dtype=torch.bfloat16) for param in params]
-    adamw_(
-        found[0], grads, found[1], found[2], step=number, lr=lr, betas=betas, eps=eps, weight_decay=decay, copies=copies
-    )
+    adamw_(found[0], grads, found[1], found[2], step=number, betas=betas, copies=copies, **hyper)
     for ours, theirs, exact in zip(found, torchs, truth, strict=True):
         assert_right(ours, theirs, exact)
     assert all(torch.equal(copy, param.bfloat16()) for copy, param in zip(copies, found[0], strict=True))
@@ -63,3 +68,13 @@ def test_sum_of_squares():
     found = sum_of_squares(tensors)
     torch.testing.assert_close(found, reference.sum_of_squares(tensors), rtol=1e-6, atol=0.0)
     assert torch.equal(found, sum_of_squares(tensors))
+
+
+def test_views_that_are_not_aligned():
+    shifted, straight = (
+        [[torch.ones(n + 3, device="cuda")[offset : offset + n] for n in SIZES] for _ in range(4)] for offset in (3, 0)
+    )
+    for lists in (shifted, straight):
+        adamw_(*lists, step=1, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    assert all(torch.equal(*pair) for pair in zip(shifted[0], straight[0], strict=True))
+    assert torch.equal(sum_of_squares(shifted[0]), sum_of_squares(straight[0]))

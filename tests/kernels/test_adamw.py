@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dist_cpt_kernels import adamw_, clip, dispatch, reference, sum_of_squares
-from dist_cpt_kernels.adamw import PIECE
+from dist_cpt_kernels.adamw import PIECE, _Launch
 
 SIZES = (1, 123, PIECE, PIECE + 507, 0)
 HYPER = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -98,6 +98,9 @@ def test_a_step_that_is_not_finite_moves_nothing(monkeypatch, interpreted, bad):
 
 
 def test_views_that_are_not_aligned():
+    whole, view = torch.empty(100), torch.empty(103)[3:]
+    assert _Launch([[whole]]).aligned
+    assert not _Launch([[whole, view]]).aligned  # wide loads would be an error on a GPU
     params, grads, exp_avgs, exp_avg_sqs = _state((PIECE + 300, 100))
     expected = _clone(params)
     adamw_([p[3:] for p in expected], [g[3:] for g in grads], _clone([m[3:] for m in exp_avgs]),

@@ -75,12 +75,21 @@ def test_a_vocabulary_of_256k():
 def test_true_class_keeps_its_digits():
     """p - 1 is about -1e-10 here: in fp32, p itself is 1 and nothing is left of the difference."""
     logits, labels = _confident(64, 123)
-    _, grad = _grads(cross_entropy, logits, labels, torch.ones(64))
+    losses, grad = _grads(cross_entropy, logits, labels, torch.ones(64))
     others = (logits - logits.gather(1, labels[:, None])).double().scatter(1, labels[:, None], -torch.inf).exp().sum(1)
     exact = (-others / (1 + others))[:, None]
     relative = (grad.gather(1, labels[:, None]).double() - exact).abs() / exact.abs()
     assert float(exact.abs().min()) < 1e-9
     assert float(relative.max()) < 1e-6
+    torch.testing.assert_close(losses.double(), others.log1p(), rtol=1e-6, atol=0.0)
+
+
+def test_a_saturated_softcap_keeps_its_slope():
+    """1 - tanh(8)^2 is 4.5e-7: of the difference, fp32 has two digits left."""
+    logits = torch.tensor([[8.0, -8.0, 6.0, -7.0]])
+    found = _grads(cross_entropy, logits, torch.tensor([1]), torch.ones(1), softcap=1.0)[1]
+    exact = _grads(reference.cross_entropy, logits.double(), torch.tensor([1]), torch.ones(1), softcap=1.0)[1]
+    torch.testing.assert_close(found.double(), exact, rtol=2e-6, atol=0.0)
 
 
 def test_strides_views_and_an_expanded_upstream_gradient():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dist_cpt_kernels import dispatch, embedding, embedding_gradient, embedding_gradient_rows, reference
-from dist_cpt_kernels.embedding import TILE_TOKENS
+from dist_cpt_kernels.embedding import TILE_TOKENS, _sum_runs
 
 from tests.kernels.error_rule import assert_right
 
@@ -66,19 +66,20 @@ def test_strides_of_the_gradient():
     grad, ids = _inputs(50, 5, 40)
     expected = embedding_gradient(grad[:, ::2].contiguous(), ids, 5)
     assert torch.equal(embedding_gradient(grad[:, ::2], ids, 5), expected)
-    assert torch.equal(
-        embedding_gradient(grad[:1].expand(50, 40), ids, 5), embedding_gradient(grad[:1].repeat(50, 1), ids, 5)
-    )
+    repeated = embedding_gradient(grad[:1].repeat(50, 1), ids, 5)
+    assert torch.equal(embedding_gradient(grad[:1].expand(50, 40), ids, 5), repeated)
 
 
 def test_offsets_beyond_two_to_the_31():
-    """A table of 2^31 + elements whose memory is touched in three rows only."""
-    dim = 2**20
-    grad, _ = _inputs(3, 1, dim, torch.bfloat16)
-    ids = torch.tensor([2048, 0, 2048])
-    found = embedding_gradient(grad, ids, 2049, dtype=torch.bfloat16)
-    assert torch.equal(found[2048], (grad[0].float() + grad[2].float()).bfloat16())
-    assert torch.equal(found[0], grad[1])
+    """A table of more than 2^31 elements, whose memory is touched in three rows only; one run crosses tiles."""
+    dim, last = 64, 2**25 + 1
+    grad, _ = _inputs(TILE_TOKENS + 3, 1, dim, torch.bfloat16)
+    places = torch.tensor([0] + [last] * (TILE_TOKENS + 1) + [last + 1])
+    table = torch.empty(last + 2, dim, dtype=torch.bfloat16)
+    _sum_runs(grad, torch.arange(len(places)), places, table)
+    torch.testing.assert_close(table[last], grad[1:-1].double().sum(0).bfloat16(), rtol=2**-7, atol=1e-6)
+    assert torch.equal(table[last + 1], grad[-1])
+    assert torch.equal(table[0], grad[0])
 
 
 def test_two_calls_and_a_shuffled_batch():

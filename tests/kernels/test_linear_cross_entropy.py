@@ -65,7 +65,7 @@ def test_a_frozen_side(trains):
 
 
 def test_a_tied_weight_sums_both_uses():
-    hidden, weight, labels = _inputs(12, torch.float32)
+    _, weight, labels = _inputs(12, torch.float32)
     weight.requires_grad_()
     linear_cross_entropy(weight[:12] * 1.0, weight, labels)[0].backward()
     found = weight.grad

@@ -56,6 +56,26 @@ def test_one_bit_of_one_tensor_fails_its_check(manifest: Manifest, kind: Any) ->
     assert detail == f"1 of 3 differ, first {LORA_A}"
 
 
+def test_a_tensor_that_may_differ_is_asked_about_and_counted(manifest: Manifest) -> None:
+    """Only where the hash differs; and an answer of no fails as ever."""
+    state = ShardedState(5)
+    asked: list[tuple[str, str]] = []
+    for kind, name in (("exp_avg", LORA_A), ("exp_avg_sq", LORA_A), ("master", LORA_A)):
+        state.parts[kind, name][0, 0] += 1.0
+
+    def approximate(kind: str, name: str, values: torch.Tensor) -> bool:
+        assert torch.equal(values, state.parts[kind, name])
+        asked.append((kind, name))
+        return kind == "exp_avg"
+
+    result = certificate(manifest, state, approximate=approximate)
+    details = {check["name"]: check["detail"] for check in result["checks"]}
+    assert sorted(asked) == [("exp_avg", LORA_A), ("exp_avg_sq", LORA_A), ("master", LORA_A)]
+    assert result["failed"] == ["master", "exp_avg_sq"]
+    assert details["exp_avg"] == "2 of 3 bit-identical, 1 within a step of 8 bit"
+    assert details["exp_avg_sq"] == f"1 of 3 differ, first {LORA_A}"
+
+
 def test_lost_moments_fail_though_the_loss_agrees(manifest: Manifest) -> None:
     state = ShardedState(5)
     for spec in SPECS:

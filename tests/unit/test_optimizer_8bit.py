@@ -113,6 +113,19 @@ def test_other_borders_stay_within_the_stated_bound_and_a_lost_value_does_not(ki
     assert not within_half_step(kind, saved.roll(1), saved)
 
 
+@pytest.mark.parametrize("number", [1, 2 * BLOCK - 1, 2 * BLOCK, 5000])
+@pytest.mark.parametrize("place", [0, 255, 256, 700, -1])
+def test_the_bound_at_an_element_is_that_of_the_largest_within_255(number: int, place: int) -> None:
+    """One large element among ones: others may be off by half a step of it up to 255 away, and by one of 1 beyond."""
+    saved = torch.ones(number)
+    place = min(place, number - 1) % number
+    saved[place] = 1000.0
+    for at in {0, number - 1, *(place + d for d in (-256, -255, 0, 255, 256) if 0 <= place + d < number)}:
+        restored = saved.clone()
+        restored[at] += 0.9 * half_step(False) * 1000.0
+        assert within_half_step("exp_avg_sq", restored, saved) == (abs(at - place) < BLOCK), at
+
+
 def test_slices_of_an_update_are_the_whole_update() -> None:
     number = SLICE_ELEMENTS + 3 * BLOCK + 5
     masters = {"w": torch.randn(number)}
