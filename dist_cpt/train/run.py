@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import threading
@@ -15,17 +16,13 @@ from typing import Any
 import torch
 
 from dist_cpt.adapters.quantize import require_bitsandbytes
-from dist_cpt.checkpoint.foreign import start_from
-from dist_cpt.checkpoint.manifest import Identity, StateKind, TensorSpec, owners
-from dist_cpt.checkpoint.restore import LoadedCheckpoint, load, newest_valid, require_fit
-from dist_cpt.checkpoint.retention import bring_back, remove_stale_staging, set_aside_after
+from dist_cpt.checkpoint.manifest import Identity, TensorSpec
 from dist_cpt.checkpoint.state import Probe, Randomness, TrainState
 from dist_cpt.checkpoint.store import SAVE_POINTS, CheckpointInfo
-from dist_cpt.checkpoint.verify import certify
 from dist_cpt.config.resolve import StepShape, fingerprint, run_folder, step_shape
-from dist_cpt.config.schema import ContinueFromConfig, RunConfig
+from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.batch import Batch
-from dist_cpt.data.loader import PADDING, BlockLoader, ValidationLoader, prefetch
+from dist_cpt.data.loader import BlockLoader, ValidationLoader, prefetch
 from dist_cpt.data.prepare import check_vocabulary, open_prepared, prepare
 from dist_cpt.data.tokenizer import load_tokenizer
 from dist_cpt.engines.build import build_engine
@@ -34,15 +31,14 @@ from dist_cpt.errors import (
     EXIT_DONE,
     EXIT_INTERNAL,
     EXIT_STOPPED,
-    CheckpointError,
     DistCptError,
     NumericsError,
     Stopped,
     Superseded,
 )
 from dist_cpt.model.load import TrainableModel, load_model, locate_base
-from dist_cpt.optim.eight_bit import dynamic_map, within_half_step
-from dist_cpt.optim.groups import ParamGroup, eight_bit_names, param_groups
+from dist_cpt.optim.eight_bit import dynamic_map
+from dist_cpt.optim.groups import ParamGroup, param_groups
 from dist_cpt.runtime.collectives import agree, all_reduce_ints, gather_json, on_every_rank, on_rank_zero
 from dist_cpt.runtime.env import ProcessEnv, process_env
 from dist_cpt.runtime.fault import VARIABLE, Faults, planned_faults
@@ -53,10 +49,10 @@ from dist_cpt.runtime.stop import StopRequest
 from dist_cpt.train.console import Console
 from dist_cpt.train.contract import Contract
 from dist_cpt.train.evaluate import evaluate
-from dist_cpt.train.folder import Claim, claim, read_json, write_exit, write_json
+from dist_cpt.train.folder import Claim, claim, write_exit
 from dist_cpt.train.health import Watchdog
 from dist_cpt.train.loop import Hooks, Outcome, Progress, past_windows, step_positions, step_starts, train_loop
-from dist_cpt.train.metrics import MetricsFile, rewind
+from dist_cpt.train.metrics import MetricsFile
 from dist_cpt.train.observers import (
     CheckpointRecord,
     EvaluationRecord,
@@ -65,18 +61,15 @@ from dist_cpt.train.observers import (
     RunStart,
     StepRecord,
 )
+from dist_cpt.train.restore import Restorer
 from dist_cpt.train.sample import write_sample
 from dist_cpt.train.saver import Saver
+from dist_cpt.train.stream import PROBE_BLOCKS, Stream
 from dist_cpt.train.wandb import new_run_id, wandb_observer
 
 RENDEZVOUS_SECONDS = 1800.0
 WANDB_INIT_SECONDS = 30.0
-STALE_STAGING_SECONDS = 3600.0
 PREPARE_SECONDS = 1.0  # between two meetings of the ranks while the corpus is prepared
-PROBE_BLOCKS = 4
-# The replayed loss is the same forward in another summation order: rounding of one token's loss, averaged.
-REPLAY_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "nf4": 2e-3}
-ROLLBACKS = "rollbacks.json"
 FAULT_POINTS = ("step", "restore", *(f"{kind}.{point}" for kind in ("trial", "save") for point in SAVE_POINTS))
 
 
@@ -210,12 +203,14 @@ class _Run:
             engine=self.engine.kind,
         )
         self.metrics = MetricsFile(self.folder, 60 * config.checkpoint.retry_minutes)
+        self.stream = Stream(self.engine, self.loader, self.shape, self.env)
+        self.schedule = {"num_steps": self.shape.num_steps, **config.schedule.model_dump(mode="json")}
         self.saver = self._saver()
-        known: list[list[int]] = on_rank_zero("rollbacks", self._known_windows)
-        self.progress.skipped_windows = [(start, stop) for start, stop in known]
-        resumed_from = self._restore()
+        restorer = self._restorer()
+        restorer.know_windows()
+        resumed_from = restorer.restore()
         if resumed_from is None and config.adapter.continue_from is not None:
-            self._start_from_adapter(config.adapter.continue_from)
+            restorer.start_from_adapter(config.adapter.continue_from)
         if resumed_from is None and config.checkpoint.trial:
             self.saver.trial(self._state())
         self.contract = Contract(
@@ -235,8 +230,13 @@ class _Run:
             if resumed_from is None:
                 self.watchdog.tick("evaluating", 0)
                 self._evaluate(0)
-            while (outcome := self._train()) == "rollback":
-                self._roll_back()
+            try:
+                while (outcome := self._train()) == "rollback":
+                    restorer.roll_back()
+            except NumericsError:  # of all ranks alike: the checkpoint in the making is from before
+                with contextlib.suppress(DistCptError):
+                    self.saver.finish()
+                raise
             self.contract.close(self.progress.step)
             if outcome == "stopped":
                 reason = f"{self.stop.requested or 'another rank'}: stopped and saved at step {self.progress.step}"
@@ -322,162 +322,6 @@ class _Run:
         for observer in self.observers:
             what(observer)
 
-    # -- restoring -----------------------------------------------------------------------------------------
-
-    def _restore(self, up_to_step: int | None = None) -> str | None:
-        """The newest valid checkpoint into engine and progress, with its certificate; None for a fresh start.
-
-        What the folder holds of later steps belongs to a past that is not this run's any more: it moves aside.
-        """
-        on_rank_zero("checkpoints", lambda: remove_stale_staging(self.folder, STALE_STAGING_SECONDS))
-        found, skipped = newest_valid(self.folder, up_to_step)
-        for name, why in skipped:
-            LOGGER.warning("checkpoint %s does not hold and is skipped: %s", name, why)
-        if found is None:
-            if up_to_step is None:
-                on_rank_zero("metrics", lambda: rewind(self.folder, -1))
-            return None
-        self.fault("restore", 0)
-        with load(found, verified=True) as checkpoint:
-            on_every_rank("checkpoint", lambda: require_fit(checkpoint.manifest, self.specs, self.identity))
-            state = checkpoint.state
-            self.engine.import_state(checkpoint.read, state.optimizer_steps)
-            self._certify(checkpoint)
-            self.saver.saved_step, self.saver.parent = state.step, checkpoint.manifest.state_sha256
-        self.progress.restore(state)
-        on_rank_zero("checkpoints", lambda: self._leave_behind(found, state.step))
-        return found.name
-
-    def _start_from_adapter(self, chosen: ContinueFromConfig) -> None:
-        """Take over somebody's adapter, and prove that it is in effect: the loss with and without it.
-
-        Raises:
-            CheckpointError: it changes nothing.
-        """
-        probed = range(PROBE_BLOCKS)
-        without = self._probe_loss(probed)  # a new adapter adds zero
-        started = start_from(self.engine, chosen, self.specs, self.model, self.config.optim)
-        self.progress.optimizer_steps = started.step
-        with_it = self._probe_loss(probed)
-        if with_it == without:
-            raise CheckpointError(
-                f"{chosen.path}: the loss is {without:.6f} with and without this adapter",
-                remedy="its matrices are those of an untrained one; take a later checkpoint of it",
-            )
-        LOGGER.info("%s; loss on %d blocks without it %.4f, with it %.4f",
-                    started.description, PROBE_BLOCKS, without, with_it)  # fmt: skip
-        proof = {"description": started.description, "sha256": started.sha256, "optimizer_steps": started.step}
-        proof |= {"loss_without": without, "loss_with": with_it}
-        on_rank_zero("continued", lambda: write_json(self.folder / "continued.json", proof))
-
-    def _roll_back(self) -> None:
-        """Go back to the newest checkpoint from before the bad steps, and leave their data out from now on.
-
-        Raises:
-            NumericsError: there is none.
-        """
-        progress = self.progress
-        assert progress.bad_since is not None
-        bad_step, bad_position = progress.bad_since
-        last_step = progress.step
-        self.saver.finish()
-        progress.skipped_windows = sorted([*progress.skipped_windows, (bad_position, progress.position)])
-        windows = {"windows": progress.skipped_windows}
-        on_rank_zero("rollback", lambda: write_json(self.folder / ROLLBACKS, windows))
-        restored = self._restore(up_to_step=bad_step - 1)
-        if restored is None:
-            raise NumericsError(
-                f"steps {bad_step} to {last_step} were bad, and no checkpoint from before them holds",
-                remedy="save more often (checkpoint.every_steps), lower the learning rate, or look at that data",
-            )
-        text = (
-            f"steps {bad_step} to {last_step} were bad: back to {restored}, "
-            f"blocks {bad_position} to {progress.skipped_windows[-1][1] - 1} are left out"
-        )
-        LOGGER.warning("%s", text)
-        self._tell(lambda observer: observer.on_message(text))
-
-    def _leave_behind(self, restored: Path, step: int) -> None:
-        for name in set_aside_after(self.folder, step):
-            LOGGER.warning("%s is not in the line of %s and was moved to superseded/", name, restored.name)
-        bring_back(self.folder, restored, step)
-        self.metrics.close()
-        rewind(self.folder, step)
-
-    def _certify(self, checkpoint: LoadedCheckpoint) -> None:
-        """Prove the restored state; certificate.json holds the proof or the named failure."""
-        state, weights = checkpoint.state, self.config.model.weights
-        placed = owners(self.specs, self.env.world_size, self.config.adapter.kind == "lora")
-        seed, next_step = self.config.seed, state.step + 1
-        certificate = certify(
-            checkpoint.manifest,
-            self.engine.export_state(lambda kind, name: placed[kind, name]),
-            next_block_ids=self._next_block_ids(state.position, state.skipped_windows),
-            recorded_block_ids=state.next_block_ids,
-            replayed_loss=self._probe_loss(state.probe.block_ids),
-            recorded_loss=state.probe.loss,
-            tolerance=REPLAY_TOLERANCE[weights] * max(1.0, abs(state.probe.loss)),
-            facts={
-                "random": ([state.random.seed, state.random.step], [seed, state.step]),
-                "random_of_every_rank": (
-                    [list(draws) for draws in state.random.next_draws],
-                    [first_draws(seed, next_step, rank) for rank in range(len(state.random.next_draws))],
-                ),
-                "schedule": (state.schedule, self._schedule()),
-            },
-            approximate=self._requantised(checkpoint),
-        )
-        certificate |= {
-            "attempt": self.attempt,
-            "restored_by": {"engine": self.engine.kind, "world_size": self.env.world_size},
-        }
-        on_rank_zero("certificate", lambda: write_json(self.folder / "certificate.json", certificate))
-        if certificate["verdict"] != "pass":
-            raise CheckpointError(
-                f"{checkpoint.path.name} was not restored as it was saved: {', '.join(certificate['failed'])} failed",
-                remedy="see certificate.json",
-            )
-        LOGGER.info("resumed from %s, certificate passes", checkpoint.path.name)
-
-    def _requantised(self, checkpoint: LoadedCheckpoint) -> Callable[[StateKind, str, torch.Tensor], bool] | None:
-        """Which restored moments may differ from the saved ones: 8-bit ones whose blocks have other borders here."""
-        manifest = checkpoint.manifest
-        same_place = (manifest.engine, manifest.world_size) == (self.engine.kind, self.env.world_size)
-        eight_bit = eight_bit_names(self.groups, self.config.optim)
-        if same_place or not eight_bit:
-            return None
-
-        def close(kind: StateKind, name: str, values: torch.Tensor) -> bool:
-            if kind == "master" or name not in eight_bit:
-                return False
-            return within_half_step(kind, values.reshape(-1), checkpoint.read(kind, name, 0, values.numel()))
-
-        return close
-
-    def _schedule(self) -> dict[str, Any]:
-        return {"num_steps": self.shape.num_steps, **self.config.schedule.model_dump(mode="json")}
-
-    def _next_block_ids(self, position: int, windows: Sequence[tuple[int, int]]) -> list[int]:
-        """(source, epoch, block) of the next step's blocks, flat: what the data order gives, not what was asked."""
-        ids: list[int] = []
-        start = past_windows(position, windows)
-        for at in range(start, start + self.shape.blocks_per_step):
-            source, epoch, block = self.loader.describe(at)
-            ids += [self.loader.source_names.index(source), epoch, block]
-        return ids
-
-    def _probe_loss(self, positions: Sequence[int]) -> float:
-        """Mean loss of a few blocks of the training stream, without a gradient."""
-        return evaluate(
-            self.engine,
-            self.loader.batch,
-            positions,
-            PADDING,
-            rank=self.env.rank,
-            world_size=self.env.world_size,
-            micro_batch=1,
-        ).loss
-
     # -- training ------------------------------------------------------------------------------------------
 
     def _train(self) -> Outcome:
@@ -525,7 +369,7 @@ class _Run:
         progress = self.progress
         start = past_windows(progress.position, progress.skipped_windows)
         probed = tuple(range(start, start + PROBE_BLOCKS))
-        probe_loss = self._probe_loss(probed)
+        probe_loss = self.stream.probe_loss(probed)
         if not math.isfinite(probe_loss):
             raise NumericsError(
                 f"the loss after step {progress.step} is {probe_loss}: this state is not saved",
@@ -540,7 +384,7 @@ class _Run:
             skipped_total=progress.skipped_total,
             skipped_in_a_row=progress.skipped_in_a_row,
             random=Randomness(seed=self.config.seed, step=progress.step, next_draws=tuple(map(tuple, draws))),
-            schedule=self._schedule(),
+            schedule=self.schedule,
             wandb_run_id=self.wandb_run_id,
             attempt=self.attempt,
             parent=self.saver.parent,
@@ -548,22 +392,29 @@ class _Run:
             skipped_windows=tuple(progress.skipped_windows),
             bad_since=progress.bad_since,
             recent_losses=tuple(progress.recent_losses),
-            next_block_ids=tuple(self._next_block_ids(progress.position, progress.skipped_windows)),
+            next_block_ids=tuple(self.stream.next_block_ids(progress.position, progress.skipped_windows)),
             probe=Probe(block_ids=probed, loss=probe_loss),
         )
 
-    def _known_windows(self) -> list[list[int]]:
-        """Windows that rollbacks of earlier attempts left out; the checkpoint they went back to is older."""
-        path = self.folder / ROLLBACKS
-        if not path.exists():
-            return []
-        try:
-            return [[int(start), int(stop)] for start, stop in read_json(path)["windows"]]
-        except (KeyError, TypeError, ValueError):
-            raise CheckpointError(
-                f"{path} is damaged: the data that a rollback left out is not known",
-                remedy="restore it from a copy, or remove it if the run may see that data again",
-            ) from None
+    def _restorer(self) -> Restorer:
+        return Restorer(
+            self.config,
+            self.env,
+            self.folder,
+            self.attempt,
+            self.engine,
+            self.groups,
+            self.specs,
+            self.identity,
+            self.model,
+            self.schedule,
+            self.stream,
+            self.saver,
+            self.metrics,
+            self.progress,
+            self.fault,
+            say=lambda text: self._tell(lambda observer: observer.on_message(text)),
+        )
 
     def _saver(self) -> Saver:
         return Saver(

@@ -215,6 +215,7 @@ def test_kills_before_the_first_checkpoint_and_where_a_step_is_taken(new_job) ->
     kill_in_turn(new_job("zero-1", 2, keep=1), [("trial.reread", 1), ("save.aside", 0), ("step", 1)])
 
 
+@pytest.mark.matrix
 def test_no_rank_waits_for_one_that_was_killed_while_it_saved(new_job) -> None:
     """Two groups of ranks, that of training and that of saving, must not wait for each other."""
     kill_in_turn(new_job("fsdp-full", 4, keep=1), [("save.manifest", 0)])
