@@ -117,7 +117,7 @@ def train(config: RunConfig, stop: StopRequest) -> tuple[int, Path | None]:
         print(f"dist-cpt: rank {env.rank}: {reason} -- see logs/rank-{env.rank}.log", file=sys.stderr, flush=True)
     finally:
         if held is not None:
-            if not superseded:  # the folder is another attempt's by now
+            if not superseded and held.held():  # else the folder is another attempt's by now
                 _end(observers, folder, code, reason, progress.step)
             held.close()
         close_log()
@@ -237,6 +237,7 @@ class _Run:
                 with contextlib.suppress(DistCptError):
                     self.saver.finish()
                 raise
+            self._require_held()
             self.contract.close(self.progress.step)
             if outcome == "stopped":
                 reason = f"{self.stop.requested or 'another rank'}: stopped and saved at step {self.progress.step}"
@@ -244,6 +245,7 @@ class _Run:
                 return EXIT_STOPPED, reason
             self.watchdog.tick("ending", self.progress.step)
             self.saver.save_now(self.progress.step, self._state)
+            self._require_held()
             self._sample()
         return EXIT_DONE, "done"
 
@@ -318,7 +320,13 @@ class _Run:
         )
         on_rank_zero("observers", lambda: self._tell(lambda observer: observer.on_start(start)))
 
+    def _require_held(self) -> None:
+        """End here, on all ranks, if a later attempt has taken the folder."""
+        on_rank_zero("run folder", lambda: None if self.held is None else self.held.require())
+
     def _tell(self, what: Callable[[Observer], None]) -> None:
+        if self.held is not None and not self.held.held():
+            return  # a later attempt keeps the record now; the next boundary ends this one
         for observer in self.observers:
             what(observer)
 

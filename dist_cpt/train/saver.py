@@ -15,7 +15,7 @@ from dist_cpt.checkpoint.store import CheckpointInfo
 from dist_cpt.checkpoint.store import save as save_checkpoint
 from dist_cpt.config.schema import CheckpointConfig
 from dist_cpt.engines.engine import Engine
-from dist_cpt.errors import WriteError
+from dist_cpt.errors import DistCptError, WriteError
 from dist_cpt.runtime.collectives import agree, all_reduce_max_int, broadcast_json, on_rank_zero, rank
 from dist_cpt.runtime.log import LOGGER
 
@@ -180,8 +180,8 @@ class Saver:
         error: Exception | None = None
         try:
             info = self._background.collect(timeout_seconds)
-        except Exception as caught:
-            error = caught
+        except DistCptError as caught:
+            error = caught  # any other is a collective that broke: a rank is gone, and nothing can be agreed any more
         if all_reduce_max_int(int(error is not None and not isinstance(error, WriteError))):
             agree(None if isinstance(error, WriteError) else error, "save")
         step, self._step_in_background = self._step_in_background, -1
