@@ -35,6 +35,7 @@ lint: install
 bench: install
 	$(BIN)/python benchmarks/data.py --write
 	$(BIN)/python benchmarks/step.py --write
+	$(BIN)/python benchmarks/checkpoint.py --write
 
 clean:
 	rm -rf .venv demo-run .pytest_cache .ruff_cache .import_linter_cache

@@ -12,6 +12,7 @@ to the end of the next step at two positions of the data stream.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -323,9 +324,11 @@ def measure_resume(folder: Path, rounds: int) -> dict[str, Any]:
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     corpus = folder / "corpus"
-    _write_corpus(corpus)
+    with contextlib.redirect_stdout(sys.stderr):
+        _write_corpus(corpus)
     source = max(corpus.glob("*.jsonl"), key=lambda file: file.stat().st_size)
-    _train_tokenizer(source, folder / "tokenizer")
+    with contextlib.redirect_stdout(sys.stderr):
+        _train_tokenizer(source, folder / "tokenizer")
     values = recipe({"kind": "single"})
     values["data"] = {"seq_len": SEQ_LEN, "tokenizer": str(folder / "tokenizer"), "sources": [{"path": str(source)}]}
     values["output_dir"] = str(folder / "runs")

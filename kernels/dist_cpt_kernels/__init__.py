@@ -5,19 +5,28 @@ from __future__ import annotations
 from dist_cpt_kernels.adamw import adamw_, clip, sum_of_squares
 from dist_cpt_kernels.cross_entropy import cross_entropy
 from dist_cpt_kernels.embedding import RowGradient, embedding, embedding_gradient, embedding_gradient_rows
+from dist_cpt_kernels.gated import gated, gated_gradients
 from dist_cpt_kernels.linear_cross_entropy import linear_cross_entropy
 from dist_cpt_kernels.nf4 import NestedScales, dequantize_nf4
+from dist_cpt_kernels.rms_norm import add_rms_norm, rms_norm
+from dist_cpt_kernels.rope import rope, rope_tables
 
 __all__ = [
     "NestedScales",
     "RowGradient",
     "adamw_",
+    "add_rms_norm",
     "clip",
     "cross_entropy",
     "dequantize_nf4",
     "embedding",
     "embedding_gradient",
     "embedding_gradient_rows",
+    "gated",
+    "gated_gradients",
     "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "rope_tables",
     "sum_of_squares",
 ]

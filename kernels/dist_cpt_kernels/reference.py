@@ -1,6 +1,6 @@
 """What each operation means, in plain torch and without a thought for speed or memory.
 
-T tokens, D model, V vocab.
+T tokens, D model, V vocab; B batch, L sequence, H heads, N head dim, P positions, F ffn.
 """
 
 from __future__ import annotations
@@ -10,6 +10,66 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+
+
+def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float, *, casting: str = "llama") -> torch.Tensor:
+    """x / sqrt(mean over D of x^2 + eps), in at least fp32, and times the weight; [..., D] in the dtype of `x`.
+
+    "llama": rounded to that dtype, then times weight. "gemma": times (1 + weight) in at least fp32, then rounded.
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, equation 4.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normed = x.to(wide) * torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
+    if casting == "gemma":
+        return (normed * (1.0 + weight_D.to(wide))).to(x.dtype)
+    return (normed.to(x.dtype) * weight_D).to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight_D: torch.Tensor, eps: float, *, casting: str = "llama"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(`rms_norm` of the sum, the sum), [..., D] in the dtype of `x`: the sum is rounded before it is normalised."""
+    total = x + residual
+    return rms_norm(total, weight_D, eps, casting=casting), total
+
+
+def rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos_PR: torch.Tensor,
+    sin_PR: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    *,
+    heads_first: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`q` and `k` [..., L, H, N], or with `heads_first` [..., H, L, N], rotated by the angles of their positions.
+
+    Of N, the first 2 R rotate, i with i + R; the rest stays. `position_ids` [B, L], [1, L] or [L], default 0 to
+    L - 1. In at least fp32, rounded once.
+    Source: Su et al., RoFormer, section 3.2.2, in the half-split order of GPT-NeoX.
+    """
+    if position_ids is None:
+        position_ids = torch.arange(q.shape[-2 if heads_first else -3], device=q.device)
+    heads_dim = -3 if heads_first else -2
+    cos, sin = (table[position_ids].unsqueeze(heads_dim) for table in (cos_PR, sin_PR))
+    half = cos.shape[-1]
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+        rotated = (first * cos - second * sin, second * cos + first * sin)
+        return torch.cat([*(part.to(x.dtype) for part in rotated), rest], dim=-1)
+
+    return rotate(q), rotate(k)
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(gate) * up, [..., F], in at least fp32 and rounded once; "silu", "gelu_tanh" or "gelu_exact"."""
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    if activation == "silu":
+        activated = F.silu(gate.to(wide))
+    else:
+        activated = F.gelu(gate.to(wide), approximate="tanh" if activation == "gelu_tanh" else "none")
+    return (activated * up.to(wide)).to(gate.dtype)
 
 
 def cross_entropy(

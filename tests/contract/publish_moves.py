@@ -10,7 +10,7 @@ from tests.contract.test_moves import CELLS, VARIANTS, move_all, name_of
 from tests.ranks import RankPool
 
 TITLES = {"lora-only": "LoRA", "lora": "LoRA, embeddings and head", "nf4": "LoRA, embeddings and head on an NF4 base",
-          "full": "every parameter", "8bit": "every parameter, moments in 8 bit"}  # fmt: skip
+          "full": "every parameter"}  # fmt: skip
 HEAD = """# Moves
 
 One training state, saved after 3 steps on the engine and number of ranks of a row, resumed on that of a column, trained
@@ -21,8 +21,6 @@ are tests: `pytest -m matrix tests/contract/test_moves.py`.
 A number says two things: every master and both moments of every tensor were **bit-identical** after the move (a move
 where one was not shows as **NO**), and it is the largest relative difference of the five losses. 0 is bit-identical
 training. In fp32 only the order of sums differs, whose unit roundoff is 6e-8; with an NF4 base products are in bf16.
-Moments in 8 bit are bit-identical on the same engine and number of ranks, and within half a step of their map, 1 % of
-the largest in their block, where blocks have other borders.
 """
 
 

@@ -92,7 +92,7 @@ def test_non_finite_steps_are_skipped_counted_and_end_the_run(made, tmp_path, mo
         (6, True, 2),
         (7, True, 3),
     ]
-    assert "3 steps in a row up to step 7" in capfd.readouterr().err
+    assert "3 bad steps in a row up to step 7 (3 of them skipped)" in capfd.readouterr().err
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000004"]
     monkeypatch.undo()
     assert train(values) == 0

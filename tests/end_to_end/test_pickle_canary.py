@@ -163,6 +163,7 @@ def test_a_pickle_in_place_of_a_file_of_the_newest_checkpoint(run, payload):
         assert codes == {command: 74 if command in refused else 0 for command in codes}, name
 
 
+@pytest.mark.matrix
 def test_a_pickle_in_place_of_a_file_of_the_run_folder(run):
     names = sorted(path.name for path in run.folder.iterdir() if path.is_file())
     assert {"recipe.yaml", "run.json", "certificate.json", "metrics.jsonl"} < set(names)

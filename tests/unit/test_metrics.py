@@ -83,6 +83,7 @@ def test_one_flat_row_per_step_is_on_disk_at_once(tmp_path: Path) -> None:
         "step_seconds": 0.12,
         "memory_gib": 1.5,
         "attempt": 0,
+        "spike": False,
         "mfu": 0.4,
     }
     file.close()

@@ -1,0 +1,289 @@
+"""RMSNorm, alone and with the addition to the residual stream before it: each tensor is read and written once.
+
+T rows, D model.
+
+Two castings are in use. Llama rounds the normalised row to the model's dtype and multiplies by the weight; Gemma
+multiplies by (1 + weight) in fp32 and rounds last. In the backward pass a program walks over many rows and keeps
+its share of the weight's gradient in fp32; a second kernel adds the shares in a fixed order, so the bits are the
+same every time. How many programs there are depends on the GPU alone.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from dist_cpt_kernels import reference
+from dist_cpt_kernels.dispatch import available, jit, tl
+from dist_cpt_kernels.rounding import rounded
+
+Casting = Literal["llama", "gemma"]
+
+MAX_DIM = 32768  # one program holds a whole row
+TILE = 1024  # elements of one program where rows are short, as those of one head are
+PARTS, PART_COLUMNS = 16, 64  # of one step of the second stage
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, casting: Casting = "llama") -> torch.Tensor:
+    """x / sqrt(mean of x^2 + eps) times `weight` [D], or (1 + weight) for "gemma": [..., D] in the dtype of `x`.
+
+    `x` of any strides; made contiguous where its rows do not lie at one distance. The gradient of `weight` is
+    summed in fp32, the same bits every time, rounded once to its dtype, and left out for a frozen weight.
+
+    Raises:
+        ValueError: shapes, dtypes or a casting that do not fit.
+    """
+    _check(x, None, weight, casting)
+    if not _can_fuse(x, weight):
+        return reference.rms_norm(x, weight, eps, casting=casting)
+    return _RmsNorm.apply(x, None, weight, eps, casting == "gemma")[0]
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, casting: Casting = "llama"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(`rms_norm` of x + residual, x + residual), both [..., D] in the dtype of `x` and `residual`.
+
+    The sum is rounded to that dtype before it is normalised, as where the two are separate. The backward pass takes
+    both gradients; those of `x` and `residual` are one tensor. Strides and `weight` as in `rms_norm`.
+
+    Raises:
+        ValueError: shapes, dtypes or a casting that do not fit.
+    """
+    _check(x, residual, weight, casting)
+    if not _can_fuse(x, weight):
+        return reference.add_rms_norm(x, residual, weight, eps, casting=casting)
+    return _RmsNorm.apply(x, residual, weight, eps, casting == "gemma")
+
+
+def _check(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, casting: str) -> None:
+    if casting not in ("llama", "gemma"):
+        raise ValueError(f"casting: llama or gemma expected, got {casting!r}")
+    if not x.ndim or weight.shape != x.shape[-1:]:
+        raise ValueError(f"x [..., D] and weight [D] expected, got {[*x.shape]} and {[*weight.shape]}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(f"residual: {x.dtype} {[*x.shape]} as x expected, got {residual.dtype} {[*residual.shape]}")
+
+
+def _can_fuse(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """fp64 and rows too long for one program are left to the reference."""
+    narrow = (torch.bfloat16, torch.float16, torch.float32)
+    return available(x) and x.dtype in narrow and weight.dtype in narrow and x.shape[-1] <= MAX_DIM
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, gemma: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx.set_materialize_grads(False)
+        x_TD, weight = _rows(x), weight.contiguous()
+        num_rows, dim = x_TD.shape
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        total = None if residual is None else torch.empty_like(out)
+        rstd_T = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+        if x.numel():
+            residual_TD = None if residual is None else _rows(residual)
+            rows, block, warps = tile(dim)
+            rms_norm_kernel[(-(-num_rows // rows),)](
+                x_TD,
+                x_TD.stride(0),
+                residual_TD,
+                0 if residual_TD is None else residual_TD.stride(0),
+                weight,
+                out,
+                total,
+                rstd_T,
+                num_rows,
+                dim,
+                eps,
+                GEMMA=gemma,
+                ROWS=rows,
+                BLOCK=block,
+                num_warps=warps,
+            )
+        ctx.save_for_backward(x if total is None else total, weight, rstd_T)
+        ctx.gemma, ctx.added = gemma, residual is not None
+        return out, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None]:
+        grad, grad_total = grad_outputs
+        x, weight, rstd_T = ctx.saved_tensors
+        want_x, want_weight = ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+        if grad is None:  # nobody used the normalised rows
+            return grad_total, grad_total if ctx.added else None, None, None, None
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if want_x else None
+        dweight = torch.zeros_like(weight) if want_weight else None
+        if x.numel():
+            _launch_backward(_rows(grad), grad_total, _rows(x), weight, rstd_T, dx, dweight, ctx.gemma)
+        return dx, dx if ctx.added else None, dweight, None, None
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[T, D] with a last stride of 1: a view where the strides allow it."""
+    x_TD = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
+    return x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+
+
+def tile(dim: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of one program."""
+    block = max(16, 1 << (dim - 1).bit_length())
+    rows = max(1, TILE // block)
+    return rows, block, min(max(rows * block // 512, 1), 32)
+
+
+def _launch_backward(
+    grad_TD: torch.Tensor,
+    grad_total: torch.Tensor | None,
+    x_TD: torch.Tensor,
+    weight: torch.Tensor,
+    rstd_T: torch.Tensor,
+    dx: torch.Tensor | None,
+    dweight: torch.Tensor | None,
+    gemma: bool,
+) -> None:
+    num_rows, dim = x_TD.shape
+    grad_total_TD = None if grad_total is None else _rows(grad_total)
+    rows, block, warps = tile(dim)
+    num_tiles = -(-num_rows // rows)
+    num_programs, parts = num_tiles, None
+    if dweight is not None:
+        num_programs = min(num_tiles, _num_programs(x_TD.device))
+        parts = torch.empty((num_programs, dim), dtype=torch.float32, device=x_TD.device)
+    rms_norm_backward_kernel[(num_programs,)](
+        grad_TD,
+        grad_TD.stride(0),
+        grad_total_TD,
+        0 if grad_total_TD is None else grad_total_TD.stride(0),
+        x_TD,
+        x_TD.stride(0),
+        weight,
+        rstd_T,
+        dx,
+        parts,
+        num_rows,
+        dim,
+        GEMMA=gemma,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=warps,
+    )
+    if parts is not None:
+        add_parts_kernel[(-(-dim // PART_COLUMNS),)](
+            parts, dweight, num_programs, dim, PARTS=PARTS, BLOCK=PART_COLUMNS, num_warps=4
+        )
+
+
+@cache
+def _num_programs(device: torch.device) -> int:
+    """Two for each multiprocessor, so that one computes while the other waits for memory."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 5
+
+
+@jit
+def rms_norm_kernel(
+    x_ptr,
+    x_stride,
+    residual_ptr,
+    residual_stride,
+    weight_ptr,
+    out_ptr,
+    total_ptr,
+    rstd_ptr,
+    num_rows,
+    dim,
+    eps,
+    GEMMA: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program, ROWS rows. With a residual, the sum goes to `total` and is what is normalised."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < num_rows)[:, None] & (column < dim)
+    x = tl.load(x_ptr + row[:, None] * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    place = row[:, None] * dim + column
+    if residual_ptr is not None:
+        x += tl.load(residual_ptr + row[:, None] * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+        total = rounded(x, total_ptr.dtype.element_ty)
+        tl.store(total_ptr + place, total, mask=inside)
+        x = total.to(tl.float32)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 1) / dim + eps))
+    tl.store(rstd_ptr + row, rstd, mask=row < num_rows)
+    normed = x * rstd[:, None]
+    weight = tl.load(weight_ptr + column, mask=column < dim, other=0.0).to(tl.float32)
+    if GEMMA:
+        out = normed * (1.0 + weight)
+    else:
+        out = rounded(normed, out_ptr.dtype.element_ty).to(tl.float32) * weight
+    tl.store(out_ptr + place, rounded(out, out_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def rms_norm_backward_kernel(
+    grad_ptr,
+    grad_stride,
+    grad_total_ptr,
+    grad_total_stride,
+    x_ptr,
+    x_stride,
+    weight_ptr,
+    rstd_ptr,
+    dx_ptr,
+    parts_ptr,
+    num_rows,
+    dim,
+    GEMMA: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program p takes tiles p, p + programs, ...: dx of each, and to parts[p] its share of the weight's gradient.
+
+    dx = rstd (w dy - n mean(w dy n)) + the gradient of the sum, n the normalised row. Pointers that are None
+    switch their part off.
+    """
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)[None, :]
+    dweight = tl.zeros([ROWS, BLOCK], tl.float32)
+    for step in range(program, tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+        row = tl.cast(step, tl.int64) * ROWS + tl.arange(0, ROWS)
+        inside = (row < num_rows)[:, None] & (column < dim)
+        x = tl.load(x_ptr + row[:, None] * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + row[:, None] * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < num_rows, other=0.0)[:, None]
+        normed = x * rstd
+        if parts_ptr is not None:
+            dweight += grad * normed
+        if dx_ptr is not None:
+            weight = tl.load(weight_ptr + column, mask=column < dim, other=0.0).to(tl.float32)
+            if GEMMA:
+                weight += 1.0
+            grad *= weight
+            dx = (grad - normed * (tl.sum(grad * normed, 1) / dim)[:, None]) * rstd
+            if grad_total_ptr is not None:
+                other = tl.load(grad_total_ptr + row[:, None] * grad_total_stride + column, mask=inside, other=0.0)
+                dx += other.to(tl.float32)
+            tl.store(dx_ptr + row[:, None] * dim + column, rounded(dx, dx_ptr.dtype.element_ty), mask=inside)
+    if parts_ptr is not None:
+        share = tl.expand_dims(tl.sum(dweight, 0), 0)
+        tl.store(parts_ptr + tl.cast(program, tl.int64) * dim + column, share, mask=column < dim)
+
+
+@jit
+def add_parts_kernel(parts_ptr, out_ptr, num_parts, dim, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """One program adds up all rows of `parts` in BLOCK columns, in a fixed order."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([PARTS, BLOCK], tl.float32)
+    for first in range(0, num_parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        inside = (part < num_parts)[:, None] & (column < dim)[None, :]
+        total += tl.load(parts_ptr + part[:, None].to(tl.int64) * dim + column[None, :], mask=inside, other=0.0)
+    out = rounded(tl.sum(total, 0), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + column, out, mask=column < dim)
