@@ -209,17 +209,20 @@ def _place(width, BLOCK: tl.constexpr):
 @jit
 def _activate(x, ACTIVATION: tl.constexpr):
     """(activation, its slope) of fp32 `x`."""
+    # at 200 every exponential below is 0 already, and nothing overflows
+    size = tl.minimum(tl.abs(x), 200.0, propagate_nan=tl.PropagateNan.ALL)
+    bounded = tl.where(x < 0.0, -size, size)
     if ACTIVATION == "gelu_exact":
         share = 0.5 + 0.5 * tl.math.erf(x * 0.7071067811865476)  # Phi(x)
-        return x * share, share + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
-    size = tl.minimum(tl.abs(x), 200.0)  # there exp(-size) is 0, and the cube cannot overflow
+        density = tl.exp(-0.5 * size * size) * 0.3989422804014327
+        return x * share, share + bounded * density
+    inner = 1.0
     if ACTIVATION == "gelu_tanh":
         square = size * size
         size *= 1.5957691216057308 * (1.0 + 0.044715 * square)  # 2 sqrt(2 / pi)
         inner = 1.5957691216057308 * (1.0 + 0.134145 * square)
-    else:
-        inner = 1.0
     e = tl.exp(-size)
-    below = tl.div_rn(e, 1.0 + e)
-    share = tl.where(x < 0.0, below, tl.div_rn(1.0, 1.0 + e))
-    return x * share, share + x * inner * below * (1.0 - below)
+    below = tl.div_rn(e, 1.0 + e)  # sigmoid(-size)
+    above = tl.div_rn(1.0, 1.0 + e)
+    share = tl.where(x < 0.0, below, above)
+    return x * share, share + bounded * inner * below * above

@@ -239,7 +239,7 @@ def rope_kernel(
     if positions_ptr is not None:
         position = tl.load(positions_ptr + batch * positions_stride_b + token * positions_stride_l).to(tl.int64)
     column = tl.arange(0, HALF)
-    known = (position >= 0) & (position < num_positions) & (column < half)
+    known = column < tl.where((position >= 0) & (position < num_positions), half, 0)
     cos = tl.load(cos_ptr + position * cos_stride + column, mask=known, other=float("nan"))
     sin = tl.load(sin_ptr + position * sin_stride + column, mask=known, other=float("nan"))
     if INVERSE:

@@ -1,4 +1,4 @@
-"""Rotary embedding against fp64 and a rotation of complex numbers: layouts, strides, packed positions, part of a head."""
+"""Rotary embedding against fp64 and a rotation of complex numbers: layouts, strides, positions, part of a head."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_wrong_arguments_are_named():
         rope(q, k, cos, sin, heads_first=True)
     with pytest.raises(ValueError, match=r"cos and sin \[P, R\] with 2 R <= 16 expected, got \[40, 9\]"):
         rope(q, k, *_tables(9))
-    with pytest.raises(ValueError, match="cos and sin in fp32 expected, got torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"cos and sin in fp32 expected, got torch\.bfloat16"):
         rope(q, k, cos.bfloat16(), sin.bfloat16())
     with pytest.raises(ValueError, match=r"position_ids \[2, 5\] or \[5\] expected, got \[2, 4\]"):
         rope(q, k, cos, sin, positions[:, :4])
