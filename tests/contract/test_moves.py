@@ -66,7 +66,7 @@ def difference(got: list[float], want: list[float]) -> float:
     ("variant", "cells"),
     [
         pytest.param("lora", FAST, id="some"),
-        pytest.param("8bit", FAST[:2], id="some-8bit"),
+        pytest.param("8bit", FAST[:2], id="some-8bit", marks=pytest.mark.matrix),
         *(pytest.param(variant, CELLS, id=variant, marks=pytest.mark.matrix) for variant in VARIANTS),
     ],
 )

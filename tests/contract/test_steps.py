@@ -25,7 +25,7 @@ FROZEN_SHARE = {"fsdp-full": 2, "zero-3": 2, "fsdp-trainable": 1}  # by how many
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize(("engine", "ranks", "variant"), grid(*POISON_FAST))
+@pytest.mark.parametrize(("engine", "ranks", "variant"), grid(*POISON_FAST[1::2]))
 def test_a_nan_on_one_rank_skips_on_all(
     engine: str, ranks: int, variant: str, weights: str, pool: Any, base: Any
 ) -> None:
