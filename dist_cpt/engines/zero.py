@@ -73,6 +73,10 @@ class ZeroEngine:
         if not eight_bit:
             optimizer = torch.optim.AdamW(named, betas=config.optim.betas, eps=config.optim.eps, fused=True)
         self._module = module.train()
+        if engine.stage == 3:
+            for part in module.modules():  # what reads its children's matrices itself
+                if getattr(part, "gathers_at_once", False):
+                    deepspeed.utils.set_z3_leaf_module(part, True)
         settings = _deepspeed_config(config, engine, trainable)
         logger = deepspeed.utils.logger
         level = logger.level

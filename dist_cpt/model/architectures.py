@@ -7,7 +7,7 @@ of transformers loads if it has the same parts; what the loss or the packing wou
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -17,7 +17,6 @@ TESTED = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 
 # config keys that change the logits after the head or inside attention, with the value that asks for nothing
 _UNSUPPORTED = {
-    "final_logit_softcapping": None,
     "attn_logit_softcapping": None,
     "logits_soft_cap": None,
     "logits_scaling": 1.0,
@@ -26,6 +25,27 @@ _UNSUPPORTED = {
     "output_router_logits": False,
 }
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+@dataclass(frozen=True)
+class Fusable:
+    """How one model type's layers differ, for the fused modules; `prefix` begins its classes' names."""
+
+    prefix: str
+    casting: Literal["llama", "gemma"] = "llama"  # of RMSNorm: rounded before the weight, or after (1 + weight)
+    window: Literal["none", "layer", "config"] = "none"  # where attention finds its sliding window
+    softcap: bool = False  # of attention scores
+
+
+FUSABLE = {
+    "llama": Fusable("Llama"),
+    "mistral": Fusable("Mistral", window="config"),
+    "qwen2": Fusable("Qwen2", window="layer"),
+    "qwen3": Fusable("Qwen3", window="layer"),
+    "phi3": Fusable("Phi3", window="config"),
+    "gemma2": Fusable("Gemma2", casting="gemma", window="layer", softcap=True),
+    "gemma3_text": Fusable("Gemma3", casting="gemma", window="layer"),
+}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from dist_cpt.config.schema import ModelConfig, RunConfig
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import TESTED, Parts, check_config, parts_of
 from dist_cpt.model.attention import choose, install
+from dist_cpt.model.fuse import Fusion, fuse
 from dist_cpt.model.loss import CausalLMForLoss, install_loss_head, prove_parts
 
 WEIGHTS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,6 +39,7 @@ class TrainableModel:
     identity: dict[str, Any]  # of the base, for manifests
     hf_config: Any
     adapter_config: dict[str, Any] | None  # content of adapter_config.json; None without an adapter
+    fusion: Fusion  # which modules run fused
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -72,12 +74,14 @@ def load_model(config: RunConfig, *, device: torch.device, vocab_size: int | Non
     parts = parts_of(model)
     _check_sizes(config, parts, vocab_size)
     head_name, embeddings_name = (_name_of(model, m) for m in (parts.head, parts.embeddings))
-    install_loss_head(parts.head, use_reference=config.model.kernels == "reference")
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    install_loss_head(parts.head, use_reference=config.model.kernels == "reference", softcap=softcap)
     if model.config.model_type not in TESTED:
         prove_parts(model)
     choice = choose(device)
     install(model, choice)
     causal_lm, adapter_config = _make_trainable(config, model, parts)
+    fusion = fuse(model, parts, config.model.kernels, device)
     module = CausalLMForLoss(causal_lm, choice).to(device)
     prefix = "base_model.model." if adapter_config is not None else ""
     tied = parts.head.weight is parts.embeddings.weight
@@ -89,6 +93,7 @@ def load_model(config: RunConfig, *, device: torch.device, vocab_size: int | Non
         identity=identity,
         hf_config=model.config,
         adapter_config=adapter_config,
+        fusion=fusion,
     )
 
 

@@ -21,15 +21,17 @@ class LossHead(nn.Linear):
     """A head that is itself the loss: engines gather and free its weight around this module's forward."""
 
     use_reference = False  # the plain torch loss, which keeps the full logits
+    softcap: float | None = None  # logits are softcap * tanh(logits / softcap)
 
     def forward(  # type: ignore[override]
         self, input: torch.Tensor, labels: torch.Tensor | None = None, scale: float = 1.0
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits [..., V] of hidden states; or, with `labels` [T], (scale * loss_sum, loss_sum) in fp32."""
         if labels is None:
-            return F.linear(input, self.weight)
+            logits = F.linear(input, self.weight)
+            return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
         loss = reference.linear_cross_entropy if self.use_reference else linear_cross_entropy
-        return loss(input, self.weight, labels, scale=scale)
+        return loss(input, self.weight, labels, scale=scale, softcap=self.softcap)
 
 
 class CausalLMForLoss(nn.Module):
@@ -105,8 +107,9 @@ def prove_parts(model: Any) -> None:
         )
 
 
-def install_loss_head(head: nn.Linear, *, use_reference: bool) -> None:
+def install_loss_head(head: nn.Linear, *, use_reference: bool, softcap: float | None = None) -> None:
     """Turn a model's own head into the loss in place: same module, same Parameter, so a tie survives."""
     head.__class__ = LossHead
     assert isinstance(head, LossHead)
     head.use_reference = use_reference
+    head.softcap = softcap

@@ -184,8 +184,16 @@ def contract_table(contract: dict[str, Any]) -> Table:
 
 
 def contract_notes(contract: dict[str, Any]) -> Sequence[str]:
-    """Ties, one line each."""
-    return [f"tied: {' = '.join(map(str, pair))}" for pair in contract.get("ties", [])]
+    """Ties and what the kernels compute, one line each."""
+    notes = [f"tied: {' = '.join(map(str, pair))}" for pair in contract.get("ties", [])]
+    kernels = contract.get("kernels") or {}
+    if kernels.get("fused"):
+        notes.append(f"fused: {', '.join(f'{name} x{count}' for name, count in kernels['fused'].items())}")
+    reasons: dict[str, list[str]] = {}
+    for operation, whys in kernels.get("left", {}).items():
+        for why in whys:
+            reasons.setdefault(why, []).append(operation)
+    return [*notes, *(f"not fused: {', '.join(names)}: {why}" for why, names in reasons.items())]
 
 
 def duration(seconds: float) -> str:

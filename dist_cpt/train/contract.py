@@ -39,6 +39,7 @@ class Contract:
         ties: Sequence[tuple[str, str]],
         compute_dtype: str,
         optim: OptimConfig,
+        kernels: Mapping[str, Any],
         rank: int,
         world_size: int,
     ) -> None:
@@ -75,6 +76,7 @@ class Contract:
             ],
             "frozen": self._frozen_summary(),
             "ties": [list(pair) for pair in ties],
+            "kernels": dict(kernels),
             "checks": [],
         }
         self._write()

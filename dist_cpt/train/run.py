@@ -44,13 +44,14 @@ from dist_cpt.runtime.env import ProcessEnv, process_env
 from dist_cpt.runtime.fault import VARIABLE, Faults, planned_faults
 from dist_cpt.runtime.log import LOGGER, close_log, open_log
 from dist_cpt.runtime.mesh import init_distributed, shutdown
+from dist_cpt.runtime.nccl import save_flight_record, set_nccl_defaults
 from dist_cpt.runtime.seed import first_draws
 from dist_cpt.runtime.stop import StopRequest
 from dist_cpt.train.console import Console
 from dist_cpt.train.contract import Contract
 from dist_cpt.train.evaluate import evaluate
 from dist_cpt.train.folder import Claim, claim, write_exit
-from dist_cpt.train.health import Watchdog
+from dist_cpt.train.health import Watchdog, collective_seconds
 from dist_cpt.train.loop import Hooks, Outcome, Progress, past_windows, step_positions, step_starts, train_loop
 from dist_cpt.train.metrics import MetricsFile
 from dist_cpt.train.observers import (
@@ -64,6 +65,7 @@ from dist_cpt.train.observers import (
 from dist_cpt.train.restore import Restorer
 from dist_cpt.train.sample import write_sample
 from dist_cpt.train.saver import Saver
+from dist_cpt.train.straggler import ComputeClock, StragglerWatch, timed_modules
 from dist_cpt.train.stream import PROBE_BLOCKS, Stream
 from dist_cpt.train.wandb import new_run_id, wandb_observer
 
@@ -88,7 +90,9 @@ def train(config: RunConfig, stop: StopRequest) -> tuple[int, Path | None]:
     observers: list[Observer] = []
     try:
         shape = step_shape(config, env.world_size)
-        device = init_distributed(env, RENDEZVOUS_SECONDS)
+        if env.world_size > 1:
+            set_nccl_defaults(folder)
+        device = init_distributed(env, RENDEZVOUS_SECONDS, collective_seconds(config.health.hang))
         met = True
         faults = on_every_rank(VARIABLE, lambda: planned_faults(FAULT_POINTS))
         held, attempt, run_id = _claim(folder, config, env)
@@ -100,7 +104,14 @@ def train(config: RunConfig, stop: StopRequest) -> tuple[int, Path | None]:
         first = env.rank - env.local_rank
         local = range(first, first + env.local_world_size)
         with Watchdog(
-            folder, env.rank, limits, world_size=env.world_size, local_ranks=local, attempt=attempt
+            folder,
+            env.rank,
+            limits,
+            world_size=env.world_size,
+            local_ranks=local,
+            attempt=attempt,
+            master=env.master,
+            on_hang=lambda _: save_flight_record(folder, env.rank),
         ) as watchdog:
             pieces = (config, env, folder, shape, device, attempt, run_id, held, stop, fault, watchdog)
             code, reason = _Run(*pieces, observers, progress).go()
@@ -221,10 +232,17 @@ class _Run:
             ties=self.model.ties,
             compute_dtype=config.model.compute_dtype,
             optim=config.optim,
+            kernels=self.model.fusion.as_json(),
             rank=rank,
             world_size=self.env.world_size,
         )
         self._watch(resumed_from)
+        self.clock = self.stragglers = None
+        if config.health.straggler is not None and self.env.world_size > 1:
+            self.clock = ComputeClock(timed_modules(self.model.layers, self.engine.kind), self.device)
+            self.stragglers = StragglerWatch(
+                config.health.straggler, self.clock, lambda text: self._tell(lambda to: to.on_message(text))
+            )
         with ExitStack() as stack:
             stack.callback(self.engine.close)
             if resumed_from is None:
@@ -362,11 +380,20 @@ class _Run:
         wanted = (positions for start in starts for positions in step_positions(self.shape, start, self.env.rank))
         ahead = prefetch(self.loader.batch, wanted, depth=2 * self.shape.accumulation)
         for _ in range(self.shape.num_steps - self.progress.step):
-            yield [next(ahead) for _ in range(self.shape.accumulation)]
+            with self._own_work():
+                micro_batches = [next(ahead) for _ in range(self.shape.accumulation)]
+            yield micro_batches
 
     def _at_boundary(self, step: int) -> None:
         self.watchdog.tick("training", step)
-        self.fault("step", step + 1)
+        with self._own_work():
+            self.fault("step", step + 1)
+        if self.stragglers is not None:
+            self.stragglers.boundary()
+
+    def _own_work(self) -> contextlib.AbstractContextManager[None]:
+        """Time here is this rank's own: no other rank is waited for."""
+        return contextlib.nullcontext() if self.clock is None else self.clock.also()
 
     def _stop_requested(self) -> bool:
         """A signal, or a later attempt that has taken the folder; the fence then names it."""

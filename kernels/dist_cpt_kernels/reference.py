@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from dist_cpt_kernels.lora_linear import Projection
 
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float, *, casting: str = "llama") -> torch.Tensor:
@@ -166,6 +170,41 @@ def dequantize_nf4(
     codes = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), dim=1).flatten()[:num_elements]
     levels = torch.tensor(NF4_LEVELS, device=packed.device)[codes.int()]
     return (levels * absmax.repeat_interleave(block)[:num_elements]).to(dtype).view(*shape)
+
+
+def lora_linear(x: torch.Tensor, *projections: Projection, training: bool = True) -> tuple[torch.Tensor, ...]:
+    """x W^T + b + scaling (dropout(x) A^T) B^T [..., O] for each projection, every product and sum rounded by itself.
+
+    Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, section 4.1.
+    """
+    outs: list[torch.Tensor] = []
+    for p in projections:
+        weight = p.weight
+        if p.scales is not None:
+            nested, block = p.scales.nested, p.scales.block
+            weight = dequantize_nf4(weight, p.scales.absmax, p.shape, p.scales.dtype, nested=nested, block=block)
+        out = F.linear(x, weight.to(x.dtype), p.bias)
+        if p.lora_A is not None and p.lora_B is not None:
+            out = out + F.linear(F.linear(F.dropout(x, p.dropout, training), p.lora_A), p.lora_B) * p.scaling
+        outs.append(out)
+    return tuple(outs)
+
+
+def lora_mlp(
+    x: torch.Tensor,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    activation: str = "silu",
+    training: bool = True,
+) -> torch.Tensor:
+    """down(activation(gate(x)) * up(x)) [..., D]; "silu", "gelu_tanh", "gelu" or, the same, "gelu_exact"."""
+    gate_out, up_out = lora_linear(x, gate, up, training=training)
+    if activation == "silu":
+        activated = F.silu(gate_out)
+    else:
+        activated = F.gelu(gate_out, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return lora_linear(activated * up_out, down, training=training)[0]
 
 
 def embedding_gradient(

@@ -1,0 +1,211 @@
+"""Which of a model's modules run fused, through the table of architectures; what does not, and why.
+
+Called once, after the adapter is in place and before an engine wraps the model. Nothing is fused by guess: a class
+is swapped only if it is transformers' own for a model type in `FUSABLE`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from dist_cpt_kernels.dispatch import available
+from torch import nn
+
+from dist_cpt.errors import ConfigError
+from dist_cpt.model.architectures import FUSABLE, Fusable, Parts
+from dist_cpt.model.fused_modules import FusedAttention, FusedEmbedding, FusedLayer, FusedMlp, FusedNorm, FusedRotary
+
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_exact"}
+OPERATIONS = ("rms_norm", "add_rms_norm", "rope", "qkv", "o", "mlp", "gated", "embedding", "linear_cross_entropy")
+
+
+@dataclass
+class Fusion:
+    """What was swapped, and what was left to transformers and torch, by operation."""
+
+    fused: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # operation -> modules
+    left: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
+
+    def add(self, operation: str, reason: str | None) -> bool:
+        """Count one module; whether it is fused, which is so without a reason against it."""
+        if reason is None:
+            self.fused[operation] += 1
+        else:
+            self.left[operation][reason] += 1
+        return reason is None
+
+    def as_json(self) -> dict[str, Any]:
+        """For contract.json: {"fused": {operation: modules}, "left": {operation: {reason: modules}}}."""
+        return {
+            "fused": {name: self.fused[name] for name in OPERATIONS if name in self.fused},
+            "left": {name: dict(self.left[name]) for name in OPERATIONS if name in self.left},
+        }
+
+
+def fuse(model: Any, parts: Parts, kernels: str, device: torch.device) -> Fusion:
+    """Swap the classes of `model`'s modules as `model.kernels` asks; `model` may be under an adapter.
+
+    Under "reference" nothing is swapped, under "auto" what can run on `device`, under "triton" all that the model
+    has, and what cannot be fused is an error.
+
+    Raises:
+        ConfigError: "triton", and something of the model cannot run fused here.
+    """
+    fusion = Fusion()
+    if kernels == "reference":
+        return fusion
+    on_device = torch.empty(0, device=device)
+    if not available(on_device):
+        why = "Triton is not installed" if device.type == "cuda" else f"kernels run on a GPU, not on {device.type}"
+        if kernels == "triton":
+            raise ConfigError(f"model.kernels: triton: {why}", remedy="use model.kernels: auto or reference")
+        for operation in OPERATIONS:
+            fusion.left[operation][why] = 1
+        return fusion
+    _fuse_vocabulary(fusion, parts)
+    kind = model.config.model_type
+    table = FUSABLE.get(kind)
+    if table is None:
+        for operation in ("rms_norm", "rope", "qkv", "o", "mlp"):
+            fusion.add(operation, f"model type {kind} is not in the table ({', '.join(FUSABLE)})")
+    else:
+        _fuse_layers(fusion, table, parts)
+    if kernels == "triton" and fusion.left:
+        reasons = "; ".join(f"{name}: {why}" for name, whys in fusion.left.items() for why in whys)
+        raise ConfigError(
+            f"model.kernels: triton: not everything of this model can be fused: {reasons}",
+            remedy="use model.kernels: auto",
+        )
+    return fusion
+
+
+def _fuse_vocabulary(fusion: Fusion, parts: Parts) -> None:
+    fusion.add("linear_cross_entropy", None)  # the head is the loss already, and that one asks for the device itself
+    embeddings = parts.embeddings
+    if not embeddings.weight.requires_grad:
+        return
+    why = None
+    if embeddings.max_norm is not None or embeddings.sparse or embeddings.scale_grad_by_freq:
+        why = "max_norm, sparse or scale_grad_by_freq is set"
+    if fusion.add("embedding", why):
+        # Behind the class, so that Gemma's, which multiplies what its parent looked up, keeps doing so.
+        plain = type(embeddings) is nn.Embedding
+        embeddings.__class__ = FusedEmbedding if plain else _behind(type(embeddings), FusedEmbedding)
+
+
+def _fuse_layers(fusion: Fusion, table: Fusable, parts: Parts) -> None:
+    norms: list[Any] = [m for m in parts.decoder.modules() if _is(m, table, "RMSNorm")]
+    for norm in norms:
+        if fusion.add("rms_norm", _foreign(norm)):
+            norm.epsilon = norm.eps if table.casting == "gemma" else norm.variance_epsilon
+            norm.casting = table.casting
+            norm.__class__ = _before(FusedNorm, type(norm))
+    rotaries = [m for m in parts.decoder.modules() if _is(m, table, "RotaryEmbedding")]
+    attentions = [m for m in parts.decoder.modules() if _is(m, table, "Attention")]
+    # Angles and attention are swapped together: one reads what the other gives.
+    reasons = {why for module in (*rotaries, *attentions) if (why := _foreign(module))}
+    why = "; ".join(sorted(reasons)) or (None if rotaries and attentions else "no rotary attention found")
+    for attention in attentions:
+        if fusion.add("rope", why):
+            _fuse_attention(fusion, table, attention)
+        else:
+            fusion.add("qkv", why)
+            fusion.add("o", why)
+    for rotary in rotaries if why is None else ():
+        rotary.__class__ = _before(FusedRotary, type(rotary))
+    for mlp in (m for m in parts.decoder.modules() if _is(m, table, "MLP")):
+        _fuse_mlp(fusion, mlp)
+    for layer in parts.layers:
+        if fusion.add("add_rms_norm", _why_not_layer(layer, table)):
+            layer.__class__ = _before(FusedLayer, type(layer))
+
+
+def _fuse_attention(fusion: Fusion, table: Fusable, attention: Any) -> None:
+    packed = hasattr(attention, "qkv_proj")
+    inputs = [attention.qkv_proj] if packed else [attention.q_proj, attention.k_proj, attention.v_proj]
+    groups = {"qkv": inputs, "o": [attention.o_proj]}
+    attention.fused_projections = frozenset(
+        name for name, modules in groups.items() if fusion.add(name, _why_not_linear(modules))
+    )
+    attention.gathers_at_once = bool(attention.fused_projections)
+    attention.window = getattr(attention if table.window == "layer" else attention.config, "sliding_window", None)
+    if table.window == "none":
+        attention.window = None
+    attention.softcap = attention.attn_logit_softcapping if table.softcap else None
+    attention.__class__ = _before(FusedAttention, type(attention))
+
+
+def _fuse_mlp(fusion: Fusion, mlp: Any) -> None:
+    chosen = getattr(mlp.config, "hidden_act", None) or mlp.config.hidden_activation
+    why = _foreign(mlp) or (None if chosen in ACTIVATIONS else f"the activation {chosen} is not implemented")
+    if not fusion.add("gated", why):
+        fusion.add("mlp", why)
+        return
+    names = ("gate_up_proj", "down_proj") if hasattr(mlp, "gate_up_proj") else ("gate_proj", "up_proj", "down_proj")
+    fused = fusion.add("mlp", _why_not_linear([getattr(mlp, name) for name in names]))
+    mlp.fused_projections = frozenset(["mlp"] if fused else [])
+    mlp.gathers_at_once = fused
+    mlp.activation = ACTIVATIONS[chosen]
+    mlp.__class__ = _before(FusedMlp, type(mlp))
+
+
+def _why_not_layer(layer: Any, table: Fusable) -> str | None:
+    if not _is(layer, table, "DecoderLayer"):
+        return f"the layer is a {type(layer).__name__}"
+    names = ["input_layernorm", "post_attention_layernorm"]
+    names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if table.casting == "gemma" else []
+    if not all(isinstance(getattr(layer, name, None), FusedNorm) for name in names):
+        return "its norms are not fused"
+    if any(isinstance(child, nn.Dropout) and child.p > 0 for child in layer.children()):
+        return "dropout on the residual stream"
+    return _foreign(layer)
+
+
+def _why_not_linear(modules: Iterable[Any]) -> str | None:
+    for module in modules:
+        if (why := _why_not_one_linear(module)) is not None:
+            return why
+    return None
+
+
+def _why_not_one_linear(module: Any) -> str | None:
+    base = getattr(module, "base_layer", module)
+    packed = getattr(base, "quant_state", None) is not None
+    if not packed and type(base) is not nn.Linear:
+        return f"a projection is a {type(base).__name__}"
+    if base is module:
+        return None
+    if len(module.active_adapters) != 1 or len(module.lora_A) != 1:
+        return "several adapters on one projection"
+    (name,) = module.active_adapters
+    if name in module.lora_variant:
+        return f"the adapter is a {type(module.lora_variant[name]).__name__}, not plain LoRA"
+    if module.lora_bias.get(name) or getattr(module, "fan_in_fan_out", False):
+        return "the adapter has a bias or transposed weights"
+    return None
+
+
+def _is(module: nn.Module, table: Fusable, part: str) -> bool:
+    return type(module).__name__ == f"{table.prefix}{part}"
+
+
+def _foreign(module: nn.Module) -> str | None:
+    """Why a class is not what its name says: code of another package, or a forward set on the instance."""
+    if not type(module).__module__.startswith("transformers.models."):
+        return f"{type(module).__name__} is not transformers' own"
+    return f"{type(module).__name__} has a forward of its own" if "forward" in vars(module) else None
+
+
+@cache
+def _before(mixin: type, original: type) -> type:
+    return type(f"Fused{original.__name__}", (mixin, original), {"__module__": __name__})
+
+
+@cache
+def _behind(original: type, mixin: type) -> type:
+    return type(f"Fused{original.__name__}", (original, mixin), {"__module__": __name__})

@@ -1,0 +1,197 @@
+"""What transformers' modules compute, through the fused operations: mixins that go in front of their classes.
+
+B batch, L sequence, T = B * L tokens, D model, F ffn, H heads, K kv heads, N head dim.
+
+A module keeps its parameters, its name and its hooks; only its forward changes. A mixin reads parameters of its
+children (the base and adapter matrices of its projections), so a sharding engine must gather all of a module with
+`gathers_at_once` before its forward and its backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from dist_cpt_kernels import add_rms_norm, embedding, gated, rms_norm, rope
+from dist_cpt_kernels.lora_linear import Projection, lora_linear, lora_mlp
+from torch import nn
+from transformers import AttentionInterface
+
+from dist_cpt.adapters.quantize import nf4_scales
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The angles of one batch. No pytree: an engine that casts floating-point arguments leaves it alone."""
+
+    cos_TR: torch.Tensor  # fp32, a row per token
+    sin_TR: torch.Tensor
+    row_BL: torch.Tensor  # int64: each token's row
+
+
+class FusedRotary(nn.Module):
+    """Angles in fp32, where the original rounds them to the dtype of its input."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Rotation:
+        original: Any = super()
+        cos_BLN, sin_BLN = original.forward(x.new_empty(0, dtype=torch.float32), *args, **kwargs)
+        half = cos_BLN.shape[-1] // 2  # the second half repeats the first
+        cos_TR, sin_TR = (table[..., :half].reshape(-1, half) for table in (cos_BLN, sin_BLN))
+        rows = torch.arange(cos_BLN.shape[:-1].numel(), device=x.device)
+        return Rotation(cos_TR, sin_TR, rows.view(cos_BLN.shape[:-1]))
+
+
+class FusedNorm(nn.Module):
+    """RMSNorm, alone or with the addition before it; `casting` is set where the class is swapped."""
+
+    weight: nn.Parameter
+    casting: Literal["llama", "gemma"]
+    epsilon: float
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        """The norm of `x`; with `residual` (the norm of x + residual, x + residual)."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.epsilon, casting=self.casting)
+        return add_rms_norm(x, residual, self.weight, self.epsilon, casting=self.casting)
+
+
+class FusedEmbedding(nn.Embedding):
+    """An embedding whose gradient is summed in fp32, in a fixed order."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return embedding(input, self.weight, padding_idx=self.padding_idx)
+
+
+class FusedAttention(nn.Module):
+    """Projections of one input in one function, RoPE on queries and keys in one kernel."""
+
+    config: Any
+    layer_idx: int
+    scaling: float
+    head_dim: int
+    attention_dropout: float
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    qkv_proj: Any  # Phi 3 has this instead of the three
+    o_proj: Any
+    q_norm: Any  # Qwen 3 and Gemma 3
+    k_norm: Any
+    fused_projections: frozenset[str]  # of qkv and o; the others are called as modules
+    window: int | None
+    softcap: float | None
+    gathers_at_once: bool
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Rotation,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, length, _ = hidden_states.shape
+        query, key, value = self._query_key_value(hidden_states, batch, length)  # [B, L, heads, N]
+        if hasattr(self, "q_norm"):
+            query, key = self.q_norm(query), self.k_norm(key)
+        turn = position_embeddings
+        query, key = rope(query, key, turn.cos_TR, turn.sin_TR, turn.row_BL)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable[..., Any] = AttentionInterface()[self.config._attn_implementation]
+        options = {} if self.softcap is None else {"softcap": self.softcap}
+        out, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.window,
+            **options,
+            **kwargs,
+        )
+        (out,) = self._project("o", out.reshape(batch, length, -1), self.o_proj)
+        return out, weights
+
+    def _query_key_value(self, x: torch.Tensor, batch: int, length: int) -> tuple[torch.Tensor, ...]:
+        if not hasattr(self, "qkv_proj"):
+            outs = self._project("qkv", x, self.q_proj, self.k_proj, self.v_proj)
+            return tuple(out.view(batch, length, -1, self.head_dim) for out in outs)
+        (packed,) = self._project("qkv", x, self.qkv_proj)
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        return packed.view(batch, length, -1, self.head_dim).split([heads, kv_heads, kv_heads], dim=2)
+
+    def _project(self, which: str, x: torch.Tensor, *modules: Any) -> tuple[torch.Tensor, ...]:
+        if which not in self.fused_projections:
+            return tuple(module(x) for module in modules)
+        return lora_linear(x, *map(projection, modules), training=self.training)
+
+
+class FusedMlp(nn.Module):
+    """The gated MLP as one function that keeps the two outputs before the gate, not their product."""
+
+    gate_proj: Any
+    up_proj: Any
+    gate_up_proj: Any  # Phi 3 has this instead of the two
+    down_proj: Any
+    activation: Any
+    fused_projections: frozenset[str]  # mlp, or nothing: then only the gate is fused
+    gathers_at_once: bool
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fused = "mlp" in self.fused_projections
+        if hasattr(self, "gate_up_proj"):
+            packed = self._linear(self.gate_up_proj, x) if fused else self.gate_up_proj(x)
+            gate, up = packed.chunk(2, dim=-1)
+            product = gated(gate, up, self.activation)
+            return self._linear(self.down_proj, product) if fused else self.down_proj(product)
+        if fused:
+            gate, up, down = (projection(module) for module in (self.gate_proj, self.up_proj, self.down_proj))
+            return lora_mlp(x, gate, up, down, activation=self.activation, training=self.training)
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.activation))
+
+    def _linear(self, module: Any, x: torch.Tensor) -> torch.Tensor:
+        return lora_linear(x, projection(module), training=self.training)[0]
+
+
+class FusedLayer(nn.Module):
+    """A decoder layer that adds attention's output and normalises the sum in one kernel."""
+
+    self_attn: Any
+    mlp: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
+    pre_feedforward_layernorm: Any  # Gemma 2 and 3
+    post_feedforward_layernorm: Any
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
+        if not hasattr(self, "pre_feedforward_layernorm"):
+            normed, total = self.post_attention_layernorm(attended, residual=hidden_states)
+            return total + self.mlp(normed)
+        attended = self.post_attention_layernorm(attended)  # Gemma 2 and 3 normalise what a branch adds as well
+        normed, total = self.pre_feedforward_layernorm(attended, residual=hidden_states)
+        return total + self.post_feedforward_layernorm(self.mlp(normed))
+
+
+def projection(module: Any) -> Projection:
+    """The matrices of a linear layer, plain, packed or under LoRA, as they are at this moment."""
+    base = getattr(module, "base_layer", module)
+    scales = nf4_scales(base) if getattr(base, "quant_state", None) is not None else None
+    if base is module or module.disable_adapters or module.merged:
+        return Projection(base.weight, base.bias, scales=scales)
+    (name,) = module.active_adapters
+    return Projection(
+        base.weight,
+        base.bias,
+        module.lora_A[name].weight,
+        module.lora_B[name].weight,
+        module.scaling[name],
+        getattr(module.lora_dropout[name], "p", 0.0),
+        scales,
+    )

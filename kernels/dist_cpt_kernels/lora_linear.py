@@ -1,0 +1,425 @@
+"""Linear layers under LoRA with their backward pass by hand: several of one input, or a whole gated MLP.
+
+T tokens, I in, O out, R rank, S the ranks of a group together; D model, F ffn.
+
+y = x W^T + b + scaling (drop(x) A^T) B^T. GEMMs are cuBLAS's. Next to W those of an adapter have few FLOPs and as
+many bytes, so each tensor of T rows is read and written as seldom as can be: adapters that see the same input form
+a group, their A one matrix [S, I], whose product with x and whose share of dx are one GEMM each; the other half is
+added to y in place; and scaling rides on a GEMM, where it costs no rounding.
+
+Kept for the backward pass: the parameters themselves (an engine that shards refills them), x, drop(x) A^T (S columns,
+a hundredth of x, that would cost a pass over x again), and a mask of one byte an element where dropout is on. A
+packed W is decoded for each product and never kept.
+Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, section 4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from dist_cpt_kernels.gated import ACTIVATIONS, Activation, gated, gated_gradients
+from dist_cpt_kernels.nf4 import NestedScales, dequantize_nf4
+
+
+@dataclass(frozen=True)
+class Nf4Scales:
+    """What turns NF4 codes into a weight of `shape`, rounded to `dtype`."""
+
+    absmax: torch.Tensor  # fp32, or uint8 with `nested`: one for `block` elements
+    shape: tuple[int, int]  # [O, I]
+    nested: NestedScales | None = None
+    block: int = 64
+    dtype: torch.dtype = torch.bfloat16  # before the weight is cast to the dtype of its input
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The matrices of one linear layer, whole, as they are at the moment of the call."""
+
+    weight: torch.Tensor  # [O, I], or with `scales` uint8 codes of NF4, two in a byte
+    bias: torch.Tensor | None = None  # [O]
+    lora_A: torch.Tensor | None = None  # [R, I]; None: no adapter
+    lora_B: torch.Tensor | None = None  # [O, R]
+    scaling: float = 1.0  # alpha / R, rank-stabilised alpha / sqrt(R)
+    dropout: float = 0.0  # of the adapter's input alone
+    scales: Nf4Scales | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(O, I)."""
+        return tuple(self.weight.shape) if self.scales is None else self.scales.shape
+
+
+def lora_linear(x: torch.Tensor, *projections: Projection, training: bool = True) -> tuple[torch.Tensor, ...]:
+    """y_i = x W_i^T + b_i + scaling_i (drop_i(x) A_i^T) B_i^T [..., O_i] for each projection of `x` [..., I].
+
+    All floating-point tensors have the dtype of `x`. Dropout draws from torch's generator in the order of the
+    projections, and only if `training`. Gradients are formed for what requires them, the base weight's too. `x` is
+    not overwritten. Differentiable once.
+
+    Raises:
+        ValueError: shapes, dtypes or a dropout that do not fit; autocast is on.
+    """
+    names = [f"projection {i}" for i in range(len(projections))]
+    _check(x, dict(zip(names, projections, strict=True)))
+    settings, tensors = _for_autograd(projections, training)
+    return _LoraLinear.apply(x, settings, *tensors)
+
+
+def lora_mlp(
+    x: torch.Tensor,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    activation: Activation | Literal["gelu"] = "silu",
+    training: bool = True,
+) -> torch.Tensor:
+    """down(activation(gate(x)) * up(x)) [..., D], each a projection as in `lora_linear`, for `x` [..., D].
+
+    Of what lies between, gate(x) and up(x) are kept, and their product is formed again; "gelu" is "gelu_exact".
+
+    Raises:
+        ValueError: shapes, dtypes, an activation or a dropout that do not fit; autocast is on.
+    """
+    exact: Activation = "gelu_exact" if activation == "gelu" else activation
+    if exact not in ACTIVATIONS:
+        raise ValueError(f"activation: gelu, {', '.join(ACTIVATIONS)} expected, got {activation!r}")
+    _check(x, {"gate": gate, "up": up})
+    if gate.shape[0] != up.shape[0]:
+        raise ValueError(f"gate and up of one width expected, got {gate.shape[0]} and {up.shape[0]}")
+    _check(x.new_empty(0, gate.shape[0]), {"down": down})
+    settings, tensors = _for_autograd((gate, up, down), training)
+    return _LoraMlp.apply(x, exact, settings, *tensors)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, settings: Sequence[_Setting], *tensors: Any) -> tuple[torch.Tensor, ...]:
+        layers = _layers(settings, tensors, ctx.needs_input_grad[2:])
+        outs, kept = _project(x, layers)
+        need_x = ctx.needs_input_grad[0]
+        ctx.set_materialize_grads(False)  # an output that nobody used has no gradient, not one of zeros
+        ctx.settings, ctx.x_shape = settings, x.shape
+        ctx.save_for_backward(
+            x if _need_input(layers) else None, *_parameters_for(layers, need_x), *_for_backward(kept, layers, need_x)
+        )
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: torch.Tensor | None
+    ) -> tuple[Any, ...]:
+        if all(grad is None for grad in grad_outputs):
+            return (None,) * len(ctx.needs_input_grad)
+        x, *saved = ctx.saved_tensors
+        layers = _layers(ctx.settings, saved, ctx.needs_input_grad[2:])
+        kept = saved[4 * len(layers) :]
+        grads = [None if grad is None else _rows(grad) for grad in grad_outputs]
+        inner = _inner_gradients(grads, layers, ctx.needs_input_grad[0])
+        dx = _input_gradient(grads, inner, layers, kept).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
+        return dx, None, *_parameter_gradients(x, grads, inner, layers, kept)
+
+
+class _LoraMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, activation: Activation, settings: Sequence[_Setting], *tensors: Any
+    ) -> torch.Tensor:
+        layers = _layers(settings, tensors, ctx.needs_input_grad[3:])
+        first, last = layers[:2], layers[2:]
+        (gate, up), kept_first = _project(x, first)
+        (out,), kept_last = _project(gated(gate, up, activation), last)
+        need_x = ctx.needs_input_grad[0]
+        need_product = need_x or any(any(layer.needs) for layer in first)
+        need_gate = need_product or _need_input(last)
+        ctx.set_materialize_grads(False)
+        ctx.activation, ctx.settings, ctx.x_shape, ctx.num_kept = activation, settings, x.shape, 2 * len(kept_first)
+        ctx.save_for_backward(
+            x if _need_input(first) else None,
+            gate if need_gate else None,
+            up if need_gate else None,
+            *_parameters_for(first, need_x),
+            *_parameters_for(last, need_product),
+            *_for_backward(kept_first, first, need_x),
+            *_for_backward(kept_last, last, need_product),
+        )
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: torch.Tensor | None
+    ) -> tuple[Any, ...]:
+        (grad,) = grad_outputs
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, gate, up, *saved = ctx.saved_tensors
+        layers = _layers(ctx.settings, saved, ctx.needs_input_grad[3:])
+        first, last = layers[:2], layers[2:]
+        kept_first, kept_last = saved[12 : 12 + ctx.num_kept], saved[12 + ctx.num_kept :]
+        need_x, want_product = ctx.needs_input_grad[0], _need_input(last)
+        need_product = need_x or any(any(layer.needs) for layer in first)
+        product, grads = None, [_rows(grad)]
+        inner = _inner_gradients(grads, last, need_product)
+        if need_product:
+            dproduct = _input_gradient(grads, inner, last, kept_last)
+            # Nobody else has these three; but with retain_graph a later backward reads gate and up again.
+            overwrite = not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+            dgate, dup, product = gated_gradients(
+                dproduct, _rows(gate), _rows(up), ctx.activation, want_value=want_product, overwrite=overwrite
+            )
+            del dproduct
+        elif want_product:
+            dgate, dup, product = None, None, gated(gate, up, ctx.activation)
+        else:
+            dgate = dup = None
+        last_gradients = _parameter_gradients(product, grads, inner, last, kept_last)
+        del product
+        grads = [dgate, dup]
+        inner = _inner_gradients(grads, first, need_x)
+        dx = _input_gradient(grads, inner, first, kept_first).view(ctx.x_shape) if need_x else None
+        return dx, None, None, *_parameter_gradients(x, grads, inner, first, kept_first), *last_gradients
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What of a projection is no tensor that autograd follows."""
+
+    rank: int  # 0: no adapter
+    scaling: float
+    dropout: float  # 0 outside of training
+    scales: Nf4Scales | None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A projection inside of a function: in the backward pass with those tensors only that it needs there."""
+
+    setting: _Setting
+    weight: Any
+    bias: Any
+    A: Any
+    B: Any
+    needs: Sequence[bool]  # a gradient, of these four
+
+
+def _for_autograd(projections: Sequence[Projection], training: bool) -> tuple[tuple[_Setting, ...], list[Any]]:
+    """(settings, four tensors of each: weight, bias, A, B)."""
+    settings = tuple(
+        _Setting(0 if p.lora_A is None else p.lora_A.shape[0], p.scaling, p.dropout if training else 0.0, p.scales)
+        for p in projections
+    )
+    return settings, [tensor for p in projections for tensor in (p.weight, p.bias, p.lora_A, p.lora_B)]
+
+
+def _layers(settings: Sequence[_Setting], tensors: Sequence[Any], needs: Sequence[bool]) -> list[_Layer]:
+    return [
+        _Layer(setting, *tensors[4 * i : 4 * i + 4], needs=needs[4 * i : 4 * i + 4])
+        for i, setting in enumerate(settings)
+    ]
+
+
+def _need_input(layers: Sequence[_Layer]) -> bool:
+    """Whether the gradients of weights or of A read the layers' input."""
+    return any(layer.needs[0] or layer.needs[2] for layer in layers)
+
+
+def _parameters_for(layers: Sequence[_Layer], need_x: bool) -> list[Any]:
+    """The tensors that the backward pass reads: W and A for dx, B for that of A's output."""
+    return [
+        tensor
+        for layer in layers
+        for tensor in (
+            layer.weight if need_x else None,
+            None,
+            layer.A if need_x else None,
+            layer.B if need_x or layer.needs[2] else None,
+        )
+    ]
+
+
+def _groups(layers: Sequence[_Layer]) -> list[list[int]]:
+    """The layers whose adapters see the same input: all without dropout, and each with dropout by itself."""
+    adapted = [i for i, layer in enumerate(layers) if layer.setting.rank]
+    same = [i for i in adapted if not layers[i].setting.dropout]
+    return ([same] if same else []) + [[i] for i in adapted if layers[i].setting.dropout]
+
+
+# What the forward pass of a group leaves: drop(x) A^T [T, S] and the mask of the dropout [T, I].
+_Kept = tuple[Any, Any]
+
+
+def _project(x: torch.Tensor, layers: Sequence[_Layer]) -> tuple[list[torch.Tensor], list[_Kept]]:
+    """(each output [..., O], what each group leaves)."""
+    x_TI = _rows(x)
+    outs: list[torch.Tensor] = []
+    for layer in layers:
+        weight_OI = _dense(layer, x.dtype)
+        out = x.new_empty((*x.shape[:-1], weight_OI.shape[0]))  # no view: a caller may change it in place
+        if layer.bias is None:
+            torch.mm(x_TI, weight_OI.T, out=_rows(out))
+        else:
+            torch.addmm(layer.bias, x_TI, weight_OI.T, out=_rows(out))
+        del weight_OI  # before the next one is decoded
+        outs.append(out)
+    kept: list[_Kept] = []
+    for group in _groups(layers):
+        dropped_TI, mask_TI = x_TI, None
+        if dropout := layers[group[0]].setting.dropout:
+            dropped_TI, mask_TI = torch.native_dropout(x_TI, dropout, True)
+        inner_TS = dropped_TI @ _stacked_A(layers, group).T
+        for i, inner_TR in _split(inner_TS, layers, group):
+            _rows(outs[i]).addmm_(inner_TR, layers[i].B.T, alpha=layers[i].setting.scaling)
+        kept.append((inner_TS, mask_TI))
+    return outs, kept
+
+
+def _for_backward(kept: Sequence[_Kept], layers: Sequence[_Layer], need_x: bool) -> list[Any]:
+    """Of what the groups leave, what the backward pass reads: two for each."""
+    found: list[Any] = []
+    for group, (inner_TS, mask_TI) in zip(_groups(layers), kept, strict=True):
+        found.append(inner_TS if any(layers[i].needs[3] for i in group) else None)
+        found.append(mask_TI if need_x or any(layers[i].needs[2] for i in group) else None)
+    return found
+
+
+def _inner_gradients(
+    grads: Sequence[torch.Tensor | None], layers: Sequence[_Layer], need_x: bool
+) -> list[torch.Tensor | None]:
+    """For each group scaling dy B, the gradient of drop(x) A^T [T, S]; None where nothing needs it."""
+    found: list[torch.Tensor | None] = []
+    for group in _groups(layers):
+        given = [grad for i in group if (grad := grads[i]) is not None]
+        if not given or not (need_x or any(layers[i].needs[2] for i in group)):
+            found.append(None)
+            continue
+        inner_TS = given[0].new_empty((given[0].shape[0], sum(layers[i].setting.rank for i in group)))
+        for i, inner_TR in _split(inner_TS, layers, group):
+            grad_TO = grads[i]
+            if grad_TO is None:
+                inner_TR.zero_()
+            else:
+                inner_TR.addmm_(grad_TO, layers[i].B, beta=0, alpha=layers[i].setting.scaling)
+        found.append(inner_TS)
+    return found
+
+
+def _input_gradient(
+    grads: Sequence[torch.Tensor | None],
+    inner: Sequence[torch.Tensor | None],
+    layers: Sequence[_Layer],
+    kept: Sequence[Any],
+) -> torch.Tensor:
+    """dx [T, I] = sum of dy W and, through the mask, of (scaling dy B) A."""
+    dx: Any = None
+    for grad_TO, layer in zip(grads, layers, strict=True):
+        if grad_TO is None:
+            continue
+        if dx is None:
+            dx = grad_TO @ _dense(layer, grad_TO.dtype)
+        else:
+            dx.addmm_(grad_TO, _dense(layer, grad_TO.dtype))
+    for group, inner_TS, mask_TI in zip(_groups(layers), inner, kept[1::2], strict=True):
+        if inner_TS is None:
+            continue
+        if mask_TI is None:
+            dx.addmm_(inner_TS, _stacked_A(layers, group))
+        else:
+            layer = layers[group[0]]
+            dx.addcmul_(inner_TS @ layer.A, mask_TI, value=_growth(layer))
+    return dx
+
+
+def _parameter_gradients(
+    x: torch.Tensor | None,
+    grads: Sequence[torch.Tensor | None],
+    inner: Sequence[torch.Tensor | None],
+    layers: Sequence[_Layer],
+    kept: Sequence[Any],
+) -> list[torch.Tensor | None]:
+    """Those of weight, bias, A and B of each layer that are needed, else None."""
+    x_TI: Any = None if x is None else _rows(x)
+    found: list[torch.Tensor | None] = [None] * (4 * len(layers))
+    for i, (grad_TO, layer) in enumerate(zip(grads, layers, strict=True)):
+        if grad_TO is not None and layer.needs[0]:
+            found[4 * i] = grad_TO.T @ x_TI
+        if grad_TO is not None and layer.needs[1]:
+            found[4 * i + 1] = grad_TO.sum(0)
+    for group, dinner_TS, inner_TS, mask_TI in zip(_groups(layers), inner, kept[::2], kept[1::2], strict=True):
+        used = [i for i in group if grads[i] is not None]
+        if dinner_TS is not None and any(layers[i].needs[2] for i in used):
+            dropped_TI = x_TI
+            if mask_TI is not None:  # in one pass as the forward pass made it
+                dropped_TI = torch.ops.aten.native_dropout_backward(x_TI, mask_TI, _growth(layers[group[0]]))
+            dA_SI = dinner_TS.T @ dropped_TI
+            for i, dA_RI in _split(dA_SI, layers, group, dim=0):
+                found[4 * i + 2] = dA_RI if i in used and layers[i].needs[2] else None
+        if inner_TS is None:
+            continue
+        for i, inner_TR in _split(inner_TS, layers, group):
+            grad_TO = grads[i]
+            if grad_TO is not None and layers[i].needs[3]:
+                dB_OR = grad_TO.new_empty((grad_TO.shape[1], inner_TR.shape[1]))
+                found[4 * i + 3] = dB_OR.addmm_(grad_TO.T, inner_TR, beta=0, alpha=layers[i].setting.scaling)
+    return found
+
+
+def _growth(layer: _Layer) -> float:
+    """What dropout multiplies the elements with that it keeps."""
+    return 0.0 if layer.setting.dropout == 1.0 else 1.0 / (1.0 - layer.setting.dropout)
+
+
+def _dense(layer: _Layer, dtype: torch.dtype) -> torch.Tensor:
+    """W [O, I] in `dtype`."""
+    scales = layer.setting.scales
+    if scales is None:
+        return layer.weight
+    return dequantize_nf4(
+        layer.weight, scales.absmax, scales.shape, scales.dtype, nested=scales.nested, block=scales.block
+    ).to(dtype)
+
+
+def _stacked_A(layers: Sequence[_Layer], group: Sequence[int]) -> torch.Tensor:
+    """[S, I]: the A of a group, one below the other."""
+    return layers[group[0]].A if len(group) == 1 else torch.cat([layers[i].A for i in group])
+
+
+def _split(
+    tensor: torch.Tensor, layers: Sequence[_Layer], group: Sequence[int], dim: int = 1
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(layer, its share of S) for each layer of the group."""
+    return zip(group, tensor.split([layers[i].setting.rank for i in group], dim), strict=True)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., I] as [T, I]: a view where it can be one."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _check(x: torch.Tensor, projections: dict[str, Projection]) -> None:
+    if torch.is_autocast_enabled(x.device.type):
+        raise ValueError("autocast is on: these functions compute in the dtype of x, so cast beforehand")
+    for name, p in projections.items():
+        floating = {"lora_A": p.lora_A, "lora_B": p.lora_B, "bias": p.bias}
+        if p.scales is None:
+            floating["weight"] = p.weight
+        other = [f"{key} {t.dtype}" for key, t in floating.items() if t is not None and t.dtype != x.dtype]
+        if other:
+            raise ValueError(f"{name}: {x.dtype} as x expected, got {', '.join(other)}")
+        if (p.lora_A is None) != (p.lora_B is None):
+            raise ValueError(f"{name}: lora_A and lora_B expected, or neither")
+        if not 0.0 <= p.dropout <= 1.0:
+            raise ValueError(f"{name}: a dropout from 0 to 1 expected, got {p.dropout}")
+        out, width = p.shape[0], x.shape[-1] if x.ndim else 0
+        rank = 0 if p.lora_A is None else p.lora_A.shape[0]
+        expected = {"weight": (out, width), "bias": (out,), "lora_A": (rank, width), "lora_B": (out, rank)}
+        shapes = {key: tuple(t.shape) for key, t in floating.items() if t is not None} | {"weight": p.shape}
+        wrong = [f"{key} {[*found]}" for key, found in shapes.items() if found != expected[key]]
+        if wrong:
+            raise ValueError(f"{name}: does not fit x {[*x.shape]} and {out} outputs: {', '.join(wrong)}")

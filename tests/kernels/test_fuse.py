@@ -1,0 +1,197 @@
+"""A model trains with all its modules fused as it does without: 32 steps per architecture and kind of training.
+
+Every kernel runs in the interpreter. The rule is that of a single kernel: against the fp32 run without any, the
+bf16 run with kernels errs at most twice as much as the bf16 run without.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from dist_cpt_kernels import dispatch
+
+from dist_cpt.config.schema import RunConfig
+from dist_cpt.engines.single import SingleEngine
+from dist_cpt.errors import ConfigError
+from dist_cpt.model.architectures import FUSABLE
+from dist_cpt.model.load import load_model
+from dist_cpt.optim.groups import param_groups
+from tests.contract.model import SEQ_LEN, VOCAB, block
+
+CPU = torch.device("cpu")
+BLOCKS = 3  # one a step, in turn
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 7},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1, "tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "gemma2": {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 7,
+        "final_logit_softcapping": 1.5,
+        "attn_logit_softcapping": 2.0,
+    },
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 7},
+}
+METHODS = ("lora", "qlora", "full")
+EVERYWHERE = {"rms_norm", "add_rms_norm", "rope", "qkv", "o", "mlp", "gated", "linear_cross_entropy"}
+
+
+def save(folder: Any, kind: str) -> str:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **_SIZES | KINDS.get(kind, {})))
+    for parameter in model.parameters():  # norms that are not one, heads that prefer something
+        parameter.data += torch.randn_like(parameter) * 0.05
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def recipe(base: str, method: str, weights: str, **model: Any) -> RunConfig:
+    lora = {
+        "adapter": {"rank": 3, "alpha": 6, "dropout": 0.0},
+        "embeddings": {"train": ["embed_tokens", "lm_head"] if method == "lora" else []},
+    }
+    return RunConfig.model_validate(
+        {
+            "name": "fused",
+            "model": {"path": base, "weights": "nf4" if method == "qlora" and weights == "bf16" else weights} | model,
+            "data": {"seq_len": SEQ_LEN, "sources": [{"path": "none.jsonl"}]},
+            "batch": {"global_tokens": SEQ_LEN},
+            "train": {"tokens": 10_000},
+            "optim": {"lr": 5e-3, "embedding_lr": 1e-3},
+            "engine": "single",
+            **({"adapter": {"kind": "none"}} if method == "full" else lora),
+        }
+    )
+
+
+def losses(config: RunConfig, steps: int) -> tuple[list[float], Any]:
+    """Mean loss of every step, and what was fused."""
+    model = load_model(config, device=CPU)
+    groups = param_groups(model.trainable, config.optim, config.adapter.kind == "lora")
+    engine = SingleEngine(model.module, model.trainable, groups, config, CPU)
+    found = []
+    for step in range(1, steps + 1):
+        batch = block(1, step % BLOCKS)
+        found.append(float(engine.accumulate(batch, batch.num_targets, last=True)) / batch.num_targets)
+        assert not engine.step({group.name: group.peak_lr for group in groups}).skipped
+    engine.close()
+    return found, model.fusion
+
+
+def distance(found: list[float], truth: list[float]) -> float:
+    return math.sqrt(sum((a - b) ** 2 for a, b in zip(found, truth, strict=True)) / len(truth))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_32_steps(kind, method, tmp_path):
+    truth = compare(kind, method, 32, tmp_path)
+    assert sum(truth[-BLOCKS:]) < sum(truth[:BLOCKS])
+
+
+@pytest.mark.parametrize(("kind", "method"), [("llama", "lora"), ("gemma2", "qlora"), ("phi3", "full")])
+def test_a_few_steps(kind, method, tmp_path):
+    compare(kind, method, 4, tmp_path)
+
+
+def compare(kind: str, method: str, steps: int, tmp_path: Any) -> list[float]:
+    """Train three times and hold the fused run to the rule; the losses of the fp32 run."""
+    base = save(tmp_path / "base", kind)
+    fused, fusion = losses(recipe(base, method, "bf16", kernels="triton"), steps)
+    assert set(fusion.fused) == EVERYWHERE | ({"embedding"} if method != "qlora" else set())
+    assert not fusion.left
+    assert fusion.fused["qkv"] == fusion.fused["mlp"] == fusion.fused["add_rms_norm"] == 2
+    without, nothing = losses(recipe(base, method, "bf16", kernels="reference"), steps)
+    assert not nothing.fused
+    if method == "qlora":  # the same codes computed in fp32: the base's quantisation is no error of the kernels
+        truth, _ = losses_of_unpacked_base(base, steps, tmp_path)
+    else:
+        truth, _ = losses(recipe(base, method, "fp32", kernels="reference"), steps)
+    assert distance(fused, truth) <= 2 * distance(without, truth)
+    return truth
+
+
+def losses_of_unpacked_base(base: str, steps: int, folder: Any) -> Any:
+    """The run over a base that holds, in fp32, what the NF4 codes stand for."""
+    from transformers import AutoModelForCausalLM
+
+    from dist_cpt.adapters import quantize
+
+    packed = load_model(recipe(base, "qlora", "bf16", kernels="reference"), device=CPU)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    for name, module in packed.module.hf_model.named_modules():
+        layer = getattr(module, "base_layer", module)
+        if getattr(layer, "quant_state", None) is not None:
+            plain.get_submodule(name).weight.data = quantize._unpacked(layer, torch.float32).reshape(
+                plain.get_submodule(name).weight.shape
+            )
+    plain.save_pretrained(folder / "unpacked")
+    return losses(recipe(str(folder / "unpacked"), "qlora", "fp32", kernels="reference"), steps)
+
+
+def test_the_table_names_real_classes(tmp_path):
+    assert set(FUSABLE) == set(KINDS)
+
+
+def test_gpt2_falls_back_per_operation(tmp_path):
+    base = save_gpt2(tmp_path / "base")
+    fused, fusion = losses(recipe(base, "full", "fp32", kernels="auto"), 3)
+    assert set(fusion.fused) == {"embedding", "linear_cross_entropy"}
+    assert all("gpt2 is not in the table" in why for whys in fusion.left.values() for why in whys)
+    assert fused == pytest.approx(losses(recipe(base, "full", "fp32", kernels="reference"), 3)[0], rel=1e-5)
+    with pytest.raises(ConfigError, match=r"model.kernels: triton.*gpt2 is not in the table"):
+        load_model(recipe(base, "full", "fp32", kernels="triton"), device=CPU)
+
+
+def save_gpt2(folder: Any) -> str:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_without_a_gpu_auto_says_so_and_triton_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(dispatch, "interpret_cpu_tensors", False)
+    base = save(tmp_path / "base", "llama")
+    fusion = load_model(recipe(base, "lora", "bf16", kernels="auto"), device=CPU).fusion
+    assert not fusion.fused
+    assert set(fusion.left["rms_norm"]) == {"kernels run on a GPU, not on cpu"}
+    with pytest.raises(ConfigError, match="kernels run on a GPU, not on cpu"):
+        load_model(recipe(base, "lora", "bf16", kernels="triton"), device=CPU)
+
+
+def test_what_a_module_lost_is_named(tmp_path):
+    """A layer that somebody changed is not swapped for what its class once did."""
+    from dist_cpt.model.architectures import parts_of
+    from dist_cpt.model.fuse import fuse
+
+    model = load_model(recipe(save(tmp_path / "base", "llama"), "full", "fp32", kernels="reference"), device=CPU)
+    hf_model = model.module.hf_model
+    norm, mlp = hf_model.model.norm, hf_model.model.layers[0].mlp
+    norm.forward = norm.forward
+    mlp.config.hidden_act = "relu"
+    fusion = fuse(hf_model, parts_of(hf_model), "auto", CPU)
+    assert fusion.left["rms_norm"] == {"LlamaRMSNorm has a forward of its own": 1}
+    assert fusion.left["gated"] == {"the activation relu is not implemented": 2}
+    assert fusion.fused["qkv"] == 2
