@@ -30,6 +30,7 @@ class Fusion:
 
     fused: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # operation -> modules
     left: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
+    swapped: list[tuple[nn.Module, type]] = field(default_factory=list)  # with the class each had
 
     def add(self, operation: str, reason: str | None) -> bool:
         """Count one module; whether it is fused, which is so without a reason against it."""
@@ -38,6 +39,10 @@ class Fusion:
         else:
             self.left[operation][reason] += 1
         return reason is None
+
+    def swap(self, module: nn.Module, fused_class: type) -> None:
+        self.swapped.append((module, type(module)))
+        module.__class__ = fused_class
 
     def as_json(self) -> dict[str, Any]:
         """For contract.json: {"fused": {operation: modules}, "left": {operation: {reason: modules}}}."""
@@ -95,7 +100,7 @@ def _fuse_vocabulary(fusion: Fusion, parts: Parts) -> None:
     if fusion.add("embedding", why):
         # Behind the class, so that Gemma's, which multiplies what its parent looked up, keeps doing so.
         plain = type(embeddings) is nn.Embedding
-        embeddings.__class__ = FusedEmbedding if plain else _behind(type(embeddings), FusedEmbedding)
+        fusion.swap(embeddings, FusedEmbedding if plain else _behind(type(embeddings), FusedEmbedding))
 
 
 def _fuse_layers(fusion: Fusion, table: Fusable, parts: Parts) -> None:
@@ -104,7 +109,7 @@ def _fuse_layers(fusion: Fusion, table: Fusable, parts: Parts) -> None:
         if fusion.add("rms_norm", _foreign(norm)):
             norm.epsilon = norm.eps if table.casting == "gemma" else norm.variance_epsilon
             norm.casting = table.casting
-            norm.__class__ = _before(FusedNorm, type(norm))
+            fusion.swap(norm, _before(FusedNorm, type(norm)))
     rotaries = [m for m in parts.decoder.modules() if _is(m, table, "RotaryEmbedding")]
     attentions = [m for m in parts.decoder.modules() if _is(m, table, "Attention")]
     # Angles and attention are swapped together: one reads what the other gives.
@@ -117,12 +122,12 @@ def _fuse_layers(fusion: Fusion, table: Fusable, parts: Parts) -> None:
             fusion.add("qkv", why)
             fusion.add("o", why)
     for rotary in rotaries if why is None else ():
-        rotary.__class__ = _before(FusedRotary, type(rotary))
+        fusion.swap(rotary, _before(FusedRotary, type(rotary)))
     for mlp in (m for m in parts.decoder.modules() if _is(m, table, "MLP")):
         _fuse_mlp(fusion, mlp)
     for layer in parts.layers:
         if fusion.add("add_rms_norm", _why_not_layer(layer, table)):
-            layer.__class__ = _before(FusedLayer, type(layer))
+            fusion.swap(layer, _before(FusedLayer, type(layer)))
 
 
 def _fuse_attention(fusion: Fusion, table: Fusable, attention: Any) -> None:
@@ -137,7 +142,7 @@ def _fuse_attention(fusion: Fusion, table: Fusable, attention: Any) -> None:
     if table.window == "none":
         attention.window = None
     attention.softcap = attention.attn_logit_softcapping if table.softcap else None
-    attention.__class__ = _before(FusedAttention, type(attention))
+    fusion.swap(attention, _before(FusedAttention, type(attention)))
 
 
 def _fuse_mlp(fusion: Fusion, mlp: Any) -> None:
@@ -151,7 +156,7 @@ def _fuse_mlp(fusion: Fusion, mlp: Any) -> None:
     mlp.fused_projections = frozenset(["mlp"] if fused else [])
     mlp.gathers_at_once = fused
     mlp.activation = ACTIVATIONS[chosen]
-    mlp.__class__ = _before(FusedMlp, type(mlp))
+    fusion.swap(mlp, _before(FusedMlp, type(mlp)))
 
 
 def _why_not_layer(layer: Any, table: Fusable) -> str | None:

@@ -22,6 +22,7 @@ from dist_cpt.model.architectures import TESTED, Parts, check_config, parts_of
 from dist_cpt.model.attention import choose, install
 from dist_cpt.model.fuse import Fusion, fuse
 from dist_cpt.model.loss import CausalLMForLoss, install_loss_head, prove_parts
+from dist_cpt.model.prove import prove_fusion
 
 WEIGHTS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _WEIGHTS = "model*.safetensors"  # the names transformers loads
@@ -83,6 +84,8 @@ def load_model(config: RunConfig, *, device: torch.device, vocab_size: int | Non
     causal_lm, adapter_config = _make_trainable(config, model, parts)
     fusion = fuse(model, parts, config.model.kernels, device)
     module = CausalLMForLoss(causal_lm, choice).to(device)
+    if fusion.swapped:
+        prove_fusion(module, fusion.swapped, WEIGHTS_DTYPE[config.model.compute_dtype])
     prefix = "base_model.model." if adapter_config is not None else ""
     tied = parts.head.weight is parts.embeddings.weight
     return TrainableModel(

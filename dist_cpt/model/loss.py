@@ -66,15 +66,19 @@ class CausalLMForLoss(nn.Module):
 
         Numbers travel as Python numbers: an engine may cast floating-point tensor arguments to bf16.
         """
-        model = self.hf_model
-        packing = packing_arguments(self.attention, position_ids, cu_seqlens, max_seqlen)
-        hidden_BLD = model.get_decoder()(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, **packing
-        ).last_hidden_state
-        head = model.get_output_embeddings()
+        hidden_BLD = self.hidden(input_ids, position_ids, cu_seqlens, max_seqlen)
+        head = self.hf_model.get_output_embeddings()
         if labels is None:
             return head(hidden_BLD[:, -1]).float()
         return head(hidden_BLD.flatten(0, 1), labels.flatten(), scale)
+
+    def hidden(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+    ) -> torch.Tensor:
+        """What the head reads, [B, L, D]."""
+        packing = packing_arguments(self.attention, position_ids, cu_seqlens, max_seqlen)
+        decoder = self.hf_model.get_decoder()
+        return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packing).last_hidden_state
 
 
 @torch.no_grad()

@@ -165,7 +165,8 @@ class _LoraMlp(torch.autograd.Function):
         kept_first, kept_last = saved[12 : 12 + ctx.num_kept], saved[12 + ctx.num_kept :]
         need_x, want_product = ctx.needs_input_grad[0], _need_input(last)
         need_product = need_x or any(any(layer.needs) for layer in first)
-        product, grads = None, [_rows(grad)]
+        grads: list[torch.Tensor | None] = [_rows(grad)]
+        dgate = dup = product = None
         inner = _inner_gradients(grads, last, need_product)
         if need_product:
             dproduct = _input_gradient(grads, inner, last, kept_last)
@@ -176,9 +177,7 @@ class _LoraMlp(torch.autograd.Function):
             )
             del dproduct
         elif want_product:
-            dgate, dup, product = None, None, gated(gate, up, ctx.activation)
-        else:
-            dgate = dup = None
+            product = gated(gate, up, ctx.activation)
         last_gradients = _parameter_gradients(product, grads, inner, last, kept_last)
         del product
         grads = [dgate, dup]
@@ -352,14 +351,13 @@ def _parameter_gradients(
         if grad_TO is not None and layer.needs[1]:
             found[4 * i + 1] = grad_TO.sum(0)
     for group, dinner_TS, inner_TS, mask_TI in zip(_groups(layers), inner, kept[::2], kept[1::2], strict=True):
-        used = [i for i in group if grads[i] is not None]
-        if dinner_TS is not None and any(layers[i].needs[2] for i in used):
+        if dinner_TS is not None and any(layers[i].needs[2] for i in group):
             dropped_TI = x_TI
             if mask_TI is not None:  # in one pass as the forward pass made it
                 dropped_TI = torch.ops.aten.native_dropout_backward(x_TI, mask_TI, _growth(layers[group[0]]))
             dA_SI = dinner_TS.T @ dropped_TI
             for i, dA_RI in _split(dA_SI, layers, group, dim=0):
-                found[4 * i + 2] = dA_RI if i in used and layers[i].needs[2] else None
+                found[4 * i + 2] = dA_RI if layers[i].needs[2] and grads[i] is not None else None
         if inner_TS is None:
             continue
         for i, inner_TR in _split(inner_TS, layers, group):

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from dist_cpt_kernels import Projection, lora_linear, lora_mlp, reference
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.ranks import RankPool
 
@@ -63,11 +64,14 @@ class Block(nn.Module):
         self.gate, self.up = (Adapted(WIDTH, FFN, packed, trains=not packed) for _ in range(2))
         self.down = Adapted(FFN, WIDTH, packed)
         self.ops: Any = (lora_linear, lora_mlp)
-        self.gathered: list[Any] = []  # the storages that the forward pass read
+        self.holds = True
+        self.gathered: list[tuple[Any, StorageWeakRef]] = []  # of each parameter that the forward pass read
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         linear, mlp = self.ops
-        self.gathered = [parameter.untyped_storage() for parameter in self.parameters()]
+        storages = [parameter.untyped_storage() for parameter in self.parameters()]
+        assert min(storage.size() for storage in storages) > 0
+        self.gathered = [(storage if self.holds else None, StorageWeakRef(storage)) for storage in storages]
         q, k, v = linear(x, *(layer.projection() for layer in (self.q, self.k, self.v)))
         x = x + q * torch.sigmoid(k) + v
         return x + mlp(x, *(layer.projection() for layer in (self.gate, self.up, self.down)))
@@ -111,7 +115,7 @@ def fsdp2_case(packed: bool) -> None:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh)
     loss = _loss(model, _inputs()[dist.get_rank()])
-    assert all(storage.size() == 0 for block in blocks for storage in block.gathered), "the function keeps a weight"
+    assert all(storage.size() == 0 for block in blocks for storage, _ in block.gathered)
     loss.backward()
     grads: dict[str, Any] = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     _assert_equal({name: grad.full_tensor() for name, grad in grads.items()}, packed)
@@ -125,6 +129,7 @@ def zero3_case(packed: bool) -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     model = _model(packed)
+    blocks: list[Any] = list(model)[1:]
     set_z3_leaf_modules(model, [Block])
     trained = [p for p in model.parameters() if p.requires_grad]
     settings = {
@@ -135,8 +140,11 @@ def zero3_case(packed: bool) -> None:
     }
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(trained), config=settings)
+    for block in blocks:
+        block.holds = False
     loss = _loss(engine, _inputs()[dist.get_rank()])
-    assert all(p.numel() == 0 for block in list(model)[1:] for p in block.parameters()), "ZeRO-3 kept a weight"
+    assert all(p.numel() == 0 for block in blocks for p in block.parameters())
+    assert all(weak.expired() for block in blocks for _, weak in block.gathered), "the function keeps a gathered tensor"
     engine.backward(loss)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = {name: safe_get_full_grad(p) for name, p in named.items()}

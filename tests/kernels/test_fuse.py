@@ -75,7 +75,7 @@ def recipe(base: str, method: str, weights: str, **model: Any) -> RunConfig:
             "data": {"seq_len": SEQ_LEN, "sources": [{"path": "none.jsonl"}]},
             "batch": {"global_tokens": SEQ_LEN},
             "train": {"tokens": 10_000},
-            "optim": {"lr": 5e-3, "embedding_lr": 1e-3},
+            "optim": {"lr": 1e-3, "embedding_lr": 1e-4},
             "engine": "single",
             **({"adapter": {"kind": "none"}} if method == "full" else lora),
         }
@@ -195,3 +195,31 @@ def test_what_a_module_lost_is_named(tmp_path):
     assert fusion.left["rms_norm"] == {"LlamaRMSNorm has a forward of its own": 1}
     assert fusion.left["gated"] == {"the activation relu is not implemented": 2}
     assert fusion.fused["qkv"] == 2
+
+
+def test_a_wrong_kernel_is_found_before_anything_trains(tmp_path, monkeypatch):
+    import dist_cpt_kernels.self_test as kernel_test
+
+    from dist_cpt.model import fused_modules
+
+    base = save(tmp_path / "base", "llama")
+    right = fused_modules.rms_norm
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_modules, "rms_norm", lambda x, w, eps, casting: right(x, w, 2.0, casting=casting))
+        assert_refused(base, r"differ from the original ones by .* use model.kernels: reference")
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel_test, "rms_norm", lambda x, w, eps, casting: right(x, w, 0.1, casting=casting))
+        kernel_test.self_test.cache_clear()
+        assert_refused(base, r"further from their specification than 2e-02: rms_norm llama .*, rms_norm gemma ")
+    kernel_test.self_test.cache_clear()
+
+    def broken(*_):
+        raise RuntimeError("no cubin for sm_999")
+
+    monkeypatch.setattr(fused_modules, "rope", broken)
+    assert_refused(base, "the fused modules fail on cpu: RuntimeError: no cubin for sm_999")
+
+
+def assert_refused(base: str, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        load_model(recipe(base, "lora", "bf16", kernels="auto"), device=CPU)

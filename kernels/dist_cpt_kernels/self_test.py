@@ -1,0 +1,99 @@
+"""Do the kernels compute on this device what the specification says? A second's work before a run of days.
+
+T tokens, D model, F ffn, H heads, K kv heads, N head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+
+from dist_cpt_kernels import reference
+from dist_cpt_kernels.embedding import embedding
+from dist_cpt_kernels.gated import ACTIVATIONS, gated
+from dist_cpt_kernels.linear_cross_entropy import linear_cross_entropy
+from dist_cpt_kernels.rms_norm import add_rms_norm, rms_norm
+from dist_cpt_kernels.rope import rope, rope_tables
+
+TOKENS = 67
+VOCAB = 1031
+# Of a vector's length: what one rounding to the dtype leaves, and a few more on the way.
+ALLOWED = {torch.float32: 2.0**-18, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
+
+Function = Callable[..., torch.Tensor | Sequence[torch.Tensor]]
+
+
+@cache
+def self_test(
+    device: torch.device, dtype: torch.dtype, *, dim: int, ffn: int, heads: int, kv_heads: int, head_dim: int
+) -> dict[str, float]:
+    """The relative error of each operation in `dtype` at these sizes, the worst of its outputs and gradients.
+
+    Against the specification in fp64 of the same inputs, normal numbers. At most `ALLOWED[dtype]` where all is well.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    cos, sin = rope_tables(10000.0 ** -(torch.arange(head_dim // 2) / (head_dim // 2)), TOKENS)
+    cos, sin = cos.to(device), sin.to(device)
+    ids, labels = (torch.randint(0, VOCAB, (TOKENS,), generator=generator).to(device) for _ in range(2))
+    x, residual, weight = normal(TOKENS, dim), normal(TOKENS, dim), normal(dim)
+    query, key = normal(1, TOKENS, heads, head_dim), normal(1, TOKENS, kv_heads, head_dim)
+    gate, up = normal(TOKENS, ffn), normal(TOKENS, ffn)
+    table = normal(VOCAB, dim)
+    cases: dict[str, tuple[Function, Function, tuple[torch.Tensor, ...]]] = {
+        "rope": (
+            lambda q, k: rope(q, k, cos, sin),
+            lambda q, k: reference.rope(q, k, cos.double(), sin.double()),
+            (query, key),
+        ),
+        "embedding": (lambda w: embedding(ids, w), lambda w: w[ids], (table,)),
+        "linear_cross_entropy": (
+            lambda h, w: linear_cross_entropy(h, w, labels)[0],
+            lambda h, w: reference.linear_cross_entropy(h, w, labels)[0],
+            (x / dim**0.5, table),
+        ),
+    }
+    for casting in ("llama", "gemma"):
+        cases[f"rms_norm {casting}"] = (
+            lambda x, w, casting=casting: rms_norm(x, w, 1e-6, casting=casting),
+            lambda x, w, casting=casting: reference.rms_norm(x, w, 1e-6, casting=casting),
+            (x, weight),
+        )
+        cases[f"add_rms_norm {casting}"] = (
+            lambda x, r, w, casting=casting: add_rms_norm(x, r, w, 1e-6, casting=casting),
+            lambda x, r, w, casting=casting: reference.add_rms_norm(x, r, w, 1e-6, casting=casting),
+            (x, residual, weight),
+        )
+    for activation in ACTIVATIONS:
+        cases[f"gated {activation}"] = (
+            lambda g, u, activation=activation: gated(g, u, activation),
+            lambda g, u, activation=activation: reference.gated(g, u, activation),
+            (gate, up),
+        )
+    return {name: _error(*case) for name, case in cases.items()}
+
+
+def _error(function: Function, truth: Function, inputs: Sequence[torch.Tensor]) -> float:
+    found = _outputs_and_gradients(function, inputs)
+    expected = _outputs_and_gradients(truth, [x.double() for x in inputs])
+    errors = [_relative(a, b) for a, b in zip(found, expected, strict=True)]
+    return max(errors, key=lambda error: error if error == error else float("inf"))
+
+
+def _outputs_and_gradients(function: Function, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(out.shape, generator=generator).to(out.device, inputs[0].dtype) for out in outputs]
+    grads = torch.autograd.grad(outputs, leaves, [w.to(out.dtype) for w, out in zip(weights, outputs, strict=True)])
+    return [*(out.detach() for out in outputs), *grads]
+
+
+def _relative(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(found.double() - truth) / torch.linalg.vector_norm(truth))  # host sync
