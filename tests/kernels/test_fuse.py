@@ -20,6 +20,7 @@ from dist_cpt.model.architectures import FUSABLE
 from dist_cpt.model.load import load_model
 from dist_cpt.optim.groups import param_groups
 from tests.contract.model import SEQ_LEN, VOCAB, block
+from tests.contract.test_fused import save_unpacked
 
 CPU = torch.device("cpu")
 BLOCKS = 3  # one a step, in turn
@@ -123,29 +124,12 @@ def compare(kind: str, method: str, steps: int, tmp_path: Any) -> list[float]:
     without, nothing = losses(recipe(base, method, "bf16", kernels="reference"), steps)
     assert not nothing.fused
     if method == "qlora":  # the same codes computed in fp32: the base's quantisation is no error of the kernels
-        truth, _ = losses_of_unpacked_base(base, steps, tmp_path)
+        save_unpacked(base, str(tmp_path / "unpacked"))
+        truth, _ = losses(recipe(str(tmp_path / "unpacked"), "qlora", "fp32", kernels="reference"), steps)
     else:
         truth, _ = losses(recipe(base, method, "fp32", kernels="reference"), steps)
     assert distance(fused, truth) <= 2 * distance(without, truth)
     return truth
-
-
-def losses_of_unpacked_base(base: str, steps: int, folder: Any) -> Any:
-    """The run over a base that holds, in fp32, what the NF4 codes stand for."""
-    from transformers import AutoModelForCausalLM
-
-    from dist_cpt.adapters import quantize
-
-    packed = load_model(recipe(base, "qlora", "bf16", kernels="reference"), device=CPU)
-    plain = AutoModelForCausalLM.from_pretrained(base)
-    for name, module in packed.module.hf_model.named_modules():
-        layer = getattr(module, "base_layer", module)
-        if getattr(layer, "quant_state", None) is not None:
-            plain.get_submodule(name).weight.data = quantize._unpacked(layer, torch.float32).reshape(
-                plain.get_submodule(name).weight.shape
-            )
-    plain.save_pretrained(folder / "unpacked")
-    return losses(recipe(str(folder / "unpacked"), "qlora", "fp32", kernels="reference"), steps)
 
 
 def test_the_table_names_real_classes(tmp_path):
