@@ -1,7 +1,7 @@
 """What a causal LM must look like to train here, and where its backbone, layers, embeddings and head are.
 
-Llama, Mistral, Qwen2, Qwen3 and GPT-2 are held to the packing, loss and adapter tests. Another architecture
-of transformers loads if it has the same parts; what the loss or the packing would get wrong is refused.
+Llama, Mistral, Qwen2, Qwen3, Phi-3, Gemma 2 and 3 and GPT-2 are held to the packing, loss and adapter tests. Another
+architecture of transformers loads if it has the same parts; what the loss or the packing would get wrong is refused.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from torch import nn
 
 from dist_cpt.errors import ConfigError
 
-TESTED = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+TESTED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2")
 
 # config keys that change the logits after the head or inside attention, with the value that asks for nothing
 _UNSUPPORTED = {
-    "attn_logit_softcapping": None,
     "logits_soft_cap": None,
     "logits_scaling": 1.0,
     "logit_scale": 1.0,

@@ -1,4 +1,4 @@
-"""The fused modules against the originals, on this device, before anything trains.
+"""The fused modules against the originals, and the attention against a dense mask, on this device, before training.
 
 Kernels are compiled for the GPU that is there, by the Triton that is there: neither may be one that was tested. So
 a model whose modules were fused first answers for two short documents with them and without.
@@ -16,6 +16,7 @@ from dist_cpt_kernels.self_test import self_test
 from torch import nn
 
 from dist_cpt.errors import ConfigError
+from dist_cpt.model.attention import install
 from dist_cpt.model.loss import CausalLMForLoss
 
 SIZES = (19, 13)  # of the documents
@@ -52,6 +53,36 @@ def prove_fusion(module: CausalLMForLoss, swapped: Sequence[tuple[nn.Module, typ
             f"model.kernels: on {_device_name(module)} the fused modules differ from the original ones by "
             f"{errors[0]:.1e} in the hidden states and {errors[1]:.1e} in their gradient, allowed {ALLOWED[dtype]:.0e}",
             remedy="use model.kernels: reference",
+        )
+
+
+def prove_attention(module: CausalLMForLoss, dtype: torch.dtype) -> None:
+    """Hold this device's way of attention to the dense mask, as `prove_fusion` holds modules to others.
+
+    Raises:
+        ConfigError: it does not run on this device, or they differ by more than rounding does.
+    """
+    chosen = module.attention
+    try:
+        with _one_dtype(module, dtype):
+            found = _answer(module)
+            install(module.hf_model, "mask")
+            module.attention = "mask"
+            expected = _answer(module)
+    except Exception as error:  # each way's own compiler raises its own
+        raise ConfigError(
+            f"model.attention: {chosen} fails on {_device_name(module)}: {type(error).__name__}: {error}",
+            remedy="use model.attention: mask",
+        ) from error
+    finally:
+        install(module.hf_model, chosen)
+        module.attention = chosen
+    errors = [_relative(a, b) for a, b in zip(found, expected, strict=True)]
+    if not max(errors) <= ALLOWED[dtype]:
+        raise ConfigError(
+            f"model.attention: on {_device_name(module)} {chosen} differs from the dense mask by {errors[0]:.1e} in "
+            f"the hidden states and {errors[1]:.1e} in their gradient, allowed {ALLOWED[dtype]:.0e}",
+            remedy="use model.attention: mask",
         )
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dist_cpt.errors import ConfigError
+from dist_cpt.model import attention
 from dist_cpt.model.architectures import check_config, parts_of
 from dist_cpt.model.attention import Packing, choose, install, packed_attention
 from dist_cpt.model.loss import CausalLMForLoss, install_loss_head
@@ -19,12 +21,17 @@ _LLAMA = {
     "num_key_value_heads": 2,
     "vocab_size": V,
 }
+# a window in every other layer, scores divided by another number than the head's width
+_GEMMA = _LLAMA | {"head_dim": 8, "query_pre_attn_scalar": 20, "sliding_window": 5, "pad_token_id": 0}
 KINDS = {
     "llama": _LLAMA,
     "mistral": _LLAMA | {"sliding_window": 5},
     "qwen2": _LLAMA | {"tie_word_embeddings": True},
     "qwen2-sliding": _LLAMA | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     "qwen3": _LLAMA | {"head_dim": 16},
+    "phi3": _LLAMA | {"pad_token_id": 0, "sliding_window": 5},
+    "gemma2": _GEMMA | {"attn_logit_softcapping": 0.3, "final_logit_softcapping": 2.0},
+    "gemma3_text": _GEMMA,
     "gpt2": {
         "n_embd": 32,
         "n_layer": 2,
@@ -38,6 +45,8 @@ KINDS = {
         "attn_pdrop": 0.0,
     },
 }
+_EAGER_FLEX = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+CHOICES = ["documents", "mask", pytest.param("flex", marks=_EAGER_FLEX)]
 # two blocks: several documents with one of a single token, and one document that fills its block
 LENGTHS = ((7, 1, 11, 5), (24,))
 
@@ -54,8 +63,9 @@ def build(kind: str, choice=None):
         parameter.data += torch.randn_like(parameter) * (0.02 if name.endswith("bias") else 0.1)
     packed.load_state_dict(plain.state_dict())
     check_config(packed.config)
-    install_loss_head(parts_of(packed).head, use_reference=False)
-    choice = choice or choose(torch.device("cpu"))
+    softcap = getattr(packed.config, "final_logit_softcapping", None)
+    install_loss_head(parts_of(packed).head, use_reference=False, softcap=softcap)
+    choice = choice or choose(torch.device("cpu"), packed.config)
     install(packed, choice)
     return plain.train(), CausalLMForLoss(packed, choice).train()
 
@@ -70,7 +80,7 @@ def blocks():
     return ids, position_ids, cu_seqlens, labels
 
 
-@pytest.mark.parametrize("choice", ["documents", "mask"])
+@pytest.mark.parametrize("choice", ["documents", "mask"])  # flex has no backward on a CPU
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_packed_block_equals_its_documents(kind, choice):
     plain, packed = build(kind, choice)
@@ -91,7 +101,7 @@ def test_packed_block_equals_its_documents(kind, choice):
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("choice", ["documents", "mask"])
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_packed_logits_equal_each_document_alone(kind, choice):
     plain, packed = build(kind, choice)
@@ -102,13 +112,13 @@ def test_packed_logits_equal_each_document_alone(kind, choice):
     with torch.no_grad():
         packed(ids, position_ids, cu_seqlens, 24, torch.zeros_like(ids), 1.0)
         handle.remove()
-        logits = seen[0] @ head.weight.T
+        logits = head(seen[0])
         for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
             alone = plain(input_ids=ids.flatten()[start:stop][None], use_cache=False).logits[0]
             torch.testing.assert_close(logits[start:stop], alone, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("choice", ["documents", "mask"])
+@pytest.mark.parametrize("choice", CHOICES)
 def test_another_document_changes_nothing(choice):
     _, packed = build("llama", choice)
     ids, position_ids, cu_seqlens, labels = blocks()
@@ -118,9 +128,9 @@ def test_another_document_changes_nothing(choice):
     only_later[0, :7] = -100
     with torch.no_grad():
         left, right = (packed(x, position_ids, cu_seqlens, 24, only_later, 1.0)[1] for x in (ids, changed))
-        own = packed(changed, position_ids, cu_seqlens, 24, labels, 1.0)[1]
+        own, before = (packed(x, position_ids, cu_seqlens, 24, labels, 1.0)[1] for x in (changed, ids))
     assert torch.equal(left, right)
-    assert not torch.equal(own, packed(ids, position_ids, cu_seqlens, 24, labels, 1.0)[1])
+    assert not torch.equal(own, before)
 
 
 def test_without_labels_the_last_logits():
@@ -153,3 +163,50 @@ def test_all_targets_ignored_still_reaches_every_parameter():
     for name, parameter in packed.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
+
+
+def test_auto_takes_the_first_way_that_computes_the_model(monkeypatch):
+    cuda, config = torch.device("cuda"), AutoConfig.for_model("llama", **KINDS["llama"])
+    capped = AutoConfig.for_model("gemma2", **KINDS["gemma2"])
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+    assert choose(cuda, config) == "varlen"
+    assert choose(cuda, capped) == "flex"  # varlen cannot cap scores
+    assert choose(cuda, config, dtype=torch.float32) == "flex"
+    wide = AutoConfig.for_model("llama", **KINDS["llama"] | {"head_dim": 512})
+    assert choose(cuda, wide) == "flex"
+    monkeypatch.setattr(attention, "_varlen_missing", lambda: "torch 2.9 has no varlen attention")
+    assert choose(cuda, config) == "flex"
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
+    assert choose(cuda, capped) == "flash_attention_2"
+    assert choose(cuda, config, "mask") == "mask"
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "wanted", "why"),
+    [
+        ("cpu", "llama", "varlen", "varlen: runs on CUDA, not on cpu"),
+        ("cuda", "llama", "flash_attention_2", "the package flash_attn is not installed"),
+        ("cuda", "gemma2", "varlen", "cannot cap scores, this model caps them at 0.3"),
+    ],
+)
+def test_a_way_that_cannot_is_refused(device, kind, wanted, why):
+    with pytest.raises(ConfigError, match=f"model.attention: .*{why}.*use model.attention: auto"):
+        choose(torch.device(device), AutoConfig.for_model(kind, **KINDS[kind]), wanted)
+
+
+def test_dropout_is_refused_where_there_is_none():
+    x = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(ValueError, match=r"attention dropout 0\.1"):
+        packed_attention(torch.nn.Identity(), x, x, x, None, packing=Packing(borders=[0, 2]), dropout=0.1, softcap=1.0)
+
+
+def test_capped_scores_in_chunks_of_queries(monkeypatch):
+    query, key, value = torch.randn(3, 1, 2, 23, 8, generator=torch.Generator().manual_seed(3))
+    packing = Packing(borders=[0, 15, 23])
+    whole, _ = packed_attention(torch.nn.Identity(), query, key, value, None, packing=packing, softcap=0.5)
+    monkeypatch.setattr(attention, "_QUERY_CHUNK", 4)
+    chunked, _ = packed_attention(torch.nn.Identity(), query, key, value, None, packing=packing, softcap=0.5)
+    torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-6)
+    scores = 0.5 * torch.tanh(query[0, 1, :15] @ key[0, 1, :15].T / 8**0.5 / 0.5)
+    scores = scores.masked_fill(torch.ones(15, 15).triu(1).bool(), float("-inf"))
+    torch.testing.assert_close(whole[0, :15, 1], scores.softmax(-1) @ value[0, 1, :15], rtol=0, atol=1e-6)
