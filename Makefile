@@ -21,9 +21,11 @@ demo: install
 	$(BIN)/dist-cpt demo --out $(OUT)
 
 test: install
+	sh tests/slurm/install.sh
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not matrix and not gpu" --durations=10
 
 test-all: install
+	sh tests/slurm/install.sh
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu" --timeout=3600 --durations=25
 
 lint: install
@@ -36,6 +38,7 @@ bench: install
 	$(BIN)/python benchmarks/data.py --write
 	$(BIN)/python benchmarks/step.py --write
 	$(BIN)/python benchmarks/checkpoint.py --write
+	$(BIN)/python benchmarks/kernels.py --device cpu --small --write
 
 clean:
 	rm -rf .venv demo-run .pytest_cache .ruff_cache .import_linter_cache

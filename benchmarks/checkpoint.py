@@ -29,6 +29,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+# Beside this file lies kernels.py: on the path it would be taken for Hugging Face's package of that name.
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels", "launch")]
 
 RANKS = 2

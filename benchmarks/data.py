@@ -17,6 +17,7 @@ import platform
 import resource
 import shutil
 import statistics
+import sys
 import sysconfig
 import tempfile
 import time
@@ -26,6 +27,9 @@ from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+# Beside this file lies kernels.py: on the path it would be taken for Hugging Face's package of that name.
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 
 SEQ_LEN = 2048
 VOCABULARY = 16384

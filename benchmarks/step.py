@@ -26,6 +26,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+# Beside this file lies kernels.py: on the path it would be taken for Hugging Face's package of that name.
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
+
 WARM_UP_STEPS = 2
 LEARNING_RATE = 1e-4
 WEIGHT_DECAY = 0.01

@@ -7,14 +7,23 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dist_cpt import __version__
 from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, CheckpointError, ConfigError, DistCptError
 
+if TYPE_CHECKING:
+    from dist_cpt_launch.plan import LaunchPlan
+
 INTERRUPTED = 130
+# fmt: off
+SLURM_ONLY = (
+    "min_nodes", "time", "partition", "account", "qos", "gres", "gpus_per_node", "cpus_per_task", "lead", "at_once",
+    "sbatch", "srun",
+)
+# fmt: on
 
 app = typer.Typer(
     name="dist-cpt",
@@ -32,7 +41,31 @@ Overrides = Annotated[
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder: <output_dir>/<name>.")]
 Procs = Annotated[int, typer.Option("--procs-per-node", min=1, help="Ranks on this host.")]
-Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Hosts; more than one needs a scheduler or torchrun.")]
+Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Hosts.")]
+On = Annotated[str, typer.Option("--on", help="local, slurm or kubernetes")]
+Rdzv = Annotated[
+    str | None,
+    typer.Option("--rdzv", metavar="HOST:PORT", help="local: where hosts meet that start the same command."),
+]
+MinNodes = Annotated[int | None, typer.Option(min=1, help="slurm: start with so few, up to --nodes.")]
+Time = Annotated[str | None, typer.Option("--time", help="slurm: the limit of one job; the run may need several.")]
+Named = Annotated[str | None, typer.Option(help="slurm: as sbatch takes it.")]
+CpusPerTask = Annotated[int | None, typer.Option(min=1, help="slurm: CPU cores per rank.")]
+Lead = Annotated[
+    int | None, typer.Option("--lead", min=1, help="slurm: stop so many seconds before the limit; default: measured.")
+]
+MaxRestarts = Annotated[int, typer.Option(min=0, help="slurm: restarts without a newer checkpoint before it gives up.")]
+RequeueBy = Annotated[str, typer.Option("--requeue-by", help="slurm: requeue, chain or exit (docs/slurm.md).")]
+AtOnce = Annotated[int | None, typer.Option(min=1, help="slurm: of several recipes, so many at once.")]
+Preflight = Annotated[bool, typer.Option(help="slurm, kubernetes: check every node before the ranks start.")]
+More = Annotated[list[str] | None, typer.Option("--sbatch", metavar="OPTION", help="slurm: one more option of sbatch.")]
+Srun = Annotated[list[str] | None, typer.Option("--srun", metavar="OPTION", help="slurm: one more option of srun.")]
+Cluster = Annotated[
+    Path | None, typer.Option("--cluster", metavar="FILE", help="kubernetes: image, volumes, secrets by name (YAML).")
+]
+Kind = Annotated[str | None, typer.Option("--kind", help="kubernetes: trainjob (default) or jobset.")]
+DType = Annotated[str, typer.Option("--dtype", help="bf16, fp16 or fp32")]
+Base = Annotated[str | None, typer.Option("--base", help="Where the base is now, if it moved.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command that would run, and stop.")]
 
 
@@ -79,26 +112,58 @@ def train(recipe: Recipe, set_: Overrides = None) -> None:
 
 @app.command()
 def launch(
-    recipe: Recipe,
-    on: Annotated[str, typer.Option("--on", help="local")] = "local",
+    recipe: Annotated[list[Path], typer.Argument(metavar="RECIPE", help="A recipe; on slurm several make an array.")],
+    on: On = "local",
     nodes: Nodes = 1,
     procs_per_node: Procs = 1,
     dry_run: DryRun = False,
+    rdzv: Rdzv = None,
+    min_nodes: MinNodes = None,
+    time: Time = None,
+    partition: Named = None,
+    account: Named = None,
+    qos: Named = None,
+    gres: Named = None,
+    gpus_per_node: Named = None,
+    cpus_per_task: CpusPerTask = None,
+    lead: Lead = None,
+    max_restarts: MaxRestarts = 3,
+    requeue_by: RequeueBy = "requeue",
+    at_once: AtOnce = None,
+    preflight: Preflight = True,
+    sbatch: More = None,
+    srun: Srun = None,
+    cluster: Cluster = None,
+    kind: Kind = None,
     set_: Overrides = None,
 ) -> None:
-    """Start all ranks of a run and return the run's exit code."""
-    if on != "local":
-        raise ConfigError(
-            f"launch --on {on}: only local is available in this version",
-            remedy="under Slurm or Kubernetes start `dist-cpt train RECIPE` with srun or torchrun (README)",
-        )
-    config = _load(recipe, set_)
-    raise typer.Exit(_launch(config, recipe, set_ or [], nodes, procs_per_node, dry_run))
+    """Start all ranks of a run and return the run's exit code; on slurm, submit the job that does."""
+    raise typer.Exit(_launch(recipe, locals()))
 
 
 @app.command()
 def resume(
-    run: Run, nodes: Nodes = 1, procs_per_node: Procs = 1, dry_run: DryRun = False, set_: Overrides = None
+    run: Run,
+    on: On = "local",
+    nodes: Nodes = 1,
+    procs_per_node: Procs = 1,
+    dry_run: DryRun = False,
+    rdzv: Rdzv = None,
+    min_nodes: MinNodes = None,
+    time: Time = None,
+    partition: Named = None,
+    account: Named = None,
+    qos: Named = None,
+    gres: Named = None,
+    gpus_per_node: Named = None,
+    cpus_per_task: CpusPerTask = None,
+    lead: Lead = None,
+    max_restarts: MaxRestarts = 3,
+    requeue_by: RequeueBy = "requeue",
+    preflight: Preflight = True,
+    sbatch: More = None,
+    srun: Srun = None,
+    set_: Overrides = None,
 ) -> None:
     """Continue a run from its newest valid checkpoint; engine and number of ranks may change."""
     recipe = run / "recipe.yaml"
@@ -109,8 +174,27 @@ def resume(
             f"{run} has no finished checkpoint to resume from",
             remedy=f"dist-cpt launch {recipe} starts it again",
         )
-    config = _load(recipe, set_)
-    raise typer.Exit(_launch(config, recipe, set_ or [], nodes, procs_per_node, dry_run))
+    raise typer.Exit(_launch([recipe], locals()))
+
+
+@app.command()
+def status(
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="Default: the newest in runs/.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Again every 5 seconds until the run has ended.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Where a run stands: step, speed, goodput, restarts, checkpoint, heartbeats. From its folder alone."""
+    from dist_cpt_launch.status import as_text, find_run, show_status
+
+    show_status(find_run(run), lambda found: json.dumps(found.as_json()) if json_ else as_text(found), watch)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
+def preflight(context: typer.Context) -> None:
+    """On every node before training: versions, disk, clock, GPUs, all-reduce; --help lists its options."""
+    from dist_cpt_launch.preflight import main as check
+
+    raise typer.Exit(check(context.args))
 
 
 @app.command()
@@ -171,20 +255,86 @@ def inspect(
 
 @app.command()
 def merge(
-    path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder or one checkpoint.")],
-    out: Annotated[Path, typer.Option("--out", help="New folder for the merged model.")],
-    dtype: Annotated[str, typer.Option("--dtype", help="bf16 or fp32")] = "bf16",
+    path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT|ADAPTER", help="A run, a checkpoint, a PEFT folder.")],
+    out: Annotated[Path | None, typer.Option("--out", help="New folder for the merged model.")] = None,
+    dtype: DType = "bf16",
+    base_only: Annotated[bool, typer.Option(help="Leave the run's own adapter out: the base it belongs to.")] = False,
+    base: Base = None,
+    scale: Annotated[float, typer.Option("--scale", min=0.0, help="Share of all that was trained.")] = 1.0,
+    sweep: Annotated[
+        str | None, typer.Option("--sweep", metavar="S,S,...", help="Print the held-out loss at each scale.")
+    ] = None,
+    add_residual: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--add-residual", metavar="INSTRUCT BASE", help="Add instruct - base, tensor by tensor."),
+    ] = None,
+    residual_scale: Annotated[float | None, typer.Option("--residual-scale", help="Share of it; default 1.")] = None,
 ) -> None:
     """Base and adapter as one plain Hugging Face folder, checked against the trainer's logits."""
-    from dist_cpt.model.export import merge as merge_model
-    from dist_cpt.model.export import nf4_gap
+    if residual_scale is not None and add_residual is None:
+        raise ConfigError("--residual-scale belongs to --add-residual INSTRUCT BASE")
+    if out is None and (sweep is None or add_residual is not None or base_only):
+        raise ConfigError("merge needs --out; only --sweep alone writes nothing")
+    scales = _scales(sweep)
+    checkpoint = _checkpoint_folder(path, adapters=True)
+    if scales:
+        from dist_cpt.train.sweep import sweep as losses
 
-    checkpoint = _checkpoint_folder(path)
-    gap = nf4_gap(checkpoint)
-    difference = merge_model(checkpoint, out, dtype)
+        for at, found in losses(checkpoint, scales, base=base):
+            print(f"scale {at:g}: " + ", ".join(f"{name} {loss:.6f}" for name, loss in found.items()), flush=True)
+    if out is None:
+        return
+    if add_residual is not None:
+        from dist_cpt.model.residual import Residual, merge_with_residual
+
+        if base_only:
+            raise ConfigError("--base-only and --add-residual exclude each other")
+        residual = Residual(*add_residual, 1.0 if residual_scale is None else residual_scale)
+        same = merge_with_residual(checkpoint, out, residual, dtype, base=base, scale=scale)
+        print(f"{out}: with {residual.scale:g} x ({residual.instruct} - {residual.base})")
+        if not same:
+            print(f"note: {residual.base} is not the base that this run trained on, going by its sha256")
+        return
+    from dist_cpt.model.export import merge as merge_model
+    from dist_cpt.model.export import quantisation_gap
+
+    gap = None if base_only or scale != 1.0 else quantisation_gap(checkpoint, base=base)
+    difference = merge_model(checkpoint, out, dtype, base=base, base_only=base_only, scale=scale)
     print(f"{out}: largest logit difference in fp32 {difference:.2e}")
     if gap is not None:
-        print(f"trained over an nf4 base, merged into the unquantised one: off the trainer's logits by up to {gap:.2e}")
+        print(f"that is against the 16-bit base; against the quantised base that the trainer had: {gap:.2e}")
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT|ADAPTER", help="A run, a checkpoint, a PEFT folder.")],
+    format_: Annotated[str, typer.Option("--format", help="peft, vllm or gguf (docs/export.md)")],
+    out: Annotated[Path, typer.Option("--out", help="New folder; for gguf the new file.")],
+    dtype: Annotated[str | None, typer.Option("--dtype", help="vllm, gguf: bf16 (default), fp16 or fp32")] = None,
+    base: Base = None,
+    llama_cpp: Annotated[
+        Path | None, typer.Option("--llama-cpp", metavar="DIR", help="gguf: a checkout of llama.cpp.")
+    ] = None,
+) -> None:
+    """A trained adapter as other programs read it, checked against the trainer's logits."""
+    from dist_cpt.model import layouts
+
+    if format_ not in ("peft", "vllm", "gguf"):
+        raise ConfigError(f"--format {format_}: use peft, vllm or gguf")
+    if llama_cpp is not None and format_ != "gguf":
+        raise ConfigError("--llama-cpp belongs to --format gguf")
+    if dtype is not None and format_ == "peft":
+        raise ConfigError("--dtype belongs to --format vllm or gguf: an adapter is kept in fp32")
+    if format_ == "gguf":
+        layouts.require_converter(llama_cpp)  # before a checkpoint is read
+        layouts.export_gguf(_checkpoint_folder(path, adapters=True), out, llama_cpp, dtype or "bf16", base=base)
+        print(out)
+    elif format_ == "vllm":
+        difference = layouts.export_vllm(_checkpoint_folder(path, adapters=True), out, dtype or "bf16", base=base)
+        print(f"{out}: base/ and adapter/, largest logit difference in fp32 {difference:.2e}; see README.md there")
+    else:
+        difference = layouts.export_peft(_checkpoint_folder(path, adapters=True), out, base=base)
+        print(f"{out}: largest logit difference in fp32 {difference:.2e}")
 
 
 @app.command()
@@ -195,13 +345,82 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="0 is off")] = 0,
     seed: Annotated[int, typer.Option()] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 is off")] = 1.0,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message; print the answer.")] = False,
 ) -> None:
     """Continue a prompt with a run, a checkpoint or any model folder."""
     from dist_cpt.model.generate import generate as generate_text
 
     ours = (model / "checkpoints").is_dir() or (model / "manifest.json").exists()
     folder = _checkpoint_folder(model) if ours else model
-    print(generate_text(folder, prompt, max_new_tokens, temperature, top_k, seed))
+    print(generate_text(folder, prompt, max_new_tokens, temperature, top_k, seed, top_p, chat))
+
+
+tokenizer_app = typer.Typer(help="Train, extend and measure tokenizers.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+Corpus = Annotated[list[str], typer.Argument(metavar="CORPUS...", help="Files, folders or patterns: jsonl, txt, md.")]
+TextField = Annotated[str, typer.Option("--text", help="The jsonl field that holds the document.")]
+NewFolder = Annotated[Path, typer.Option("--out", help="New folder for the tokenizer.")]
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    corpus: Corpus,
+    out: NewFolder,
+    vocab_size: Annotated[int, typer.Option("--vocab-size", min=1)],
+    kind: Annotated[str, typer.Option("--kind", help="bpe or unigram")] = "bpe",
+    text: TextField = "text",
+) -> None:
+    """A byte-level tokenizer from a corpus; prints what it makes of that corpus."""
+    if kind not in ("bpe", "unigram"):
+        raise ConfigError(f"--kind {kind}: use bpe or unigram")
+    from dist_cpt.data.tokenizer_train import corpus_texts, fertility, train_tokenizer
+
+    trained = train_tokenizer(corpus_texts(corpus, text), out, vocab_size, kind)
+    found = {"vocab_size": trained.get_vocab_size()} | fertility(trained, corpus_texts(corpus, text)).as_json()
+    print(json.dumps(found, indent=1))
+
+
+@tokenizer_app.command("extend")
+def tokenizer_extend(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the base's tokenizer.")],
+    out: NewFolder,
+    corpus: Annotated[list[str] | None, typer.Argument(metavar="[CORPUS...]", help="As for train.")] = None,
+    add: Annotated[int | None, typer.Option("--add", min=1, help="Tokens to learn from the corpus, at most.")] = None,
+    words: Annotated[Path | None, typer.Option("--words", help="File of words, one a line: each one token.")] = None,
+    min_frequency: Annotated[int, typer.Option("--min-frequency", min=1, help="Of a new token in the corpus.")] = 2,
+    text: TextField = "text",
+) -> None:
+    """More tokens for a base, learnt from a corpus or given as words; prints the corpus before and after."""
+    if (add is None) == (words is None) or (corpus is None and words is None):
+        raise ConfigError("give --add N with a corpus to learn from, or --words FILE with or without one to measure")
+    from dist_cpt.data.tokenizer_extend import extend_tokenizer, read_words
+    from dist_cpt.data.tokenizer_train import corpus_texts
+
+    given = [] if words is None else read_words(words)
+    done = extend_tokenizer(
+        base,
+        out,
+        (lambda: corpus_texts(corpus, text)) if corpus else lambda: given,
+        num_new=add,
+        words=given,
+        min_frequency=min_frequency,
+    )
+    print(json.dumps(done.as_json(), indent=1))
+
+
+@tokenizer_app.command("report")
+def tokenizer_report(
+    tokenizer: Annotated[str, typer.Argument(metavar="TOKENIZER", help="Folder or hub id.")],
+    corpus: Corpus,
+    text: TextField = "text",
+) -> None:
+    """What a tokenizer makes of a corpus: tokens per word, bytes per token, and what does not come back."""
+    from dist_cpt.data.tokenizer import load_tokenizer
+    from dist_cpt.data.tokenizer_train import corpus_texts, fertility
+
+    measured = fertility(load_tokenizer(tokenizer).backend_tokenizer, corpus_texts(corpus, text))
+    print(json.dumps(measured.as_json(), indent=1))
 
 
 @app.callback(invoke_without_command=True)
@@ -251,22 +470,93 @@ def _load(recipe: Path, overrides: list[str] | None):
     return resolve_paths(load_recipe(recipe, overrides or []))
 
 
-def _launch(config, recipe: Path, overrides: list[str], nodes: int, procs_per_node: int, dry_run: bool) -> int:
-    if nodes != 1:
-        raise ConfigError(
-            f"--nodes {nodes}: this command starts ranks on this host only",
-            remedy="start torchrun or srun on every host with `dist-cpt train RECIPE` (README)",
-        )
-    from dist_cpt_launch.local import run_local
-    from dist_cpt_launch.plan import local_plan
-
-    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, (os.cpu_count() or 1) // procs_per_node)
-    plan = local_plan(config, recipe, overrides, procs_per_node=procs_per_node, threads_per_rank=threads)
-    if dry_run:
+def _launch(recipes: list[Path], options: dict[str, Any]) -> int:
+    """Run or submit what the options of `launch` or `resume` ask for."""
+    overrides = options["set_"] or []
+    if options["on"] == "kubernetes":
+        return _kubernetes(recipes, overrides, options)
+    if options.get("cluster") is not None or options.get("kind") is not None:
+        raise ConfigError("--cluster and --kind: only --on kubernetes can honour that")
+    loaded = [(_load(recipe, overrides), recipe) for recipe in recipes]
+    on = options["on"]
+    if on == "slurm":
+        plan = _slurm_plan(loaded, overrides, options)
+    elif on == "local":
+        plan = _local_plan(loaded, overrides, options)
+    else:
+        raise ConfigError(f"launch --on {on}: expected local, slurm or kubernetes")
+    if options["dry_run"]:
         print(plan.shown())
         return EXIT_DONE
     print(plan.run_folder, flush=True)
+    if on == "slurm":
+        from dist_cpt_launch.slurm import submit
+
+        return submit(plan)
+    from dist_cpt_launch.local import run_local
+
     return run_local(plan)
+
+
+def _local_plan(loaded: list[tuple[Any, Path]], overrides: list[str], options: dict[str, Any]) -> LaunchPlan:
+    from dist_cpt_launch.plan import local_plan
+
+    ignored = [name for name in SLURM_ONLY if options.get(name) is not None and options[name] != []]
+    if ignored or len(loaded) > 1:
+        what = f"--{ignored[0].replace('_', '-')}" if ignored else f"{len(loaded)} recipes"
+        raise ConfigError(f"{what}: only --on slurm can honour that")
+    procs = options["procs_per_node"]
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, (os.cpu_count() or 1) // procs)
+    (config, recipe), nodes = loaded[0], options["nodes"]
+    # fmt: off
+    return local_plan(
+        config, recipe, overrides, procs_per_node=procs, threads_per_rank=threads, nodes=nodes, rdzv=options["rdzv"]
+    )
+    # fmt: on
+
+
+def _slurm_plan(loaded: list[tuple[Any, Path]], overrides: list[str], options: dict[str, Any]) -> LaunchPlan:
+    from dist_cpt_launch.slurm import REQUEUE_BY, SlurmOptions, slurm_plan
+
+    if options["rdzv"] is not None:
+        raise ConfigError("--rdzv: Slurm's ranks find each other; only --on local can honour that")
+    if options["requeue_by"] not in REQUEUE_BY:
+        raise ConfigError(f"--requeue-by {options['requeue_by']}: expected {', '.join(REQUEUE_BY)}")
+    same = ("nodes", "min_nodes", "procs_per_node", "time", "partition", "account", "qos", "gres", "gpus_per_node")
+    same += ("cpus_per_task", "max_restarts", "requeue_by", "preflight")
+    asked = SlurmOptions(
+        **{name: options[name] for name in same},
+        lead_seconds=options["lead"],
+        at_once=options.get("at_once"),
+        more=tuple(options["sbatch"] or ()),
+        srun=tuple(options["srun"] or ()),
+    )
+    return slurm_plan(loaded, overrides, asked, folder=Path.cwd())
+
+
+def _kubernetes(recipes: list[Path], overrides: list[str], options: dict[str, Any]) -> int:
+    from dist_cpt_launch.kubernetes import KINDS, apply, kubernetes_plan, load_settings
+
+    if "cluster" not in options:
+        raise ConfigError("resume --on kubernetes: launch does that", remedy="dist-cpt launch RECIPE --on kubernetes")
+    if options["cluster"] is None:
+        raise ConfigError("--on kubernetes needs --cluster FILE", remedy="docs/kubernetes.md has one to copy")
+    ignored = [name for name in (*SLURM_ONLY, "rdzv") if options.get(name) is not None and options[name] != []]
+    if ignored or len(recipes) > 1:
+        what = f"--{ignored[0].replace('_', '-')}" if ignored else f"{len(recipes)} recipes"
+        raise ConfigError(f"{what}: --on kubernetes cannot honour that")
+    kind = options["kind"] or "trainjob"
+    if kind not in KINDS:
+        raise ConfigError(f"--kind {kind}: expected {' or '.join(KINDS)}")
+    settings = load_settings(options["cluster"])
+    if not options["preflight"]:
+        settings = settings.model_copy(update={"preflight": False})
+    nodes, procs = options["nodes"], options["procs_per_node"]
+    plan = kubernetes_plan(recipes[0], overrides, settings, kind=kind, nodes=nodes, procs_per_node=procs)
+    if options["dry_run"]:
+        print(plan.shown(), end="")
+        return EXIT_DONE
+    return apply(plan)
 
 
 def _run_folder(path: Path) -> Path:
@@ -275,8 +565,21 @@ def _run_folder(path: Path) -> Path:
     return path
 
 
-def _checkpoint_folder(path: Path) -> Path:
-    """A checkpoint itself if what makes up its model holds, or the newest valid one of a run."""
+def _scales(given: str | None) -> list[float]:
+    """The numbers of --sweep."""
+    try:
+        scales = [float(part) for part in given.split(",")] if given is not None else []
+    except ValueError:
+        raise ConfigError(f"--sweep {given}: give numbers with commas between them, such as 0.5,0.75,1") from None
+    if any(not 0.0 <= scale < float("inf") for scale in scales):
+        raise ConfigError(f"--sweep {given}: a scale is 0 or more")
+    return scales
+
+
+def _checkpoint_folder(path: Path, *, adapters: bool = False) -> Path:
+    """A checkpoint itself if what makes up its model holds, or the newest valid one of a run; or a PEFT folder."""
+    if adapters and (path / "adapter_config.json").is_file() and not (path / "manifest.json").exists():
+        return path
     if (path / "manifest.json").exists():
         from dist_cpt.checkpoint.verify import model_problems
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_CONFIG = 64
 EXIT_DATA = 65
+EXIT_NODE = 69
 EXIT_INTERNAL = 70
 EXIT_NUMERICS = 71
 EXIT_HANG = 72
@@ -52,6 +53,12 @@ class DataError(DistCptError):
     """The corpus, the tokenizer or the token store cannot be used as asked."""
 
     exit_code = EXIT_DATA
+
+
+class NodeError(DistCptError):
+    """A node failed the checks before the start; elsewhere the run may go on."""
+
+    exit_code = EXIT_NODE
 
 
 class NumericsError(DistCptError):

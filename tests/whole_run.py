@@ -8,6 +8,7 @@ from typing import Any
 
 from dist_cpt.config.load import build
 from dist_cpt.config.resolve import resolve_paths
+from dist_cpt.config.schema import RunConfig
 from dist_cpt.runtime.stop import StopRequest
 
 
@@ -16,6 +17,11 @@ def train(values: dict[str, Any], stop: StopRequest | None = None) -> int:
     from dist_cpt.train.run import train as train_run
 
     return train_run(resolve_paths(build(values, "recipe.yaml")), stop or StopRequest())[0]
+
+
+def built(values: dict[str, Any]) -> RunConfig:
+    """A recipe as the command resolves it."""
+    return resolve_paths(build(values, "recipe.yaml"))
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

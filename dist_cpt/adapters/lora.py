@@ -49,28 +49,45 @@ def apply_lora(
     base_path: str | None,
     revision: str | None,
     seed: int,
+    classifies: bool = False,
+    low_rank_vocabulary: bool = False,
 ) -> Adapted:
     """Freeze `model`, put LoRA on the adapter's targets and let the vocabulary matrices in `train` train.
 
-    `train` names `embed_tokens` (the input embedding, whatever the model calls it) and `lm_head`. LoRA's
+    `train` names `embed_tokens` (the input embedding, whatever the model calls it) and `lm_head`; the head of a model
+    that `classifies` always trains. With `low_rank_vocabulary` they stay frozen under LoRA as well. LoRA's
     random half is drawn from `seed`, the same on every rank. Trainable tensors become fp32.
 
     Raises:
-        ConfigError: a target is not a linear layer of the model, or is the head.
+        ConfigError: a target is not a linear layer of the model, or is the head; low rank for a tied pair.
     """
     peft = import_peft()
     targets = target_modules(model, adapter.targets, head)
+    transposed = _stores_transposed(model, targets)
+    trained = _vocabulary_modules(model, head, embeddings, set(train))
+    low_rank = list(trained.values()) if low_rank_vocabulary else []
+    if low_rank:
+        if head.weight is embeddings.weight or transposed:
+            raise ConfigError(
+                "embeddings.kind: lora: this base ties head and embedding, or stores its layers transposed",
+                remedy="use embeddings.kind: full",
+            )
+        targets += [name for name, module in model.named_modules() if any(module is chosen for chosen in low_rank)]
+        trained = {}
     lora = peft.LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
         lora_dropout=adapter.dropout,
         target_modules=targets,
-        fan_in_fan_out=_stores_transposed(model, targets),
+        fan_in_fan_out=transposed,
         bias="none",
-        task_type=peft.TaskType.CAUSAL_LM,
+        # PEFT would wrap a classifier's head in a second copy; the folder says SEQ_CLS all the same.
+        task_type=None if classifies else peft.TaskType.CAUSAL_LM,
     )
-    trained = _vocabulary_modules(model, head, embeddings, set(train))
+    if classifies:
+        trained[next(name for name, module in model.named_modules() if module is head)] = head
     with torch.random.fork_rng(devices=[]), without_peft_deprecations():
         torch.manual_seed(seed)
         peft_model = peft.get_peft_model(model, lora)
@@ -79,8 +96,17 @@ def apply_lora(
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for module in peft_model.modules() if adapter.dora else ():
+        if len(getattr(module, "lora_magnitude_vector", ())):
+            module.gathers_at_once = True  # DoRA reads the base's matrix beside the module that owns it
+    for module in peft_model.modules() if low_rank else ():
+        if getattr(module, "base_layer", None) is head:
+            module.gathers_at_once = True  # it reads its matrices past the modules that own them
     tied = head.weight is embeddings.weight
-    return Adapted(peft_model, _adapter_config(lora, sorted(trained), tied, base_path, revision))
+    adapter_config = _adapter_config(lora, sorted(trained), tied, base_path, revision)
+    if adapter.init == "pissa":
+        adapter_config["init_lora_weights"] = "pissa"  # PEFT then takes the same part out of the base it loads
+    return Adapted(peft_model, adapter_config)
 
 
 def import_peft() -> Any:
@@ -109,7 +135,7 @@ def target_modules(model: Any, targets: str | tuple[str, ...], head: nn.Linear) 
     Raises:
         ConfigError: a target names no linear layer, or the head.
     """
-    linear = [name for name, module in model.named_modules() if _is_linear(module) and module is not head]
+    linear = [name for name, module in model.named_modules() if is_linear(module) and module is not head]
     head_name = next(name for name, module in model.named_modules() if module is head)
     if targets == "all-linear":
         return _shortest(model, linear)
@@ -134,7 +160,17 @@ def canonical_name(parameter_name: str) -> str:
     name = parameter_name.removeprefix(_WRAPPER_PREFIX)
     if not name.startswith("base_model.model."):
         return name
-    return re.sub(r"(\.lora_[A-Za-z_]+)\.default(?=\.|$)", r"\1", name)
+    name = re.sub(r"(\.lora_[A-Za-z_]+)\.default(?=\.|$)", r"\1", name)
+    return re.sub(r"(\.lora_magnitude_vector)\.weight$", r"\1", name)
+
+
+def canonical_key(key: str) -> str | None:
+    """The canonical name behind a key of an adapter file, in any spelling; None for a frozen original."""
+    if ".original_module." in key or ".base_layer." in key:
+        return None
+    key = re.sub(r"\.modules_to_save(\.[^.]+)?\.weight$", ".weight", key)
+    key = re.sub(r"(\.lora_magnitude_vector)(\.[^.]+)*$", r"\1", key)
+    return re.sub(r"(\.lora_[A-Za-z_]+)\.[^.]+\.weight$", r"\1.weight", key)
 
 
 def adapter_aliases(names: Iterable[str], ties: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -163,6 +199,7 @@ def _adapter_config(
         "inference_mode": True,
         "modules_to_save": modules_to_save or None,
         "ensure_weight_tying": bool(tied and modules_to_save),
+        "task_type": values["task_type"] or "SEQ_CLS",
     }
     return values
 
@@ -181,7 +218,8 @@ def _vocabulary_modules(
     return {names[id(module)].rpartition(".")[2]: module for module in chosen}
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether PEFT's LoRA goes on `module` as on a matrix."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, (nn.Linear, Conv1D))

@@ -1,13 +1,15 @@
-"""NF4: the linear layers of a frozen base in 4 bits. The one door of bitsandbytes for weights.
+"""NF4 and int8: the linear layers of a frozen base in 4 or 8 bits. The one door of bitsandbytes for weights.
 
-A layer [out, in] becomes codes uint8 [out * in / 2, 1], one 8-bit scale per 64 elements and one fp32 scale per
-256 of those: 4.127 bits per element instead of 16. The head, the embeddings, norms and biases stay bf16. Engines
-move and cut the codes like any frozen parameter; the scales lie beside them, whole on every rank.
-Source: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, section 3.
+NF4: a layer [out, in] becomes codes uint8 [out * in / 2, 1], one 8-bit scale per 64 elements and one fp32 scale per
+256 of those: 4.127 bits per element instead of 16. int8: codes int8 [out, in] and one fp32 scale per row. The head,
+the embeddings, norms and biases stay bf16. Engines move and cut the codes like any frozen parameter; the scales lie
+beside them, whole on every rank.
+Source: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, section 3; LLM.int8(), section 2.1.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -23,53 +25,96 @@ from dist_cpt.adapters.lora import import_peft
 from dist_cpt.errors import ConfigError, MissingExtraError
 
 BLOCKSIZE = 64  # elements that share a scale; fixed by transformers for weights it quantises while loading
-# What a resume must find again, beside the hash of the weights that were quantised.
-IDENTITY = {"weights": "nf4", "weights_quantisation": {"blocksize": BLOCKSIZE, "double_quant": True}}
+QUANTISED = ("nf4", "int8")
 
 
-def load_nf4(folder: Path, hf_config: Any | None, device: torch.device) -> Any:
-    """A transformers causal LM on `device` with every linear layer but the head in NF4, the rest in bf16.
+def load_quantised(
+    folder: Path, hf_config: Any | None, device: torch.device, weights: str, *, own_code: bool = False
+) -> Any:
+    """A transformers causal LM on `device` with every linear layer but the head in `weights`, the rest in bf16.
 
-    transformers quantises one tensor after the other while it reads: the 16-bit base never exists as a whole.
+    transformers quantises one tensor after the other while it reads: the 16-bit base never exists as a whole. A
+    folder that holds such weights already is taken as it is, code by code.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
-        ConfigError: the model has no linear layer to quantise.
+        ConfigError: no linear layer to quantise, or quantised weights in the folder that are not read.
     """
-    require_bitsandbytes()
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    require_bitsandbytes(weights)
+    from transformers import AutoModelForCausalLM
 
-    # Storage other than uint8 or the compute dtype would be cast, and so corrupted, by engines that cast weights.
-    how = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_quant_storage=torch.uint8,
-    )
+    stored = stored_weights(folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         config=hf_config,
         dtype=torch.bfloat16,
-        quantization_config=how,
+        **({"quantization_config": _how(weights)} if stored is None else {}),  # a None would hide the folder's own
         device_map={"": device},
         use_safetensors=True,
-        trust_remote_code=False,
+        trust_remote_code=own_code,
     )
-    layers: list[Any] = [module for module in model.modules() if _state(module) is not None]
-    if not layers or _state(model.get_output_embeddings()) is not None:
+    kind = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[weights]
+    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if type(m).__name__ == kind]
+    for name, layer in layers:
+        if weights == "nf4":
+            _require_layout(folder, name, layer)
+            layer.forward = partial(_forward, layer)
+        else:
+            layer.row_absmax = layer.weight.SCB.float()
+            layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+            layer.forward = partial(_forward_int8, layer)
+    if not layers:
         raise ConfigError(
-            f"model type {model.config.model_type}: no linear layer beside the head for model.weights: nf4",
+            f"model type {model.config.model_type}: no linear layer beside the head for model.weights: {weights}",
             remedy="use model.weights: bf16",
         )
-    for layer in layers:
-        found = (layer.weight.dtype, layer.quant_state.blocksize, layer.quant_state.nested)
-        assert found == (torch.uint8, BLOCKSIZE, True)
-        layer.forward = partial(_forward, layer)
+    if is_quantised(model.get_output_embeddings()):
+        raise ConfigError(f"{folder} has a quantised output head", remedy="give a copy whose head is in 16 bits")
     return model
 
 
-def require_bitsandbytes() -> None:
+def load_nf4(folder: Path, hf_config: Any | None, device: torch.device) -> Any:
+    """`load_quantised` in NF4."""
+    return load_quantised(folder, hf_config, device, "nf4")
+
+
+def stored_weights(folder: Path) -> str | None:
+    """nf4 or int8 for a folder of weights that bitsandbytes quantised, None for plain ones.
+
+    Raises:
+        ConfigError: another way of quantising, named.
+    """
+    how = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if how is None:
+        return None
+    method = how.get("quant_method")
+    layout = f"{method} {how.get('bnb_4bit_quant_type', 'fp4')}" if how.get("load_in_4bit") else str(method)
+    storage = how.get("bnb_4bit_quant_storage", "uint8")
+    if method == "bitsandbytes" and how.get("load_in_8bit"):
+        return "int8"
+    if layout == "bitsandbytes nf4" and storage == "uint8":
+        return "nf4"
+    if layout == "bitsandbytes nf4":  # engines that cast weights would corrupt codes stored as numbers
+        layout = f"{layout} stored as {storage}"
+    raise ConfigError(
+        f"model.path: {folder} holds quantised weights of a kind that is not read: {layout}",
+        remedy="give a bitsandbytes nf4 (stored as uint8) or int8 folder, or the unquantised model",
+    )
+
+
+def identity_of(model: Any, weights: str, stored: bool) -> dict[str, Any]:
+    """What a resume must find again, beside the hash of the weights that were quantised, or were so already."""
+    state = next((_state(m) for m in model.modules() if _state(m) is not None), None)
+    how = {"row_wise": True} if state is None else {"blocksize": state.blocksize, "double_quant": state.nested}
+    return {"weights": weights, "weights_quantisation": how | ({"stored": True} if stored else {})}
+
+
+def is_quantised(module: Any) -> bool:
+    """Whether `module` is a linear layer in NF4 or int8."""
+    return _state(module) is not None or hasattr(module, "row_absmax")
+
+
+def require_bitsandbytes(weights: str) -> None:
     """Import bitsandbytes.
 
     Raises:
@@ -79,30 +124,36 @@ def require_bitsandbytes() -> None:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise MissingExtraError("model.weights: nf4", "qlora") from None
+        raise MissingExtraError(f"model.weights: {weights}", "qlora") from None
 
 
 def quantisation_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of all that turns codes back into weights; none of it is a parameter or a buffer.
 
-    `<layer>.weight.absmax` uint8 [blocks], `.nested_absmax` [blocks / 256], `.offset` [1] and the two tables of
-    code values [16] and [256], fp32. The very tensors that are used, not copies.
+    NF4: `<layer>.weight.absmax` uint8 [blocks], `.nested_absmax` [blocks / 256], `.offset` [1] and the two tables of
+    code values [16] and [256], fp32; without double quantisation `.absmax` fp32 and one table. int8: `.row_absmax`
+    fp32 [out]. The very tensors that are used, not copies.
     """
     for name, layer in module.named_modules():
+        if isinstance(scales := getattr(layer, "row_absmax", None), torch.Tensor):
+            yield f"{name}.weight.row_absmax", scales
         state = _state(layer)
         if state is None:
             continue
         yield f"{name}.weight.absmax", state.absmax
-        yield f"{name}.weight.offset", state.offset.view(1)
         yield f"{name}.weight.quant_map", state.code
-        yield f"{name}.weight.nested_absmax", state.state2.absmax
-        yield f"{name}.weight.nested_quant_map", state.state2.code
+        if state.nested:
+            yield f"{name}.weight.offset", state.offset.view(1)
+            yield f"{name}.weight.nested_absmax", state.state2.absmax
+            yield f"{name}.weight.nested_quant_map", state.state2.code
 
 
 def nf4_scales(layer: Any) -> Nf4Scales:
     """What turns the codes of a quantised layer into its weight [out, in], in bf16; views, not copies."""
     state = layer.quant_state
-    nested = NestedScales(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
+    nested = None
+    if state.nested:
+        nested = NestedScales(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
     return Nf4Scales(state.absmax, tuple(state.shape), nested, BLOCKSIZE)
 
 
@@ -110,6 +161,77 @@ def weight_elements(parameter: torch.Tensor) -> int:
     """Elements of the matrix that a parameter stands for, be it packed or not; before an engine cuts it."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
+
+
+def read_weight(layer: Any) -> torch.Tensor:
+    """The matrix fp32 [out, in] that a linear layer multiplies by, be it plain, stored [in, out], NF4 or int8."""
+    if _state(layer) is not None:
+        return _unpacked(layer, torch.float32)
+    if hasattr(layer, "row_absmax"):
+        return layer.weight.data.float() * (layer.row_absmax / 127.0)[:, None]
+    weight = layer.weight.data.float()
+    return weight if isinstance(layer, nn.Linear) else weight.T
+
+
+def write_weight(layer: Any, weight: torch.Tensor) -> None:
+    """Make fp32 [out, in] the layer's matrix, rounded or quantised to what the layer stores; in place."""
+    if (state := _state(layer)) is not None:
+        from bitsandbytes.functional import quantize_4bit
+
+        codes, new = quantize_4bit(weight, blocksize=BLOCKSIZE, compress_statistics=state.nested, quant_type="nf4")
+        new.dtype = state.dtype
+        layer.weight.data.copy_(codes)
+        layer.weight.quant_state = layer.quant_state = new
+    elif hasattr(layer, "row_absmax"):
+        absmax = weight.abs().amax(1)
+        codes = weight * (127.0 / absmax.clamp_min(torch.finfo(torch.float32).tiny))[:, None]
+        layer.weight.data.copy_(codes.round_().clamp_(-127, 127))
+        layer.row_absmax.copy_(absmax)
+    else:
+        layer.weight.data.copy_(weight if isinstance(layer, nn.Linear) else weight.T)
+
+
+def dequantise(model: Any) -> Any:
+    """`model` with plain fp32 layers, stored as its architecture stores them, instead of quantised ones."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, layer in [(n, m) for n, m in model.named_modules() if is_quantised(m)]:
+        with torch.device("meta"):
+            plain: Any = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            if layer.source_cls is Conv1D:
+                plain = Conv1D(layer.out_features, layer.in_features)
+        weight = read_weight(layer)
+        plain.weight = nn.Parameter(weight if isinstance(plain, nn.Linear) else weight.T.contiguous())
+        plain.bias = layer.bias
+        model.set_submodule(name, plain)
+    model.hf_quantizer.remove_quantization_config(model)
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+    return model.float()
+
+
+def _how(weights: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if weights == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    # Storage other than uint8 or the compute dtype would be cast, and so corrupted, by engines that cast weights.
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.uint8,
+    )
+
+
+def _require_layout(folder: Path, name: str, layer: Any) -> None:
+    state = layer.quant_state
+    found = (state.quant_type, state.blocksize, str(layer.weight.dtype))
+    if found != ("nf4", BLOCKSIZE, "torch.uint8"):
+        raise ConfigError(
+            f"{folder}: {name} is {found[0]} in blocks of {found[1]}, stored as {found[2]}",
+            remedy=f"only nf4 in blocks of {BLOCKSIZE}, stored as uint8, is read",
+        )
 
 
 def _state(module: Any) -> Any:
@@ -138,6 +260,30 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return _Product.apply(x, layer)
 
 
+class _RowScaledProduct(torch.autograd.Function):
+    """x W^T + b for int8 rows with a scale each: the sums run over the codes themselves, which bf16 holds exactly,
+    and are scaled in fp32, so that no weight is ever rounded to bf16.
+
+    bitsandbytes' own layer would round x to 8 bits as well, and keeps codes out of an engine's sight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: Any) -> torch.Tensor:
+        ctx.layer = layer
+        y = F.linear(x, layer.weight.data.to(x.dtype)) * (layer.row_absmax / 127.0)
+        return (y if layer.bias is None else y + layer.bias).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad,) = grads
+        scaled = (grad * (ctx.layer.row_absmax / 127.0)).to(grad.dtype)
+        return scaled @ ctx.layer.weight.data.to(grad.dtype), None
+
+
+def _forward_int8(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    return _RowScaledProduct.apply(x, layer)
+
+
 def _unpacked(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     """The weight [out, in]. The codes are looked up now: an engine may have gathered them a moment ago."""
     state, codes = layer.quant_state, layer.weight.data
@@ -148,7 +294,7 @@ def _unpacked(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_blockwise
 
     elements = state.shape.numel()
-    absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     # As one row: for rows of 16 n elements, but not 64 n, the CPU kernel of bitsandbytes 0.50 would take the scales
     # of other blocks. A row of an odd number of elements ends in the spare half of its last byte.
     row = (1, elements + elements % 2)

@@ -8,7 +8,6 @@ The folder is read by name: what this run would not train the same way is refuse
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any, Protocol
 
 import torch
 
-from dist_cpt.adapters.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from dist_cpt.checkpoint.foreign_match import refusal, require_match, trained_apart, vocabulary_words
+from dist_cpt.adapters.earlier import not_an_adapter, refusal, require_same_base
+from dist_cpt.adapters.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, canonical_key
+from dist_cpt.checkpoint.foreign_match import require_match, trained_apart, vocabulary_words
 from dist_cpt.checkpoint.manifest import MANIFEST, StateKind, TensorSpec
-from dist_cpt.checkpoint.outline import printable
+from dist_cpt.checkpoint.outline import printable, read_manifest
 from dist_cpt.checkpoint.restore import LoadedCheckpoint, load
 from dist_cpt.checkpoint.safetensors_stream import file_sha256, is_finite
 from dist_cpt.checkpoint.state import first_line, strict_json
@@ -146,6 +146,8 @@ def start_from(
     def opened() -> ForeignAdapter:
         adapter = open_adapter(folder)
         require_match(adapter, specs, model)
+        if ours and not chosen.other_base:
+            require_same_base(folder, read_manifest(folder).base["sha256"], model.identity["sha256"])
         if chosen.optimizer:
             adapter.moments = _moments(adapter, ours, list(model.trainable), optim)
         return adapter
@@ -166,18 +168,10 @@ def open_adapter(folder: Path) -> ForeignAdapter:
         ConfigError: not such a folder; says what it seems to be.
         CheckpointError: one of the two files is damaged.
     """
-    wrong, remedy = _not_an_adapter(folder)
+    wrong, remedy = not_an_adapter(folder)
     if wrong and remedy:
         raise refusal(folder, wrong, remedy)
     return ForeignAdapter(folder)
-
-
-def canonical_key(key: str) -> str | None:
-    """The canonical name behind a key of an adapter file, in any spelling; None for a frozen original."""
-    if ".original_module." in key or ".base_layer." in key:
-        return None
-    key = re.sub(r"\.modules_to_save(\.[^.]+)?\.weight$", ".weight", key)
-    return re.sub(r"(\.lora_[A-Za-z_]+)\.[^.]+\.weight$", r"\1.weight", key)
 
 
 def _moments(
@@ -216,26 +210,6 @@ def _betas_of_run(checkpoint: Path, optim: OptimConfig) -> Sequence[float]:
         return optim.betas
     values = parse_yaml(recipe.read_text(encoding="utf-8"), str(recipe))
     return values["optim"]["betas"]
-
-
-def _not_an_adapter(folder: Path) -> tuple[str | None, str | None]:
-    """What is wrong with a folder, and what to do; (None, None) for an adapter that can be opened."""
-    if not folder.is_dir():
-        return "is not a folder", "give a local folder; fetch an adapter from the hub first"
-    if not (folder / ADAPTER_CONFIG).is_file():
-        inside = sorted([*folder.glob("checkpoints/step-????????"), *folder.glob("checkpoint-*")])
-        if inside:
-            return f"is a run, not one of its {len(inside)} checkpoints", f"name one, for example {inside[-1]}"
-        if (folder / "config.json").is_file():
-            return "holds a full model, no adapter", "use it as model.path"
-        return f"has no {ADAPTER_CONFIG}", "give a folder that PEFT's save_pretrained wrote"
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        pickled = "only a pickled adapter_model.bin, which is never opened"
-        return (
-            f"has {pickled if (folder / 'adapter_model.bin').exists() else f'no {ADAPTER_WEIGHTS}'}",
-            "where you trust it, load it with PEFT and write it again with save_pretrained (safetensors)",
-        )
-    return None, None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

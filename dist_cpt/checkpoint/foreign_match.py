@@ -6,24 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from dist_cpt.adapters.earlier import MERGE, refusal, require_plain_lora
 from dist_cpt.checkpoint.manifest import TensorSpec
-from dist_cpt.checkpoint.outline import printable
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.load import TrainableModel
 
 _PREFIX = "base_model.model."
-_MERGE = "merge that adapter into the base and start from the merged model (model.path)"
-
-# Keys of adapter_config.json that this run may have otherwise: they say where the adapter came from or how it was
-# trained and started, or its tensors' names say the same. Every other key of PEFT's LoRA must agree.
-_FREE = {
-    *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"),
-    *("peft_type", "r", "lora_alpha", "use_rslora", "lora_dropout", "modules_to_save", "ensure_weight_tying"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("megatron_config", "megatron_core", "qalora_group_size"),
-}
-_KEEPS_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # the other starts subtract from its weights
 
 
 class PeftFolder(Protocol):
@@ -43,7 +31,10 @@ def require_match(adapter: PeftFolder, specs: Sequence[TensorSpec], model: Train
         ConfigError: names every difference that the recipe can follow, or the first one that it cannot.
     """
     assert model.adapter_config is not None
-    _require_same_method(adapter, model.adapter_config)
+    require_plain_lora(adapter.folder, adapter.config, model.adapter_config)
+    theirs, here = (bool(c.get("fan_in_fan_out")) for c in (adapter.config, model.adapter_config))
+    if theirs != here:
+        raise refusal(adapter.folder, f"has fan_in_fan_out {theirs}, here {here}", MERGE)
     shapes = {spec.name: tuple(spec.shape) for spec in specs}
     words = vocabulary_words(model)
     differences = _scale_differences(adapter.config, model.adapter_config)
@@ -54,7 +45,7 @@ def require_match(adapter: PeftFolder, specs: Sequence[TensorSpec], model: Train
         raise refusal(adapter.folder, f"has {'; '.join(said)}", f"set {', '.join(settings)}")
     for name in sorted((adapter.shapes.keys() - model.aliases.keys()) ^ shapes.keys()):
         said = f"has {name}, which does not train here" if name in adapter.shapes else f"lacks {name}"
-        remedy = "name the same modules in adapter.targets, on the same base" if ".lora_" in name else _MERGE
+        remedy = "name the same modules in adapter.targets, on the same base" if ".lora_" in name else MERGE
         raise refusal(adapter.folder, said, remedy)
     for name, shape in shapes.items():
         if adapter.shapes[name] != shape:
@@ -68,19 +59,6 @@ def require_match(adapter: PeftFolder, specs: Sequence[TensorSpec], model: Train
     for alias, name in model.aliases.items():
         if alias not in adapter.shapes:
             raise trained_apart(adapter.folder, name, alias)
-
-
-def _require_same_method(adapter: PeftFolder, ours: Mapping[str, Any]) -> None:
-    theirs = adapter.config
-    if theirs.get("peft_type") != "LORA":
-        raise refusal(adapter.folder, f"is of type {theirs.get('peft_type')!r}, not LORA", _MERGE)
-    if theirs.get("init_lora_weights") not in _KEEPS_THE_BASE:
-        how = f"init_lora_weights {theirs['init_lora_weights']!r}"
-        raise refusal(adapter.folder, f"was started with {how}, which changes the base it belongs to", _MERGE)
-    for key in sorted(ours.keys() - _FREE):
-        left, right = theirs.get(key, None) or None, ours[key] or None  # {}, False and None all ask for nothing
-        if left != right and (left, right) not in ((None, "none"), ("none", None)):
-            raise refusal(adapter.folder, f"has {key} {theirs.get(key)!r}, here {ours[key]!r}", _MERGE)
 
 
 def _scale_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -99,7 +77,7 @@ def _target_differences(
     theirs, ours = _lora_modules(adapter.shapes), _lora_modules(shapes)
     for name, word in words.items():
         if name.removesuffix(".weight") in theirs:
-            raise refusal(adapter.folder, f"has LoRA on {word}, which trains in full or not at all here", _MERGE)
+            raise refusal(adapter.folder, f"has LoRA on {word}, which trains in full or not at all here", MERGE)
     left, right = ({module.rpartition(".")[2] for module in modules} for modules in (theirs, ours))
     if left == right:
         return []  # other layers than here show as single tensors
@@ -143,8 +121,3 @@ def trained_apart(folder: Path, name: str, alias: str) -> ConfigError:
         f"trained {name} and {alias} apart, but this base ties them",
         "merge that adapter into an untied copy of the base and start from there (model.path)",
     )
-
-
-def refusal(folder: Path, said: str, remedy: str) -> ConfigError:
-    """One line, whatever names and values a foreign file holds."""
-    return ConfigError(printable(f"adapter.continue_from: {folder} {said}"), remedy=printable(remedy))

@@ -20,6 +20,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+INITIAL_ADAPTER = "initial_adapter.safetensors"  # what PiSSA took out of the base: no training state, kept as it is
 MODEL_INDEX = "model.safetensors.index.json"
 
 StateKind = Literal["master", "exp_avg", "exp_avg_sq"]

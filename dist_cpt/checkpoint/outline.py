@@ -8,6 +8,7 @@ from pathlib import Path
 from dist_cpt.checkpoint.folders import step_name
 from dist_cpt.checkpoint.manifest import (
     ADAPTER_WEIGHTS,
+    INITIAL_ADAPTER,
     MANIFEST,
     MODEL_INDEX,
     STATE,
@@ -88,7 +89,7 @@ def _structure_problems(manifest: Manifest) -> list[str]:
             problems.append(f"{MANIFEST}: {alias} is an alias of {name}, which is not listed")
     if len(set(names)) == len(names):
         listed = {name for tensor in manifest.tensors for name in tensor.file.values()}
-        stray = {name for name in manifest.files if name.endswith(".safetensors")} - listed
+        stray = {name for name in manifest.files if name.endswith(".safetensors")} - listed - {INITIAL_ADAPTER}
         problems += [f"{MANIFEST} lists {name} without a tensor in it" for name in sorted(stray)]
     return problems
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from dist_cpt.checkpoint.folders import published
-from dist_cpt.checkpoint.manifest import STATE_KINDS, Manifest, StateKind, TensorEntry
+from dist_cpt.checkpoint.manifest import INITIAL_ADAPTER, STATE_KINDS, Manifest, StateKind, TensorEntry
 from dist_cpt.checkpoint.outline import outline_problems, read_manifest
 from dist_cpt.checkpoint.safetensors_stream import file_sha256, scan, tensor_sha256
 from dist_cpt.errors import CheckpointError
@@ -79,7 +79,7 @@ def file_problems(path: Path, manifest: Manifest, name: str) -> list[str]:
     """Read one listed file to its end and compare: bytes, sha256, and for tensor files every tensor."""
     entry = manifest.files[name]
     try:
-        if not name.endswith(".safetensors"):
+        if not name.endswith(".safetensors") or name == INITIAL_ADAPTER:
             num_bytes, sha256 = file_sha256(path / name)
             problems = []
         else:

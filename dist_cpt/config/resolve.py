@@ -41,13 +41,29 @@ def resolve_paths(config: RunConfig) -> RunConfig:
     if config.adapter.continue_from is not None:
         values["adapter"]["continue_from"]["path"] = _absolute(config.adapter.continue_from.path)
     values["model"]["path"] = _folder_or_hub_id(config.model.path)
-    values["data"]["tokenizer"] = _folder_or_hub_id(config.data.tokenizer or config.model.path)
+    extended = values["embeddings"]["new_tokens"] = _folder_or_hub_id(config.embeddings.new_tokens)
+    values["data"]["tokenizer"] = _folder_or_hub_id(config.data.tokenizer or extended or config.model.path)
+    if extended is not None and values["data"]["tokenizer"] != extended:
+        raise ConfigError(
+            f"data.tokenizer is {values['data']['tokenizer']}, embeddings.new_tokens {extended}",
+            remedy="leave data.tokenizer out: the text is read with the extended tokenizer",
+        )
     if values["optim"]["embedding_lr"] is None:
-        values["optim"]["embedding_lr"] = config.optim.lr / 10
+        values["optim"]["embedding_lr"] = config.optim.lr / (1 if config.embeddings.kind == "lora" else 10)
+    if config.task == "classify":
+        values["optim"]["head_lr"] = config.optim.head_lr or config.optim.lr
+    template = config.data.chat_template
+    if template is not None and not is_template_text(template):
+        values["data"]["chat_template"] = _absolute(template)
     names = [source["name"] for source in values["data"]["sources"]]
     if len(set(names)) != len(names):
         raise ConfigError(f"data.sources: names must differ, got {names}", remedy="give each source a name")
     return RunConfig.model_validate(values)
+
+
+def is_template_text(template: str) -> bool:
+    """Whether `data.chat_template` is a jinja template itself, and not the path of one."""
+    return "{%" in template or "{{" in template
 
 
 def step_shape(config: RunConfig, world_size: int) -> StepShape:
@@ -101,7 +117,9 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     values["batch"].pop("micro_batch")
     values["data"].pop("cache_dir")
     values["model"].pop("kernels")
+    values["model"].pop("attention")
     values["health"].pop("hang")
+    values["health"].pop("straggler")
     return values
 
 

@@ -29,7 +29,8 @@ class BlockLoader:
         self.pad_id = pad_id
         self.source_names = [source.name for source in prepared.sources]
         self._stores = [source.store for source in prepared.sources]
-        self._plans = [pack(store.lengths, seq_len) for store in self._stores]
+        self._plans = [pack(source.store.lengths, seq_len, source.stride) for source in prepared.sources]
+        self._repeats = [source.overlap_trains for source in prepared.sources]
         self.mixture = Mixture([source.weight for source in prepared.sources])
         # Neighbouring positions share their epoch; a key is derived once, not per block.
         self._order = lru_cache(maxsize=4 * len(self._stores))(self._new_order)
@@ -52,7 +53,7 @@ class BlockLoader:
                 rows.add_padding()
                 continue
             source, _, block = self._locate(position)
-            rows.add(self._stores[source], self._plans[source], block, source)
+            rows.add(self._stores[source], self._plans[source], block, source, self._repeats[source])
         return rows.batch(positions)
 
     def _locate(self, position: int) -> tuple[int, int, int]:
@@ -74,7 +75,8 @@ class ValidationLoader:
         self.seq_len = seq_len
         self.pad_id = pad_id
         self._store = source.store
-        self._plan = pack(source.store.lengths, seq_len)
+        self._plan = pack(source.store.lengths, seq_len, source.stride)
+        self._repeats = source.overlap_trains
         # Packing puts long documents first; a sample of max_blocks must not be of long documents only.
         self._order = FeistelOrder(self._plan.num_blocks, 0, source.name)
         self.num_blocks = min(self._plan.num_blocks, max_blocks or self._plan.num_blocks)
@@ -84,7 +86,7 @@ class ValidationLoader:
         rows = _Rows(len(indices), self.seq_len, self.pad_id, 1)
         for index in indices:
             if index < self.num_blocks:
-                rows.add(self._store, self._plan, int(self._order(index)), 0)
+                rows.add(self._store, self._plan, int(self._order(index)), 0, self._repeats)
             else:
                 rows.add_padding()
         return rows.batch(indices)
@@ -121,7 +123,8 @@ class _Rows:
         self.num_targets = 0
         self.row = 0
 
-    def add(self, store: TokenStore, plan: PackingPlan, block: int, source: int) -> None:
+    def add(self, store: TokenStore, plan: PackingPlan, block: int, source: int, repeats: bool) -> None:
+        """One block; `repeats`: what an earlier piece has predicted is a target again."""
         first, last = plan.block_offsets[block : block + 2].tolist()
         at = 0
         for piece in range(first, last):
@@ -132,11 +135,18 @@ class _Rows:
             stop = min(start + length + 1, int(store.lengths[document]))
             origin = int(store.starts[document])
             tokens = store.tokens[origin + start : origin + stop]
-            num_targets = len(tokens) - 1
             self.input_ids[self.row, at : at + length] = tokens[:length]
-            self.labels[self.row, at : at + num_targets] = tokens[1:]
             self.position_ids[self.row, at : at + length] = self.ramp[:length]
-            self.num_targets += num_targets
+            labels = self.labels[self.row, at : at + length]
+            if store.classes is None:
+                answers = None if store.answers is None else store.answers[origin + start + 1 : origin + stop]
+                self.num_targets += _next_tokens(labels, tokens[1:], answers)
+                if start and plan.overlap and not repeats:
+                    self.num_targets -= int((labels[: plan.overlap] != IGNORE_INDEX).sum())
+                    labels[: plan.overlap] = IGNORE_INDEX
+            elif start + length == store.lengths[document]:
+                labels[-1] = store.classes[document]
+                self.num_targets += 1
             at += length
             self.borders.append(self.row * self.seq_len + at)
         self.tokens_by_source[source] += at
@@ -163,3 +173,13 @@ class _Rows:
             self.tokens_by_source,
             tuple(int(b) for b in block_ids),
         )
+
+
+def _next_tokens(labels: np.ndarray, following: np.ndarray, answers: np.ndarray | None) -> int:
+    """Write the targets `following` into `labels`, those alone that are part of an answer; return their number."""
+    if answers is None:
+        labels[: len(following)] = following
+        return len(following)
+    trains = answers.astype(bool)
+    labels[: len(following)][trains] = following[trains]
+    return int(trains.sum())

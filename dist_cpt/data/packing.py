@@ -1,7 +1,7 @@
 """Documents -> blocks of seq_len tokens, as pure integers: none lost, none doubled, none cut short.
 
 Documents longer than a block are split into full pieces and one remainder; remainders and short
-documents are packed best-fit-decreasing.
+documents are packed best-fit-decreasing. With a stride below seq_len the pieces of a long document overlap.
 Source: Ding et al. 2024, Fewer Truncations Improve Language Modeling (arXiv 2404.10830).
 """
 
@@ -22,6 +22,7 @@ class PackingPlan:
     piece_document: np.ndarray  # int64 [num_pieces]
     piece_start: np.ndarray  # int64 [num_pieces], token offset inside the document
     piece_length: np.ndarray  # int32 [num_pieces], at most seq_len
+    overlap: int = 0  # tokens that a document's piece, but the first, shares with the piece before
 
     @property
     def num_blocks(self) -> int:
@@ -29,6 +30,7 @@ class PackingPlan:
 
     @property
     def num_tokens(self) -> int:
+        """Filled positions of all blocks; a token counts in every piece that has it."""
         return int(self.piece_length.sum(dtype=np.int64))
 
     @property
@@ -37,25 +39,31 @@ class PackingPlan:
         return 1.0 - self.num_tokens / (self.num_blocks * self.seq_len) if self.num_blocks else 0.0
 
 
-def pack(lengths: np.ndarray, seq_len: int) -> PackingPlan:
-    """Plan blocks for documents of `lengths` int [num_documents]; inside a block pieces keep document order."""
+def pack(lengths: np.ndarray, seq_len: int, stride: int | None = None) -> PackingPlan:
+    """Plan blocks for documents of `lengths` int [num_documents]; inside a block pieces keep document order.
+
+    `stride` is the distance between the starts of a document's pieces, at most `seq_len` and by default just that.
+    """
     lengths = np.asarray(lengths, dtype=np.int64)
-    document, start, length = _split(lengths, seq_len)
+    stride = seq_len if stride is None else stride
+    document, start, length = _split(lengths, seq_len, stride)
     longest_first = np.argsort(-length, kind="stable")
     block = np.empty(len(length), dtype=np.int64)
     block[longest_first], num_blocks = _best_fit_decreasing(length[longest_first], seq_len)
     by_block = np.argsort(block, kind="stable")
     offsets = np.zeros(num_blocks + 1, dtype=np.int64)
     np.cumsum(np.bincount(block, minlength=num_blocks), out=offsets[1:])
-    return PackingPlan(seq_len, offsets, document[by_block], start[by_block], length[by_block].astype(np.int32))
+    pieces = (document[by_block], start[by_block], length[by_block].astype(np.int32))
+    return PackingPlan(seq_len, offsets, *pieces, overlap=seq_len - stride)
 
 
-def _split(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pieces of at most seq_len: their document, start and length, int64 [num_pieces] each."""
-    pieces = -(-lengths // seq_len)
+def _split(lengths: np.ndarray, seq_len: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pieces of at most seq_len, one every `stride` up to the first that reaches the document's end: their
+    document, start and length, int64 [num_pieces] each."""
+    pieces = np.where(lengths > 0, 1 - (-np.maximum(lengths - seq_len, 0) // stride), 0)
     document = np.repeat(np.arange(len(lengths), dtype=np.int64), pieces)
     first = np.cumsum(pieces) - pieces
-    start = (np.arange(len(document), dtype=np.int64) - np.repeat(first, pieces)) * seq_len
+    start = (np.arange(len(document), dtype=np.int64) - np.repeat(first, pieces)) * stride
     return document, start, np.minimum(lengths[document] - start, seq_len)
 
 

@@ -14,14 +14,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from dist_cpt.config.schema import RunConfig, SourceConfig, ValidationConfig
+from dist_cpt.data.chat import ConversationEncoder, chat_template
+from dist_cpt.data.classes import ExampleEncoder
+from dist_cpt.data.labelled import Labelled, LabelledEncoder
 from dist_cpt.data.mixture import Mixture
 from dist_cpt.data.packing import pack
-from dist_cpt.data.sources import Document, ReadCounts, check_budget, find_files, read_documents
+from dist_cpt.data.sources import (
+    Document,
+    ReadCounts,
+    Record,
+    check_budget,
+    find_files,
+    read_documents,
+    read_records,
+    take_bad,
+)
 from dist_cpt.data.store import FORMAT_VERSION, MANIFEST, QUARANTINE, StoreWriter, TokenStore, sync_folder
 from dist_cpt.data.tokenizer import DocumentEncoder, load_tokenizer, tokenizer_hash, vocabulary_size
 from dist_cpt.errors import DataError, WriteError
@@ -29,6 +41,8 @@ from dist_cpt.errors import DataError, WriteError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+Item = TypeVar("Item")
+Done = TypeVar("Done")
 OnProgress = Callable[[str, int], None]  # (source name, documents tokenised so far)
 
 _BATCH_CHARACTERS = 1 << 19  # per call of the tokenizer; bounds memory
@@ -44,6 +58,8 @@ class PreparedSource:
     weight: float
     role: str  # domain | replay | retention
     store: TokenStore
+    stride: int | None = None  # packing windows: as DataConfig.stride, never None there
+    overlap_trains: bool = True  # else every token is a target once, in the first window that has it
 
 
 @dataclass(frozen=True)
@@ -80,9 +96,10 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Prepare
         WriteError: the cache cannot be written.
     """
     tokenizer, hash_ = _tokenizer(config)
-    encoder = DocumentEncoder(tokenizer)
+    labelled = labelled_encoder(config, tokenizer)
+    encoder = DocumentEncoder(tokenizer) if labelled is None else labelled
     vocab_size = vocabulary_size(tokenizer)
-    jobs = _jobs(config, hash_)
+    jobs = _jobs(config, hash_, labelled)
     for job in jobs:
         try:
             if _reusable(job, config):
@@ -103,7 +120,22 @@ def open_prepared(config: RunConfig) -> Prepared:
         DataError: a store is absent, damaged, or made from other text or another tokenizer.
     """
     tokenizer, hash_ = _tokenizer(config)
-    return _open_all(config, _jobs(config, hash_), hash_, vocabulary_size(tokenizer))
+    jobs = _jobs(config, hash_, labelled_encoder(config, tokenizer))
+    return _open_all(config, jobs, hash_, vocabulary_size(tokenizer))
+
+
+def labelled_encoder(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> LabelledEncoder | None:
+    """What makes ids and labels of the recipe's records; None for task cpt, whose text is its own label.
+
+    Raises:
+        DataError: no chat template for task instruct.
+    """
+    if config.task == "instruct":
+        template = chat_template(tokenizer, config.data.chat_template)
+        return ConversationEncoder(tokenizer, template, config.data.seq_len)
+    if config.classify is not None:
+        return ExampleEncoder(tokenizer, config.classify, config.data.seq_len)
+    return None
 
 
 def check_vocabulary(prepared: Prepared, model_vocab_size: int) -> None:
@@ -140,7 +172,7 @@ def data_report(prepared: Prepared) -> dict[str, Any]:
 
 
 def _source_report(source: PreparedSource, seq_len: int) -> dict[str, Any]:
-    plan = pack(source.store.lengths, seq_len)
+    plan = pack(source.store.lengths, seq_len, source.stride)
     manifest = source.store.manifest
     return {
         "name": source.name,
@@ -152,8 +184,17 @@ def _source_report(source: PreparedSource, seq_len: int) -> dict[str, Any]:
         "tokens": source.store.num_tokens,
         "blocks": plan.num_blocks,
         "padding_fraction": plan.padding_fraction,
+        **_label_report(source.store),
         **manifest.counts,
     }
+
+
+def _label_report(store: TokenStore) -> dict[str, Any]:
+    if store.answers is not None:
+        return {"answer_tokens": int(store.answers.sum(dtype=np.int64))}
+    if store.classes is not None:
+        return {"documents_by_class": np.bincount(store.classes).tolist()}
+    return {}
 
 
 def _tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerFast, str]:
@@ -164,7 +205,7 @@ def _tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerFast, str]:
     return tokenizer, tokenizer_hash(tokenizer)
 
 
-def _jobs(config: RunConfig, hash_: str) -> list[_Job]:
+def _jobs(config: RunConfig, hash_: str, labelled: LabelledEncoder | None) -> list[_Job]:
     if config.data.cache_dir is None:
         raise ValueError("prepare takes a recipe after resolve_paths")
     jobs = []
@@ -179,6 +220,8 @@ def _jobs(config: RunConfig, hash_: str) -> list[_Job]:
             "on_bad_record": config.data.on_bad_record,
             "inputs": inputs,
         }
+        if labelled is not None:
+            recipe |= {"task": config.task, "fields": labelled.fields(source), "labels": labelled.identity}
         key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
         folder = Path(config.data.cache_dir) / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-{key}"
         jobs.append(_Job(source, name, found.files, inputs, found.ignored_files, folder))
@@ -209,7 +252,7 @@ def _reusable(job: _Job, config: RunConfig) -> bool:
 def _make_store(
     job: _Job,
     config: RunConfig,
-    encoder: DocumentEncoder,
+    encoder: DocumentEncoder | LabelledEncoder,
     hash_: str,
     vocab_size: int,
     on_progress: OnProgress | None,
@@ -234,7 +277,7 @@ def _fill(
     work: Path,
     job: _Job,
     config: RunConfig,
-    encoder: DocumentEncoder,
+    encoder: DocumentEncoder | LabelledEncoder,
     hash_: str,
     vocab_size: int,
     on_progress: OnProgress | None,
@@ -242,22 +285,35 @@ def _fill(
     policy = config.data.on_bad_record
     counts = ReadCounts()
     with ExitStack() as stack:
-        writer = StoreWriter(work, vocab_size)
+        plain = isinstance(encoder, DocumentEncoder)
+        writer = StoreWriter(work, vocab_size, None if plain else encoder.label_kind)
         stack.callback(writer.close)
         quarantine = None
         if policy == "quarantine":
             quarantine = stack.enter_context((work / QUARANTINE).open("w", encoding="ascii"))
-        documents = read_documents(job.source, job.files, policy, counts, quarantine)
-        encoded = stack.enter_context(closing(_encode(_batches(documents), encoder)))
+        if plain:
+            documents = read_documents(job.source, job.files, policy, counts, quarantine)
+            encoded = stack.enter_context(closing(_encode(_batches(documents), encoder)))
+        else:
+            records = read_records(job.source, job.files, policy, counts, encoder.parser(job.source), quarantine)
+            encoded = stack.enter_context(closing(_encode(_record_batches(records), encoder)))
         num_texts = 0
-        for texts_of_batch, ids, lengths in encoded:
-            writer.append(ids, lengths)
+        for texts_of_batch, done in encoded:
+            if isinstance(done, Labelled):
+                for record, why in done.bad:
+                    take_bad(why, record.where, record.raw, policy, counts, quarantine)
+                writer.append(done.ids, done.lengths, done.labels)
+                texts_of_batch -= len(done.bad)
+            else:
+                writer.append(*done)
             num_texts += texts_of_batch
             if on_progress is not None:
                 on_progress(job.name, num_texts)
         check_budget(job.name, counts, config.data.bad_record_budget_fraction)
         _check_result(job, counts, writer.num_documents)
         source = {"name": job.name, "path": job.source.path, "text": job.source.text, "on_bad_record": policy}
+        if not plain:
+            source |= {"fields": encoder.fields(job.source), "labels": encoder.identity}
         # A text without any token, or with an EOS in its middle, makes texts and documents differ in number.
         extra = {"ignored_files": job.ignored_files, "texts": num_texts}
         writer.finish(hash_, source, asdict(counts) | extra, job.inputs)
@@ -268,7 +324,7 @@ def _check_result(job: _Job, counts: ReadCounts, num_documents: int) -> None:
         raise DataError(
             f"source {job.name!r}: {job.source.path} holds no document ({counts.records} records in "
             f"{len(job.files)} files, {counts.empty} empty, {counts.num_bad} bad)",
-            remedy="check the path and the field data.sources[].text",
+            remedy="check the path and the fields that are read (data.sources[].text, .messages, classify)",
         )
     if [_input(file) for file in job.files] != job.inputs:
         raise DataError(f"source {job.name!r}: {job.source.path} changed while it was read", remedy="prepare again")
@@ -287,27 +343,41 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
         yield batch
 
 
+def _record_batches(records: Iterator[Record[Any]]) -> Iterator[list[Record[Any]]]:
+    batch: list[Record[Any]] = []
+    num_bytes = 0
+    for record in records:
+        batch.append(record)
+        num_bytes += len(record.raw)
+        if num_bytes >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
+
+
 def _encode(
-    batches: Iterator[list[str]], encoder: DocumentEncoder
-) -> Generator[tuple[int, np.ndarray, np.ndarray], None, None]:
-    """Yield (number of texts, ids, lengths) in the order of the batches, a few of them at work at a time."""
+    batches: Iterator[list[Item]], encoder: Callable[[list[Item]], Done]
+) -> Generator[tuple[int, Done], None, None]:
+    """Yield (number of items, what `encoder` makes of them) in the order of the batches, a few at work at a time."""
     num_threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS) + 1
-    pending: deque[tuple[int, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
+    pending: deque[tuple[int, Future[Done]]] = deque()
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenize")
     try:
         for batch in batches:
             pending.append((len(batch), pool.submit(encoder, batch)))
             if len(pending) > num_threads:
-                num_texts, future = pending.popleft()
-                yield num_texts, *future.result()
+                num_items, future = pending.popleft()
+                yield num_items, future.result()
         while pending:
-            num_texts, future = pending.popleft()
-            yield num_texts, *future.result()
+            num_items, future = pending.popleft()
+            yield num_items, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _open_all(config: RunConfig, jobs: list[_Job], hash_: str, vocab_size: int) -> Prepared:
+    stride = (config.data.stride or config.data.seq_len) if config.data.packing == "windows" else None
     opened = []
     for job in jobs:
         store = TokenStore.open(job.folder)
@@ -316,13 +386,17 @@ def _open_all(config: RunConfig, jobs: list[_Job], hash_: str, vocab_size: int) 
                 f"token store: {job.folder} was made with another tokenizer",
                 remedy="delete the store's folder and prepare again",
             )
-        weight = job.source.weight if isinstance(job.source, SourceConfig) else 1.0
-        opened.append(PreparedSource(job.name, weight, job.source.role, store))
+        weight, repeats = 1.0, False  # a held-out token is judged once
+        if isinstance(job.source, SourceConfig):
+            weight, repeats = job.source.weight, config.data.overlap == "train"
+        opened.append(PreparedSource(job.name, weight, job.source.role, store, stride, repeats))
     split = len(config.data.sources)
     content = [
         hash_,
         [[s.name, s.store.manifest.content_hash] for s in opened[:split]],
         [[s.name, s.store.manifest.content_hash] for s in opened[split:]],
     ]
+    if stride is not None:  # which tokens a block holds
+        content.append(["windows", stride, config.data.overlap])
     identity = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return Prepared(opened[:split], opened[split:], hash_, vocab_size, identity, config.data.seq_len)

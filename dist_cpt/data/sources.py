@@ -5,16 +5,18 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Generic, Literal, TextIO, TypeVar
 
 from dist_cpt.config.schema import SourceConfig, ValidationConfig
 from dist_cpt.errors import DataError
 
 SUFFIXES = (".jsonl", ".txt", ".md")
 OnBadRecord = Literal["error", "skip", "quarantine"]
+T = TypeVar("T")
+Parse = Callable[[bytes, bool], T | None]  # (raw bytes, is jsonl) -> the record, or None where there is nothing in it
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,18 @@ class ReadCounts:
         return sum(self.bad.values())
 
 
-class _BadRecord(Exception):
+@dataclass(frozen=True)
+class Record(Generic[T]):
+    """One record with its place, and its bytes for the case that it turns out to be bad."""
+
+    value: T
+    where: str  # as Document.doc_id
+    raw: bytes
+
+
+class BadRecord(Exception):
+    """What is wrong with one record: `reason` is counted, `detail` shown."""
+
     def __init__(self, reason: str, detail: str) -> None:
         self.reason = reason
         self.detail = detail
@@ -100,19 +113,39 @@ def read_documents(
         DataError: a bad record under `error`, or a file that cannot be read.
     """
     name = source.name or Path(source.path).stem
+
+    def parse(raw: bytes, is_json: bool) -> str | None:
+        text = string_field(json_object(raw), source.text) if is_json else plain_text(raw)
+        return None if not text or text.isspace() else text
+
+    for record in read_records(source, files, on_bad_record, counts, parse, quarantine):
+        yield Document(record.value, name, record.where)
+
+
+def read_records(
+    source: SourceConfig | ValidationConfig,
+    files: list[Path],
+    on_bad_record: OnBadRecord,
+    counts: ReadCounts,
+    parse: Parse[T],
+    quarantine: TextIO | None = None,
+) -> Iterator[Record[T]]:
+    """Yield the records of `files` in order, as `parse` reads them; counting, bad ones and errors as in
+    `read_documents`. `parse` raises BadRecord."""
+    name = source.name or Path(source.path).stem
     for file in files:
         try:
             for where, raw, is_json in _records(file, counts):
                 counts.records += 1
                 try:
-                    text = _jsonl_text(raw, source.text) if is_json else _plain_text(raw)
-                except _BadRecord as bad:
-                    _take_bad(bad, where, raw, on_bad_record, counts, quarantine)
+                    value = parse(raw, is_json)
+                except BadRecord as bad:
+                    take_bad(bad, where, raw, on_bad_record, counts, quarantine)
                     continue
-                if not text or text.isspace():
+                if value is None:
                     counts.empty += 1
                     continue
-                yield Document(text, name, where)
+                yield Record(value, where, raw)
         except OSError as error:
             raise DataError(f"source {name!r}: cannot read {file}: {error.strerror or error}") from error
 
@@ -161,48 +194,87 @@ def _records(file: Path, counts: ReadCounts) -> Iterator[tuple[str, bytes, bool]
             yield f"{file}:{number}", raw, True
 
 
-def _jsonl_text(raw: bytes, key: str) -> str:
+def json_object(raw: bytes) -> dict[str, Any]:
+    """The object on a line of jsonl.
+
+    Raises:
+        BadRecord: invalid UTF-8, bad JSON, or no object.
+    """
     try:
         record: Any = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise _BadRecord("invalid_utf8", f"invalid UTF-8 at byte {error.start} of the line") from None
+        raise BadRecord("invalid_utf8", f"invalid UTF-8 at byte {error.start} of the line") from None
     except (ValueError, RecursionError) as error:
-        raise _BadRecord("bad_json", f"not valid JSON ({error})") from None
+        raise BadRecord("bad_json", f"not valid JSON ({error})") from None
     if not isinstance(record, dict):
-        raise _BadRecord("bad_json", f"a JSON {type(record).__name__} where an object belongs")
+        raise BadRecord("bad_json", f"a JSON {type(record).__name__} where an object belongs")
+    return record
+
+
+def field_of(record: dict[str, Any], key: str) -> Any:
+    """The value of a field.
+
+    Raises:
+        BadRecord: there is none.
+    """
     if key not in record:
-        raise _BadRecord("missing_field", f"no field {key!r}; fields are {sorted(record)[:8]}")
-    if not isinstance(record[key], str):
-        raise _BadRecord("not_a_string", f"field {key!r} is of type {type(record[key]).__name__}")
-    return _checked(record[key])
+        raise BadRecord("missing_field", f"no field {key!r}; fields are {sorted(record)[:8]}")
+    return record[key]
 
 
-def _plain_text(raw: bytes) -> str:
+def string_field(record: dict[str, Any], key: str) -> str:
+    """The text of a field.
+
+    Raises:
+        BadRecord: it is missing, no string, or holds what no text holds.
+    """
+    text = field_of(record, key)
+    if not isinstance(text, str):
+        raise BadRecord("not_a_string", f"field {key!r} is of type {type(text).__name__}")
+    return checked(text)
+
+
+def plain_text(raw: bytes) -> str:
+    """The text of a whole file.
+
+    Raises:
+        BadRecord: invalid UTF-8, or what no text holds.
+    """
     try:
-        return _checked(raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+        return checked(raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise _BadRecord("invalid_utf8", f"invalid UTF-8 at byte {error.start}") from None
+        raise BadRecord("invalid_utf8", f"invalid UTF-8 at byte {error.start}") from None
 
 
-def _checked(text: str) -> str:
+def checked(text: str) -> str:
+    """`text`, if it can stand in a UTF-8 file and holds no NUL.
+
+    Raises:
+        BadRecord: it cannot.
+    """
     if "\x00" in text:
-        raise _BadRecord("nul", f"a NUL character at {text.index(chr(0))}")
+        raise BadRecord("nul", f"a NUL character at {text.index(chr(0))}")
     if not text.isascii():
         try:
             text.encode("utf-8")  # JSON can spell half of a surrogate pair, which no UTF-8 text holds
         except UnicodeEncodeError as error:
-            raise _BadRecord("invalid_utf8", f"a lone surrogate at character {error.start}") from None
+            raise BadRecord("invalid_utf8", f"a lone surrogate at character {error.start}") from None
     return text
 
 
-def _take_bad(
-    bad: _BadRecord,
+def take_bad(
+    bad: BadRecord,
     where: str,
     raw: bytes,
     on_bad_record: OnBadRecord,
     counts: ReadCounts,
     quarantine: TextIO | None,
 ) -> None:
+    """Do with a bad record what the policy says; `where` and `raw` are its place and bytes.
+
+    Raises:
+        DataError: under `error`.
+    """
     if on_bad_record == "error":
         raise DataError(
             f"{where}: {bad.detail}",

@@ -10,7 +10,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -24,6 +24,12 @@ HEADER = np.dtype([("magic", "S9"), ("version", "<u8"), ("dtype", "u1"), ("seque
 DTYPE_CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
 UINT16_VOCABULARY = 65500
 BIN, IDX, MANIFEST, QUARANTINE = "tokens.bin", "tokens.idx", "manifest.json", "quarantine.jsonl"
+LabelKind = Literal["answers", "classes"]
+# What a task keeps beside the tokens: per token whether it is part of an answer (0 or 1), per document its class.
+LABEL_FILES: dict[LabelKind, tuple[str, np.dtype]] = {
+    "answers": ("answers.bin", np.dtype(np.uint8)),
+    "classes": ("classes.bin", np.dtype("<i4")),
+}
 _CHUNK = 1 << 20  # index entries, and bytes while hashing
 
 
@@ -50,15 +56,22 @@ class StoreManifest:
 
     @property
     def content_hash(self) -> str:
-        """sha256 over the tokens and their borders, whatever files they came from."""
+        """sha256 over the tokens, their borders and their labels, whatever files they came from."""
         hashes = [self.dtype, self.files[BIN]["sha256"], self.files[IDX]["sha256"]]
+        if self.label_kind is not None:
+            hashes += [self.label_kind, self.files[LABEL_FILES[self.label_kind][0]]["sha256"]]
         return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
+    @property
+    def label_kind(self) -> LabelKind | None:
+        """What is kept beside the tokens, if anything."""
+        return next((kind for kind, (name, _) in LABEL_FILES.items() if name in self.files), None)
 
 
 class StoreWriter:
     """Writes one store into an existing, empty folder; it is complete only after `finish`."""
 
-    def __init__(self, folder: Path, vocab_size: int) -> None:
+    def __init__(self, folder: Path, vocab_size: int, label_kind: LabelKind | None = None) -> None:
         self.folder = folder
         self.vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size)
@@ -68,15 +81,22 @@ class StoreWriter:
         self._lengths: list[np.ndarray] = []  # 4 bytes per document stay in memory, the tokens do not
         self._hash = hashlib.sha256()
         self._bin = (folder / BIN).open("wb")
+        self.label_kind: LabelKind | None = label_kind
+        self._label_hash = hashlib.sha256()
+        self._label_bytes = 0
+        self._labels = None if label_kind is None else (folder / LABEL_FILES[label_kind][0]).open("wb")
 
-    def append(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Add documents: ids int [T] in a row, lengths int32 [num_documents] that sum to T.
+    def append(self, ids: np.ndarray, lengths: np.ndarray, labels: np.ndarray | None = None) -> None:
+        """Add documents: ids int [T] in a row, lengths int32 [num_documents] that sum to T, and for a store with
+        labels these: answers [T] or classes [num_documents].
 
         Raises:
             DataError: an id outside the vocabulary.
         """
         if not len(ids):
             return
+        if (labels is None) != (self.label_kind is None):
+            raise ValueError(f"a store with label_kind {self.label_kind} takes labels accordingly")
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.vocab_size:
             bad = low if low < 0 else high
@@ -88,6 +108,18 @@ class StoreWriter:
         self.num_documents += len(lengths)
         self.num_tokens += len(ids)
         self.max_token_id = max(self.max_token_id, high)
+        if labels is not None:
+            self._append_labels(labels, len(ids), len(lengths))
+
+    def _append_labels(self, labels: np.ndarray, num_tokens: int, num_documents: int) -> None:
+        assert self.label_kind is not None
+        assert self._labels is not None
+        if len(labels) != (num_tokens if self.label_kind == "answers" else num_documents):
+            raise ValueError(f"{len(labels)} labels for {num_tokens} tokens in {num_documents} documents")
+        data = np.ascontiguousarray(labels, dtype=LABEL_FILES[self.label_kind][1]).data
+        self._labels.write(data)
+        self._label_hash.update(data)
+        self._label_bytes += data.nbytes
 
     def finish(
         self,
@@ -103,6 +135,10 @@ class StoreWriter:
             BIN: {"bytes": self.num_tokens * self.dtype.itemsize, "sha256": self._hash.hexdigest()},
             IDX: {"bytes": index_bytes, "sha256": index_hash},
         }
+        if self.label_kind is not None and self._labels is not None:
+            _sync_and_close(self._labels)
+            described = {"bytes": self._label_bytes, "sha256": self._label_hash.hexdigest()}
+            files[LABEL_FILES[self.label_kind][0]] = described
         manifest = StoreManifest(
             FORMAT_VERSION,
             self.vocab_size,
@@ -123,8 +159,10 @@ class StoreWriter:
         return manifest
 
     def close(self) -> None:
-        """Let go of the file after a failure."""
+        """Let go of the files after a failure."""
         self._bin.close()
+        if self._labels is not None:
+            self._labels.close()
 
     def _write_index(self) -> tuple[int, str]:
         lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int32)
@@ -156,7 +194,8 @@ class StoreWriter:
 
 
 class TokenStore:
-    """A finished store, memory-mapped. `tokens` uint16|int32 [T]; `lengths` int32 and `starts` int64 per document."""
+    """A finished store, memory-mapped. `tokens` uint16|int32 [T]; `lengths` int32 and `starts` int64 per document;
+    `answers` uint8 [T] or `classes` int32 [num_documents] where a task keeps them."""
 
     def __init__(self, folder: Path, manifest: StoreManifest) -> None:
         self.folder = folder
@@ -168,6 +207,8 @@ class TokenStore:
         self.tokens: np.ndarray = (
             np.memmap(folder / BIN, dtype=dtype, mode="r") if manifest.num_tokens else np.zeros(0, dtype)
         )
+        self.answers = self._labels("answers")
+        self.classes = self._labels("classes")
         index = np.memmap(folder / IDX, dtype=np.uint8, mode="r")
         at = HEADER.itemsize
         self.lengths: np.ndarray = np.frombuffer(index, "<i4", n, at)
@@ -190,6 +231,14 @@ class TokenStore:
         if int(store.lengths.sum(dtype=np.int64)) != manifest.num_tokens:
             raise _damaged(folder / IDX, f"lengths do not sum to the {manifest.num_tokens} tokens of the manifest")
         return store
+
+    def _labels(self, kind: LabelKind) -> np.ndarray | None:
+        if self.manifest.label_kind != kind:
+            return None
+        name, dtype = LABEL_FILES[kind]
+        if not self.num_tokens:
+            return np.zeros(0, dtype)
+        return np.memmap(self.folder / name, dtype=dtype, mode="r")
 
     def document(self, index: int) -> np.ndarray:
         """The token ids of one document, its EOS included."""
@@ -281,3 +330,7 @@ def _check_index(path: Path, manifest: StoreManifest) -> None:
         raise _damaged(path, f"{path.stat().st_size} bytes, {n} documents take {size}")
     if manifest.files[BIN]["bytes"] != manifest.num_tokens * dtype.itemsize:
         raise _damaged(path.with_name(BIN), f"size does not fit {manifest.num_tokens} tokens of {dtype.name}")
+    for name, label_dtype in (LABEL_FILES[kind] for kind in LABEL_FILES if LABEL_FILES[kind][0] in manifest.files):
+        count = n if name == LABEL_FILES["classes"][0] else manifest.num_tokens
+        if manifest.files[name]["bytes"] != count * label_dtype.itemsize:
+            raise _damaged(path.with_name(name), f"size does not fit {n} documents of {manifest.num_tokens} tokens")

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from dist_cpt.adapters.vocabulary import NewVocabulary
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerFast:
@@ -58,6 +61,32 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
     """The highest id the tokenizer can emit, plus one; more than its length where ids have gaps."""
     return max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def load_new_vocabulary(config: RunConfig) -> NewVocabulary | None:
+    """What `embeddings.new_tokens` adds to the tokenizer in `model.path`; None if the recipe adds nothing.
+
+    Raises:
+        DataError: one of the two cannot be loaded, or the one does not extend the other.
+    """
+    where, path = config.embeddings.new_tokens, config.model.path
+    if where is None or path is None:
+        return None
+    from dist_cpt.adapters.vocabulary import new_vocabulary  # loads torch
+
+    try:
+        base = load_tokenizer(path, config.model.revision)
+    except DataError as error:
+        raise DataError(
+            f"embeddings.new_tokens: {error.message}", remedy="the base's own tokenizer must lie in model.path"
+        ) from error
+    try:
+        extended = load_tokenizer(where)
+    except DataError as error:
+        raise DataError(
+            f"embeddings.new_tokens: {error.message}", remedy="make it with: dist-cpt tokenizer extend"
+        ) from error
+    return new_vocabulary(base, extended, tokenizer_hash(extended), where)
 
 
 class DocumentEncoder:

@@ -77,6 +77,7 @@ class ZeroEngine:
             for part in module.modules():  # what reads its children's matrices itself
                 if getattr(part, "gathers_at_once", False):
                     deepspeed.utils.set_z3_leaf_module(part, True)
+                    part.register_forward_pre_hook(_input_with_gradient, with_kwargs=True)
         settings = _deepspeed_config(config, engine, trainable)
         logger = deepspeed.utils.logger
         level = logger.level
@@ -290,6 +291,19 @@ class _Stage3:
         # which speaks for all, has no padding, where a NaN could stay.
         value = math.nan if dist.get_rank() == 0 else 0.0
         safe_set_local_grad(parameter, torch.full((parameter.partition_numel(),), value))
+
+
+def _input_with_gradient(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """A leaf module's input, first and with a gradient.
+
+    deepspeed reduces a leaf's gradients in a full backward hook, which torch runs once the positional inputs have their
+    gradient. Where none wants one (the first layer over frozen embeddings), that is before the parameters have theirs.
+    """
+    if not args and "hidden_states" in kwargs:
+        args = (kwargs.pop("hidden_states"),)
+    if torch.is_grad_enabled() and not args[0].requires_grad:
+        args = (args[0].detach().requires_grad_(), *args[1:])
+    return args, kwargs
 
 
 def _import_deepspeed(device: torch.device) -> Any:

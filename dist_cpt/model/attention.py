@@ -1,6 +1,6 @@
 """Attention over packed blocks that never crosses a document border.
 
-B blocks, L sequence, T = B * L tokens, H heads, K kv heads, N head dim.
+B blocks, L sequence, T = B * L tokens, H heads, K kv heads, N head dim, Q and S blocks of queries and of keys.
 
 Exact ways, chosen by device, dtype and model, never by the data:
 
@@ -25,16 +25,18 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
+from transformers.utils import is_flash_attn_2_available
 
 from dist_cpt.errors import ConfigError
 
 Choice = Literal["documents", "mask", "flash_attention_2", "varlen", "flex"]
 _REGISTERED_NAME = "dist_cpt_packed"
-_QUERY_CHUNK = 512  # queries whose capped scores exist at one time
-_WIDEST_HEAD = 256  # of flash kernels
+_FLEX_BLOCK = 128  # queries and keys of a block of FlexAttention's masks
+_SCORES = 2**20  # capped scores that exist at one time: 4 MiB in fp32, which a cache can hold
+_ROWS = 128  # queries of one call with a window, if the window is shorter
 
 
 @dataclass
@@ -54,24 +56,16 @@ class Packing:
         if sliding_window not in self.masks:
             assert self.document_BL is not None
             same_BLL = self.document_BL[:, :, None] == self.document_BL[:, None, :]
-            seen_LL = _causal(same_BLL.shape[-1], sliding_window, same_BLL.device)
+            length = same_BLL.shape[-1]
+            seen_LL = _seen(0, length, 0, sliding_window, same_BLL.device)
             self.masks[sliding_window] = (same_BLL & seen_LL)[:, None]
         return self.masks[sliding_window]
 
     def block_mask(self, sliding_window: int | None) -> BlockMask:
-        """The same for FlexAttention, with the blocks that hold nothing left out. Built once."""
+        """The same for FlexAttention, with the blocks that hold nothing left out. Built once, without a host sync."""
         if sliding_window not in self.block_masks:
             assert self.document_BL is not None
-            document_BL = self.document_BL
-            batch, length = document_BL.shape
-
-            def seen(b: torch.Tensor, _h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-                inside = (document_BL[b, query] == document_BL[b, key]) & (query >= key)
-                return inside if sliding_window is None else inside & (query - key < sliding_window)
-
-            self.block_masks[sliding_window] = create_block_mask(
-                seen, batch, None, length, length, device=document_BL.device
-            )
+            self.block_masks[sliding_window] = _block_mask(self.document_BL, sliding_window)
         return self.block_masks[sliding_window]
 
 
@@ -91,23 +85,30 @@ def choose(
     raise ConfigError(f"model.attention: {wanted} is unknown")
 
 
+def describe(choice: Choice, device: torch.device, hf_config: Any, dtype: torch.dtype) -> str:
+    """The way in use, and what is against each better one."""
+    better = itertools.takewhile(lambda item: item[0] != choice, _ways(device, hf_config, dtype).items())
+    return "; ".join([choice, *(f"not {way}: {why_not or 'the recipe asks for another'}" for way, why_not in better)])
+
+
 def _ways(device: torch.device, hf_config: Any, dtype: torch.dtype) -> dict[Choice, str | None]:
     """Every way, the best first, and what is against it."""
     if device.type != "cuda":
         why_not = f"runs on CUDA, not on {device.type}"
         return {"documents": None, "mask": None, "flash_attention_2": why_not, "varlen": why_not, "flex": why_not}
     softcap = getattr(hf_config, "attn_logit_softcapping", None)
-    width = _head_dim(hf_config)
-    narrow = None if dtype in (torch.bfloat16, torch.float16) else f"computes in bf16 or fp16, not in {dtype}"
-    if narrow is None and width > _WIDEST_HEAD:
-        narrow = f"takes heads up to {_WIDEST_HEAD} wide, this model's have {width}"
-    flash = None if importlib.util.find_spec("flash_attn") else "the package flash_attn is not installed"
+    dropout = max(getattr(hf_config, key, None) or 0.0 for key in ("attention_dropout", "attn_pdrop"))
     capped = None if softcap is None else f"cannot cap scores, this model caps them at {softcap}"
+    dropped = f"has no dropout, this model's attention has {dropout}" if dropout else None
+    flash, narrow = _flash_missing(), _why_not_flash_kernel(device, _head_dim(hf_config), dtype)
+    if flash is None and softcap is not None:
+        flash = dropped if _flash_caps() else capped
+    flex = _why_not_flex(_head_dim(hf_config)) or dropped
     return {
         "flash_attention_2": flash or narrow,
-        "varlen": _varlen_missing() or narrow or capped,
-        "flex": None,
-        "mask": None,
+        "varlen": _varlen_missing() or narrow or _why_not_padded(_head_dim(hf_config)) or capped or dropped,
+        # without caps a mask costs memory only, and nothing has to be compiled
+        **({"mask": None, "flex": flex} if softcap is None else {"flex": flex, "mask": None}),
         "documents": None,
     }
 
@@ -116,12 +117,42 @@ def _head_dim(hf_config: Any) -> int:
     width = getattr(hf_config, "head_dim", None)
     if width is None and hf_config is not None:
         width = hf_config.hidden_size // hf_config.num_attention_heads
-    return width or 0
+    return width or 64
+
+
+def _why_not_flash_kernel(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"computes in bf16 or fp16, not in {dtype}"
+    if head_dim > 256:
+        return f"takes heads up to 256 wide, this model's have {head_dim}"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"needs compute capability 8.0, not {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
+    return None
+
+
+def _why_not_padded(head_dim: int) -> str | None:
+    return f"takes heads of a multiple of 8, this model's have {head_dim}" if head_dim % 8 else None
+
+
+def _why_not_flex(head_dim: int) -> str | None:
+    if not importlib.util.find_spec("triton"):
+        return "Triton is not installed"
+    return f"takes heads from 16 wide on, this model's have {head_dim}" if head_dim < 16 else None
+
+
+def _flash_missing() -> str | None:
+    return None if is_flash_attn_2_available() else "the package flash_attn is not installed"
+
+
+@cache
+def _flash_caps() -> bool:
+    """Whether the installed flash_attn caps scores; it does from 2.6 on."""
+    return "softcap" in inspect.signature(importlib.import_module("flash_attn").flash_attn_varlen_func).parameters
 
 
 @cache
 def _varlen_missing() -> str | None:
-    """Why torch's varlen attention cannot be used, if so; it came in 2.10, windows and shared heads later."""
+    """Why torch's varlen attention cannot be used, if so; it came in 2.10, windows and scales later."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -151,7 +182,9 @@ def packing_arguments(
         return {"packing": Packing(borders=cu_seqlens.tolist())}  # host sync on a GPU, once per batch
     if choice == "varlen":
         return {"packing": Packing(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)}
-    return {"packing": Packing(document_BL=(position_ids == 0).cumsum(1), flex=choice == "flex")}
+    token_T = torch.arange(position_ids.numel(), dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    document_BL = torch.searchsorted(cu_seqlens, token_T, right=True, out_int32=True).view(position_ids.shape)
+    return {"packing": Packing(document_BL=document_BL, flex=choice == "flex")}
 
 
 def packed_attention(
@@ -171,25 +204,24 @@ def packed_attention(
     """Causal attention within documents, [B, L, H, N]; the signature is that of transformers' interface.
 
     Raises:
-        ValueError: a mask came besides the packing, or dropout where the way has none.
+        ValueError: a mask came besides the packing, or dropout or a cap where the way has none.
     """
     if attention_mask is not None:
         raise ValueError("packed attention takes its borders from the packing, not from an attention mask")
-    if dropout and (packing.flex or packing.cu_seqlens is not None or softcap is not None):
-        raise ValueError(f"attention dropout {dropout}: this way has none; use model.attention: mask")
+    heads = query_BHLN, key_BKLN, value_BKLN
+    if dropout and (packing.flex or packing.cu_seqlens is not None):
+        way = "flex" if packing.flex else "varlen"
+        raise ValueError(f"attention dropout {dropout}: {way} has none; use model.attention: mask")
     if packing.cu_seqlens is not None:
-        return _varlen(query_BHLN, key_BKLN, value_BKLN, packing, scaling, sliding_window), None
+        if softcap is not None:
+            raise ValueError(f"scores capped at {softcap}: varlen cannot; use model.attention: flex")
+        return _varlen(*heads, packing, scaling, sliding_window), None
     if packing.flex:
-        return _flex(query_BHLN, key_BKLN, value_BKLN, packing, scaling, sliding_window, softcap), None
-    groups = query_BHLN.shape[1] // key_BKLN.shape[1]
-    if groups > 1:
-        key_BKLN, value_BKLN = (x.repeat_interleave(groups, dim=1) for x in (key_BKLN, value_BKLN))
-    if packing.borders is None:
-        mask_B1LL = packing.mask(sliding_window)
-        out_BHLN = _masked(query_BHLN, key_BKLN, value_BKLN, mask_B1LL, dropout, scaling, softcap)
-        return out_BHLN.transpose(1, 2).contiguous(), None
+        return _flex(*heads, packing, scaling, sliding_window, softcap), None
     attend = _Attend(dropout, scaling, sliding_window, softcap)
-    return _by_document(query_BHLN, key_BKLN, value_BKLN, packing.borders, attend), None
+    if packing.borders is None:
+        return attend(*heads, packing.mask(sliding_window)).transpose(1, 2).contiguous(), None
+    return _by_document(*heads, packing.borders, attend), None
 
 
 def _varlen(
@@ -231,8 +263,7 @@ def _flex(
     sliding_window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    run = _compiled_flex() if query_BHLN.is_cuda else flex_attention  # tests: on a CPU it has no compiled backward
-    out_BHLN = run(
+    out_BHLN = _compiled_flex()(
         query_BHLN,
         key_BKLN,
         value_BKLN,
@@ -241,13 +272,15 @@ def _flex(
         scale=scaling,
         enable_gqa=query_BHLN.shape[1] != key_BKLN.shape[1],
     )
-    assert isinstance(out_BHLN, torch.Tensor)
     return out_BHLN.transpose(1, 2).contiguous()
 
 
 @cache
-def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False)
+def _compiled_flex() -> Callable[..., torch.Tensor]:
+    # One graph for each shape, and with gradients or without. Past the limit, of 8 by default, torch would run it
+    # uncompiled and hold all scores; under fullgraph that is an error.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 @cache  # the same function for the same cap, else it would be compiled for every layer
@@ -258,85 +291,148 @@ def _cap(softcap: float) -> Callable[..., torch.Tensor]:
     return capped
 
 
+def _block_mask(document_BL: torch.Tensor, sliding_window: int | None) -> BlockMask:
+    """Blocks from the first and last token of each, as documents are in order: no [L, L] tensor is ever made."""
+    length, device = document_BL.shape[1], document_BL.device
+    # A tensor, not a number: numbers are compiled in, and layers differ in their windows.
+    window = torch.full((), length if sliding_window is None else sliding_window, dtype=torch.int32, device=device)
+
+    def seen(b: torch.Tensor, _h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (document_BL[b, query] == document_BL[b, key]) & (query >= key) & (query - key < window)
+
+    first = torch.arange(0, length, _FLEX_BLOCK, device=device)
+    last = (first + _FLEX_BLOCK - 1).clamp_max(length - 1)
+    begin_BQ, end_BQ = document_BL[:, first], document_BL[:, last]
+    earlier_QS = first[:, None] > first
+    some_BQS = (begin_BQ[:, :, None] == end_BQ[:, None, :]) & earlier_QS & (first[:, None] - last < window)
+    some_BQS = some_BQS | torch.eye(len(first), dtype=torch.bool, device=device)  # a token sees itself
+    whole_Q = first + _FLEX_BLOCK <= length
+    all_BQS = (end_BQ[:, :, None] == begin_BQ[:, None, :]) & earlier_QS & (last[:, None] - first < window)
+    all_BQS = all_BQS & whole_Q[:, None]
+    return BlockMask.from_kv_blocks(
+        *_listed(some_BQS & ~all_BQS),
+        *_listed(all_BQS),
+        BLOCK_SIZE=_FLEX_BLOCK,
+        mask_mod=seen,
+        seq_lengths=(length, length),
+    )
+
+
+def _listed(blocks_BQS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number [B, 1, Q] and indices [B, 1, Q, S] of the true ones, these first."""
+    blocks_B1QS = blocks_BQS[:, None].to(torch.int32)
+    order = blocks_B1QS.argsort(dim=-1, descending=True, stable=True)
+    return blocks_B1QS.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()
+
+
 @dataclass(frozen=True)
 class _Attend:
-    """Causal attention inside one document."""
+    """Causal attention of torch, inside one document or under a mask [B, 1, L, L]."""
 
     dropout: float
     scaling: float | None
     sliding_window: int | None
     softcap: float | None
 
-    def __call__(self, query_BHLN: torch.Tensor, key_BHLN: torch.Tensor, value_BHLN: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        query_BHLN: torch.Tensor,
+        key_BKLN: torch.Tensor,
+        value_BKLN: torch.Tensor,
+        mask_B1LL: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         length, window = query_BHLN.shape[2], self.sliding_window
+        if self.softcap is None and mask_B1LL is not None:
+            return self._plain(query_BHLN, key_BKLN, value_BKLN, mask_B1LL)
         if self.softcap is None and (window is None or length <= window):
-            return F.scaled_dot_product_attention(
-                query_BHLN, key_BHLN, value_BHLN, is_causal=True, dropout_p=self.dropout, scale=self.scaling
-            )
-        seen_LL = _causal(length, window, query_BHLN.device)
-        return _masked(query_BHLN, key_BHLN, value_BHLN, seen_LL, self.dropout, self.scaling, self.softcap)
+            return self._plain(query_BHLN, key_BKLN, value_BKLN, None)
+        outs = []
+        rows = self._rows(query_BHLN)
+        for start in range(0, length, rows):
+            stop = min(start + rows, length)
+            first = 0 if window is None else max(0, start - window + 1)
+            part = query_BHLN[:, :, start:stop], key_BKLN[:, :, first:stop], value_BKLN[:, :, first:stop]
+            if self.softcap is None:
+                outs.append(self._plain(*part, _seen(start, stop, first, window, query_BHLN.device)))
+            else:
+                seen = None if mask_B1LL is None else mask_B1LL[:, :, start:stop, first:stop]
+                outs.append(self._kept_small(*part, seen, start, first))
+        return torch.cat(outs, dim=2)
 
+    def _rows(self, query_BHLN: torch.Tensor) -> int:
+        batch, heads, length, _ = query_BHLN.shape
+        if self.softcap is not None:
+            return max(16, _SCORES // (batch * heads * length))
+        assert self.sliding_window is not None
+        return max(self.sliding_window, _ROWS)
 
-def _masked(
-    query_BHLN: torch.Tensor,
-    key_BHLN: torch.Tensor,
-    value_BHLN: torch.Tensor,
-    mask: torch.Tensor,
-    dropout: float,
-    scaling: float | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    if softcap is None:
+    def _plain(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and not query.is_cpu:  # on CUDA, kernels that take a mask or fp32 do not share key heads
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         return F.scaled_dot_product_attention(
-            query_BHLN, key_BHLN, value_BHLN, attn_mask=mask, dropout_p=dropout, scale=scaling
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=self.dropout,
+            scale=self.scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
-    scale = query_BHLN.shape[-1] ** -0.5 if scaling is None else scaling
-    outs = []
-    for start in range(0, query_BHLN.shape[2], _QUERY_CHUNK):
-        rows = slice(start, start + _QUERY_CHUNK)
-        # Scores are formed again in the backward pass: kept, they would be H L^2 fp32 numbers in every layer.
-        outs.append(
-            checkpoint(
-                _capped_attention,
-                query_BHLN[:, :, rows],
-                key_BHLN,
-                value_BHLN,
-                mask[..., rows, :],
-                scale,
-                softcap,
-                use_reentrant=False,
-            )
-        )
-    return torch.cat(outs, dim=2)
 
+    def _kept_small(self, *part: Any) -> Any:
+        """Scores are formed again in the backward pass: kept, they would be H L^2 fp32 numbers in every layer."""
+        return checkpoint(self._capped, *part, use_reentrant=False, preserve_rng_state=self.dropout > 0.0)
 
-def _capped_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float, softcap: float
-) -> torch.Tensor:
-    scores = query.float() @ key.float().transpose(-1, -2) * scale
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
-    return (scores.softmax(-1) @ value.float()).to(value.dtype)
+    def _capped(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        seen: torch.Tensor | None,
+        start: int,
+        first: int,
+    ) -> torch.Tensor:
+        """Scores in fp32, rounded once at the end; the queries of a group lie below each other, for one key head."""
+        assert self.softcap is not None
+        batch, heads, rows, head_dim = query.shape
+        kv_heads, keys = key.shape[1], key.shape[2]
+        exact = torch.promote_types(query.dtype, torch.float32)
+        scale = head_dim**-0.5 if self.scaling is None else self.scaling
+        grouped = query.to(exact).reshape(batch, kv_heads, -1, head_dim)
+        scores = grouped @ key.to(exact).transpose(-1, -2)
+        scores = self.softcap * torch.tanh(scores * (scale / self.softcap))
+        if seen is None:
+            seen = _seen(start, start + rows, first, self.sliding_window, query.device)
+        scores = scores.view(batch, heads, rows, keys).masked_fill(~seen, float("-inf"))
+        weights = F.dropout(scores.softmax(-1), self.dropout).view(batch, kv_heads, -1, keys)
+        return (weights @ value.to(exact)).view(batch, heads, rows, head_dim).to(query.dtype)
 
 
 def _by_document(
-    query_BHLN: torch.Tensor, key_BHLN: torch.Tensor, value_BHLN: torch.Tensor, borders: list[int], attend: _Attend
+    query_BHLN: torch.Tensor, key_BKLN: torch.Tensor, value_BKLN: torch.Tensor, borders: list[int], attend: _Attend
 ) -> torch.Tensor:
     batch, heads, length, head_dim = query_BHLN.shape
     if borders == list(range(0, batch * length + 1, length)):  # every block is one document
-        return attend(query_BHLN, key_BHLN, value_BHLN).transpose(1, 2).contiguous()
+        return attend(query_BHLN, key_BKLN, value_BKLN).transpose(1, 2).contiguous()
     sizes = [stop - start for start, stop in itertools.pairwise(borders)]
 
-    def documents(x_BHLN: torch.Tensor) -> list[torch.Tensor]:  # each [1, H, tokens of the document, N]
-        x_THN = x_BHLN.transpose(1, 2).reshape(batch * length, heads, head_dim)
+    def documents(x_BHLN: torch.Tensor) -> list[torch.Tensor]:  # each [1, heads, tokens of the document, N]
+        x_THN = x_BHLN.transpose(1, 2).flatten(0, 1)
         return [x.transpose(0, 1)[None] for x in x_THN.split(sizes)]
 
     outs_THN = [
         attend(query, key, value)[0].transpose(0, 1)
-        for query, key, value in zip(*map(documents, (query_BHLN, key_BHLN, value_BHLN)), strict=True)
+        for query, key, value in zip(*map(documents, (query_BHLN, key_BKLN, value_BKLN)), strict=True)
     ]
     return torch.cat(outs_THN).view(batch, length, heads, head_dim)
 
 
-def _causal(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
-    seen_LL = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return seen_LL if sliding_window is None else seen_LL.triu(1 - sliding_window)
+def _seen(start: int, stop: int, first: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
+    """Which of the keys from `first` to `stop` each query from `start` to `stop` may look at, in one document."""
+    query, key = torch.arange(start, stop, device=device)[:, None], torch.arange(first, stop, device=device)
+    causal = query >= key
+    return causal if sliding_window is None else causal & (query - key < sliding_window)

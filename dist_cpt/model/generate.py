@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dist_cpt.adapters.lora import ADAPTER_CONFIG
-from dist_cpt.errors import CheckpointError, ConfigError
+from dist_cpt.errors import ConfigError
+from dist_cpt.model.classify import is_classifier, read_labels
 from dist_cpt.model.export import TOKENIZER_FILES, load_fp32, verified_base
-from dist_cpt.model.load import locate_base
 
 
 def generate(
@@ -21,32 +20,40 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     seed: int = 0,
+    top_p: float = 1.0,
+    chat: bool = False,
 ) -> str:
-    """The prompt and its continuation; temperature 0 is greedy, top_k 0 samples from the whole vocabulary.
+    """The prompt and its continuation; temperature 0 is greedy, top_k 0 and top_p 1 sample from the whole vocabulary.
 
-    The same folder, prompt and seed give the same text. An empty prompt starts a new document.
+    The same folder, prompt and seed give the same text. An empty prompt starts a new document. With `chat` the prompt
+    is a user's message under the chat template, and the answer alone comes back.
 
     Raises:
-        ConfigError: no model or tokenizer there, or numbers out of range.
+        ConfigError: no model, tokenizer or chat template there, a classifier, or numbers out of range.
         CheckpointError: the base is not the one the run had, or weights are pickled.
     """
-    if temperature < 0 or top_k < 0 or max_new_tokens < 1:
+    if temperature < 0 or top_k < 0 or max_new_tokens < 1 or not 0 < top_p <= 1:
         raise ConfigError(
             f"temperature {temperature} and top_k {top_k} must be at least 0, "
-            f"max_new_tokens {max_new_tokens} at least 1"
+            f"max_new_tokens {max_new_tokens} at least 1, top_p {top_p} above 0 and at most 1"
         )
+    if temperature == 0 and (top_k or top_p < 1):
+        raise ConfigError("top_k and top_p choose among random draws", remedy="give a temperature above 0")
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"model folder not found: {folder}", remedy="give a run, a checkpoint or a model folder")
     base = _base_of(folder)
+    if read_labels(folder) is not None or (base is None and is_classifier(folder)):
+        raise ConfigError(f"{folder} is a classifier: it gives classes and no text", remedy="give a language model")
     tokenizer = _tokenizer(folder, base)
     model = load_fp32(folder, base)
     if torch.cuda.is_available():
         model = model.to(device="cuda", dtype=torch.bfloat16)
-    input_ids = _prompt_ids(tokenizer, prompt).to(model.device)
+    input_ids = (_chat_ids(tokenizer, prompt) if chat else _prompt_ids(tokenizer, prompt)).to(model.device)
+    _require_positions(model, input_ids.shape[1], max_new_tokens)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": 1.0}
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         output = model.generate(
@@ -54,28 +61,27 @@ def generate(
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=_ends(tokenizer, chat),
             **sampling,
         )
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    written = output[0, input_ids.shape[1] :] if chat else output[0]
+    return tokenizer.decode(written, skip_special_tokens=True)
+
+
+def _require_positions(model: Any, prompt_tokens: int, new_tokens: int) -> None:
+    """A learned table of positions ends somewhere; rotary ones do not."""
+    tables = [m for name, m in model.named_modules() if name.rpartition(".")[2] in ("wpe", "embed_positions")]
+    rows = min((table.num_embeddings for table in tables if isinstance(table, torch.nn.Embedding)), default=None)
+    if rows is not None and prompt_tokens + new_tokens > rows:
+        raise ConfigError(
+            f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones exceed the model's {rows} positions",
+            remedy=f"use max_new_tokens {rows - prompt_tokens}" if rows > prompt_tokens else "use a shorter prompt",
+        )
 
 
 def _base_of(folder: Path) -> Path | None:
     """The base of an adapter folder (a checkpoint's is verified, any other's taken at its word), else None."""
-    if not (folder / ADAPTER_CONFIG).is_file():
-        return None
-    if (folder / "manifest.json").is_file():
-        return verified_base(folder)
-    try:
-        values = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        path = values.get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from None
-    if not path:
-        raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG} names no base model", remedy="merge it, or name the base there"
-        )
-    return locate_base(path, values.get("revision"))
+    return verified_base(folder) if (folder / ADAPTER_CONFIG).is_file() else None
 
 
 def _tokenizer(folder: Path, base: Path | None) -> Any:
@@ -85,6 +91,27 @@ def _tokenizer(folder: Path, base: Path | None) -> Any:
         if place is not None and any((place / name).is_file() for name in TOKENIZER_FILES):
             return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     raise ConfigError(f"{folder} has no tokenizer", remedy="put the tokenizer's files into the folder")
+
+
+def _chat_ids(tokenizer: Any, prompt: str) -> torch.Tensor:
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except ValueError:
+        raise ConfigError("the tokenizer has no chat template", remedy="leave --chat out") from None
+    return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+
+
+def _ends(tokenizer: Any, chat: bool) -> list[int]:
+    """What ends a text: EOS, and in a chat the special token that the template puts after an answer."""
+    ends = [tokenizer.eos_token_id]
+    if chat:
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        prompt = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(talk, tokenize=False)
+        after = tokenizer(whole.removeprefix(prompt).removeprefix("b"), add_special_tokens=False)["input_ids"]
+        ends += [token for token in after[:1] if token in tokenizer.added_tokens_decoder]
+    return [token for token in ends if token is not None]
 
 
 def _prompt_ids(tokenizer: Any, prompt: str) -> torch.Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,17 @@ from torch import nn
 
 from dist_cpt.adapters import quantize
 from dist_cpt.adapters.lora import adapter_aliases, apply_lora, canonical_name, write_adapter_config
+from dist_cpt.adapters.vocabulary import NewVocabulary, extend_vocabulary, train_new_rows_only, untie
 from dist_cpt.config.schema import ModelConfig, RunConfig
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import TESTED, Parts, check_config, parts_of
 from dist_cpt.model.attention import choose, install
+from dist_cpt.model.classify import HEAD, ClassHead, as_classifier, write_labels
+from dist_cpt.model.consent import code_sha256s, require_code_consent
 from dist_cpt.model.fuse import Fusion, fuse
-from dist_cpt.model.loss import CausalLMForLoss, install_loss_head, prove_parts
-from dist_cpt.model.prove import prove_fusion
+from dist_cpt.model.loss import CausalLMForLoss, install_loss_head, install_low_rank_head, prove_parts
+from dist_cpt.model.prove import prove_attention, prove_fusion
+from dist_cpt.model.standing import ProbeBlock, Standing, stand_on
 
 WEIGHTS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _WEIGHTS = "model*.safetensors"  # the names transformers loads
@@ -41,6 +46,13 @@ class TrainableModel:
     hf_config: Any
     adapter_config: dict[str, Any] | None  # content of adapter_config.json; None without an adapter
     fusion: Fusion  # which modules run fused
+    standing: Standing | None = None  # the earlier adapter under the one that trains
+
+    @property
+    def class_head(self) -> ClassHead | None:
+        """The head of task classify."""
+        head = getattr(self.module.hf_model, HEAD, None)
+        return head if isinstance(head, ClassHead) else None
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -52,6 +64,8 @@ class TrainableModel:
         config.json and generation_config.json of a full-parameter model."""
         if self.adapter_config is not None:
             write_adapter_config(folder, self.adapter_config)
+            if self.class_head is not None:  # a full model's are in its config.json
+                write_labels(folder, self.hf_config)
             return
         self.hf_config.save_pretrained(folder)
         generation_config = getattr(self.module.hf_model, "generation_config", None)
@@ -59,33 +73,63 @@ class TrainableModel:
             generation_config.save_pretrained(folder)
 
 
-def load_model(config: RunConfig, *, device: torch.device, vocab_size: int | None = None) -> TrainableModel:
+def load_model(
+    config: RunConfig,
+    *,
+    device: torch.device,
+    vocab_size: int | None = None,
+    vocabulary: NewVocabulary | None = None,
+    probe: Sequence[ProbeBlock] | None = None,
+) -> TrainableModel:
     """Load or initialise the recipe's model, apply its adapter and move it to `device`.
 
     The frozen base is stored in `model.weights`, every trainable tensor in fp32. `vocab_size` is the
-    tokenizer's; a model from scratch takes it where its config names none.
+    tokenizer's; a model from scratch takes it where its config names none. `vocabulary` is what
+    `embeddings.new_tokens` adds, for which the base gets rows before anything else is done with it.
+    With `probe` blocks, an earlier adapter that is folded or stacked is shown to be in effect on them.
 
     Raises:
         ConfigError: no such model, no safetensors weights, an unknown architecture or config key, too small
-            a vocabulary, too few positions, or adapter targets that do not exist.
-        MissingExtraError: weights are nf4 and bitsandbytes is not installed.
+            a vocabulary, too few positions, nothing to untie, or adapter targets that do not exist.
+        MissingExtraError: weights are nf4 or int8 and bitsandbytes is not installed.
     """
     model, identity = _base(config, vocab_size, device)
     check_config(model.config)
     parts = parts_of(model)
+    identity |= _change_vocabulary(config, model, vocabulary)
     _check_sizes(config, parts, vocab_size)
-    head_name, embeddings_name = (_name_of(model, m) for m in (parts.head, parts.embeddings))
     softcap = getattr(model.config, "final_logit_softcapping", None)
     install_loss_head(parts.head, use_reference=config.model.kernels == "reference", softcap=softcap)
     if model.config.model_type not in TESTED:
         prove_parts(model)
-    choice = choose(device)
+    dtype = WEIGHTS_DTYPE[config.model.compute_dtype]
+    choice = choose(device, model.config, config.model.attention, dtype)
+    standing = None
+    chosen = config.adapter.continue_from
+    if chosen is not None and chosen.mode != "train":
+        install(model, choice)
+        bare = CausalLMForLoss(model, choice).to(device)
+        standing = stand_on(bare, config, chosen, identity["sha256"], probe)
+        identity |= standing.identity(identity)
+    if vocabulary is not None:
+        _require_saved_rows(config, model, parts, standing)
+    if config.classify is not None:
+        model, parts = as_classifier(model, parts, config.classify, config.seed)
+    head_name, embeddings_name = (_name_of(model, m) for m in (parts.head, parts.embeddings))
     install(model, choice)
     causal_lm, adapter_config = _make_trainable(config, model, parts)
+    if standing is not None and adapter_config is not None:
+        standing.finish(causal_lm, dtype)
+        adapter_config |= standing.note(config.model.path)
+    if vocabulary is not None and config.embeddings.rows == "new":
+        matrices = (parts.embeddings,) if config.classify is not None else (parts.embeddings, parts.head)
+        train_new_rows_only(matrices, vocabulary.first_row)
     fusion = fuse(model, parts, config.model.kernels, device)
     module = CausalLMForLoss(causal_lm, choice).to(device)
+    if device.type == "cuda":
+        prove_attention(module, dtype)
     if fusion.swapped:
-        prove_fusion(module, fusion.swapped, WEIGHTS_DTYPE[config.model.compute_dtype])
+        prove_fusion(module, fusion.swapped, dtype)
     prefix = "base_model.model." if adapter_config is not None else ""
     tied = parts.head.weight is parts.embeddings.weight
     return TrainableModel(
@@ -97,6 +141,7 @@ def load_model(config: RunConfig, *, device: torch.device, vocab_size: int | Non
         hf_config=model.config,
         adapter_config=adapter_config,
         fusion=fusion,
+        standing=standing,
     )
 
 
@@ -111,8 +156,8 @@ def frozen_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def locate_base(path: str, revision: str | None) -> Path:
-    """The local folder of a model: itself, or the hub snapshot (downloaded if need be).
+def locate_base(path: str, revision: str | None, *, own_code: bool = False) -> Path:
+    """The local folder of a model: itself, or the hub snapshot (downloaded if need be), with its code if wanted.
 
     Raises:
         ConfigError: no such folder or hub repository, no network, or no safetensors weights.
@@ -121,7 +166,7 @@ def locate_base(path: str, revision: str | None) -> Path:
     if not folder.is_dir():
         if path.startswith((".", "/", "~")):
             raise ConfigError(f"model.path: folder not found: {path}", remedy="give a model folder or a hub id")
-        folder = _snapshot(path, revision)
+        folder = _snapshot(path, revision, own_code)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.path: {path} has no config.json", remedy="give a Hugging Face model folder")
     if not list(folder.glob(_WEIGHTS)):
@@ -129,6 +174,23 @@ def locate_base(path: str, revision: str | None) -> Path:
         why = "only pickled weights, which are never opened" if pickled else "no weights"
         raise ConfigError(f"model.path: {path} has {why}", remedy=f"give a folder with {_WEIGHTS}")
     return folder
+
+
+def check_base(chosen: ModelConfig) -> tuple[Path, bool, str | None]:
+    """(folder, whether its own code runs, how its weights are quantised already) of a base that the recipe may use.
+
+    Raises:
+        ConfigError: as `locate_base`; code that must not run; weights quantised otherwise than model.weights says.
+    """
+    assert chosen.path is not None
+    folder = locate_base(chosen.path, chosen.revision, own_code=chosen.trust_remote_code)
+    own_code, stored = require_code_consent(folder, chosen), quantize.stored_weights(folder)
+    if stored not in (None, chosen.weights):
+        raise ConfigError(
+            f"model.path: {chosen.path} holds {stored} weights, not {chosen.weights}",
+            remedy=f"set model.weights: {stored}, or give the unquantised model",
+        )
+    return folder, own_code, stored
 
 
 def weights_sha256(folder: Path) -> str:
@@ -207,30 +269,58 @@ def _from_folder(chosen: ModelConfig, dtype: torch.dtype, device: torch.device) 
     from transformers.utils import logging
 
     assert chosen.path is not None
-    folder = locate_base(chosen.path, chosen.revision)
+    folder, own_code, stored = check_base(chosen)
     logging.disable_progress_bar()  # one bar per rank says nothing
     try:
-        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
         _switch_off_dropout(hf_config, keep=set())
-        if getattr(hf_config, "quantization_config", None) is not None:
-            raise ConfigError(
-                f"model.path: {chosen.path} holds quantised weights (quantization_config in its config.json)",
-                remedy="give the unquantised model; model.weights: nf4 quantises it while loading",
-            )
-        if chosen.weights == "nf4":
-            model = quantize.load_nf4(folder, hf_config, device)
+        if chosen.weights in quantize.QUANTISED:
+            model = quantize.load_quantised(folder, hf_config, device, chosen.weights, own_code=own_code)
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                folder, config=hf_config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+                folder, config=hf_config, dtype=dtype, use_safetensors=True, trust_remote_code=own_code
             )
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise ConfigError(f"model.path: {chosen.path} cannot be loaded: {_one_line(error)}") from error
     # a hub snapshot lies in a folder named after its commit
     revision = folder.name if folder.parent.name == "snapshots" else chosen.revision
     identity = {"path": chosen.path, "revision": revision, "sha256": weights_sha256(folder)}
-    if chosen.weights == "nf4":
-        identity |= quantize.IDENTITY
+    if chosen.weights in quantize.QUANTISED:
+        identity |= quantize.identity_of(model, chosen.weights, stored is not None)
+    if own_code:
+        identity["code"] = code_sha256s(folder)
     return model, identity | _description(model.config)
+
+
+def _change_vocabulary(config: RunConfig, model: Any, vocabulary: NewVocabulary | None) -> dict[str, Any]:
+    """Untie and extend as the recipe says; what that changes of the base's identity."""
+    assert (vocabulary is None) == (config.embeddings.new_tokens is None), "new_tokens and vocabulary come together"
+    if config.embeddings.tie == "untie":
+        untie(model)
+    if vocabulary is None:
+        return _description(model.config)
+    extend_vocabulary(model, vocabulary, config.embeddings.pad_rows_to)
+    new = {"tokenizer_sha256": vocabulary.tokenizer_sha256, "first_row": vocabulary.first_row}
+    new |= {"count": len(vocabulary.pieces), "init": config.embeddings.init}
+    return _description(model.config) | {"new_tokens": new}
+
+
+def _require_saved_rows(config: RunConfig, model: Any, parts: Parts, standing: Standing | None) -> None:
+    """Refuse new rows that neither this run trains nor the adapter it stands on: they would be in no file.
+
+    Raises:
+        ConfigError: there are such.
+    """
+    if config.adapter.kind == "none":
+        return
+    saved = set(config.embeddings.train) | (set() if standing is None else standing.earlier.words(model).keys())
+    lost = {"embed_tokens", "lm_head"} - ({"lm_head"} if config.task == "classify" else set()) - saved
+    tied = parts.head.weight is parts.embeddings.weight
+    if lost and not (tied and saved):
+        raise ConfigError(
+            f"embeddings.new_tokens: neither this run nor the adapter it stands on trains {', '.join(sorted(lost))}",
+            remedy="name it in embeddings.train: else no file holds the new rows",
+        )
 
 
 def _description(hf_config: Any) -> dict[str, Any]:
@@ -254,7 +344,10 @@ def _make_trainable(config: RunConfig, model: Any, parts: Parts) -> tuple[nn.Mod
         base_path=config.model.path,
         revision=config.model.revision,
         seed=config.seed,
+        classifies=config.classify is not None,
+        low_rank_vocabulary=config.embeddings.kind == "lora",
     )
+    install_low_rank_head(model.get_output_embeddings())
     return adapted.model, adapted.adapter_config
 
 
@@ -279,11 +372,11 @@ def _switch_off_dropout(hf_config: Any, keep: set[str]) -> None:
             setattr(hf_config, key, 0.0)
 
 
-def _snapshot(repository: str, revision: str | None) -> Path:
+def _snapshot(repository: str, revision: str | None, own_code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = [_WEIGHTS, "*.json", "*.txt", "*.jinja", "tokenizer.model"]
+    wanted = [_WEIGHTS, "*.json", "*.txt", "*.jinja", "tokenizer.model"] + ["*.py"] * own_code
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -27,11 +27,17 @@ class LossHead(nn.Linear):
         self, input: torch.Tensor, labels: torch.Tensor | None = None, scale: float = 1.0
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits [..., V] of hidden states; or, with `labels` [T], (scale * loss_sum, loss_sum) in fp32."""
+        return self.answer(input, self.weight, labels, scale)
+
+    def answer(
+        self, input: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor | None, scale: float
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """As `forward`, with another `weight` [V, D]."""
         if labels is None:
-            logits = F.linear(input, self.weight)
+            logits = F.linear(input, weight)
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
         loss = reference.linear_cross_entropy if self.use_reference else linear_cross_entropy
-        return loss(input, self.weight, labels, scale=scale, softcap=self.softcap)
+        return loss(input, weight, labels, scale=scale, softcap=self.softcap)
 
 
 class CausalLMForLoss(nn.Module):
@@ -67,7 +73,10 @@ class CausalLMForLoss(nn.Module):
         Numbers travel as Python numbers: an engine may cast floating-point tensor arguments to bf16.
         """
         hidden_BLD = self.hidden(input_ids, position_ids, cu_seqlens, max_seqlen)
-        head = self.hf_model.get_output_embeddings()
+        model = self.hf_model
+        head = getattr(model, "score", None)  # of a sequence classifier
+        if head is None:
+            head = model.get_output_embeddings()
         if labels is None:
             return head(hidden_BLD[:, -1]).float()
         return head(hidden_BLD.flatten(0, 1), labels.flatten(), scale)
@@ -94,7 +103,10 @@ def prove_parts(model: Any) -> None:
     sizes = (7, 5)
     ids = torch.randint(0, model.config.vocab_size, (1, sum(sizes)), generator=torch.Generator().manual_seed(0))
     model.eval()
+    head = model.get_output_embeddings()
+    softcap, head.softcap = head.softcap, None  # the model itself caps what its head gives
     expected = model(input_ids=ids[:, sizes[0] :], use_cache=False).logits[0, -1].float()
+    head.softcap = softcap
     install(model, "documents")
     position_ids = torch.cat([torch.arange(size) for size in sizes])[None]
     borders = torch.tensor([0, sizes[0], sum(sizes)], dtype=torch.int32)
@@ -109,6 +121,25 @@ def prove_parts(model: Any) -> None:
             f"logits are off by {error:.1e} of their size, allowed {allowed:.0e}",
             remedy=f"use another architecture; tested: {', '.join(TESTED)}",
         )
+
+
+def install_low_rank_head(head: Any) -> None:
+    """Let PEFT's LoRA around a loss head answer with the loss as well; another head is left as it is."""
+    if isinstance(getattr(head, "base_layer", None), LossHead):
+        head.__class__ = type("LowRankLossHead", (type(head),), {"forward": _low_rank_answer})
+
+
+def _low_rank_answer(
+    wrapper: Any, input: torch.Tensor, labels: torch.Tensor | None = None, scale: float = 1.0
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """x W^T + s (x A^T) B^T as one product: features [x, s x A^T] with the matrix [W, B].
+
+    W + s B A would round the update away in bf16. Costs a copy of W and its gradient for the time of the loss.
+    """
+    name = wrapper.active_adapters[0]
+    low = F.linear(input, wrapper.lora_A[name].weight) * wrapper.scaling[name]
+    matrix = torch.cat([wrapper.base_layer.weight, wrapper.lora_B[name].weight.to(input.dtype)], dim=1)
+    return wrapper.base_layer.answer(torch.cat([input, low], dim=-1), matrix, labels, scale)
 
 
 def install_loss_head(head: nn.Linear, *, use_reference: bool, softcap: float | None = None) -> None:

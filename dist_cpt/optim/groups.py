@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,44 +10,70 @@ import torch
 
 from dist_cpt.config.schema import OptimConfig
 
-EIGHT_BIT_GROUPS = ("adapter", "weights")  # embeddings, head, norms and biases keep fp32 moments
+EIGHT_BIT_GROUPS = ("adapter", "adapter_b", "weights")  # embeddings, head, norms and biases keep fp32 moments
+_VOCABULARY_LORA = re.compile(r"\.(embed_tokens|lm_head|wte)\.lora_")
 EMBEDDING_SUFFIXES = ("embed_tokens.weight", "lm_head.weight", "wte.weight")
+DORA_LENGTHS = ".lora_magnitude_vector"
+CLASS_HEAD_NAMES = ("score.weight", "base_model.model.score.weight")
 
 
 @dataclass(frozen=True)
 class ParamGroup:
     """Trainable tensors that share a learning rate and a decay, by canonical name, in a fixed order."""
 
-    name: str  # adapter | embeddings | weights | no_decay
+    name: str  # adapter | adapter_b | weights | embeddings | no_decay | head
     names: tuple[str, ...]
     peak_lr: float
     weight_decay: float
+    frozen_steps: int = 0  # first steps of the run at learning rate 0
 
 
-def param_groups(trainable: Mapping[str, torch.Tensor], optim: OptimConfig, adapter: bool) -> list[ParamGroup]:
-    """Sort trainable tensors into groups: adapter and embeddings, or weights, embeddings and no_decay.
+def param_groups(
+    trainable: Mapping[str, torch.Tensor],
+    optim: OptimConfig,
+    adapter: bool,
+    alone_steps: int = 0,
+    lora_plus_ratio: float | None = None,
+) -> list[ParamGroup]:
+    """Sort trainable tensors into groups: adapter and embeddings, or weights, embeddings and no_decay; and head.
 
-    With an adapter run the vocabulary matrices are `embeddings` and everything else is `adapter`. In a
+    With an adapter run the vocabulary matrices are `embeddings` and everything else is `adapter`, apart from DoRA's
+    lengths, which are `no_decay`, and under LoRA+ from the B matrices, which are `adapter_b`, at
+    `lora_plus_ratio` x `lr`. In a
     full-parameter run the matrices are `weights`, the vocabulary matrices `embeddings` (at `lr`: they are
-    not beside a faster adapter), and vectors `no_decay`.
+    not beside a faster adapter), and vectors `no_decay`. The
+    classification head is `head`. In the first `alone_steps` only `embeddings` move.
+    Source: Hayou et al. 2024, LoRA+: Efficient Low Rank Adaptation of Large Models (arXiv 2402.12354).
     """
-    members: dict[str, list[str]] = {"adapter": [], "weights": [], "embeddings": [], "no_decay": []}
-    for name, tensor in trainable.items():
-        if name.endswith(EMBEDDING_SUFFIXES):
-            members["embeddings"].append(name)
-        elif adapter:
-            members["adapter"].append(name)
-        else:
-            members["weights" if tensor.ndim > 1 else "no_decay"].append(name)
-    embedding_lr = optim.embedding_lr if adapter and optim.embedding_lr is not None else optim.lr
-    lr = {"adapter": optim.lr, "weights": optim.lr, "embeddings": embedding_lr, "no_decay": optim.lr}
-    decay = {
-        "adapter": optim.weight_decay,
-        "weights": optim.weight_decay,
-        "embeddings": optim.embedding_weight_decay,
-        "no_decay": 0.0,
+    members: dict[str, list[str]] = {
+        key: [] for key in ("adapter", "adapter_b", "weights", "embeddings", "no_decay", "head")
     }
-    return [ParamGroup(key, tuple(names), lr[key], decay[key]) for key, names in members.items() if names]
+    for name, tensor in trainable.items():
+        if name in CLASS_HEAD_NAMES:
+            members["head"].append(name)
+        elif name.endswith(EMBEDDING_SUFFIXES) or _VOCABULARY_LORA.search(name):
+            members["embeddings"].append(name)
+        elif not adapter:
+            members["weights" if tensor.ndim > 1 else "no_decay"].append(name)
+        elif name.endswith(DORA_LENGTHS):
+            members["no_decay"].append(name)
+        else:
+            members["adapter_b" if lora_plus_ratio is not None and ".lora_B." in name else "adapter"].append(name)
+    embedding_lr = optim.embedding_lr if adapter and optim.embedding_lr is not None else optim.lr
+    lr = {"adapter_b": optim.lr * (lora_plus_ratio or 1.0), "embeddings": embedding_lr}
+    lr["head"] = optim.head_lr or optim.lr
+    decay = {"embeddings": optim.embedding_weight_decay, "no_decay": 0.0}
+    return [
+        ParamGroup(
+            key,
+            tuple(names),
+            lr.get(key, optim.lr),
+            decay.get(key, optim.weight_decay),
+            0 if key == "embeddings" else alone_steps,
+        )
+        for key, names in members.items()
+        if names
+    ]
 
 
 def state_dtype(group: ParamGroup, optim: OptimConfig) -> str:

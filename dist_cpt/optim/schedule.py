@@ -12,11 +12,17 @@ from dist_cpt.optim.groups import ParamGroup
 def learning_rates(
     schedule: ScheduleConfig, groups: Sequence[ParamGroup], step: int, num_steps: int
 ) -> dict[str, float]:
-    """Learning rate by group name at optimizer step `step` (from 1) of `num_steps`."""
-    return {
-        group.name: group.peak_lr * fraction(schedule.per_group.get(group.name, schedule), step, num_steps)
-        for group in groups
-    }
+    """Learning rate by group name at optimizer step `step` (from 1) of `num_steps`.
+
+    A group that stands still at first has 0 until then, and its whole schedule over the steps that are left.
+    """
+    rates = {}
+    for group in groups:
+        same = "adapter" if group.name == "adapter_b" else group.name
+        shape = schedule.per_group.get(group.name) or schedule.per_group.get(same) or schedule
+        late = group.frozen_steps
+        rates[group.name] = group.peak_lr * fraction(shape, step - late, num_steps - late) if step > late else 0.0
+    return rates
 
 
 def fraction(shape: ScheduleShape, step: int, num_steps: int) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dist_cpt.report.attempts import Attempt
 from dist_cpt.report.chart import Mark, Point, Series, line_chart, smooth
-from dist_cpt.report.held_out import by_set
+from dist_cpt.report.held_out import by_set, measure
 from dist_cpt.report.run_files import RunFiles
 from dist_cpt.report.values import real
 
@@ -72,13 +72,15 @@ def curves(run: RunFiles, attempts: Sequence[Attempt]) -> str:
 
 
 def _perplexity_chart(run: RunFiles, common: dict[str, Any]) -> str:
+    sets = by_set(run)
+    key = measure(next(iter(sets.values()), []))
     series = [
-        Series(name, points_of(rows, "perplexity"), index, "dashed" if role == "retention" else "line", dots=True)
-        for index, ((name, role), rows) in enumerate(by_set(run).items())
+        Series(name, points_of(rows, key), index, "dashed" if role == "retention" else "line", dots=True)
+        for index, ((name, role), rows) in enumerate(sets.items())
     ]
     spread = _spread([point for s in series for point in s.points])
     unit = "dashed: retention" if any(s.style == "dashed" for s in series) else ""
-    return line_chart("Held-out perplexity", series, unit=unit, log=spread > 4, **common)
+    return line_chart(f"Held-out {key}", series, unit=unit, log=key == "perplexity" and spread > 4, **common)
 
 
 def _lr_series(steps: Sequence[dict[str, Any]]) -> list[Series]:

@@ -129,14 +129,16 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def _srun_master(environ: Mapping[str, str]) -> tuple[str, int]:
-    host = environ.get("MASTER_ADDR") or _first_host(environ)
+    host = environ.get("MASTER_ADDR") or first_host(environ)
     if environ.get("MASTER_PORT"):
         return host, _integer(environ, "MASTER_PORT")
-    # Two steps of one job may overlap, two jobs may share a node: both ids decide the port.
-    return host, 20000 + (_integer(environ, "SLURM_JOB_ID") * 7 + _integer(environ, "SLURM_STEP_ID")) % 20000
+    # Two steps of one job may overlap, two jobs may share a node, and a start before a requeue may live on somewhere.
+    starts = _integer(environ, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environ else 0
+    job, step = _integer(environ, "SLURM_JOB_ID"), _integer(environ, "SLURM_STEP_ID")
+    return host, 20000 + (job * 7 + step + starts * 1009) % 20000
 
 
-def _first_host(environ: Mapping[str, str]) -> str:
+def first_host(environ: Mapping[str, str]) -> str:
     """First host of a Slurm list such as `gpu[003-007,9],login1`."""
     hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
     match = re.match(r"([A-Za-z0-9._-]+)(?:\[(\d+)[^\]]*\]([A-Za-z0-9._-]*))?", hosts)

@@ -35,6 +35,7 @@ class Heartbeat:
     seconds_in_phase: float  # since the main thread last reported a step or a phase
     ended: bool = False  # nobody watches this process any more
     written: float = 0.0  # unix seconds, by the clock of the file system
+    network: str = ""  # on a hang: why rank 0's host cannot be reached
 
 
 def heartbeat_path(folder: Path, rank: int) -> Path:

@@ -7,15 +7,17 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from dist_cpt.errors import ConfigError
 from dist_cpt.runtime.env import ProcessEnv
 
 
-def init_distributed(env: ProcessEnv, timeout_seconds: float) -> torch.device:
+def init_distributed(env: ProcessEnv, timeout_seconds: float, collective_seconds: float | None = None) -> torch.device:
     """Start the process group if there is none yet and return this rank's device.
 
-    NCCL on `cuda:local_rank` where CUDA is, else gloo on the CPU. A world of one binds no port.
+    NCCL on `cuda:local_rank` where CUDA is, else gloo on the CPU. A world of one binds no port. The ranks have
+    `timeout_seconds` to meet, and then `collective_seconds` (by default the same) for each collective.
 
     Raises:
         ConfigError: fewer GPUs than local ranks, a group of another size is already there, or the ranks
@@ -30,7 +32,7 @@ def init_distributed(env: ProcessEnv, timeout_seconds: float) -> torch.device:
             )
         return device
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
+    timeout = timedelta(seconds=collective_seconds or timeout_seconds)
     device_id = device if device.type == "cuda" else None
     if env.world_size == 1:
         dist.init_process_group(
@@ -39,7 +41,11 @@ def init_distributed(env: ProcessEnv, timeout_seconds: float) -> torch.device:
         return device
     _export(env)
     try:
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
+        store = dist.PrefixStore("default_pg", store)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
+        )
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"rank {env.rank} could not meet the other {env.world_size - 1} ranks at {env.master} "

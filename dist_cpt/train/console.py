@@ -100,6 +100,13 @@ class Console:
         first = self._first_loss.setdefault(record.name, record.loss)
         versus = "" if record.loss == first else f" ({_change(first, record.loss)} since the first evaluation)"
         role = " [retention]" if record.role == "retention" else ""
+        if record.scores:
+            scores = ", ".join(f"{name} {value:.4f}" for name, value in record.scores.items())
+            texts = f"{record.num_tokens} texts"
+            self._print(
+                f"step {record.step} held-out {record.name}{role}: {scores}, log-loss {record.loss:.4f} ({texts})"
+            )
+            return
         self._print(
             f"step {record.step} held-out {record.name}{role}: "
             f"loss {record.loss:.4f}, perplexity {_significant(record.perplexity)}{versus}"
@@ -187,6 +194,8 @@ def contract_notes(contract: dict[str, Any]) -> Sequence[str]:
     """Ties and what the kernels compute, one line each."""
     notes = [f"tied: {' = '.join(map(str, pair))}" for pair in contract.get("ties", [])]
     kernels = contract.get("kernels") or {}
+    if "attention" in kernels:
+        notes.append(f"attention: {kernels['attention']}")
     if kernels.get("fused"):
         notes.append(f"fused: {', '.join(f'{name} x{count}' for name, count in kernels['fused'].items())}")
     reasons: dict[str, list[str]] = {}

@@ -2,7 +2,8 @@
 
 Before step 0 the run writes every group to contract.json. Within the first two updates every declared
 tensor must have had a finite, non-zero gradient and must have moved, and every frozen one must be as before.
-(LoRA's A has no gradient until B has left zero, hence two updates.)
+(LoRA's A has no gradient until B has left zero, hence two updates.) Groups that stand still at first must be as
+before until then, and are watched when they begin.
 """
 
 from __future__ import annotations
@@ -47,14 +48,16 @@ class Contract:
         self._path = folder / "contract.json"
         self._rank = rank
         self._names = [name for group in groups for name in group.names]
+        self._begins = {name: group.frozen_steps + 1 for group in groups for name in group.names}
         if sorted(self._names) != sorted(declared):
             lost = sorted(set(declared) ^ set(self._names))
             raise ConfigError(f"trainable tensors without a group, or groups without a tensor: {', '.join(lost)}")
         self._owner = {name: index % world_size for index, name in enumerate(self._names)}
-        self._without_gradient = set(self._names)
+        self._watched: list[str] | None = None  # whose updates are looked at now
+        self._without_gradient: set[str] = set()
+        self._updates = 0
         self._masters_before = self._master_hashes()
         self._frozen_before = self._frozen_checksums()
-        self._updates = 0
         self.finished = False
         self.content: dict[str, Any] = {
             "engine": engine.kind,
@@ -69,6 +72,7 @@ class Contract:
                     "state_dtype": state_dtype(group, optim),
                     "peak_lr": group.peak_lr,
                     "weight_decay": group.weight_decay,
+                    "first_step": group.frozen_steps + 1,
                     "sharding": _sharding(engine.kind, world_size),
                     "tensors": [{"name": name, "shape": list(declared[name])} for name in group.names],
                 }
@@ -85,6 +89,11 @@ class Contract:
         """Look at the gradients that are about to be applied. Collective."""
         if self.finished:
             return
+        if self._watched is None:
+            moving = [name for name in self._names if self._begins[name] <= step]
+            if self.content["checks"] and len(moving) < len(self._names):
+                return  # some still stand; those that move have been checked
+            self._watched, self._without_gradient, self._updates = moving, set(moving), 0
         probe = self._engine.gradient_probe()
         for name, (norm, _) in probe.items():
             if norm > 0.0 and math.isfinite(norm):
@@ -99,35 +108,43 @@ class Contract:
         Raises:
             NumericsError: a declared tensor got no gradient or did not move, or a frozen one changed.
         """
-        if self.finished or skipped:
+        if self.finished or skipped or self._watched is None:
             return
         self._updates += 1
         if self._updates < UPDATES_TO_WATCH:
             return
+        watched, self._watched = self._watched, None
         after = self._master_hashes()
-        still = [name for name in self._names if after[name] == self._masters_before[name]]
+        moved = {name for name in self._names if after[name] != self._masters_before[name]}
         frozen_after = self._frozen_checksums()
         changed = sorted(
             name
             for mine in gather_json([n for n, value in self._frozen_before.items() if frozen_after.get(n) != value])
             for name in mine
         )
-        self._check("every trainable tensor had a finite, non-zero gradient", step, sorted(self._without_gradient))
-        self._check("every trainable tensor moved", step, still)
-        self._check("every frozen tensor is as before", step, sorted(set(changed)))
-        self.finished = True
+        count = f"{len(watched)} tensors"
+        gradientless = sorted(self._without_gradient)
+        self._check("every trainable tensor had a finite, non-zero gradient", step, gradientless, count)
+        self._check("every trainable tensor moved", step, [name for name in watched if name not in moved], count)
+        waiting = [name for name in self._names if self._begins[name] > step]
+        if waiting:
+            early = [name for name in waiting if name in moved]
+            self._check("every trainable tensor that waits is as before", step, early, f"{len(waiting)} tensors")
+        self._check("every frozen tensor is as before", step, sorted(set(changed)), "by checksum")
+        self.finished = len(watched) == len(self._names)
         self._write()
 
     def close(self, step: int) -> None:
         """Say so when the attempt ended before the contract could be checked."""
         if not self.finished:
-            self._record("checked over the first two updates", None, step, f"only {self._updates} updates were made")
+            why = "some groups had not begun" if self.content["checks"] else f"only {self._updates} updates were made"
+            self._record("checked over the first two updates", None, step, why)
             self._write()
 
-    def _check(self, clause: str, step: int, offenders: Sequence[str]) -> None:
+    def _check(self, clause: str, step: int, offenders: Sequence[str], detail: str) -> None:
         if offenders:
             self._break(clause, step, offenders)
-        self._record(clause, True, step, f"{len(self._names)} tensors" if "trainable" in clause else "by checksum")
+        self._record(clause, True, step, detail)
 
     def _break(self, clause: str, step: int, offenders: Sequence[str]) -> None:
         shown = ", ".join(offenders[:5]) + (f" and {len(offenders) - 5} more" if len(offenders) > 5 else "")

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -59,7 +60,8 @@ class Claim:
 def claim(folder: Path, config: RunConfig, new_run_id: str) -> Claim:
     """Take the folder for this start: same recipe or none yet, nobody else in it; count the attempt.
 
-    A requeued batch job (same SLURM_JOB_ID) takes over from its own earlier start even if that still lives.
+    A requeued batch job (same SLURM_JOB_ID), or the next one of a chain (DIST_CPT_PREDECESSOR), takes over from the
+    earlier start even if that still lives.
 
     Raises:
         ConfigError: the folder holds another recipe, or another process trains in it.
@@ -75,6 +77,7 @@ def claim(folder: Path, config: RunConfig, new_run_id: str) -> Claim:
     try:
         _same_recipe(folder / "recipe.yaml", config)
         attempts, wandb_run_id = _earlier_starts(folder)
+        now = round(time.time(), 3)
         started = {
             "wandb_run_id": wandb_run_id or new_run_id,
             "attempts": attempts + 1,
@@ -83,6 +86,9 @@ def claim(folder: Path, config: RunConfig, new_run_id: str) -> Claim:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "job": _job(),
+            "first_started": read_json(folder / "run.json").get("first_started", now),
+            "started": now,
+            "ends": _earlier_ends(folder, attempts - 1),
         }
         _write(folder / "recipe.yaml", to_yaml(config))
         _write(folder / "run.json", json.dumps(started, indent=1) + "\n")
@@ -129,7 +135,7 @@ def _lock(folder: Path) -> TextIO:
     except OSError:
         lock.close()
     holder = read_json(folder / "run.json")
-    if _job() is None or holder.get("job") != _job():
+    if _job() is None or holder.get("job") not in (_job(), os.environ.get("DIST_CPT_PREDECESSOR")):
         where = f" (process {holder['pid']} on {holder['host']})" if {"pid", "host"} <= holder.keys() else ""
         raise ConfigError(
             f"another process trains in {folder}{where}",
@@ -154,6 +160,16 @@ def _earlier_starts(folder: Path) -> tuple[int, str | None]:
             continue
         return state.attempt + 1, state.wandb_run_id
     return 0, None
+
+
+def _earlier_ends(folder: Path, attempt: int) -> list[dict[str, Any]]:
+    """How earlier attempts ended, so far as they could say; exit.json, which tells of the latest, is about to go."""
+    ends = read_json(folder / "run.json").get("ends")
+    ends = list(ends) if isinstance(ends, list) else []
+    latest = read_json(folder / "exit.json")
+    if "code" in latest:
+        ends.append({"attempt": attempt} | {key: latest.get(key) for key in ("code", "reason", "step")})
+    return ends
 
 
 def _job() -> str | None:

@@ -48,14 +48,23 @@ PERIOD_SECONDS = 5.0  # between two heartbeats
 STALE_PERIODS = 3  # so many missed heartbeats are a frozen process
 NUM_STEP_TIMES = 64
 NAMED_RANKS = 8  # in one line
+WITHOUT_WATCHDOG_SECONDS = 1800.0  # of one collective
 STD_FLOOR = 0.005  # nats: a loss that hardly varies has no spikes of a few hundredths
+
+
+def collective_seconds(limits: HangConfig | None) -> float:
+    """How long a collective may last: longer than any limit of the watchdog, who names the culprit and ends all."""
+    if limits is None:
+        return WITHOUT_WATCHDOG_SECONDS
+    return max(limits.min_seconds, limits.other_phase_seconds) + 4 * limits.grace_seconds + 60.0
 
 
 class Watchdog:
     """Watches this rank's main thread: `with Watchdog(...) as watchdog:`, then `watchdog.tick(phase, step)`.
 
     Every rank has one. `limits` None writes heartbeats and ends nothing. `on_hang` gets the reason on a thread of
-    its own and has `grace_seconds` to tell others. `local_ranks` are those of this host, by default all.
+    its own and has `grace_seconds` to tell others. `local_ranks` are those of this host, by default all. `master`,
+    the host and port where the ranks met, is tried on a hang: who cannot reach it has lost the network.
 
     A thread writes the heartbeat and looks at the clock. It needs the interpreter lock now and then, so a timer
     of faulthandler, which needs none, stands behind it: exit code 1, with the stacks, when neither it nor the main
@@ -75,11 +84,13 @@ class Watchdog:
         world_size: int = 1,
         local_ranks: range | None = None,
         attempt: int = 0,
-        on_hang: Callable[[str], None] | None = None,
+        master: tuple[str, int] | None = None,
+        on_hang: Callable[[str], object] | None = None,
     ) -> None:
         self._folder, self._rank, self._limits = folder, rank, limits
         self._ranks, self._attempt, self._on_hang = range(world_size), attempt, on_hang
         self._local_ranks = self._ranks if local_ranks is None else local_ranks
+        self._master, self._network = master, ""
         self._period = PERIOD_SECONDS if limits is None else min(PERIOD_SECONDS, limits.grace_seconds / 2)
         self._step_times: deque[float] = deque(maxlen=NUM_STEP_TIMES)
         self._at: tuple[str, int, float] = ("", 0, 0.0)  # phase, step, since when: replaced whole, so no lock
@@ -135,7 +146,9 @@ class Watchdog:
             return math.inf
         if phase != "training" or not self._step_times:  # the first step compiles and connects
             return self._limits.other_phase_seconds
-        return max(self._limits.min_seconds, self._limits.factor * statistics.median(list(self._step_times)))
+        longest = max(self._limits.min_seconds, self._limits.other_phase_seconds)
+        slow_step = self._limits.factor * statistics.median(list(self._step_times))
+        return min(max(self._limits.min_seconds, slow_step), longest)  # the collectives have that limit
 
     # -- on the thread -------------------------------------------------------------------------------------
 
@@ -173,6 +186,7 @@ class Watchdog:
             time=time.time(),
             seconds_in_phase=round(time.monotonic() - since, 3),
             ended=ended,
+            network=self._network,
         )
         try:
             write_heartbeat(self._folder, beat)
@@ -188,6 +202,7 @@ class Watchdog:
             first = self._announce(reason)
             if self._on_hang is not None:
                 threading.Thread(target=self._on_hang, args=(reason,), daemon=True).start()
+            self._network = _unreachable(self._master, grace / 4)
             self._wait(grace)
             beats = self._beats(self._ranks if first else self._local_ranks)
             frozen = frozen_ranks(beats, STALE_PERIODS * self._period)
@@ -285,11 +300,27 @@ def culprits(beats: Sequence[Heartbeat], frozen: Sequence[Heartbeat], world_size
         dead.append(f"no heartbeat at all from rank {_short([str(rank) for rank in silent])}")
     if dead:
         return _short(dead)
+    cut_off = [beat for beat in beats if beat.network]
+    if cut_off:
+        return "the network is cut: " + _short([f"{_named([beat])} {beat.network}" for beat in cut_off])
     last = max(beat.step for beat in beats)
     behind = [beat for beat in beats if beat.step < last]
     if behind:
         return f"behind the others, who are at step {last}: {_places(behind)}"
     return f"all ranks wait in the same step {last}: {_places(beats)}"
+
+
+def _unreachable(master: tuple[str, int] | None, seconds: float) -> str:
+    """Why the place where the ranks met cannot be reached any more; empty if it can."""
+    if master is None:
+        return ""
+    try:
+        socket.create_connection(master, timeout=seconds).close()
+    except ConnectionRefusedError:  # its process has ended, its host answers
+        return ""
+    except OSError as error:
+        return f"cannot reach {master[0]}:{master[1]} ({error.strerror or error})"
+    return ""
 
 
 def _places(beats: Sequence[Heartbeat]) -> str:

@@ -66,7 +66,9 @@ class MetricsFile:
         self._append(METRICS, row | extra)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        self._append(EVALUATIONS, asdict(record))
+        row = asdict(record)
+        scores = row.pop("scores")
+        self._append(EVALUATIONS, row | scores)
 
     def on_checkpoint(self, record: CheckpointRecord) -> None:
         self._event("checkpoint", **asdict(record))

@@ -57,8 +57,9 @@ class EvaluationRecord:
     role: str  # domain | retention
     loss: float  # nats per token
     perplexity: float
-    num_tokens: int
+    num_tokens: int  # targets: tokens, or texts of task classify
     attempt: int
+    scores: dict[str, float] = field(default_factory=dict)  # task classify: accuracy, macro_f1; loss is the log-loss
 
 
 @dataclass(frozen=True)

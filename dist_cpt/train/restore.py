@@ -18,6 +18,7 @@ from dist_cpt.config.schema import ContinueFromConfig, RunConfig
 from dist_cpt.engines.engine import Engine
 from dist_cpt.errors import CheckpointError, NumericsError
 from dist_cpt.model.load import TrainableModel
+from dist_cpt.model.standing import Standing
 from dist_cpt.optim.eight_bit import within_half_step
 from dist_cpt.optim.groups import ParamGroup, eight_bit_names
 from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
@@ -33,7 +34,7 @@ from dist_cpt.train.stream import PROBE_BLOCKS, Stream
 
 STALE_STAGING_SECONDS = 3600.0
 # The replayed loss is the same forward in another summation order: rounding of one token's loss, averaged.
-REPLAY_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "nf4": 2e-3}
+REPLAY_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "nf4": 2e-3, "int8": 2e-3}
 ROLLBACKS = "rollbacks.json"
 
 
@@ -86,22 +87,50 @@ class Restorer:
         """Take over somebody's adapter, and prove that it is in effect: the loss with and without it.
 
         Raises:
-            CheckpointError: it changes nothing.
+            CheckpointError: it changes nothing, or the engine does not compute with it.
         """
+        if self.model.standing is not None:
+            self._prove_standing(self.model.standing)
+            return
         probed = range(PROBE_BLOCKS)
         without = self.stream.probe_loss(probed)  # a new adapter adds zero
         started = start_from(self.engine, chosen, self.specs, self.model, self.config.optim)
         self.progress.optimizer_steps = started.step
         with_it = self.stream.probe_loss(probed)
+        proof = {"description": started.description, "sha256": started.sha256, "optimizer_steps": started.step}
+        self._record_proof(chosen, proof | {"loss_without": without, "loss_with": with_it})
+
+    def _prove_standing(self, standing: Standing) -> None:
+        """An earlier adapter under a new one, which adds zero yet: the engine's loss must be that of their sum."""
+        proof: dict[str, float] = on_rank_zero("earlier adapter", lambda: standing.proof)
+        here, expected = self.stream.probe_loss(range(PROBE_BLOCKS)), proof["loss_with"]
+        if self.config.task == "classify":  # its head is new: there is nothing yet to compare the engine with
+            expected = here
+        if not abs(here - expected) <= REPLAY_TOLERANCE[self.config.model.weights] * max(1.0, abs(expected)):
+            raise CheckpointError(
+                f"{standing.chosen.path}: the loss with this adapter is {expected:.6f}, the engine's is {here:.6f}",
+                remedy="this is a defect: the engine does not compute with it",
+            )
+        done = {"fold": "folded into the base", "stack": "frozen under the new adapter"}[standing.chosen.mode]
+        if (gap := proof.get("logit_gap_mean")) is not None:
+            done += f" (logits off by {gap:.2e} on average through storing the sum in {self.config.model.weights})"
+            if gap > proof["logit_effect_mean"]:
+                LOGGER.warning("folding into %s moves logits by more than the adapter does", self.config.model.weights)
+        said = {"description": f"{standing.earlier.folder}: {len(standing.earlier.lora)} LoRA pairs "
+                f"and {len(standing.earlier.vocabulary)} whole matrices {done}"}  # fmt: skip
+        said |= {"sha256": standing.earlier.sha256, "mode": standing.chosen.mode, "optimizer_steps": 0}
+        self._record_proof(standing.chosen, said | proof | {"loss_of_the_engine": here})
+
+    def _record_proof(self, chosen: ContinueFromConfig, proof: dict[str, Any]) -> None:
+        """Print and write to continued.json what shows that the adapter is in effect."""
+        without, with_it = proof["loss_without"], proof["loss_with"]
         if with_it == without:
             raise CheckpointError(
                 f"{chosen.path}: the loss is {without:.6f} with and without this adapter",
                 remedy="its matrices are those of an untrained one; take a later checkpoint of it",
             )
-        LOGGER.info("%s; loss on %d blocks without it %.4f, with it %.4f",
-                    started.description, PROBE_BLOCKS, without, with_it)  # fmt: skip
-        proof = {"description": started.description, "sha256": started.sha256, "optimizer_steps": started.step}
-        proof |= {"loss_without": without, "loss_with": with_it}
+        text = f"{proof['description']}; loss on {PROBE_BLOCKS} blocks without it {without:.4f}, with it {with_it:.4f}"
+        LOGGER.info("%s", text)  # rank 0's go to the terminal
         on_rank_zero("continued", lambda: write_json(self.folder / "continued.json", proof))
 
     def roll_back(self) -> None:

@@ -10,21 +10,25 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dist_cpt.adapters.quantize import require_bitsandbytes
+from dist_cpt.adapters.earlier import open_earlier
+from dist_cpt.adapters.pissa import PISSA, begin_with_pissa, copy_initial
+from dist_cpt.adapters.quantize import QUANTISED, require_bitsandbytes
 from dist_cpt.checkpoint.manifest import Identity, TensorSpec
 from dist_cpt.checkpoint.state import Probe, Randomness, TrainState
 from dist_cpt.checkpoint.store import SAVE_POINTS, CheckpointInfo
 from dist_cpt.config.resolve import StepShape, fingerprint, run_folder, step_shape
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.batch import Batch
+from dist_cpt.data.chat import chat_template
 from dist_cpt.data.loader import BlockLoader, ValidationLoader, prefetch
 from dist_cpt.data.prepare import check_vocabulary, open_prepared, prepare
-from dist_cpt.data.tokenizer import load_tokenizer
+from dist_cpt.data.tokenizer import load_new_vocabulary, load_tokenizer
 from dist_cpt.engines.build import build_engine
 from dist_cpt.engines.engine import Engine
 from dist_cpt.errors import (
@@ -36,7 +40,10 @@ from dist_cpt.errors import (
     Stopped,
     Superseded,
 )
-from dist_cpt.model.load import TrainableModel, load_model, locate_base
+from dist_cpt.model.attention import describe
+from dist_cpt.model.consent import require_base_checkpoint
+from dist_cpt.model.load import WEIGHTS_DTYPE, TrainableModel, check_base, load_model
+from dist_cpt.model.standing import ProbeBlock
 from dist_cpt.optim.eight_bit import dynamic_map
 from dist_cpt.optim.groups import ParamGroup, param_groups
 from dist_cpt.runtime.collectives import agree, all_reduce_ints, gather_json, on_every_rank, on_rank_zero
@@ -47,6 +54,7 @@ from dist_cpt.runtime.mesh import init_distributed, shutdown
 from dist_cpt.runtime.nccl import save_flight_record, set_nccl_defaults
 from dist_cpt.runtime.seed import first_draws
 from dist_cpt.runtime.stop import StopRequest
+from dist_cpt.train.class_scores import class_scores
 from dist_cpt.train.console import Console
 from dist_cpt.train.contract import Contract
 from dist_cpt.train.evaluate import evaluate
@@ -185,11 +193,12 @@ class _Run:
         config, rank = self.config, self.env.rank
         path = config.model.path
         if path is not None:  # before the corpus is prepared: that may take hours
-            on_rank_zero("model.path", lambda: str(locate_base(path, config.model.revision)))
-        if config.model.weights == "nf4":
-            on_every_rank("model.weights", require_bitsandbytes)
+            on_rank_zero("model.path", self._check_starting_point)
+        if config.model.weights in QUANTISED:
+            on_every_rank("model.weights", lambda: require_bitsandbytes(config.model.weights))
         if config.optim.state == "8bit":
             on_every_rank("optim.state", lambda: dynamic_map(True))
+        self.vocabulary = on_every_rank("embeddings.new_tokens", lambda: load_new_vocabulary(config))
         self._prepare()
         self.prepared = on_every_rank("open data", lambda: open_prepared(config))
         self.tokenizer = on_every_rank("tokenizer", self._load_tokenizer)
@@ -200,8 +209,13 @@ class _Run:
             for source in self.prepared.validation
         ]
         self.model: TrainableModel = on_every_rank("load model", self._load_model)
+        if config.adapter.init == "pissa":
+            self.model.identity[PISSA] = begin_with_pissa(self.model.module, self.folder)
         trainable = self.model.trainable
-        self.groups = param_groups(trainable, config.optim, adapter=config.adapter.kind == "lora")
+        lora = config.adapter.kind == "lora"
+        self.groups = param_groups(
+            trainable, config.optim, lora, config.embeddings.alone_steps, config.adapter.lora_plus_ratio
+        )
         declared = {name: tensor.shape for name, tensor in trainable.items()}
         self.specs = _specs(self.groups, declared, config.model.compute_dtype)
         self.engine: Engine = build_engine(
@@ -232,7 +246,7 @@ class _Run:
             ties=self.model.ties,
             compute_dtype=config.model.compute_dtype,
             optim=config.optim,
-            kernels=self.model.fusion.as_json(),
+            kernels=self.model.fusion.as_json() | {"attention": self._attention()},
             rank=rank,
             world_size=self.env.world_size,
         )
@@ -300,12 +314,37 @@ class _Run:
     def _say_prepared(self, name: str, documents: int) -> None:
         LOGGER.info("preparing %s: %d documents", name, documents)
 
+    def _check_starting_point(self) -> None:
+        """What a base, its tokenizer and an earlier adapter would be refused for, without loading a weight."""
+        chosen = self.config.adapter.continue_from
+        check_base(self.config.model)
+        load_new_vocabulary(self.config)
+        if self.config.task == "cpt":
+            require_base_checkpoint(self.config.model, self._load_tokenizer())
+        if chosen is not None and chosen.mode != "train":
+            open_earlier(Path(chosen.path))
+
     def _load_tokenizer(self) -> Any:
-        assert self.config.data.tokenizer is not None  # resolve_paths fills it in
-        return load_tokenizer(self.config.data.tokenizer, self.config.model.revision)
+        path, base = self.config.data.tokenizer, self.config.model
+        assert path is not None  # resolve_paths fills it in
+        tokenizer = load_tokenizer(path, base.revision if path == base.path else None)
+        if self.config.task == "instruct":  # saved with the model: it answers only under the template it was taught
+            tokenizer.chat_template = chat_template(tokenizer, self.config.data.chat_template)
+        return tokenizer
+
+    def _initial_adapter(self) -> list[Callable[[str | Path], None]]:
+        return [partial(copy_initial, self.folder)] if self.config.adapter.init == "pissa" else []
+
+    def _attention(self) -> str:
+        dtype = WEIGHTS_DTYPE[self.config.model.compute_dtype]
+        return describe(self.model.module.attention, self.device, self.model.hf_config, dtype)
 
     def _load_model(self) -> TrainableModel:
-        model = load_model(self.config, device=self.device)
+        probe = None
+        if self.env.rank == 0:
+            blocks = [self.loader.batch([at]) for at in range(PROBE_BLOCKS)]
+            probe = [ProbeBlock(b.input_ids, b.labels, b.position_ids, b.cu_seqlens, b.max_seqlen) for b in blocks]
+        model = load_model(self.config, device=self.device, vocabulary=self.vocabulary, probe=probe)
         check_vocabulary(self.prepared, model.identity["vocab_size"])
         return model
 
@@ -459,7 +498,7 @@ class _Run:
             self.specs,
             self.identity,
             adapter=self.config.adapter.kind == "lora",
-            sidecars=[self.model.write_config, self.tokenizer.save_pretrained],
+            sidecars=[self.model.write_config, self.tokenizer.save_pretrained, *self._initial_adapter()],
             aliases=self.model.aliases,
             before=self.metrics.sync,
             saved=self._on_saved,
@@ -476,7 +515,10 @@ class _Run:
         return step == self.shape.num_steps or (every is not None and step % every == 0)
 
     def _evaluate(self, step: int) -> None:
+        head = self.model.class_head
         for loader in self.held_out:
+            if head is not None:
+                head.take_confusion()  # of probes since the last evaluation
             result = evaluate(
                 self.engine,
                 loader.batch,
@@ -486,9 +528,9 @@ class _Run:
                 world_size=self.env.world_size,
                 micro_batch=self.shape.micro_batch,
             )
-            record = EvaluationRecord(
-                step, loader.name, loader.role, result.loss, result.perplexity, result.num_tokens, self.attempt
-            )
+            scores = {} if head is None else class_scores(all_reduce_ints(head.take_confusion()))
+            numbers = (result.loss, result.perplexity, result.num_tokens)
+            record = EvaluationRecord(step, loader.name, loader.role, *numbers, self.attempt, scores)
             self._tell(lambda observer, record=record: observer.on_evaluation(record))
 
     def _on_step(self, record: StepRecord) -> None:
@@ -496,11 +538,13 @@ class _Run:
 
     def _sample(self) -> None:
         """A continuation of held-out text by the trained model, for the report."""
-        if not self.held_out:
+        if not self.held_out or self.config.task == "classify":
             return
         batch = self.held_out[0].batch([0])
         prompt = batch.input_ids[0, : min(24, self.config.data.seq_len // 2)].tolist()
-        write_sample(self.engine, self.tokenizer, prompt, self.folder, self.progress.step, rank=self.env.rank)
+        where = (self.folder, self.progress.step)
+        context = self.config.data.seq_len
+        write_sample(self.engine, self.tokenizer, prompt, *where, rank=self.env.rank, context=context)
 
 
 def _specs(groups: Sequence[ParamGroup], declared: dict[str, torch.Size], dtype: str) -> list[TensorSpec]:

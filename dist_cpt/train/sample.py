@@ -17,16 +17,19 @@ TEMPERATURE = 0.8
 TOP_K = 40
 
 
-def write_sample(engine: Engine, tokenizer: Any, prompt: Sequence[int], folder: Path, step: int, *, rank: int) -> None:
+def write_sample(
+    engine: Engine, tokenizer: Any, prompt: Sequence[int], folder: Path, step: int, *, rank: int, context: int
+) -> None:
     """Continue `prompt` (token ids) and write sample.json. Collective: every rank runs the forwards.
 
-    Rank 0 draws each token from its TOP_K likeliest at TEMPERATURE: greedy text of a small model only repeats.
+    The model sees the last `context` tokens: more than it was trained on may be more positions than it has. Rank 0
+    draws each token from its TOP_K likeliest at TEMPERATURE: greedy text of a small model only repeats.
     """
     ids = list(prompt)
     draw = torch.Generator().manual_seed(step)
     device = None
     for _ in range(NEW_TOKENS):
-        logits = engine.logits(torch.tensor([ids], dtype=torch.int64, device=device))
+        logits = engine.logits(torch.tensor([ids[-context:]], dtype=torch.int64, device=device))
         top = (logits[0].float().cpu() / TEMPERATURE).topk(min(TOP_K, logits.shape[-1]))
         chosen = top.indices[torch.multinomial(top.values.softmax(-1), 1, generator=draw)]
         ids.append(broadcast_json(int(chosen)))

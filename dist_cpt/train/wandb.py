@@ -147,6 +147,7 @@ class WandbObserver:
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         row = {f"eval/{record.name}/loss": record.loss, f"eval/{record.name}/perplexity": record.perplexity}
+        row |= {f"eval/{record.name}/{score}": value for score, value in record.scores.items()}
         self._log(record.step, record.attempt, row)
 
     def on_checkpoint(self, record: CheckpointRecord) -> None:

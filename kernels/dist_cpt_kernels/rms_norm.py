@@ -22,9 +22,11 @@ from dist_cpt_kernels.rounding import rounded
 
 Casting = Literal["llama", "gemma"]
 
-MAX_DIM = 32768  # one program holds a whole row
+MAX_DIM = 16384  # one program holds a whole row: of a longer one, registers spill
+MAX_SHARED_DIM = 8192  # and of a longer one than this with its share of the weight's gradient beside it
 TILE = 1024  # elements of one program where rows are short, as those of one head are
 PARTS, PART_COLUMNS = 16, 64  # of one step of the second stage
+SHARE_ROWS, SHARE_COLUMNS = 8, 512  # of one step where the shares have a kernel of their own
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, casting: Casting = "llama") -> torch.Tensor:
@@ -153,32 +155,57 @@ def _launch_backward(
     grad_total_TD = None if grad_total is None else _rows(grad_total)
     rows, block, warps = tile(dim)
     num_tiles = -(-num_rows // rows)
-    num_programs, parts = num_tiles, None
-    if dweight is not None:
+    num_programs, parts, together = num_tiles, None, block <= MAX_SHARED_DIM
+    if dweight is not None and together:
         num_programs = min(num_tiles, _num_programs(x_TD.device))
         parts = torch.empty((num_programs, dim), dtype=torch.float32, device=x_TD.device)
-    rms_norm_backward_kernel[(num_programs,)](
+    if dx is not None or parts is not None:
+        rms_norm_backward_kernel[(num_programs,)](
+            grad_TD,
+            grad_TD.stride(0),
+            grad_total_TD,
+            0 if grad_total_TD is None else grad_total_TD.stride(0),
+            x_TD,
+            x_TD.stride(0),
+            weight,
+            rstd_T,
+            dx,
+            parts,
+            num_rows,
+            dim,
+            GEMMA=gemma,
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=warps,
+        )
+    if dweight is not None and not together:
+        parts = _weight_shares(grad_TD, x_TD, rstd_T)
+    if parts is not None:
+        add_parts_kernel[(-(-dim // PART_COLUMNS),)](
+            parts, dweight, len(parts), dim, PARTS=PARTS, BLOCK=PART_COLUMNS, num_warps=4
+        )
+
+
+def _weight_shares(grad_TD: torch.Tensor, x_TD: torch.Tensor, rstd_T: torch.Tensor) -> torch.Tensor:
+    """fp32 [shares, D]: x and its gradient are read once more."""
+    num_rows, dim = x_TD.shape
+    num_columns = -(-dim // SHARE_COLUMNS)
+    num_shares = min(-(-num_rows // SHARE_ROWS), max(1, _num_programs(x_TD.device) // num_columns))
+    parts = torch.empty((num_shares, dim), dtype=torch.float32, device=x_TD.device)
+    weight_shares_kernel[(num_shares, num_columns)](
         grad_TD,
         grad_TD.stride(0),
-        grad_total_TD,
-        0 if grad_total_TD is None else grad_total_TD.stride(0),
         x_TD,
         x_TD.stride(0),
-        weight,
         rstd_T,
-        dx,
         parts,
         num_rows,
         dim,
-        GEMMA=gemma,
-        ROWS=rows,
-        BLOCK=block,
-        num_warps=warps,
+        ROWS=SHARE_ROWS,
+        BLOCK=SHARE_COLUMNS,
+        num_warps=4,
     )
-    if parts is not None:
-        add_parts_kernel[(-(-dim // PART_COLUMNS),)](
-            parts, dweight, num_programs, dim, PARTS=PARTS, BLOCK=PART_COLUMNS, num_warps=4
-        )
+    return parts
 
 
 @cache
@@ -274,6 +301,33 @@ def rms_norm_backward_kernel(
     if parts_ptr is not None:
         share = tl.expand_dims(tl.sum(dweight, 0), 0)
         tl.store(parts_ptr + tl.cast(program, tl.int64) * dim + column, share, mask=column < dim)
+
+
+@jit
+def weight_shares_kernel(
+    grad_ptr,
+    grad_stride,
+    x_ptr,
+    x_stride,
+    rstd_ptr,
+    parts_ptr,
+    num_rows,
+    dim,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As the kernel above with nothing but the weight's gradient, of BLOCK columns."""
+    share = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    dweight = tl.zeros([ROWS, BLOCK], tl.float32)
+    for step in range(share, tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+        row = tl.cast(step, tl.int64) * ROWS + tl.arange(0, ROWS)
+        inside = (row < num_rows)[:, None] & (column < dim)
+        x = tl.load(x_ptr + row[:, None] * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + row[:, None] * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
+        dweight += grad * x * tl.load(rstd_ptr + row, mask=row < num_rows, other=0.0)[:, None]
+    total = tl.expand_dims(tl.sum(dweight, 0), 0)
+    tl.store(parts_ptr + tl.cast(share, tl.int64) * dim + column, total, mask=column < dim)
 
 
 @jit

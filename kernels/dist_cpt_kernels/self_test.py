@@ -6,7 +6,8 @@ T tokens, D model, F ffn, H heads, K kv heads, N head dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
 
@@ -59,22 +60,15 @@ def self_test(
         ),
     }
     for casting in ("llama", "gemma"):
-        cases[f"rms_norm {casting}"] = (
-            lambda x, w, casting=casting: rms_norm(x, w, 1e-6, casting=casting),
-            lambda x, w, casting=casting: reference.rms_norm(x, w, 1e-6, casting=casting),
-            (x, weight),
-        )
-        cases[f"add_rms_norm {casting}"] = (
-            lambda x, r, w, casting=casting: add_rms_norm(x, r, w, 1e-6, casting=casting),
-            lambda x, r, w, casting=casting: reference.add_rms_norm(x, r, w, 1e-6, casting=casting),
-            (x, residual, weight),
-        )
+        settings: dict[str, Any] = {"eps": 1e-6, "casting": casting}
+        for name, kernel, truth, inputs in (
+            ("rms_norm", rms_norm, reference.rms_norm, (x, weight)),
+            ("add_rms_norm", add_rms_norm, reference.add_rms_norm, (x, residual, weight)),
+        ):
+            cases[f"{name} {casting}"] = (partial(kernel, **settings), partial(truth, **settings), inputs)
     for activation in ACTIVATIONS:
-        cases[f"gated {activation}"] = (
-            lambda g, u, activation=activation: gated(g, u, activation),
-            lambda g, u, activation=activation: reference.gated(g, u, activation),
-            (gate, up),
-        )
+        settings = {"activation": activation}
+        cases[f"gated {activation}"] = (partial(gated, **settings), partial(reference.gated, **settings), (gate, up))
     return {name: _error(*case) for name, case in cases.items()}
 
 

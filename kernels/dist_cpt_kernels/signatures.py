@@ -13,7 +13,24 @@ from dist_cpt_kernels.cross_entropy import cross_entropy_kernel
 from dist_cpt_kernels.embedding import BLOCK as COLUMN_BLOCK
 from dist_cpt_kernels.embedding import NUM_WARPS as COLUMN_WARPS
 from dist_cpt_kernels.embedding import TILE_TOKENS, join_runs_kernel, sum_runs_kernel
+from dist_cpt_kernels.gated import ACTIVATIONS, gated_gradients_kernel, gated_kernel
+from dist_cpt_kernels.gated import BLOCK as GATED_BLOCK
+from dist_cpt_kernels.gated import NUM_WARPS as GATED_WARPS
 from dist_cpt_kernels.linear_cross_entropy import SCALE_BLOCK, scale_kernel
+from dist_cpt_kernels.rms_norm import (
+    MAX_DIM,
+    MAX_SHARED_DIM,
+    PART_COLUMNS,
+    PARTS,
+    SHARE_COLUMNS,
+    SHARE_ROWS,
+    add_parts_kernel,
+    rms_norm_backward_kernel,
+    rms_norm_kernel,
+    tile,
+    weight_shares_kernel,
+)
+from dist_cpt_kernels.rope import blocks, rope_kernel
 
 
 @dataclass(frozen=True)
@@ -36,7 +53,7 @@ class Signature:
 
 
 def signatures() -> list[Signature]:
-    return [*_cross_entropy(), *_nf4(), *_embedding(), *_adamw()]
+    return [*_cross_entropy(), *_nf4(), *_embedding(), *_adamw(), *_rms_norm(), *_rope(), *_gated()]
 
 
 def _cross_entropy() -> list[Signature]:
@@ -201,3 +218,147 @@ def _adamw() -> list[Signature]:
             num_warps=adamw.NUM_WARPS,
         ),
     ]
+
+
+def _rms_norm() -> list[Signature]:
+    """Hidden sizes of 4096, 5376, 8192 and 16384, and heads of 128."""
+
+    def make(name: str, dtype: str, dim: int, pointers: Mapping[str, str], strides: tuple[str, ...], **changed: Any):
+        rows, block, warps = tile(dim)
+        kernel = rms_norm_backward_kernel if "back" in name else rms_norm_kernel
+        return Signature(
+            f"rms_norm_{name}_{dtype}_{dim}",
+            kernel,
+            {
+                "x_ptr": f"*{dtype}:16",
+                "weight_ptr": f"*{dtype}:16",
+                "rstd_ptr": "*fp32:16",
+                **{name: kind.format(dtype) for name, kind in pointers.items()},
+                **dict.fromkeys(("x_stride", *strides), "i32:16"),
+                "num_rows": "i32:16",
+                "dim": "i32:16",
+                **({} if "back" in name else {"eps": "fp32"}),
+            },
+            {"GEMMA": False, "ROWS": rows, "BLOCK": block, **changed},
+            num_warps=warps,
+            min_vector_bits=128,
+        )
+
+    tensor, out = "*{}:16", {"out_ptr": "*{}:16"}
+    added = {**out, "residual_ptr": tensor, "total_ptr": tensor}
+    frozen = {"grad_ptr": tensor, "dx_ptr": tensor}
+    trained = {**frozen, "parts_ptr": "*fp32:16"}
+    total = {"grad_total_ptr": tensor}
+    narrow = (("bf16", 128), ("bf16", 4096), ("bf16", 5376), ("bf16", MAX_SHARED_DIM), ("fp32", 4096))
+    longest = ("bf16", MAX_DIM)
+    strides, both = ("grad_stride",), ("grad_stride", "grad_total_stride")
+    return [
+        *(make("alone", *size, out, (), residual_stride=0) for size in (*narrow, longest)),
+        *(make("added", *size, added, ("residual_stride",)) for size in (*narrow[1:], longest)),
+        make("added_gemma", "bf16", 4096, added, ("residual_stride",), GEMMA=True),
+        *(make("back", *size, trained, strides, grad_total_stride=0) for size in narrow),
+        *(make("back_frozen", *size, frozen, strides, grad_total_stride=0) for size in (*narrow[:2], longest)),
+        *(make("back_added", *size, {**trained, **total}, both) for size in narrow[1:]),
+        *(make("back_added_frozen", *size, {**frozen, **total}, both) for size in (*narrow[1:], longest)),
+        make("back_added_gemma", "bf16", 4096, {**trained, **total}, both, GEMMA=True),
+        *(
+            Signature(
+                f"rms_norm_shares_{dtype}",
+                weight_shares_kernel,
+                {
+                    **dict.fromkeys(("grad_ptr", "x_ptr"), f"*{dtype}:16"),
+                    **dict.fromkeys(("rstd_ptr", "parts_ptr"), "*fp32:16"),
+                    **dict.fromkeys(("grad_stride", "x_stride", "num_rows", "dim"), "i32:16"),
+                },
+                {"ROWS": SHARE_ROWS, "BLOCK": SHARE_COLUMNS},
+                min_vector_bits=128,
+            )
+            for dtype in ("fp32", "bf16")
+        ),
+        *(
+            Signature(
+                f"rms_norm_parts_{dtype}",
+                add_parts_kernel,
+                {"parts_ptr": "*fp32:16", "out_ptr": f"*{dtype}:16", "num_parts": "i32", "dim": "i32:16"},
+                {"PARTS": PARTS, "BLOCK": PART_COLUMNS},
+                min_vector_bits=128,
+            )
+            for dtype in ("fp32", "bf16")
+        ),
+    ]
+
+
+def _rope() -> list[Signature]:
+    """Llama 3 8B and 70B, Qwen2 7B (28 heads), Gemma 2 (heads of 256), Phi-2 (32 of 80), one head for keys."""
+    shapes = {
+        "llama_8b": (32, 8, 64, 128),
+        "llama_70b": (64, 8, 64, 128),
+        "qwen2_7b": (28, 4, 64, 128),
+        "gemma2_9b": (16, 8, 128, 256),
+        "phi_2": (32, 32, 16, 80),
+        "one_key_head": (8, 1, 128, 256),
+    }
+
+    def make(name: str, dtype: str = "bf16", inverse: bool = False) -> Signature:
+        num_heads, num_k_heads, half, head_dim = shapes[name]
+        chosen = blocks(num_heads, num_k_heads, half, head_dim)
+        warps = chosen.pop("num_warps")
+        tensors = [f"{x}{out}" for x in ("q", "k") for out in ("", "_out")]
+        return Signature(
+            f"rope_{name}_{dtype}{'_back' if inverse else ''}",
+            rope_kernel,
+            {
+                **{f"{tensor}_ptr": f"*{dtype}:16" for tensor in tensors},
+                **{f"{tensor}_stride_{axis}": "i32:16" for tensor in tensors for axis in "blh"},
+                **{f"{table}_ptr": "*fp32:16" for table in ("cos", "sin")},
+                **{f"{table}_stride": "i32:16" for table in ("cos", "sin")},
+                "positions_ptr": "*i64:16",
+                "positions_stride_b": "i32:16",
+                "num_positions": "i32:16",
+                "length": "i32:16",
+                "num_q_heads": "i32:16" if num_heads % 16 == 0 else "i32",
+                "num_k_heads": "i32:16" if num_k_heads % 16 == 0 else "i32",
+                "half": "i32:16",
+                "head_dim": "i32:16",
+            },
+            {
+                **{f"{tensor}_stride_n": 1 for tensor in tensors},
+                "positions_stride_l": 1,
+                "INVERSE": inverse,
+                **chosen,
+            },
+            num_warps=warps,
+            min_vector_bits=128,
+        )
+
+    return [*(make(name) for name in shapes), make("llama_8b", inverse=True), make("llama_8b", "fp32")]
+
+
+def _gated() -> list[Signature]:
+    def make(name: str, kernel: Any, names: tuple[str, ...], dtype: str, activation: str, width: str) -> Signature:
+        absent = {"value_stride": 0} if kernel is gated_gradients_kernel and "value" not in names else {}
+        return Signature(
+            f"gated_{name}_{activation}_{dtype}{'' if width == 'i32:16' else '_long'}",
+            kernel,
+            {
+                **{f"{tensor}_ptr": f"*{dtype}:16" for tensor in names},
+                **{f"{tensor}_stride": width for tensor in names},
+                "width": width,
+            },
+            {"ACTIVATION": activation, "BLOCK": GATED_BLOCK, **absent},
+            num_warps=GATED_WARPS,
+            min_vector_bits=128,
+        )
+
+    forward = ("gate", "up", "out")
+    backward = ("grad", "gate", "up", "dgate", "dup")
+    made = []
+    for dtype, activation, width in (
+        *(("bf16", activation, "i32:16") for activation in ACTIVATIONS),
+        ("bf16", "silu", "i64:16"),
+        ("fp32", "silu", "i32:16"),
+    ):
+        made.append(make("forward", gated_kernel, forward, dtype, activation, width))
+        made.append(make("backward", gated_gradients_kernel, backward, dtype, activation, width))
+    value = (*backward, "value")
+    return [*made, make("backward_value", gated_gradients_kernel, value, "bf16", "silu", "i32:16")]

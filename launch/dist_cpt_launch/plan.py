@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,16 +16,18 @@ from dist_cpt.errors import ConfigError
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """One node's command line and the environment it adds."""
+    """One command line and the environment it adds: of a host's ranks, or of sbatch."""
 
     argv: tuple[str, ...]
     environment: dict[str, str]
     run_folder: Path
+    log_folder: Path | None = None  # to be made first, where the scheduler does not make it
 
     def shown(self) -> str:
         """The plan as one line that a shell would run."""
         pairs = [f"{key}={shlex.quote(value)}" for key, value in self.environment.items()]
-        return " ".join([*pairs, shlex.join(self.argv)])
+        first = [] if self.log_folder is None else ["mkdir -p", shlex.quote(str(self.log_folder)), "&&"]
+        return " ".join([*first, *pairs, shlex.join(self.argv)])
 
 
 def local_plan(
@@ -34,30 +37,44 @@ def local_plan(
     *,
     procs_per_node: int,
     threads_per_rank: int,
+    nodes: int = 1,
+    rdzv: str | None = None,
     stop_timeout_seconds: int = 240,
 ) -> LaunchPlan:
-    """All ranks on this host: one plain process, or torchrun for more.
+    """All ranks of this host: one plain process, or torchrun for more.
+
+    With `rdzv`, HOST:PORT on the first host, the same command on each of `nodes` hosts is one run.
 
     Raises:
         ConfigError: the recipe's batch does not divide over the ranks, or one engine cannot use them.
     """
-    if procs_per_node < 1:
-        raise ConfigError(f"--procs-per-node {procs_per_node}: at least 1 is needed")
-    if config.engine.kind == "single" and procs_per_node > 1:
+    ranks = nodes * procs_per_node
+    if ranks < 1:
+        raise ConfigError(f"--nodes {nodes}, --procs-per-node {procs_per_node}: at least 1 is needed")
+    if config.engine.kind == "single" and ranks > 1:
         raise ConfigError(
-            f"engine.kind: single runs on one rank, not on {procs_per_node}",
+            f"engine.kind: single runs on one rank, not on {ranks}",
             remedy="use engine.kind: fsdp, zero or auto, or --procs-per-node 1",
         )
-    step_shape(config, procs_per_node)
+    step_shape(config, ranks)
+    if nodes > 1 and rdzv is None:
+        raise ConfigError(
+            f"--nodes {nodes}: this command starts the ranks of this host only",
+            remedy="add --rdzv HOST:PORT of the first host and start it on every host, or use --on slurm",
+        )
+    if rdzv is not None and not re.fullmatch(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}", rdzv):
+        raise ConfigError(f"--rdzv {rdzv!r}: expected HOST:PORT")
     worker = ["-m", "dist_cpt.cli", "train", str(recipe.absolute())]
     for item in overrides:
         worker += ["--set", item]
     argv: list[str] = [sys.executable]
-    if procs_per_node > 1:
+    if ranks > 1:
+        meet = ["--standalone", "--nnodes=1"]
+        if rdzv is not None:
+            meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint={rdzv}", f"--rdzv-id={config.name}", f"--nnodes={nodes}"]
         # fmt: off
         argv += [
-            "-m", "dist_cpt.runtime.torchrun", "--standalone", "--nnodes=1",
-            f"--nproc-per-node={procs_per_node}", "--max-restarts=0",
+            "-m", "dist_cpt.runtime.torchrun", *meet, f"--nproc-per-node={procs_per_node}", "--max-restarts=0",
             f"--shutdown-timeout={stop_timeout_seconds}",
         ]
         # fmt: on

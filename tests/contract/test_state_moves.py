@@ -24,7 +24,7 @@ MORE_CHAINS = [
     ("chain", "variant"),
     [
         pytest.param(CHAIN, "lora", id="lora"),
-        pytest.param(NF4_CHAIN, "nf4", id="nf4", marks=pytest.mark.matrix),
+        *(pytest.param(NF4_CHAIN, kind, id=kind, marks=pytest.mark.matrix) for kind in ("nf4", "int8")),
         *(
             pytest.param(chain, variant, id=f"{i}-{variant}", marks=pytest.mark.matrix)
             for i, chain in enumerate([CHAIN, *MORE_CHAINS])
@@ -83,7 +83,7 @@ EIGHT_BIT_FAST = tuple((engine, ranks, "8bit") for engine, ranks in (("single", 
 
 @pytest.mark.parametrize(
     ("engine", "ranks", "variant"),
-    grid(*FAST, *NF4_FAST, *EIGHT_BIT_FAST, variants=("lora", "nf4", "8bit")),
+    grid(*FAST, *NF4_FAST, *EIGHT_BIT_FAST, variants=("lora", "nf4", "int8", "8bit")),
 )
 def test_resume_is_bit_exact(engine: str, ranks: int, variant: str, pool: Any, base: Any) -> None:
     """10 + export + import + 10 = 20 steps, into a fresh engine and into one that has gone on meanwhile."""

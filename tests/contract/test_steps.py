@@ -74,7 +74,13 @@ def test_two_ranks_hold_half_each(engine: str, pool: Any, base: Any) -> None:
     assert whole >= 2 * (2 * 512 * 320 + 4 * 320 * 320 + 3 * 320 * 640)
 
 
-@pytest.mark.parametrize(("engine", "variant"), [(e, v) for v in ("lora", "nf4") for e in FROZEN_SHARE])
+@pytest.mark.parametrize(
+    ("engine", "variant"),
+    [
+        *((e, v) for v in ("lora", "nf4") for e in FROZEN_SHARE),
+        *(pytest.param(e, "int8", marks=() if e == "zero-3" else pytest.mark.matrix) for e in FROZEN_SHARE),
+    ],
+)
 def test_the_frozen_base_is_halved_or_whole(engine: str, variant: str, pool: Any, base: Any) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4,
              "num_hidden_layers": 1}  # fmt: skip
@@ -84,18 +90,21 @@ def test_the_frozen_base_is_halved_or_whole(engine: str, variant: str, pool: Any
     elements = 4 * 512 * 512 + 3 * 512 * 1024
     norms = 3 * 512 * 2  # bytes, which may stay gathered
     # Beside the codes: a byte per block, an fp32 per 256 of them, and per layer an offset and two tables.
-    scales = elements // 64 + elements // 64 // 256 * 4 + 7 * 4 * (1 + 16 + 256) if variant == "nf4" else 0
-    assert alone["frozen"] == (elements // 2 + scales if variant == "nf4" else elements * 2) + norms
+    # int8: an fp32 per row.
+    nested = elements // 64 + elements // 64 // 256 * 4 + 7 * 4 * (1 + 16 + 256)
+    scales = {"lora": 0, "nf4": nested, "int8": 4 * (5 * 512 + 2 * 1024)}[variant]
+    codes = {"lora": elements * 2, "nf4": elements // 2, "int8": elements}[variant]
+    assert alone["frozen"] == codes + scales + norms
     for held in both:
         assert abs(held["frozen"] - scales - (alone["frozen"] - scales) / FROZEN_SHARE[engine]) <= norms
 
 
-@pytest.mark.parametrize("weights", ["bf16", "nf4"])
+@pytest.mark.parametrize("weights", ["bf16", "nf4", pytest.param("int8", marks=pytest.mark.matrix)])
 @pytest.mark.parametrize("engine", ["single", "fsdp-full", "fsdp-trainable", "zero-2", "zero-3"])
 def test_the_frozen_base_stays_as_it_was(engine: str, weights: str, pool: Any, base: Any) -> None:
     ranks = 1 if engine == "single" else 2
     # Seven matrices and two norms in each of two layers, and the last norm; to each quantised matrix five tensors.
-    tensors = 2 * 9 + 1 + (2 * 7 * 5 if weights == "nf4" else 0)
+    tensors = 2 * 9 + 1 + 2 * 7 * {"bf16": 0, "nf4": 5, "int8": 1}[weights]
     for count, changed in pool(ranks).run(
         "tests.contract.cases:frozen_is_untouched", base=base("lora"), engine=ENGINES[engine], weights=weights
     ):

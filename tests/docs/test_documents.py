@@ -35,6 +35,7 @@ def test_links_and_commands_exist(path):
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (path.parent / target).exists(), target
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    commands |= {group.name or "" for group in app.registered_groups}
     for used in re.findall(r"^\s*(?:srun .*)?dist-cpt ([a-z]+)", text, re.MULTILINE):
         assert used in commands, used
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -185,8 +185,8 @@ def test_mistakes_are_named(bases, tokenizer, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "step-1", trained({"path": str(bases / "untied")}), tokenizer)
     with pytest.raises(ConfigError, match="exists"):
         merge(checkpoint, checkpoint, "fp32")
-    with pytest.raises(ConfigError, match="dtype must be fp32 or bf16"):
-        merge(checkpoint, tmp_path / "merged", "fp16")
+    with pytest.raises(ConfigError, match="dtype must be one of fp32, bf16, fp16"):
+        merge(checkpoint, tmp_path / "merged", "int8")
     with pytest.raises(CheckpointError, match=r"no manifest\.json"):
         merge(bases, tmp_path / "merged", "fp32")
     (checkpoint / "adapter_model.safetensors").rename(checkpoint / "adapter_model.bin")

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import dist_cpt_kernels
 import pytest
 from dist_cpt_kernels.signatures import signatures
 
-ARCHITECTURES = (80, 90, 100)
+from tests.kernels.compile_all import ARCHITECTURES, REPRESENTATIVE
+
 SHARED_KIB = {80: 164, 90: 228, 100: 228}  # of one multiprocessor
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+@pytest.fixture(scope="module", params=["representative", pytest.param("all", marks=pytest.mark.matrix)])
+def compiled(request, tmp_path_factory):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_all"],
+        [sys.executable, "-m", "tests.kernels.compile_all", *([] if request.param == "all" else [request.param])],
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))},
         capture_output=True,
         text=True,
@@ -28,11 +32,23 @@ def compiled(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-def test_every_signature_was_compiled(compiled):
-    names = [signature.name for signature in signatures()]
+def test_every_kernel_was_compiled_for_every_architecture(compiled):
+    names = [one["name"] for one in compiled if one["architecture"] == 90]
     assert len(set(names)) == len(names)
-    expected = {(name, architecture) for name in names for architecture in ARCHITECTURES}
-    assert {(one["name"], one["architecture"]) for one in compiled} == expected
+    assert len(compiled) == len(ARCHITECTURES) * len(names)
+    by_name = {signature.name: signature.kernel for signature in signatures()}
+    assert len(by_name) == len(signatures())
+    assert {id(by_name[name]) for name in names} == {id(kernel) for kernel in by_name.values()}
+    if len(names) > len(REPRESENTATIVE):
+        assert set(names) == set(by_name)
+
+
+def test_no_kernel_is_left_out():
+    """Every function under @jit that is launched, not only called by another."""
+    listed = {signature.kernel.__name__ for signature in signatures()}
+    sources = "".join(path.read_text() for path in Path(dist_cpt_kernels.__file__).parent.glob("*.py"))
+    launched = set(re.findall(r"(\w+)\[(?:grid|\()", sources)) & set(re.findall(r"@jit\ndef (\w+)\(", sources))
+    assert listed == launched
 
 
 def test_nothing_spills_and_everything_fits(compiled):

@@ -97,3 +97,60 @@ def test_nothing_to_learn_from():
     for count in (9, 0):
         found = _grads(linear_cross_entropy, hidden[:count], weight, torch.full_like(labels[:count], -100), **TERMS)
         assert not any(tensor.any() for tensor in found)
+
+
+@pytest.mark.parametrize("interpreted", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sure_of_the_true_class(monkeypatch, interpreted, dtype):
+    """p of 0.9 to 0.9999: of p - 1 a gradient rounded too early has no digit left."""
+    monkeypatch.setattr(dispatch, "interpret_cpu_tensors", interpreted)
+    weight = torch.eye(V, D)
+    hidden = torch.zeros(64, D)
+    labels = torch.arange(64) % D
+    hidden[torch.arange(64), labels] = torch.linspace(7.0, 14.0, 64)
+    inputs = [hidden.to(dtype), weight.to(dtype), labels]
+    truth = _grads(reference.linear_cross_entropy, *(x.double() for x in inputs[:2]), labels)
+    found = _grads(linear_cross_entropy, *inputs, chunk_tokens=23)
+    assert_right(found, _grads(reference.linear_cross_entropy, *inputs), truth)
+    wanted = truth[1][torch.arange(64), labels]
+    error = (found[1][torch.arange(64), labels].double() - wanted).abs()
+    assert float(wanted.abs().min()) < 2e-4
+    # torch's log_softmax is right to one rounding of the largest logit, and the kernel to one of p - 1
+    floor = 0.0 if interpreted else 14.0 * 2**-24
+    assert (error <= (2**-8 if dtype == torch.bfloat16 else 2e-6) * wanted.abs() + floor).all()
+
+
+@pytest.mark.parametrize("interpreted", [pytest.param(True, marks=pytest.mark.matrix), False])
+def test_a_vocabulary_of_256k(monkeypatch, interpreted):
+    monkeypatch.setattr(dispatch, "interpret_cpu_tensors", interpreted)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(3, 8, generator=generator), torch.randn(256_000, 8, generator=generator)
+    inputs = hidden.bfloat16(), weight.bfloat16(), torch.tensor([255_999, -100, 0])
+    exact = (x.double() if x.is_floating_point() else x for x in inputs)
+    truth = _grads(reference.linear_cross_entropy, *exact, z_loss=1e-4)
+    torchs = _grads(reference.linear_cross_entropy, *inputs, z_loss=1e-4)
+    assert_right(_grads(linear_cross_entropy, *inputs, z_loss=1e-4, chunk_tokens=2), torchs, truth)
+
+
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_views_strides_and_offsets_beyond_two_to_the_31(monkeypatch, interpreted):
+    """The same bits for the same numbers, also where rows lie 2^30 elements apart: the third begins at 2^31."""
+    monkeypatch.setattr(dispatch, "interpret_cpu_tensors", interpreted)
+    hidden, weight, labels = _inputs(6, torch.bfloat16)
+    hidden[3:] = hidden[:3]
+    expected = _grads(linear_cross_entropy, hidden, weight, labels, chunk_tokens=4)
+    far = torch.empty(2 * 2**30 + D, dtype=torch.bfloat16).as_strided((3, D), (2**30, 1)).copy_(hidden[:3])
+    ways = {
+        "transposed": (hidden.T.contiguous().T, weight.T.contiguous().T, labels),
+        "every second": (hidden.repeat_interleave(2, 0)[::2], weight.repeat_interleave(2, 0)[::2],
+                         labels.repeat_interleave(2)[::2]),
+        "part of a row": (torch.cat((hidden, hidden), 1)[:, D:], torch.cat((weight, weight), 1)[:, :D], labels),
+    }  # fmt: skip
+    for way, given in ways.items():
+        found = _grads(linear_cross_entropy, *given, chunk_tokens=4)
+        assert all(map(torch.equal, found, expected)), way
+    near = _grads(linear_cross_entropy, hidden[:3], weight, labels[:3])
+    assert all(map(torch.equal, _grads(linear_cross_entropy, far, weight, labels[:3]), near))
+    same = _grads(linear_cross_entropy, hidden[:1].expand(3, D), weight, labels[1:2].expand(3))
+    plain = _grads(linear_cross_entropy, hidden[:1].repeat(3, 1), weight, labels[1:2].repeat(3))
+    assert all(map(torch.equal, same, plain))

@@ -51,6 +51,21 @@ def test_every_code_and_every_scale():
     assert torch.equal(found, functional.dequantize_4bit(packed[:, None], state))
 
 
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_empty_and_a_view_that_is_not_aligned(monkeypatch, interpreted):
+    monkeypatch.setattr(dispatch, "interpret_cpu_tensors", interpreted)
+    nothing = torch.empty(0, dtype=torch.uint8)
+    assert dequantize_nf4(nothing, torch.empty(0), (0, 64), torch.bfloat16).shape == (0, 64)
+    packed, state, scales = _quantized((123, 64))
+    view = torch.cat((packed[:3], packed))[3:]
+    found, expected = (
+        dequantize_nf4(p, state.absmax, (123, 64), torch.bfloat16, nested=scales) for p in (view, packed)
+    )
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="packed: 3936 contiguous uint8 expected"):
+        dequantize_nf4(packed.repeat_interleave(2, 0)[::2], state.absmax, (123, 64), torch.bfloat16, nested=scales)
+
+
 @pytest.mark.parametrize("block", [32, 128, 4096])
 def test_other_block_sizes(block):
     packed, state, _ = _quantized((5, 4096), nested=False, block=block)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from dist_cpt_kernels import add_rms_norm, reference, rms_norm
-from dist_cpt_kernels.rms_norm import _num_programs, tile
+from dist_cpt_kernels.rms_norm import MAX_DIM, MAX_SHARED_DIM, SHARE_ROWS, _num_programs, tile
 
 from tests.kernels.error_rule import assert_right
 
 CASTINGS = ("llama", "gemma")
 EPS = 1e-6
+rms_norm_file = sys.modules[rms_norm.__module__]  # the package's name of it is the function
 
 
 def _inputs(num_rows, dim, dtype, weight_dtype=None, size=1.0):
@@ -107,9 +110,23 @@ def test_more_rows_than_programs_and_the_same_bits_every_time():
     assert all(map(torch.equal, first, second))
 
 
-def test_offsets_beyond_two_to_the_31():
+def test_rows_too_long_for_one_kernel(monkeypatch):
+    """Above one length the weight's gradient has a kernel of its own, above another all is left to torch."""
+    _assert_right(_inputs(3, MAX_DIM + 1, torch.bfloat16), "llama")
+    monkeypatch.setattr(rms_norm_file, "_num_programs", lambda device: 40)  # two shares
+    inputs = _inputs(2 * SHARE_ROWS + 1, MAX_SHARED_DIM + 1, torch.bfloat16)
+    _assert_right(inputs, "gemma")
+    every = _added(add_rms_norm, *inputs)
+    leaves = [t.detach().requires_grad_(i == 2) for i, t in enumerate(inputs[:3])]
+    (alone,) = torch.autograd.grad(add_rms_norm(*leaves, EPS), leaves[2:], inputs[3:])
+    assert torch.equal(alone, every[4])
+
+
+# one row for each program; longer, the weight's gradient apart
+@pytest.mark.parametrize("dim", [1500, pytest.param(MAX_SHARED_DIM + 1, marks=pytest.mark.matrix)])
+def test_offsets_beyond_two_to_the_31(dim):
     """Rows 2^30 elements apart, over memory that is never touched between them: the third lies beyond 2^31."""
-    stride, dim = 2**30, 1500  # one row for each program
+    stride = 2**30
     storage = torch.empty(2 * stride + dim, dtype=torch.bfloat16)
     rows = storage.as_strided((3, dim), (stride, 1))
     inputs = _inputs(3, dim, torch.bfloat16)

@@ -205,3 +205,30 @@ def test_prefetch_surfaces_errors(two: Prepared) -> None:
 def test_the_loader_imports_no_transformers() -> None:
     code = "import sys, dist_cpt.data.loader; sys.exit('transformers' in sys.modules or 'tokenizers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("stride", [1, 5, L - 1, L])
+def test_every_target_of_overlapping_windows(tmp_path: Path, stride: int) -> None:
+    """overlap context: each target once, with the longest context that a window has for it; train: in all windows."""
+    store = make_store(tmp_path / "s", [3 * L + 5, L, L + 1, 7], 10)
+    counts: dict[bool, dict[int, int]] = {}
+    for repeats in (False, True):
+        source = PreparedSource("s", 1.0, "domain", store, stride, repeats)
+        loader = BlockLoader(prepared_of([source]), L, 0, PAD)
+        found = counts[repeats] = {}
+        for position in range(loader.num_blocks_by_source["s"]):
+            batch = loader.batch([position])
+            check_layout(batch)
+            assert batch.num_targets == int((batch.labels != IGNORE_INDEX).sum())
+            for at in np.flatnonzero(batch.labels[0] != IGNORE_INDEX).tolist():
+                # A token names its place; its input is the one before it.
+                place = int(batch.input_ids[0, at]) + 1
+                assert int(batch.labels[0, at]) in (place, EOS)
+                found[place] = found.get(place, 0) + 1
+                if not repeats:
+                    inside = place - 10 - int(store.starts[np.searchsorted(store.starts, place - 10, side="right") - 1])
+                    assert int(batch.position_ids[0, at]) + 1 >= min(inside, L - stride + 1)
+    places = [10 + int(s) + i for s, n in zip(store.starts, store.lengths, strict=True) for i in range(1, int(n))]
+    assert sorted(counts[False]) == sorted(counts[True]) == places
+    assert set(counts[False].values()) == {1}
+    assert max(counts[True].values()) == min(-(-L // stride), 1 + -(-(2 * L + 5) // stride))

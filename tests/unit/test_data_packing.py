@@ -83,3 +83,22 @@ def test_a_million_documents_take_seconds() -> None:
     assert time.process_time() - start < 10
     assert plan.padding_fraction < 1e-4
     assert plan.num_tokens == lengths.sum(dtype=np.int64)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 17), st.integers(1, 17))
+def test_windows_start_every_stride_and_the_last_reaches_the_end(lengths: list[int], a: int, b: int) -> None:
+    seq_len, stride = max(a, b), min(a, b)
+    plan = pack(np.array(lengths, dtype=np.int32), seq_len, stride)
+    assert plan.overlap == seq_len - stride
+    assert all(0 < fill <= seq_len for fill in fills(plan))
+    pieces = zip(plan.piece_document.tolist(), plan.piece_start.tolist(), plan.piece_length.tolist(), strict=True)
+    expected = []
+    for document, n in enumerate(lengths):
+        start = 0
+        while n:  # the course's loop, without its loss of the last tokens
+            expected.append((document, start, min(seq_len, n - start)))
+            if start + seq_len >= n:
+                break
+            start += stride
+    assert sorted(pieces) == expected

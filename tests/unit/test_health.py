@@ -18,7 +18,7 @@ import pytest
 
 from dist_cpt.config.load import build, parse_yaml
 from dist_cpt.config.resolve import differences, fingerprint, to_yaml
-from dist_cpt.config.schema import SpikeConfig
+from dist_cpt.config.schema import HangConfig, SpikeConfig
 from dist_cpt.errors import ConfigError, HangError
 from dist_cpt.runtime.heartbeat import (
     Heartbeat,
@@ -30,7 +30,7 @@ from dist_cpt.runtime.heartbeat import (
     send_signal,
     write_heartbeat,
 )
-from dist_cpt.train.health import SpikeDetector, Watchdog, culprits, frozen_ranks, verdict
+from dist_cpt.train.health import SpikeDetector, Watchdog, collective_seconds, culprits, frozen_ranks, verdict
 
 ROOT = Path(__file__).parents[2]
 
@@ -386,6 +386,22 @@ def test_culprits_are_the_frozen_then_the_silent_then_those_behind_then_the_odd_
     )
     assert "and 92 more" in culprits([heartbeat(rank) for rank in range(100)], [], 100)
     assert culprits([], [], 1) == "no heartbeat at all from rank 0"
+
+
+def test_whoever_lost_the_network_is_named_first():
+    beats = [heartbeat(0), replace(heartbeat(1), network="cannot reach n0:1 (Network is unreachable)")]
+    assert culprits(beats, [], 2) == (
+        "the network is cut: rank 1 (host node-1, pid 101) cannot reach n0:1 (Network is unreachable)"
+    )
+
+
+def test_the_watchdog_comes_before_the_collectives(tmp_path):
+    limits = HangConfig(factor=50.0, min_seconds=10.0, grace_seconds=2.0, other_phase_seconds=100.0)
+    watchdog = Watchdog(tmp_path, 0, limits)
+    watchdog._step_times.extend([60.0] * 5)
+    assert watchdog._limit("training") == 100.0  # not 50 x 60
+    assert watchdog._limit("training") + 3 * limits.grace_seconds < collective_seconds(limits)
+    assert collective_seconds(None) == 1800.0
 
 
 # -- spikes -----------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def test_an_older_exit_json_is_not_believed(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["launch", "RECIPE", "--on", "slurm"], "only local is available"),
+        (["launch", "RECIPE", "--on", "moon"], "expected local, slurm or kubernetes"),
         (["launch", "RECIPE", "--nodes", "2"], "this host only"),
         (["resume", "FOLDER"], "not a run folder"),
         (["launch", "nowhere.yaml"], "recipe not found: nowhere.yaml"),

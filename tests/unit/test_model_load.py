@@ -232,7 +232,6 @@ def test_an_unknown_hub_name_is_one_line():
 @pytest.mark.parametrize(
     ("model_type", "values"),
     [
-        ("gemma2", {"final_logit_softcapping": 30.0}),
         ("granite", {"logits_scaling": 8.0}),
         ("cohere", {"logit_scale": 0.0625}),
         ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}),

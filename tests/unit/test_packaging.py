@@ -27,6 +27,7 @@ def test_the_wheel_holds_three_packages(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         top = {name.split("/")[0] for name in archive.namelist()}
+        assert "dist_cpt_launch/sbatch/train.sbatch" in archive.namelist()  # what `launch --on slurm` submits
     assert {name for name in top if not name.endswith(".dist-info")} == {
         "dist_cpt",
         "dist_cpt_kernels",

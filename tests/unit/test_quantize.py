@@ -1,8 +1,11 @@
-"""NF4 layers hold what bitsandbytes makes of their weight, multiply by it, and never change."""
+"""NF4 and int8 layers hold what bitsandbytes makes of their weight, multiply by it, and never change."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,17 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
 
-from dist_cpt.adapters.quantize import BLOCKSIZE, load_nf4, quantisation_state
+from dist_cpt.adapters.quantize import (
+    BLOCKSIZE,
+    load_nf4,
+    load_quantised,
+    quantisation_state,
+    read_weight,
+    write_weight,
+)
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError, MissingExtraError
-from dist_cpt.model.export import load_fp32, nf4_gap
+from dist_cpt.model.export import load_fp32, quantisation_gap
 from dist_cpt.model.flops import model_flops
 from dist_cpt.model.load import frozen_hash, load_model
 from tests.tiny import llama
@@ -206,7 +216,7 @@ def test_a_merge_says_how_far_it_is_from_the_trainer(base: Path, tmp_path: Path)
     model.write_config(folder)
     manifest = {"adapter": True, "base": model.identity}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    gap = nf4_gap(folder)
+    gap = quantisation_gap(folder)
     states = {name.removesuffix(".base_layer"): m.quant_state for name, m in model.module.named_modules()
               if "base_layer" in name}  # fmt: skip
     trainers = load_fp32(folder, base)
@@ -223,15 +233,18 @@ def test_a_merge_says_how_far_it_is_from_the_trainer(base: Path, tmp_path: Path)
     assert gap > 1e-3
     del manifest["base"]["weights"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert nf4_gap(folder) is None
+    assert quantisation_gap(folder) is None
 
 
 @pytest.mark.parametrize(
     ("sections", "why"),
     [
-        ({"model": {"path": "x", "weights": "int8"}}, "weights: 'int8' is not available in this version; use nf4"),
-        ({"model": {"path": "x", "weights": "fp4"}}, "weights must be fp32, bf16 or nf4, not 'fp4'"),
+        ({"model": {"path": "x", "weights": "fp4"}}, "'fp32', 'bf16', 'nf4' or 'int8'"),
         ({"adapter": {"kind": "none"}, "embeddings": {}}, "a base in nf4 cannot train in full"),
+        (
+            {"model": {"path": "x", "weights": "int8"}, "adapter": {"kind": "none"}, "embeddings": {}},
+            "a base in int8 cannot train in full",
+        ),
         (
             {"model": {"config": {"model_type": "llama"}, "weights": "nf4"}, "adapter": {"kind": "none"}},
             "model.weights nf4 quantises a pretrained base",
@@ -251,9 +264,234 @@ def test_bitsandbytes_is_an_extra(base: Path, monkeypatch: pytest.MonkeyPatch) -
         load_model(recipe(base), device=CPU)
 
 
-@pytest.mark.parametrize("weights", ["nf4", "bf16"])
-def test_a_base_that_is_quantised_already_is_refused(base: Path, tmp_path: Path, weights: str) -> None:
-    folder = tmp_path / "quantised"
-    load_nf4(base, None, CPU).save_pretrained(folder)
-    with pytest.raises(ConfigError, match=r"holds quantised weights .* give the unquantised model"):
+# -- int8 ------------------------------------------------------------------------------------------------------------
+
+
+def test_int8_codes_and_scales_are_those_of_bitsandbytes(base: Path) -> None:
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    model = load_model(recipe(base, "int8"), device=CPU)
+    weights, found = source(base), dict(quantisation_state(model.module))
+    assert len(found) == LINEAR
+    for name, absmax in found.items():
+        layer: Any = model.module.get_submodule(name.removesuffix(".weight.row_absmax"))
+        original = weights[name.split("base_model.model.")[1].replace(".base_layer", "").removesuffix(".row_absmax")]
+        codes, scales, _ = int8_vectorwise_quant(original.bfloat16().half())
+        assert torch.equal(layer.weight.data, codes)
+        assert torch.equal(absmax, scales)
+        # Half a step of the row's scale, and bf16's rounding of the weight before it.
+        off = (read_weight(layer) - original).abs()
+        assert bool((off <= absmax[:, None] * (0.5 / 127 + 2**-8)).all())
+        assert float(off.max()) > 0
+    ids = torch.arange(64)[None]
+    arguments = (ids, ids, torch.tensor([0, 64], dtype=torch.int32), 64, ids)
+    before = frozen_hash(model.module)
+    loss, _ = model.module(*arguments)
+    loss.backward()
+    assert frozen_hash(model.module) == before
+    assert all(p.grad is not None for name, p in model.trainable.items() if "lora_A" not in name)
+    next(iter(found.values()))[0] += 1
+    assert frozen_hash(model.module) != before
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_an_int8_product_errs_no_more_than_a_16_bit_one(adversarial: bool) -> None:
+    """Against fp32 on what the codes say: output and gradient, at most twice the error of torch's bf16 product."""
+    from dist_cpt.adapters.quantize import _forward_int8
+
+    torch.manual_seed(0)
+    layer: Any = nn.Linear(200, 96).requires_grad_(False)
+    layer.bias.data = layer.bias.data.bfloat16()
+    if adversarial:  # rows of very different size, one of them zero, and one that a single element fills
+        layer.weight.data *= torch.logspace(-6, 3, 96)[:, None]
+        layer.weight.data[0] = 0
+        layer.weight.data[1, 1:] *= 1e-4
+    original = layer.weight.data.clone()
+    layer.row_absmax = torch.zeros(96)
+    layer.weight = nn.Parameter(torch.zeros(96, 200, dtype=torch.int8), requires_grad=False)
+    write_weight(layer, original)
+    weight = read_weight(layer)
+    assert bool(((weight - original).abs() <= original.abs().amax(1, keepdim=True) * 0.501 / 127).all())
+    x, grad = torch.randn(64, 200).bfloat16(), torch.randn(64, 96).bfloat16()
+    exact = x.float() @ weight.T + layer.bias.float(), grad.float() @ weight
+    plain = F.linear(x, weight.bfloat16(), layer.bias), grad @ weight.bfloat16()
+    leaf = x.clone().requires_grad_()
+    got = _forward_int8(layer, leaf)
+    got.backward(grad)
+    assert leaf.grad is not None
+    for ours, theirs, want in zip((got.detach(), leaf.grad), plain, exact, strict=True):
+        scale = want.abs().amax(0 if ours.shape[1] == 96 else 1, keepdim=True).clamp_min(1e-30)  # W's rows differ
+        assert float(((ours - want) / scale).abs().max()) <= 2 * float(((theirs - want) / scale).abs().max())
+
+
+# -- folders that are quantised already ------------------------------------------------------------------------------
+
+
+def quantised_folder(base: Path, folder: Path, **how: Any) -> Path:
+    """What transformers and bitsandbytes save by themselves."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**how), device_map={"": "cpu"}
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("weights", "how"),
+    [
+        pytest.param("nf4", NF4 | {"bnb_4bit_use_double_quant": True}, id="double"),
+        pytest.param("nf4", NF4, id="single"),
+        pytest.param("int8", {"load_in_8bit": True}, id="int8"),
+    ],
+)
+def test_a_quantised_folder_is_taken_as_it_is(base: Path, tmp_path: Path, weights: str, how: dict[str, Any]) -> None:
+    folder = quantised_folder(base, tmp_path / "quantised", **how)
+    stored = source(folder)
+    model = load_model(recipe(folder, weights), device=CPU)
+    bare = {name.replace(".base_layer", ""): m for name, m in model.module.named_modules()}
+    names = {"absmax": "absmax", "quant_map": "quant_map", "nested_absmax": "nested_absmax",
+             "nested_quant_map": "nested_quant_map", "row_absmax": "SCB"}  # fmt: skip
+    compared = 0
+    for name, values in quantisation_state(model.module):
+        module, _, what = name.partition(".weight.")
+        key = module.split("base_model.model.")[1].replace(".base_layer", "")
+        if what == "offset":
+            continue
+        want = stored[f"{key}.SCB" if what == "row_absmax" else f"{key}.weight.{names[what]}"]
+        assert torch.equal(values, want), name
+        assert values.dtype == want.dtype
+        compared += 1
+    assert (
+        compared
+        == LINEAR
+        * {"double": 4, "single": 2, "int8": 1}[
+            "int8" if weights == "int8" else "double" if "bnb_4bit_use_double_quant" in how else "single"
+        ]
+    )
+    for key, want in stored.items():
+        if want.dtype in (torch.uint8, torch.int8) and key.endswith("_proj.weight"):
+            assert torch.equal(bare[f"causal_lm.base_model.model.{key}".removesuffix(".weight")].weight.data, want)
+    ids = torch.arange(64)[None]
+    arguments = (ids, ids, torch.tensor([0, 64], dtype=torch.int32), 64, ids)
+    fresh = load_model(recipe(base, weights), device=CPU)
+    losses = []
+    for one in (model, fresh):
+        one.module.bfloat16()
+        with torch.no_grad():
+            losses.append(float(one.module(*arguments)[1]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3 if how == NF4 else 0)
+    assert model.identity["weights_quantisation"]["stored"] is True
+    assert "stored" not in fresh.identity["weights_quantisation"]
+    unpacked = load_plain(folder)
+    layer = unpacked.model.layers[0].self_attn.q_proj
+    assert type(layer) is nn.Linear
+    assert torch.equal(layer.weight, read_weight(bare["causal_lm.base_model.model.model.layers.0.self_attn.q_proj"]))
+
+
+def load_plain(folder: Path) -> Any:
+    from dist_cpt.model.export import plain_model
+
+    return plain_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("how", "weights", "expected"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "nf4", "of a kind that is not read: bitsandbytes fp4"),
+        (NF4 | {"bnb_4bit_quant_storage": torch.bfloat16}, "nf4", "bitsandbytes nf4 stored as bfloat16"),
+        (NF4, "int8", "holds nf4 weights, not int8 -- set model.weights: nf4"),
+        (NF4, "bf16", "holds nf4 weights, not bf16 -- set model.weights: nf4"),
+    ],
+)
+def test_other_quantised_folders_are_refused(
+    base: Path, tmp_path: Path, how: dict[str, Any], weights: str, expected: str
+) -> None:
+    from transformers import BitsAndBytesConfig
+
+    folder = shutil.copytree(base, tmp_path / "other")
+    values = json.loads((folder / "config.json").read_text())
+    values["quantization_config"] = BitsAndBytesConfig(**how).to_dict()
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=expected):
         load_model(recipe(folder, weights), device=CPU)
+    values["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="of a kind that is not read: gptq"):
+        load_model(recipe(folder, weights), device=CPU)
+
+
+def test_what_is_written_is_read_back(base: Path) -> None:
+    """Folding reads a weight, adds to it and stores it again: each storage, and GPT-2's order, by its own rounding."""
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    change = torch.randn(96, 96) * 0.1
+    for weights in ("nf4", "int8"):
+        layer = load_quantised(base, None, CPU, weights).model.layers[0].self_attn.q_proj
+        want = read_weight(layer) + change
+        write_weight(layer, want)
+        off = float((read_weight(layer) - want).norm() / want.norm())
+        assert 0 < off < (0.15 if weights == "nf4" else 0.01)
+    for plain in (nn.Linear(96, 48, dtype=torch.float32), Conv1D(48, 96)):
+        want = read_weight(plain) + change[:48]
+        write_weight(plain, want)
+        assert torch.equal(read_weight(plain), want)
+        x = torch.randn(3, 96)
+        torch.testing.assert_close(plain(x), F.linear(x, want, plain.bias))
+
+
+LOADING = """
+import sys, threading, torch
+from pathlib import Path
+from dist_cpt.adapters.quantize import load_quantised
+import transformers, bitsandbytes, peft
+transformers.utils.logging.disable_progress_bar()
+page, peak, done = 4096, 0, False
+
+def anonymous():
+    size, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    return (int(resident) - int(shared)) * page
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+
+load_quantised(Path(sys.argv[2]), None, torch.device("cpu"), sys.argv[3])  # all that is imported lazily
+before = anonymous()
+thread = threading.Thread(target=watch)
+thread.start()
+model = load_quantised(Path(sys.argv[1]), None, torch.device("cpu"), sys.argv[3])
+done = True
+thread.join()
+print(peak - before, anonymous() - before)
+"""
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("weights", ["nf4", "int8"])
+def test_loading_holds_the_quantised_model_and_one_shard(weights: str, tmp_path: Path, base: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+    values = llama(**sizes, num_key_value_heads=12)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+    shard = 20_000_000
+    model.bfloat16().save_pretrained(tmp_path / "shards", max_shard_size=shard)
+    whole = sum(path.stat().st_size for path in (tmp_path / "shards").glob("*.safetensors"))
+    del model
+    command = [sys.executable, "-W", "ignore", "-c", LOADING, str(tmp_path / "shards"), str(base), weights]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    peak, held = map(int, out.split()[-2:])
+    print(f"{weights}: 16-bit weights {whole / 1e6:.0f} MB in shards of {shard / 1e6:.0f}; held afterwards "
+          f"{held / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB")  # fmt: skip
+    assert held < whole * (0.56 if weights == "int8" else 0.34)
+    assert peak < held + 1.5 * shard

@@ -1,0 +1,164 @@
+"""New tokens on a base: where their ids lie, what their rows begin with, and how the old rows stand still.
+
+A new row begins as the mean of the rows of the pieces that the base's own tokenizer cuts the token into, in the
+embedding and in the head alike. D model, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_cpt.errors import ConfigError, DataError
+
+_MASKED = "_only_new_rows_train"  # marks a weight that has its hook
+
+
+@dataclass(frozen=True)
+class NewVocabulary:
+    """What an extended tokenizer adds: ids `first_row` and up, and for each of them the base's pieces of it."""
+
+    first_row: int
+    pieces: tuple[tuple[int, ...], ...]
+    tokenizer_sha256: str
+
+    @property
+    def size(self) -> int:
+        """Tokens of the extended tokenizer, gaps in the base's ids included."""
+        return self.first_row + len(self.pieces)
+
+
+def new_vocabulary(base: Any, extended: Any, extended_sha256: str, where: str) -> NewVocabulary:
+    """Compare two fast tokenizers: `extended`, from the folder or hub id `where`, must go on where `base` ends.
+
+    Raises:
+        DataError: an id of the base's means something else, nothing is new, or the new ids leave a gap.
+    """
+    old = base.backend_tokenizer.get_vocab(with_added_tokens=True)
+    new = extended.backend_tokenizer.get_vocab(with_added_tokens=True)
+    remedy = "make it from the base's own tokenizer: dist-cpt tokenizer extend"
+    for token, index in sorted(old.items(), key=lambda item: item[1]):
+        if new.get(token) != index:
+            found = f"id {new[token]}" if token in new else "nothing"
+            raise DataError(
+                f"embeddings.new_tokens: {where} does not extend the base's tokenizer: {token!r} is id {index} "
+                f"there and {found} here",
+                remedy=remedy,
+            )
+    added = sorted((index, token) for token, index in new.items() if token not in old)
+    if not added:
+        raise DataError(
+            f"embeddings.new_tokens: {where} adds no token to the base's tokenizer", remedy="leave new_tokens out"
+        )
+    first = max(old.values()) + 1
+    if [index for index, _ in added] != list(range(first, first + len(added))):
+        raise DataError(
+            f"embeddings.new_tokens: {where}: the {len(added)} new ids must be {first} to {first + len(added) - 1}, "
+            f"but they lie between {added[0][0]} and {added[-1][0]}",
+            remedy=remedy,
+        )
+    return NewVocabulary(first, tuple(_pieces(base, extended, [t for _, t in added])), extended_sha256)
+
+
+def extend_vocabulary(model: Any, new: NewVocabulary, pad_rows_to: int) -> None:
+    """Give embedding and head of a causal LM a row for every new token; a tie between them stays.
+
+    A matrix that grows gets a multiple of `pad_rows_to` rows; the spare ones begin as the mean of all old rows. If
+    the base has enough spare rows already, they are used and nothing grows. Old rows keep every bit.
+    Source: Hewitt 2021, Initializing New Word Embeddings for Pretrained Language Models (the spare rows).
+
+    Raises:
+        ConfigError: the base's own tokenizer has more tokens than the base has rows.
+    """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows = embeddings.num_embeddings
+    if new.first_row > rows:
+        raise ConfigError(
+            f"model.path: the base's tokenizer has {new.first_row} tokens, its embedding {rows} rows",
+            remedy="give a base whose tokenizer fits it",
+        )
+    if new.size > rows:
+        rows = -(-new.size // pad_rows_to) * pad_rows_to
+    tied = head.weight is embeddings.weight
+    embeddings.weight = _with_rows(embeddings.weight, new, rows)
+    embeddings.num_embeddings = rows
+    head.weight = embeddings.weight if tied else _with_rows(head.weight, new, rows)
+    head.out_features = rows
+    model.config.get_text_config().vocab_size = rows
+
+
+def untie(model: Any) -> None:
+    """Make the head a copy of the embedding that trains apart, and say so in the model's configuration.
+
+    Raises:
+        ConfigError: they are two matrices already.
+    """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head.weight is not embeddings.weight:
+        raise ConfigError(
+            "embeddings.tie: untie: head and embedding of this base are two matrices already", remedy="use tie: keep"
+        )
+    head.weight = nn.Parameter(embeddings.weight.detach().clone(), requires_grad=embeddings.weight.requires_grad)
+    model.config.get_text_config().tie_word_embeddings = False
+    model.config.tie_word_embeddings = False
+
+
+def train_new_rows_only(modules: Iterable[nn.Module], first_row: int) -> None:
+    """Let no gradient reach the rows of `modules`' weights before `first_row`.
+
+    The gradient of the whole matrix is zeroed there before anything sums, shards, measures or clips it, so every
+    engine sees the same. AdamW without decay then leaves these rows as they are: 0 / (0 + eps) is 0.
+    """
+    for module in modules:
+        module.register_forward_pre_hook(partial(_hook_weight, first_row))
+
+
+def _hook_weight(first_row: int, module: Any, _: Any) -> None:
+    # In forward, for under FSDP2 the weight that computes is another tensor than the one that was here before.
+    weight = module.weight
+    if weight.requires_grad and not hasattr(weight, _MASKED):
+        weight.register_hook(partial(_zero_rows, first_row))
+        setattr(weight, _MASKED, True)
+
+
+def _zero_rows(first_row: int, grad_VD: torch.Tensor) -> torch.Tensor:
+    # In place: backward has just made it, and a copy would be a second matrix of the vocabulary.
+    grad_VD[:first_row].zero_()
+    return grad_VD
+
+
+def _with_rows(weight_VD: torch.Tensor, new: NewVocabulary, rows: int) -> nn.Parameter:
+    old = weight_VD.detach()
+    grown = old.new_empty(rows, old.shape[1])
+    grown[: len(old)] = old[:rows]
+    mean = old[: new.first_row].mean(0, dtype=torch.float32)
+    grown[len(old) :] = mean
+    for row, pieces in enumerate(new.pieces, start=new.first_row):
+        grown[row] = old[list(pieces)].mean(0, dtype=torch.float32) if pieces else mean
+    return nn.Parameter(grown, requires_grad=weight_VD.requires_grad)
+
+
+def _pieces(base: Any, extended: Any, tokens: list[str]) -> Iterable[tuple[int, ...]]:
+    """Ids of the base's pieces of each new token; none for a token that its model knows no part of."""
+    backend, unknown = base.backend_tokenizer, base.unk_token_id  # whose row says nothing about this token
+    known = extended.backend_tokenizer.get_vocab(with_added_tokens=False)
+    added = {token.content for token in extended.added_tokens_decoder.values()}
+    for token in tokens:
+        if token in known and token not in added:
+            # A piece is written in the model's own alphabet: past normaliser and pre-tokeniser, which both have.
+            ids = [piece.id for piece in _tokenize(backend.model, token)]
+        else:
+            ids = backend.encode(token, add_special_tokens=False).ids
+        yield tuple(index for index in ids if index != unknown)
+
+
+def _tokenize(model: Any, token: str) -> list[Any]:
+    try:
+        return model.tokenize(token)
+    except Exception:  # a Unigram without <unk> raises a bare Exception at a character it does not know
+        return []

@@ -1,0 +1,55 @@
+"""NCCL's own record of what each rank did last, so that a hang on GPUs leaves more than stacks.
+
+torch keeps the last collectives of a rank in a ring. Its defaults differ between versions and launchers; what a
+run needs is set here, and nothing that the user has set is touched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping
+from pathlib import Path
+
+RING_ENTRIES = 2000  # a few steps of a large model; about 1 MB
+
+
+def set_nccl_defaults(run_folder: Path, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set what is unset, before the process group exists.
+
+    Where a variable has an older name too, the user may have set either; torch warns about the older ones.
+
+    Source: torch 2.13, ProcessGroupNCCL.hpp and FlightRecorder.hpp.
+    """
+    wanted = {
+        ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE"): str(RING_ENTRIES),
+        # Written by torch when a collective times out, with the rank at the end of the name.
+        ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_FR_DUMP_TEMP_FILE"): str(run_folder / "logs" / "nccl-trace-rank-"),
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
+        ("TORCH_NCCL_ENABLE_MONITORING",): "1",  # the dump needs it
+        # End the process on an error or a timeout; aborting the communicator first may itself hang.
+        ("NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ASYNC_ERROR_HANDLING"): "3",
+    }
+    for names, value in wanted.items():
+        if not any(name in environ for name in names):
+            environ[names[-1]] = value
+
+
+def save_flight_record(run_folder: Path, rank: int) -> Path | None:
+    """Write the ring to `logs/flight-rank-N.json`; None where this torch keeps none, or nothing is in it.
+
+    The watchdog calls it when it ends a run: it comes before NCCL's own timeout, and so before NCCL's own dump.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    import torch._C._distributed_c10d as c10d
+
+    # The first name is that of a torch with NCCL; without it the same ring holds gloo's collectives.
+    dump = getattr(c10d, "_dump_nccl_trace_json", None) or getattr(c10d, "_dump_fr_trace_json", None)
+    record = dump() if dump is not None else b""
+    content = record if isinstance(record, bytes) else str(record).encode()
+    if b'"entries"' not in content:
+        return None
+    path = run_folder / "logs" / f"flight-rank-{rank}.json"
+    path.write_bytes(content)
+    return path

@@ -1,0 +1,529 @@
+"""Inside a batch job: start the ranks with srun, pass the stop signal on, and decide what happens after they end.
+
+`slurm/train.sbatch` becomes this process, so that Slurm's signal to the batch shell arrives here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from dist_cpt.config.load import load_recipe
+from dist_cpt.config.resolve import resolve_paths, run_folder
+from dist_cpt.config.schema import RunConfig
+from dist_cpt.errors import EXIT_CANNOT_WRITE, EXIT_INTERNAL, EXIT_NODE, EXIT_STOPPED, ConfigError, DistCptError
+from dist_cpt_launch.attempts import STRIKES, Decision, Ending, Record, decide
+from dist_cpt_launch.lead import lead_seconds, newest_step
+from dist_cpt_launch.nodes import expand_hosts, usable_nodes
+
+AGAIN_SECONDS = 10.0  # a rank that was still loading when the signal came has lost it
+FAILED_GRACE_SECONDS = 30.0  # for the other ranks of one that failed, before they are killed
+LAST_SECONDS = 20.0  # so close to the limit an unfinished save is given up and the job requeued
+MOVES = 3  # so often a job that was given a bad node asks for others before it starts
+COMMAND_SECONDS = 30.0  # for squeue and scontrol
+KILLED_SECONDS = 90.0  # Slurm ends a requeued job's script by itself
+# Source: srun prints a line of this form when tasks end with anything but 0, as soon as it knows.
+_TASK_ENDED = re.compile(r"srun: error: ([A-Za-z0-9._-]+): tasks? ([0-9,-]+): (.*)")
+OVERTAKEN = "OVERTAKEN"
+# The end of a rank that was told to stop; the signal reaches some when Python has already let go of its handlers.
+_STOPPED = (f"Exited with exit code {EXIT_STOPPED}", "User defined signal 1")
+_NOT_THE_NODE = r"Exited with exit code|Out Of Memory|Terminated"  # an error that Python saw is not the hardware's
+
+
+@dataclass(frozen=True)
+class Job:
+    """This batch job, from Slurm's variables."""
+
+    id: str  # as scontrol and squeue take it: of one task of an array, ARRAY_TASK
+    number: str
+    task: int | None  # of an array
+    nodes: list[str]
+    restarts: int
+
+    @staticmethod
+    def from_environment(environ: Mapping[str, str] = os.environ) -> Job:
+        """The job of this process.
+
+        Raises:
+            ConfigError: this is no batch job.
+        """
+        if "SLURM_JOB_ID" not in environ or "SLURM_JOB_NODELIST" not in environ:
+            raise ConfigError("this is no Slurm job", remedy="start it with: sbatch [OPTIONS] train.sbatch RECIPE")
+        number, task = environ["SLURM_JOB_ID"], environ.get("SLURM_ARRAY_TASK_ID")
+        return Job(
+            number if task is None else f"{environ['SLURM_ARRAY_JOB_ID']}_{task}",
+            number,
+            None if task is None else int(task),
+            expand_hosts(environ["SLURM_JOB_NODELIST"]),
+            int(environ.get("SLURM_RESTART_COUNT", 0)),
+        )
+
+    def state(self) -> str | None:
+        """RUNNING, COMPLETING (cancelled, or requeued by Slurm), ...; None if squeue does not answer.
+
+        OVERTAKEN: Slurm gave this node up and started the job elsewhere, while this process lived on.
+        """
+        words = (_said(["squeue", "-h", "-j", self.id, "-O", "State:32,RestartCnt:16"]) or "").split()
+        if len(words) == 2 and words[1].isdigit() and int(words[1]) != self.restarts:
+            return OVERTAKEN
+        return words[0] if words else None
+
+    def seconds_left(self) -> float | None:
+        """Until the time limit; None if there is none, or squeue does not answer."""
+        if os.environ.get("SLURM_JOB_END_TIME", "").isdigit():
+            return int(os.environ["SLURM_JOB_END_TIME"]) - time.time()
+        return slurm_seconds(_said(["squeue", "-h", "-j", self.id, "-o", "%L"]) or "")
+
+    def shown(self) -> dict[str, str]:
+        """What scontrol says of the job; empty if it does not answer."""
+        return dict(re.findall(r"(\S+?)=(\S*)", _said(["scontrol", "-o", "show", "job", self.id]) or ""))
+
+
+def slurm_seconds(text: str) -> float | None:
+    """`1-02:03:04`, `02:03:04` or `03:04` in seconds; None for UNLIMITED and the like."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return 86400.0 * days + 3600 * hours + 60 * minutes + seconds
+
+
+@dataclass
+class Signals:
+    """What this process was sent."""
+
+    limit: bool = False
+    terminated: bool = False
+
+    def install(self) -> Signals:
+        """SIGUSR1: the time limit is near, or preemption is; SIGTERM: the job ends."""
+
+        def limit(*_: object) -> None:
+            self.limit = True
+
+        def terminated(*_: object) -> None:
+            self.terminated = True
+
+        signal.signal(signal.SIGUSR1, limit)
+        signal.signal(signal.SIGTERM, terminated)
+        return self
+
+
+@dataclass
+class Step:
+    """One srun: its processes on all nodes, and which of them failed first."""
+
+    argv: list[str]
+    environment: dict[str, str]
+    first_failure: tuple[str, str] | None = None  # node, what srun said
+    failed_at: float = 0.0
+    process: subprocess.Popen[bytes] = field(init=False)
+    _reader: threading.Thread = field(init=False)
+
+    def start(self) -> Step:
+        say("starting: " + shlex.join(self.argv))
+        self.process = subprocess.Popen(self.argv, env=self.environment, stderr=subprocess.PIPE)
+        assert self.process.stderr is not None
+        self._reader = threading.Thread(target=self._read, args=(self.process.stderr,), daemon=True)
+        self._reader.start()
+        return self
+
+    def wait(self, seconds: float) -> int | None:
+        """Its exit code, the highest of all tasks; None while it runs."""
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        self._reader.join(2.0)
+        return code
+
+    def code(self, of_srun: int) -> int:
+        """The exit code of the first task that failed, as far as it is known; srun's own may be of those it killed."""
+        first = re.search(r"exit code (\d+)", self.first_failure[1]) if self.first_failure else None
+        return int(first[1]) if first else of_srun
+
+    def ask_to_stop(self) -> None:
+        """SIGUSR1 to every task on every node; srun passes it on."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGUSR1)
+
+    def kill(self) -> None:
+        """SIGKILL to every task on every node: that is what srun makes of a SIGTERM."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.terminate()
+
+    def _read(self, stream: IO[bytes]) -> None:
+        for line in stream:
+            with contextlib.suppress(OSError):
+                sys.stderr.buffer.write(line)
+                sys.stderr.buffer.flush()
+            match = _TASK_ENDED.match(line.decode(errors="replace"))
+            if match and self.first_failure is None and not match[3].startswith(_STOPPED):
+                self.failed_at = time.monotonic()
+                self.first_failure = (match[1], f"task {match[2]}: {match[3].strip()}")
+
+
+class Supervisor:
+    """One batch job from its start to its end, or to its place back in the queue."""
+
+    def __init__(self, options: argparse.Namespace, job: Job, signals: Signals) -> None:
+        self.options, self.job, self.signals = options, job, signals
+        self.recipe = str(Path(pick(options.recipe, job.task)).absolute())
+        self.config: RunConfig = resolve_paths(load_recipe(Path(self.recipe), options.set))
+        self.folder = run_folder(self.config)
+        self.procs = options.procs_per_node or _tasks_per_node()
+        usable_nodes(self.config, len(job.nodes), self.procs)
+        self.record = Record(self.folder, options.chain_root or job.id)
+        self.successor: str | None = None
+        self.lead = 0.0
+        self.ends_at: float | None = None
+        self.ending: bool | None = None  # whether Slurm ends this job; None: nobody has asked yet
+
+    def run(self) -> int:
+        """Attempts until one is done, cannot be repeated here, or needs the queue."""
+        if self.options.predecessor and self.record.cancelled(self.options.predecessor):
+            say(f"job {self.options.predecessor}, after which this one was queued, has ended for good: nothing to do")
+            return EXIT_STOPPED
+        bad = self.record.bad_nodes().intersection(self.job.nodes)
+        if bad and self.options.requeue_by == "requeue" and self.job.restarts < MOVES and self._without(bad):
+            say(f"this job was given {', '.join(sorted(bad))}, which failed before: back into the queue for others")
+            if self._requeue(bad):
+                return EXIT_STOPPED
+        if self.options.requeue_by == "chain":
+            self.successor = self._submit_successor()
+        while True:
+            code, decision = self._attempt()
+            say(f"{decision.action}: {decision.reason}")
+            if decision.action != "restart":
+                return self._close(code, decision)
+
+    def _attempt(self) -> tuple[int, Decision]:
+        """One start of the ranks, and what to do after it."""
+        step = newest_step(self.folder)
+        left = self.job.seconds_left()
+        self.ends_at = None if left is None else time.monotonic() + left
+        lead = self.options.lead or lead_seconds(self.folder)
+        self.lead = lead if left is None else min(lead, left / 2)
+        nodes = self._nodes()
+        # fmt: off
+        self.record.started(
+            step, slurm_job=self.job.number, restarts=self.job.restarts, nodes=nodes,
+            ranks=len(nodes) * self.procs, lead_seconds=round(self.lead, 1),
+        )
+        # fmt: on
+        code, failure, newly_bad = EXIT_INTERNAL, None, False
+        unfit = {} if self.options.no_preflight else self._preflight(nodes)
+        if len(unfit) == len(nodes) > 1:
+            code, failure = EXIT_NODE, next(iter(unfit.items()))  # it is not the nodes
+        elif unfit:
+            for node, reason in unfit.items():
+                newly_bad |= self.record.strike(node, f"preflight: {reason}", count=STRIKES)
+            failure = next(iter(unfit.items()))
+        elif self.signals.limit or self.signals.terminated:
+            code = EXIT_STOPPED  # before the ranks had started
+        else:
+            code, failure = self._ranks(nodes)
+        after = newest_step(self.folder)
+        state = self.job.state()
+        if failure and not unfit and state in (None, "RUNNING") and not re.search(_NOT_THE_NODE, failure[1]):
+            newly_bad = self.record.strike(failure[0], failure[1])
+        end = Ending(
+            code=code,
+            limit=self.signals.limit,
+            terminated=self.signals.terminated,
+            state=state,
+            seconds_left=None if self.ends_at is None else self.ends_at - time.monotonic(),
+            tries=self.record.tries(after),
+            resumable=after >= 0,
+            newly_bad=newly_bad and self._without(self.record.bad_nodes()),  # else this job goes on without it
+        )
+        decision = decide(end, max_restarts=self.options.max_restarts, lead_seconds=self.lead)
+        if unfit:
+            named = "; ".join(f"{node}: {reason}" for node, reason in unfit.items())
+            decision = Decision(decision.action, f"nodes that are not fit: {named}")
+        if state == OVERTAKEN:
+            return code, decision  # the record is the later start's by now
+        # fmt: off
+        self.record.ended(
+            after, decision, slurm_job=self.job.number, code=code, first_failure=failure, job_state=state,
+            preempted=decision.action == "requeue" and end.preempted(self.lead),
+        )
+        # fmt: on
+        return code, decision
+
+    # -- the ranks -----------------------------------------------------------------------------------------
+
+    def _nodes(self) -> list[str]:
+        """The nodes to use: without bad ones, as many as divide the batch."""
+        bad = self.record.bad_nodes()
+        good = [node for node in self.job.nodes if node not in bad]
+        try:
+            count = usable_nodes(self.config, len(good), self.procs)
+        except ConfigError:
+            good, count = self.job.nodes, usable_nodes(self.config, len(self.job.nodes), self.procs)
+        if count < len(self.job.nodes):
+            left_out = [node for node in self.job.nodes if node not in good[:count]]
+            say(f"leaving out {', '.join(left_out)}: a bad node, or {len(self.job.nodes)} do not divide the batch")
+        return good[:count]
+
+    def _step(self, nodes: Sequence[str], tasks_per_node: int, command: Sequence[str]) -> Step:
+        # fmt: off
+        argv = [
+            "srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * tasks_per_node}",
+            f"--ntasks-per-node={tasks_per_node}", "--kill-on-bad-exit=0", "--wait=0",
+        ]
+        # fmt: on
+        if len(nodes) < len(self.job.nodes):
+            argv.append(f"--nodelist={','.join(nodes)}")
+        environment = dict(os.environ)
+        cpus = environment.get("SLURM_CPUS_PER_TASK", "")
+        if cpus.isdigit():
+            environment.setdefault("SRUN_CPUS_PER_TASK", cpus)  # srun does not take it over from sbatch
+        environment.setdefault("OMP_NUM_THREADS", cpus if cpus.isdigit() else "1")
+        environment.setdefault("OMP_WAIT_POLICY", "passive")
+        if self.options.predecessor:
+            environment["DIST_CPT_PREDECESSOR"] = self.options.predecessor  # whose orphans may still hold the folder
+        return Step([*argv, *self.options.srun, sys.executable, *command], environment).start()
+
+    def _ranks(self, nodes: Sequence[str]) -> tuple[int, tuple[str, str] | None]:
+        """(the run's exit code, the first failure) of one srun over all ranks."""
+        before = _stamp(self.folder / "exit.json")
+        command = ["-m", "dist_cpt.cli", "train", self.recipe]
+        for item in self.options.set:
+            command += ["--set", item]
+        step = self._step(nodes, self.procs, command)
+        asked_at: float | None = None
+        while (code := step.wait(0.25)) is None:
+            now = time.monotonic()
+            if self.ends_at is not None and now > self.ends_at - self.lead:
+                self.signals.limit = True
+            if self._told() and (asked_at is None or now > asked_at + AGAIN_SECONDS):
+                say("asking all ranks to stop and save" if asked_at is None else "asking all ranks once more")
+                asked_at = now
+                step.ask_to_stop()
+            late = self.signals.limit and self.ends_at is not None and now > self.ends_at - LAST_SECONDS
+            if late or (step.first_failure and now > step.failed_at + FAILED_GRACE_SECONDS):
+                say("out of time: killing all ranks" if late else "killing the ranks that outlived a failed one")
+                step.kill()
+                code = step.code(step.process.wait())
+                break
+        recorded = _recorded_code(self.folder / "exit.json", before)
+        if recorded is not None and (recorded != 0 or code == 0):
+            code = recorded
+        return code, step.first_failure if code not in (0, EXIT_STOPPED) else None
+
+    def _told(self) -> bool:
+        """Whether the ranks have to be told to stop; those of a job that Slurm itself ends have heard it already."""
+        if self.signals.terminated and not self.signals.limit and self.ending is None:
+            self.ending = self.job.state() != "RUNNING"
+        return self.signals.limit or (self.signals.terminated and not self.ending)
+
+    def _preflight(self, nodes: Sequence[str]) -> dict[str, str]:
+        """Nodes that are not fit to train, each with the reason."""
+        identifier = f"{self.job.id}-{self.job.restarts}-{len(list(self.folder.glob('preflight/*.json')))}"
+        command = ["-m", "dist_cpt_launch.preflight", "--run-folder", str(self.folder), "--id", identifier]
+        gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
+        command += ["--gpus", gpus] if gpus.isdigit() else []
+        command += shlex.split(os.environ.get("DIST_CPT_PREFLIGHT", ""))  # this site's limits
+        step = self._step(nodes, 1, command)
+        while (code := step.wait(0.25)) is None:
+            if self.signals.terminated or self.signals.limit:
+                step.kill()
+        if code == 0 or self.signals.terminated or self.signals.limit:
+            return {}
+        try:
+            verdict = json.loads((self.folder / "preflight" / f"{identifier}.json").read_text(encoding="utf-8"))
+            found = verdict["nodes"].items()
+            unfit = {str(node): "; ".join(entry["reasons"]) for node, entry in found if not entry["ok"]}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            unfit = {}
+        unfit = {node: reason for node, reason in unfit.items() if node in nodes}
+        return unfit or dict([step.first_failure or (nodes[0], f"preflight ended with {code}")])
+
+    # -- the queue -----------------------------------------------------------------------------------------
+
+    def _close(self, code: int, decision: Decision) -> int:
+        """Leave this job: with the run's code, or by way of the queue."""
+        if self.successor and not (decision.action == "requeue" or self._preempted(decision)):
+            _said(["scancel", self.successor])
+        if decision.action != "requeue":
+            return code
+        bad = self.record.bad_nodes()
+        if self.successor:
+            self._exclude(self.successor, bad)
+            return 1  # lets the successor start, and is no code that a site requeues
+        if self.options.requeue_by == "requeue" and self._requeue(bad):
+            return EXIT_STOPPED
+        if self.options.requeue_by != "chain":
+            say(f"exit code {EXIT_STOPPED}: RequeueExit={EXIT_STOPPED} makes Slurm requeue it, else submit it again")
+        return EXIT_STOPPED
+
+    def _requeue(self, bad: set[str]) -> bool:
+        """Back into the queue under the same number; Slurm then ends this script."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it comes at once; the bad nodes are still to be named
+        if _said(["scontrol", "requeue", self.job.id]) is None:
+            return False
+        self._exclude(self.job.id, bad)
+        time.sleep(KILLED_SECONDS)
+        return True
+
+    def _exclude(self, job: str, bad: set[str]) -> None:
+        """Keep a waiting job off bad nodes, if enough others are left."""
+        if not bad:
+            return
+        if not self._without(bad):
+            say(f"bad nodes {', '.join(sorted(bad))} are not excluded: too few others are in the partition")
+            return
+        earlier = self.job.shown().get("ExcNodeList", "(null)")
+        names = [*([] if earlier in ("(null)", "") else expand_hosts(earlier)), *sorted(bad)]
+        if _said(["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(dict.fromkeys(names))}"]) is not None:
+            say(f"job {job} will not run on {', '.join(sorted(bad))}")
+
+    def _without(self, bad: set[str]) -> bool:
+        """Whether the partition has as many nodes as this job without the bad ones; True if sinfo does not answer."""
+        listed = _said(["sinfo", "-h", "-N", "-p", os.environ.get("SLURM_JOB_PARTITION", ""), "-o", "%N %t"])
+        if listed is None:
+            return True
+        known = [line.split() for line in listed.splitlines()]
+        others = {node for node, state in known if node not in bad and not re.match(r"down|drain|fail|unk", state)}
+        return len(others) >= len(self.job.nodes)
+
+    def _preempted(self, decision: Decision) -> bool:
+        """Whether a job that is told to end makes room for another one, and was not cancelled."""
+        return decision.action == "leave" and self.job.shown().get("PreemptTime", "None") != "None"
+
+    def _submit_successor(self) -> str | None:
+        """Queue the next job of the chain behind this one; it starts if this one does not end with 0."""
+        argv = ["sbatch", "--parsable", *shlex.split(self.options.submit or "")]
+        argv += [f"--dependency=afternotok:{self.job.id}", "--kill-on-invalid-dep=yes", "--no-requeue"]
+        if self.job.task is not None:
+            argv.append(f"--array={self.job.task}")
+        arguments = self.options.arguments
+        for name in ("--predecessor", "--chain-root"):
+            arguments = [item for item in arguments if not item.startswith(f"{name}=")]
+        arguments = [f"--predecessor={self.job.number}", f"--chain-root={self.record.job}", *arguments]
+        inherited = {
+            key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"
+        }
+        argv += [self.options.script, f"--python={sys.executable}", *arguments]
+        answer = _said(argv, environment=inherited)
+        if answer is None:
+            say("no successor could be queued: submit the job again when this one ends")
+            return None
+        successor = answer.split(";")[0]
+        say(f"job {successor} is queued behind this one")
+        return successor
+
+
+def pick(recipes: Sequence[str], task: int | None) -> str:
+    """The recipe of this job: the only one, or the one of this task of an array.
+
+    Raises:
+        ConfigError: the array has more tasks than recipes, or there are several recipes and no array.
+    """
+    if len(recipes) == 1 and task is None:
+        return recipes[0]
+    if task is None:
+        raise ConfigError(f"{len(recipes)} recipes in one job", remedy=f"sbatch --array=0-{len(recipes) - 1}")
+    if not 0 <= task < len(recipes):
+        raise ConfigError(f"task {task} of the array has no recipe: there are {len(recipes)}")
+    return recipes[task]
+
+
+def say(text: str) -> None:
+    """One line into the job's log."""
+    print(f"dist-cpt: {time.strftime('%Y-%m-%dT%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point of train.sbatch."""
+    signals = Signals().install()
+    try:
+        return Supervisor(_options(argv), Job.from_environment(), signals).run()
+    except DistCptError as error:
+        print(f"dist-cpt: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except OSError as error:
+        print(f"dist-cpt: the run folder cannot be written: {error}", file=sys.stderr, flush=True)
+        return EXIT_CANNOT_WRITE
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train.sbatch", description="Train inside a Slurm job, whatever happens.")
+    parser.add_argument("recipe", nargs="+", help="a recipe; several in a job array, one per task")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", help="override a recipe key")
+    parser.add_argument("--procs-per-node", type=int, help="ranks per node; default: --ntasks-per-node, else the GPUs")
+    parser.add_argument("--max-restarts", type=int, default=3, help="restarts without a newer checkpoint")
+    parser.add_argument("--lead", type=float, help="seconds before the limit; default: measured in the run folder")
+    parser.add_argument("--requeue-by", choices=("requeue", "chain", "exit"), default="requeue")
+    parser.add_argument("--submit", help="chain: sbatch options of the next job, quoted as for a shell")
+    parser.add_argument("--srun", action="append", default=[], metavar="OPTION", help="one more option for srun")
+    parser.add_argument("--no-preflight", action="store_true", help="do not check the nodes first")
+    parser.add_argument("--script", default="train.sbatch", help=argparse.SUPPRESS)
+    parser.add_argument("--predecessor", help=argparse.SUPPRESS)
+    parser.add_argument("--chain-root", help=argparse.SUPPRESS)
+    options = parser.parse_intermixed_args(argv)
+    options.arguments = [item for item in argv if not item.startswith("--script=")]
+    return options
+
+
+def _tasks_per_node() -> int:
+    for name in ("SLURM_NTASKS_PER_NODE", "SLURM_GPUS_ON_NODE"):
+        if os.environ.get(name, "").isdigit():
+            return max(1, int(os.environ[name]))
+    return 1
+
+
+def _said(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> str | None:
+    """What a Slurm command answers; None if it is not there, fails or does not answer."""
+    if shutil.which(argv[0]) is None:
+        return None
+    try:
+        # fmt: off
+        done = subprocess.run(
+            argv, env=environment, capture_output=True, text=True, errors="replace",
+            timeout=COMMAND_SECONDS, check=False, start_new_session=True,
+        )
+        # fmt: on
+    except (OSError, subprocess.TimeoutExpired) as error:
+        say(f"{argv[0]}: {type(error).__name__}")
+        return None
+    if done.returncode != 0:
+        say(f"{argv[0]} failed: {done.stderr.strip() or done.returncode}")
+        return None
+    return done.stdout.strip()
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
+
+
+def _recorded_code(path: Path, before: tuple[int, int] | None) -> int | None:
+    """The code in exit.json if the ranks wrote it anew, whatever the clocks say."""
+    if _stamp(path) == before:
+        return None
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["code"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

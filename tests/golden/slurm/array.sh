@@ -1,0 +1,1 @@
+mkdir -p /FOLDER/runs && sbatch --parsable --job-name=tiny --chdir=/FOLDER --output=/FOLDER/runs/tiny-%A_%a.log --open-mode=append --export=ALL --nodes=1 --ntasks-per-node=1 --signal=B:USR1@300 --requeue --array=0-1%1 /train.sbatch --python=/PYTHON --procs-per-node=1 --max-restarts=3 --requeue-by=requeue /FOLDER/recipe.yaml /FOLDER/other.yaml

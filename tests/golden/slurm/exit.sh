@@ -1,0 +1,1 @@
+mkdir -p /FOLDER/runs/tiny/logs && sbatch --parsable --job-name=tiny --chdir=/FOLDER --output=/FOLDER/runs/tiny/logs/slurm.log --open-mode=append --export=ALL --nodes=1 --ntasks-per-node=1 --time=60 --signal=B:USR1@300 --requeue /train.sbatch --python=/PYTHON --procs-per-node=1 --max-restarts=3 --requeue-by=exit /FOLDER/recipe.yaml

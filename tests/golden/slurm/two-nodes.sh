@@ -1,0 +1,1 @@
+mkdir -p /FOLDER/runs/tiny/logs && sbatch --parsable --job-name=tiny --chdir=/FOLDER --output=/FOLDER/runs/tiny/logs/slurm.log --open-mode=append --export=ALL --nodes=2 --ntasks-per-node=2 --signal=B:USR1@300 --requeue /train.sbatch --python=/PYTHON --procs-per-node=2 --max-restarts=3 --requeue-by=requeue --set=seed=1 /FOLDER/recipe.yaml

@@ -1,0 +1,228 @@
+"""What a run folder tells, whole, torn, half-written or empty."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dist_cpt_launch.status import as_text, find_run, queue_state, read_status
+
+from dist_cpt.errors import ConfigError
+from dist_cpt.runtime.heartbeat import Heartbeat, write_heartbeat
+from tests.checkpoint_state import save_step
+
+BEGUN = 1_700_000_000.0
+
+
+def row(step: int, **changes: Any) -> dict[str, Any]:
+    return (
+        {"step": step, "loss": 4.0, "tokens": 100 * step, "num_tokens": 100, "skipped": False}
+        | {
+            "step_seconds": 2.0,
+            "attempt": 1,
+        }
+        | changes
+    )
+
+
+def event(kind: str, after: float, **fields: Any) -> dict[str, Any]:
+    from datetime import UTC, datetime
+
+    time = datetime.fromtimestamp(BEGUN + after, UTC).isoformat(timespec="milliseconds")
+    return {"time": time, "kind": kind} | fields
+
+
+def write(folder: Path, name: str, *objects: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(value, separators=(",", ":")) + "\n" for value in objects]
+    (folder / name).write_text("".join(lines))
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """Attempt 1 of a run at step 10 of 100: attempt 0 was killed at step 6, and step 5 and 6 were done twice."""
+    folder = tmp_path / "runs" / "llama"
+    ends = [{"attempt": 0, "code": 72, "reason": "rank 3 froze", "step": 6}]
+    started = {"attempts": 2, "first_started": BEGUN, "started": BEGUN + 50, "job": None, "ends": ends}
+    write(folder, "run.json", started)
+    start = {"name": "llama", "num_steps": 100}
+    write(
+        folder,
+        "events.jsonl",
+        event("start", 5, attempt=0, **start),
+        event("checkpoint", 20, step=4, stall_seconds=1.5, seconds=3.0),
+        event("resume", 60, attempt=1, **start),
+        event("message", 61, text="straggler: rank 1 (host n2) works 2 s a step by itself"),
+    )
+    write(folder, "metrics.jsonl", *(row(step) for step in range(1, 10)), row(10, skipped=True))
+    write(folder, "metrics.rewound.jsonl", row(5), row(6))
+    return folder
+
+
+def beat(folder: Path, rank: int, age: float, **fields: Any) -> None:
+    (folder / "logs").mkdir(exist_ok=True)
+    values = {"host": "n1", "pid": 1, "started": None, "attempt": 1, "step": 10, "phase": "training", "at": ""}
+    write_heartbeat(folder, Heartbeat(rank, time=0.0, seconds_in_phase=1.0, **values | fields))
+    os.utime(folder / "logs" / f"heartbeat-rank-{rank}.json", (BEGUN + 100 - age,) * 2)
+
+
+def test_a_running_run(run):
+    beat(run, 0, 3.0)
+    beat(run, 1, 4.0, host="n2")
+    status = read_status(run, now=BEGUN + 100)
+    assert (status.state, status.said) == ("running", "attempt 1, training on 2 ranks")
+    assert (status.step, status.num_steps, status.tokens_per_second, status.eta_seconds) == (10, 100, 50.0, 180.0)
+    good = status.goodput
+    assert good is not None
+    # Nine applied steps, two of them done twice, in the 100 s since the first start.
+    assert (good.productive, good.redone, good.saving, good.wall, good.fraction) == (18.0, 4.0, 1.5, 100.0, 0.18)
+    assert [(one.attempt, one.code, one.reason) for one in status.restarts] == [(0, 72, "rank 3 froze")]
+    assert [(rank.rank, rank.host, rank.age_seconds) for rank in status.ranks] == [(0, "n1", 3.0), (1, "n2", 4.0)]
+    assert status.straggler == "straggler: rank 1 (host n2) works 2 s a step by itself"
+    text = as_text(status)
+    assert "goodput      18.0%" in text
+    assert "attempt 0: hang (exit code 72), rank 3 froze" in text
+    assert "straggler    rank 1 (host n2)" in text
+    assert json.loads(json.dumps(status.as_json()))["goodput"]["fraction"] == 0.18
+
+
+def test_silence_and_endings(run):
+    beat(run, 0, 300.0)
+    silent = read_status(run, now=BEGUN + 100)
+    assert (silent.state, silent.said.split(",")[1]) == ("silent", " no sign of life for 5 min: killed")
+    assert silent.goodput is not None
+    assert silent.goodput.wall == 61.0  # to the last sign, not to now
+    beat(run, 1, 1.0)
+    assert "but 1 ranks are silent" in read_status(run, now=BEGUN + 100).said
+    write(run, "exit.json", {"code": 75, "reason": "SIGTERM: stopped and saved at step 10", "step": 10})
+    ended = read_status(run, now=BEGUN + 100)
+    assert (ended.state, ended.exit_code) == ("ended", 75)
+    assert ended.said == "stopped and saved (exit code 75): SIGTERM: stopped and saved at step 10"
+
+
+def test_a_checkpoint_and_its_verdict(run):
+    assert read_status(run).checkpoint_verdict == "no checkpoint yet"
+    save_step(run, 4)
+    path = save_step(run, 8).path
+    (run / "checkpoints" / "step-00000009.attempt-1-ab.tmp").mkdir()
+    write(run, "certificate.json", {"verdict": "pass", "failed": None, "step": 4, "attempt": 1})
+    status = read_status(run)
+    assert (status.checkpoint, status.checkpoint_verdict.split(" (")[0]) == ("step-00000008", "complete")
+    assert status.certificate == "pass at step 4, attempt 1"
+    victim = next(path.glob("*.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    assert read_status(run).checkpoint_verdict.startswith(f"DOES NOT HOLD: {victim.name} has ")
+    (path / "manifest.json").write_text("{")
+    assert read_status(run).checkpoint_verdict.startswith("DOES NOT HOLD: manifest.json is damaged")
+    (path / "manifest.json").unlink()
+    assert read_status(run).checkpoint_verdict.startswith("DOES NOT HOLD: manifest.json is missing")
+
+
+def test_torn_and_missing_files_are_one_line_each(run):
+    for name in ("metrics.jsonl", "events.jsonl"):
+        with (run / name).open("ab") as file:
+            file.write(b'{"step": 11, "step_sec')  # being written
+    assert read_status(run).problems == []
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b"\n\xff\n" + json.dumps(row(11)).encode() + b"\n")
+    (run / "run.json").write_text('{"attempts"')
+    (run / "exit.json").write_text("[]")
+    status = read_status(run)
+    assert status.problems == [
+        "run.json: not a JSON object",
+        "exit.json: not a JSON object",
+        "metrics.jsonl: 2 lines cannot be read",
+    ]
+    assert status.step == 11
+    for path in run.iterdir():
+        path.unlink()
+    empty = read_status(run)
+    assert (empty.state, empty.problems) == ("not started", [])
+    assert "no start recorded" in as_text(empty)
+
+
+def test_hostile_content_is_printed_inert(run):
+    write(run, "exit.json", {"code": 71, "reason": "bad\x1b[2J\nnews"})
+    assert "\x1b" not in as_text(read_status(run))
+    assert as_text(read_status(run)).splitlines()[1].endswith("bad\\x1b[2J\\nnews")
+
+
+def test_the_newest_run_is_found(run, tmp_path):
+    older = tmp_path / "runs" / "older"
+    write(older, "run.json", {"attempts": 1})
+    os.utime(older / "run.json", (BEGUN, BEGUN))
+    assert find_run(None, tmp_path / "runs") == run
+    with pytest.raises(ConfigError, match="no run under"):
+        find_run(None, tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="is not a folder"):
+        find_run(tmp_path / "nowhere")
+
+
+def test_a_million_rows_are_quick(run):
+    line = json.dumps(row(7, tokens_by_source={"domain": 900, "replay": 100}), separators=(",", ":")).encode() + b"\n"
+    (run / "metrics.jsonl").write_bytes(line * 200_000)
+    began = time.perf_counter()
+    status = read_status(run)
+    assert time.perf_counter() - began < 2.0  # a tenth of it where nothing else runs
+    assert status.goodput is not None
+    assert status.goodput.productive == 400_000.0
+
+
+SLURM = {
+    "squeue": 'echo "$@" >> "$LOG"; case "$STATE" in gone) echo "Invalid job id specified" >&2; exit 1;; '
+    'down) echo "Unable to contact slurm controller" >&2; exit 1;; slow) sleep 9;; *) echo "$STATE";; esac',
+    "sacct": "echo 'TIMEOUT|0:0'",
+}
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ("PENDING|Priority|2026-11-22T10:00:00|", "job 7: PENDING (Priority), expected start 2026-11-22T10:00:00"),
+        ("PENDING|Dependency|N/A|", "job 7: PENDING (Dependency)"),
+        ("RUNNING|None|2026-11-21T10:00:00|n[1-2]", "job 7: RUNNING on n[1-2]"),
+        ("gone", "job 7: TIMEOUT 0:0, no longer queued"),
+        ("down", "job 7: squeue gives no answer"),
+        ("slow", "job 7: squeue gives no answer"),
+    ],
+)
+def test_the_queue(tmp_path, monkeypatch, state, said):
+    for name, script in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("LOG", str(tmp_path / "asked"))
+    monkeypatch.setenv("STATE", state)
+    assert queue_state("7", seconds=0.5) == said
+    assert (tmp_path / "asked").read_text().startswith("--noheader --jobs 7 ")
+
+
+def test_no_queue(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert queue_state(None) == "no batch job"
+    assert queue_state("7") == "job 7: no squeue on this host"
+    assert queue_state("7; rm -rf /") == "job '7; rm -rf /': not a Slurm job number"
+
+
+COMMAND = """
+import sys
+from dist_cpt.cli import main
+sys.argv = ["dist-cpt", "status", sys.argv[1], "--json"]
+try:
+    main()
+finally:
+    print("torch" in sys.modules, "transformers" in sys.modules, "numpy" in sys.modules, file=sys.stderr)
+"""
+
+
+def test_the_command_needs_no_torch(run):
+    done = subprocess.run([sys.executable, "-c", COMMAND, run], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["step"] == 10
+    assert done.stderr.strip() == "False False False"
