@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from dist_cpt.config.load import load_recipe
 from dist_cpt.config.resolve import resolve_paths, run_folder
@@ -347,11 +347,9 @@ class Supervisor:
             return {}
         try:
             verdict = json.loads((self.folder / "preflight" / f"{identifier}.json").read_text(encoding="utf-8"))
-            found = verdict["nodes"].items()
-            unfit = {str(node): "; ".join(entry["reasons"]) for node, entry in found if not entry["ok"]}
+            unfit = unfit_nodes(verdict, nodes)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             unfit = {}
-        unfit = {node: reason for node, reason in unfit.items() if node in nodes}
         return unfit or dict([step.first_failure or (nodes[0], f"preflight ended with {code}")])
 
     # -- the queue -----------------------------------------------------------------------------------------
@@ -427,6 +425,17 @@ class Supervisor:
         successor = answer.split(";")[0]
         say(f"job {successor} is queued behind this one")
         return successor
+
+
+def unfit_nodes(verdict: Mapping[str, Any], nodes: Sequence[str]) -> dict[str, str]:
+    """Those of `nodes` that a preflight's verdict calls unfit, each with the reason.
+
+    What is wrong with all of them together, as a collective that never ended, makes all of them unfit: no single one
+    may be struck for it.
+    """
+    found = {str(node): entry["reasons"] for node, entry in verdict["nodes"].items() if not entry["ok"]}
+    unfit = {node: "; ".join(reasons) for node, reasons in found.items() if node in nodes}
+    return unfit or (dict.fromkeys(nodes, "; ".join(verdict["reasons"])) if verdict["reasons"] else {})
 
 
 def pick(recipes: Sequence[str], task: int | None) -> str:

@@ -10,7 +10,7 @@ import pytest
 from dist_cpt_launch.attempts import LAUNCHES, Decision, Ending, Record, decide
 from dist_cpt_launch.lead import DEFAULT_LEAD_SECONDS, MARGIN_SECONDS, lead_seconds, newest_step
 from dist_cpt_launch.nodes import expand_hosts, usable_nodes
-from dist_cpt_launch.supervise import _TASK_ENDED, Job, main, pick, slurm_seconds
+from dist_cpt_launch.supervise import _TASK_ENDED, Job, main, pick, slurm_seconds, unfit_nodes
 
 from dist_cpt.config.load import build
 from dist_cpt.errors import ConfigError
@@ -170,3 +170,11 @@ def test_the_next_job_of_a_chain_takes_the_folder_over_and_a_stranger_does_not(t
     assert not orphan.held()
     orphan.close()
     successor.close()
+
+
+def test_what_is_wrong_with_all_nodes_together_is_no_single_one_s_fault():
+    fit, unfit = {"ok": True, "reasons": []}, {"ok": False, "reasons": ["disk full", "clock off"]}
+    verdict = {"ok": False, "reasons": [], "nodes": {"n1": fit, "n2": unfit, "n9": unfit}}
+    assert unfit_nodes(verdict, ["n1", "n2"]) == {"n2": "disk full; clock off"}
+    verdict = {"ok": False, "reasons": ["the all-reduce never ended"], "nodes": {"n1": fit, "n2": fit}}
+    assert unfit_nodes(verdict, ["n1", "n2"]) == dict.fromkeys(("n1", "n2"), "the all-reduce never ended")
