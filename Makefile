@@ -22,7 +22,7 @@ demo: install
 
 test: install
 	sh tests/slurm/install.sh
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not matrix and not gpu" --durations=10
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not matrix and not gpu" --durations=40
 
 test-all: install
 	sh tests/slurm/install.sh

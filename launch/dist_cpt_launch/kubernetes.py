@@ -25,7 +25,7 @@ from pydantic import Field, PositiveInt, ValidationError, field_validator
 from dist_cpt.config.load import load_recipe, parse_yaml
 from dist_cpt.config.resolve import resolve_paths, run_folder, step_shape
 from dist_cpt.config.schema import Frozen, RunConfig
-from dist_cpt.errors import EXIT_DONE, ConfigError
+from dist_cpt.errors import EXIT_DONE, EXIT_NODE, ConfigError
 from dist_cpt_launch.attempts import FINAL
 from dist_cpt_launch.lead import lead_seconds
 from dist_cpt_launch.secret_values import SECRET_NAME, require_no_secrets
@@ -45,6 +45,7 @@ _LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _SUBDOMAIN = r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
 _QUANTITY = r"[0-9]+(\.[0-9]+)?(m|[kMGTPE]i?)?"
 _PATH = r"/[A-Za-z0-9._/-]*"
+_FOR_GOOD = sorted(set(FINAL) - {EXIT_NODE})  # a pod that failed its checks may land on another node next time
 
 
 class SecretRef(Frozen):
@@ -339,9 +340,7 @@ def _job(pod: dict[str, Any], nodes: int) -> dict[str, Any]:
         "parallelism": nodes,
         "backoffLimit": 0,
         "podReplacementPolicy": "Failed",
-        "podFailurePolicy": {
-            "rules": [{"action": "FailJob", "onExitCodes": {"operator": "In", "values": sorted(FINAL)}}]
-        },
+        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": {"operator": "In", "values": _FOR_GOOD}}]},
         "template": {"spec": pod},
     }
 

@@ -70,7 +70,7 @@ def _has(built: Any, kind: type) -> bool:
     return any(isinstance(module, kind) for module in built._module.modules())
 
 
-FAST = {("fsdp-full", "lora", "fp32"), ("zero-3", "lora", "fp32"), ("zero-3", "nf4", "bf16")}
+FAST = {("fsdp-full", "lora", "fp32"), ("zero-3", "lora", "fp32")}
 CELLS = [
     (engine, variant, "bf16" if variant == "nf4" else "fp32")
     for engine in ENGINES

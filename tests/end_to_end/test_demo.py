@@ -11,12 +11,11 @@ import pytest
 from dist_cpt.demo import GLOBAL_TOKENS, run_demo
 
 
-@pytest.mark.parametrize(
-    ("base_steps", "steps", "at_most"), [(6, 8, 0.0), pytest.param(40, 30, -0.4, marks=pytest.mark.matrix)]
-)
-def test_the_demo_tells_its_story(base_steps, steps, at_most, tmp_path, capfd):
+@pytest.mark.matrix  # `.ci/run` runs the whole demo
+def test_the_demo_tells_its_story(tmp_path, capfd):
     out = tmp_path / "demo"
-    assert run_demo(out, base_tokens=base_steps * GLOBAL_TOKENS, cpt_tokens=steps * GLOBAL_TOKENS) == 0
+    steps = 30
+    assert run_demo(out, base_tokens=40 * GLOBAL_TOKENS, cpt_tokens=steps * GLOBAL_TOKENS) == 0
     said = capfd.readouterr().out
     assert f"{out / 'report.html'}\n" in said
     summary = json.loads((out / "summary.json").read_text())
@@ -24,7 +23,7 @@ def test_the_demo_tells_its_story(base_steps, steps, at_most, tmp_path, capfd):
     assert summary["certificate"] == "pass"
     assert [a["engine"] for a in summary["attempts"]] == ["zero-3", "fsdp-full"]
     assert summary["attempts"][1]["first_step"] >= steps // 2
-    assert summary["domains"]["code"]["change_fraction"] < at_most
+    assert summary["domains"]["code"]["change_fraction"] < -0.4
     assert "change_fraction" in summary["domains"]["documentation"]
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, steps + 1))

@@ -205,7 +205,11 @@ def damage(checkpoint: Path, how: str, which: int) -> None:
 
 
 def recipe(made: tuple[Path, Path], folder: Path, num_steps: int) -> dict[str, Any]:
-    """Two sources, fp32 weights: between engines only the order of sums differs."""
+    """Two sources, fp32 weights: between engines only the order of sums differs.
+
+    At this rate training is well-conditioned: at 1e-2 single steps have a gradient of eight times the others' norm, and
+    what differs by 1e-7 before them differs by 1e-5 after, in undisturbed runs too.
+    """
     base, corpus = made
     values = tiny.recipe(
         base,
@@ -214,6 +218,7 @@ def recipe(made: tuple[Path, Path], folder: Path, num_steps: int) -> dict[str, A
         model={"path": str(base), "weights": "fp32"},
         train={"tokens": num_steps * 8 * tiny.SEQ_LEN},
         checkpoint={"every_steps": EVERY, "keep": KEEP},
+        optim={"lr": 3e-3, "embedding_lr": 3e-4},
     )
     sources = [{"path": str(corpus), "weight": 0.8}, {"path": str(corpus.parent / "held-out.jsonl"), "weight": 0.2}]
     values["data"] = {"seq_len": tiny.SEQ_LEN, "sources": sources, "cache_dir": str(base.parent / "soak-stores")}
