@@ -73,12 +73,8 @@ def test_the_optimizer_uses_what_was_imported(engine: str, ranks: int, variant: 
 
 
 FAST = (("single", 1, "lora"), ("fsdp-full", 2, "lora"), ("zero-1", 2, "lora"), ("zero-3", 2, "lora"))
-
-
-NF4_FAST = tuple((engine, ranks, "nf4") for engine, ranks in (("single", 1), ("fsdp-full", 2), ("zero-3", 2)))
-
-
-EIGHT_BIT_FAST = tuple((engine, ranks, "8bit") for engine, ranks in (("single", 1), ("fsdp-full", 2), ("zero-3", 2)))
+NF4_FAST = (("single", 1, "nf4"), ("fsdp-full", 2, "nf4"))
+EIGHT_BIT_FAST = (("single", 1, "8bit"), ("fsdp-full", 2, "8bit"))
 
 
 @pytest.mark.parametrize(

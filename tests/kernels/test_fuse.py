@@ -121,7 +121,9 @@ def test_32_steps(kind, method, tmp_path):
     assert sum(truth.losses[-BLOCKS:]) < sum(truth.losses[:BLOCKS])
 
 
-@pytest.mark.parametrize(("kind", "method"), [("llama", "lora"), ("gemma2", "qlora"), ("phi3", "full")])
+@pytest.mark.parametrize(
+    ("kind", "method"), [("llama", "lora"), ("gemma2", "qlora"), pytest.param("phi3", "full", marks=pytest.mark.matrix)]
+)
 def test_a_few_steps(kind, method, tmp_path):
     compare(kind, method, 3, tmp_path)
 
