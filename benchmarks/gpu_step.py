@@ -118,11 +118,7 @@ def main() -> int:
         print("gpu_step.py: no CUDA device here; --tiny tries every path on a CPU", file=sys.stderr)
         return NO_DEVICE
     result = everything(arguments)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.out:
-        arguments.out.parent.mkdir(exist_ok=True, parents=True)
-        arguments.out.write_text(text + "\n")
+    print(json.dumps(result, indent=2))
     return 0
 
 
@@ -136,31 +132,11 @@ def everything(arguments: argparse.Namespace) -> dict[str, Any]:
         absent["qlora"] = "not installed: bitsandbytes"
         packed = []
     results: dict[str, dict[str, Any]] = {name: {} for name in arguments.cases}
-    device: dict[str, Any] = {}
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(prefix="dist-cpt-gpu-", dir=memory if free_gib(memory) > 40 else None) as scratch:
-        folder = Path(scratch) / "base"
-        device = in_a_process("device", [], folder, deadline, arguments)
-        for side in sides:
-            if side != "unsloth":  # it loads folders only
-                take(results, side, in_a_process(side, plain, folder, deadline, arguments), plain)
-        if packed or "unsloth" in sides:
-            written = in_a_process("folder", [], folder, deadline, arguments)
-            names = {side: packed if side != "unsloth" else [*plain, *packed] for side in sides}
-            for side in sides:
-                if "failed" in written:
-                    take(results, side, written, names[side])
-                else:
-                    take(results, side, in_a_process(side, names[side], folder, deadline, arguments), names[side])
-    for measured in results.values():
-        for side in measured.values():
-            add_rates(side, device.get("matmul_flops"))
-    return {
+    report: dict[str, Any] = {
         "what": "one training step of the Llama 3.1 8B architecture with random weights on one GPU",
         "date": date.today().isoformat(),
+        "complete": False,
         "tiny": arguments.tiny,
-        "device": device.get("name", device),
-        "matmul_tflop_per_s": round(device["matmul_flops"] / 1e12, 1) if "matmul_flops" in device else None,
         "specified_tflop_per_s": SPECIFIED_FLOPS / 1e12,
         "versions": versions(),
         "absent": absent,
@@ -168,11 +144,47 @@ def everything(arguments: argparse.Namespace) -> dict[str, Any]:
         "sides": SIDES,
         "results": results,
     }
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="dist-cpt-gpu-", dir=memory if free_gib(memory) > 40 else None) as scratch:
+        folder = Path(scratch) / "base"
+        device = in_a_process("device", [], folder, deadline, arguments)
+        report["device"] = device.get("name", device)
+        rate = device.get("matmul_flops")
+        report["matmul_tflop_per_s"] = None if rate is None else round(rate / 1e12, 1)
+
+        def run(side: str, names: list[str]) -> None:
+            measured = in_a_process(side, names, folder, deadline, arguments)
+            take(results, side, measured, names, rate)
+            write(report, arguments.out)  # at once: whoever started this may stop it
+
+        for side in sides:
+            if side != "unsloth":  # it loads folders only
+                run(side, plain)
+        if packed or "unsloth" in sides:
+            written = in_a_process("folder", [], folder, deadline, arguments)
+            for side in sides:
+                names = packed if side != "unsloth" else [*plain, *packed]
+                if "failed" in written:
+                    take(results, side, written, names, rate)
+                else:
+                    run(side, names)
+    report["complete"] = True
+    write(report, arguments.out)
+    return report
 
 
-def take(results: dict[str, dict[str, Any]], side: str, measured: dict[str, Any], names: list[str]) -> None:
+def write(report: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def take(
+    results: dict[str, dict[str, Any]], side: str, measured: dict[str, Any], names: list[str], rate: float | None
+) -> None:
     for name in names:
         results[name][side] = measured.get(name) or {"failed": measured.get("failed", "not reached in time")}
+        add_rates(results[name][side], rate)
 
 
 def add_rates(measured: dict[str, Any], matmul_flops: float | None) -> None:

@@ -21,7 +21,7 @@ INTERRUPTED = 130
 # fmt: off
 SLURM_ONLY = (
     "min_nodes", "time", "partition", "account", "qos", "gres", "gpus_per_node", "cpus_per_task", "lead", "at_once",
-    "sbatch", "srun",
+    "sbatch", "srun", "max_restarts", "requeue_by",
 )
 # fmt: on
 
@@ -40,7 +40,10 @@ Overrides = Annotated[
 ]
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder: <output_dir>/<name>.")]
-Procs = Annotated[int, typer.Option("--procs-per-node", min=1, help="Ranks on this host.")]
+Procs = Annotated[
+    int | None,
+    typer.Option("--procs-per-node", min=1, help="Ranks on each host; default 1, on slurm one for each GPU asked for."),
+]
 Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Hosts.")]
 On = Annotated[str, typer.Option("--on", help="local, slurm or kubernetes")]
 Rdzv = Annotated[
@@ -54,10 +57,17 @@ CpusPerTask = Annotated[int | None, typer.Option(min=1, help="slurm: CPU cores p
 Lead = Annotated[
     int | None, typer.Option("--lead", min=1, help="slurm: stop so many seconds before the limit; default: measured.")
 ]
-MaxRestarts = Annotated[int, typer.Option(min=0, help="slurm: restarts without a newer checkpoint before it gives up.")]
-RequeueBy = Annotated[str, typer.Option("--requeue-by", help="slurm: requeue, chain or exit (docs/slurm.md).")]
+MaxRestarts = Annotated[
+    int | None, typer.Option(min=0, help="slurm: restarts without a newer checkpoint before it gives up; default 3.")
+]
+RequeueBy = Annotated[
+    str | None, typer.Option("--requeue-by", help="slurm: requeue (default), chain or exit (docs/slurm.md).")
+]
 AtOnce = Annotated[int | None, typer.Option(min=1, help="slurm: of several recipes, so many at once.")]
-Preflight = Annotated[bool, typer.Option(help="slurm, kubernetes: check every node before the ranks start.")]
+Preflight = Annotated[
+    bool | None,
+    typer.Option("--preflight/--no-preflight", help="slurm, kubernetes: check every node before the ranks start."),
+]
 More = Annotated[list[str] | None, typer.Option("--sbatch", metavar="OPTION", help="slurm: one more option of sbatch.")]
 Srun = Annotated[list[str] | None, typer.Option("--srun", metavar="OPTION", help="slurm: one more option of srun.")]
 Cluster = Annotated[
@@ -96,9 +106,11 @@ def prepare(recipe: Recipe, set_: Overrides = None) -> None:
 @app.command()
 def train(recipe: Recipe, set_: Overrides = None) -> None:
     """A worker: alone, or one rank under torchrun, srun, accelerate or deepspeed launch."""
-    from dist_cpt.runtime.stop import StopRequest
+    from dist_cpt.runtime.stop import StopRequest, stop_with_parent
 
     stop = StopRequest().install()  # before torch is loaded: a signal during imports already counts
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stop_with_parent()
     config = _load(recipe, set_)
     from dist_cpt.train.run import train as train_run
 
@@ -115,7 +127,7 @@ def launch(
     recipe: Annotated[list[Path], typer.Argument(metavar="RECIPE", help="A recipe; on slurm several make an array.")],
     on: On = "local",
     nodes: Nodes = 1,
-    procs_per_node: Procs = 1,
+    procs_per_node: Procs = None,
     dry_run: DryRun = False,
     rdzv: Rdzv = None,
     min_nodes: MinNodes = None,
@@ -127,10 +139,10 @@ def launch(
     gpus_per_node: Named = None,
     cpus_per_task: CpusPerTask = None,
     lead: Lead = None,
-    max_restarts: MaxRestarts = 3,
-    requeue_by: RequeueBy = "requeue",
+    max_restarts: MaxRestarts = None,
+    requeue_by: RequeueBy = None,
     at_once: AtOnce = None,
-    preflight: Preflight = True,
+    preflight: Preflight = None,
     sbatch: More = None,
     srun: Srun = None,
     cluster: Cluster = None,
@@ -146,7 +158,7 @@ def resume(
     run: Run,
     on: On = "local",
     nodes: Nodes = 1,
-    procs_per_node: Procs = 1,
+    procs_per_node: Procs = None,
     dry_run: DryRun = False,
     rdzv: Rdzv = None,
     min_nodes: MinNodes = None,
@@ -158,14 +170,15 @@ def resume(
     gpus_per_node: Named = None,
     cpus_per_task: CpusPerTask = None,
     lead: Lead = None,
-    max_restarts: MaxRestarts = 3,
-    requeue_by: RequeueBy = "requeue",
-    preflight: Preflight = True,
+    max_restarts: MaxRestarts = None,
+    requeue_by: RequeueBy = None,
+    preflight: Preflight = None,
     sbatch: More = None,
     srun: Srun = None,
     set_: Overrides = None,
 ) -> None:
     """Continue a run from its newest valid checkpoint; engine and number of ranks may change."""
+    options = locals()
     recipe = run / "recipe.yaml"
     if not recipe.is_file():
         raise ConfigError(f"{run} is not a run folder: no recipe.yaml in it")
@@ -174,7 +187,15 @@ def resume(
             f"{run} has no finished checkpoint to resume from",
             remedy=f"dist-cpt launch {recipe} starts it again",
         )
-    raise typer.Exit(_launch([recipe], locals()))
+    from dist_cpt.config.resolve import run_folder
+
+    folder = run_folder(_load(recipe, set_))
+    if not (folder.is_dir() and folder.samefile(run)):  # else it would start from nothing over there
+        raise ConfigError(
+            f"{run} goes on in {folder}, as its recipe.yaml says",
+            remedy=f"name it {folder.name} and add --set output_dir={run.absolute().parent}",
+        )
+    raise typer.Exit(_launch([recipe], options))
 
 
 @app.command()
@@ -389,11 +410,14 @@ def tokenizer_extend(
     add: Annotated[int | None, typer.Option("--add", min=1, help="Tokens to learn from the corpus, at most.")] = None,
     words: Annotated[Path | None, typer.Option("--words", help="File of words, one a line: each one token.")] = None,
     min_frequency: Annotated[int, typer.Option("--min-frequency", min=1, help="Of a new token in the corpus.")] = 2,
+    focus: Annotated[bool, typer.Option("--focus", help="Also write what embeddings.init: focus reads.")] = False,
     text: TextField = "text",
 ) -> None:
     """More tokens for a base, learnt from a corpus or given as words; prints the corpus before and after."""
     if (add is None) == (words is None) or (corpus is None and words is None):
         raise ConfigError("give --add N with a corpus to learn from, or --words FILE with or without one to measure")
+    if focus and not corpus:
+        raise ConfigError("--focus needs a corpus: it learns from it which tokens are used alike")
     from dist_cpt.data.tokenizer_extend import extend_tokenizer, read_words
     from dist_cpt.data.tokenizer_train import corpus_texts
 
@@ -405,6 +429,7 @@ def tokenizer_extend(
         num_new=add,
         words=given,
         min_frequency=min_frequency,
+        focus=focus,
     )
     print(json.dumps(done.as_json(), indent=1))
 
@@ -501,11 +526,11 @@ def _launch(recipes: list[Path], options: dict[str, Any]) -> int:
 def _local_plan(loaded: list[tuple[Any, Path]], overrides: list[str], options: dict[str, Any]) -> LaunchPlan:
     from dist_cpt_launch.plan import local_plan
 
-    ignored = [name for name in SLURM_ONLY if options.get(name) is not None and options[name] != []]
+    ignored = [name for name in (*SLURM_ONLY, "preflight") if options.get(name) is not None and options[name] != []]
     if ignored or len(loaded) > 1:
         what = f"--{ignored[0].replace('_', '-')}" if ignored else f"{len(loaded)} recipes"
         raise ConfigError(f"{what}: only --on slurm can honour that")
-    procs = options["procs_per_node"]
+    procs = options["procs_per_node"] or 1
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, (os.cpu_count() or 1) // procs)
     (config, recipe), nodes = loaded[0], options["nodes"]
     # fmt: off
@@ -516,16 +541,19 @@ def _local_plan(loaded: list[tuple[Any, Path]], overrides: list[str], options: d
 
 
 def _slurm_plan(loaded: list[tuple[Any, Path]], overrides: list[str], options: dict[str, Any]) -> LaunchPlan:
-    from dist_cpt_launch.slurm import REQUEUE_BY, SlurmOptions, slurm_plan
+    from dist_cpt_launch.slurm import REQUEUE_BY, SlurmOptions, ranks_per_node, slurm_plan
 
+    if options.get("at_once") is not None and len(loaded) == 1:
+        raise ConfigError("--at-once: one recipe makes no array")
     if options["rdzv"] is not None:
         raise ConfigError("--rdzv: Slurm's ranks find each other; only --on local can honour that")
-    if options["requeue_by"] not in REQUEUE_BY:
+    if options["requeue_by"] not in (None, *REQUEUE_BY):
         raise ConfigError(f"--requeue-by {options['requeue_by']}: expected {', '.join(REQUEUE_BY)}")
-    same = ("nodes", "min_nodes", "procs_per_node", "time", "partition", "account", "qos", "gres", "gpus_per_node")
+    same = ("nodes", "min_nodes", "time", "partition", "account", "qos", "gres", "gpus_per_node")
     same += ("cpus_per_task", "max_restarts", "requeue_by", "preflight")
     asked = SlurmOptions(
-        **{name: options[name] for name in same},
+        **{name: options[name] for name in same if options[name] is not None},
+        procs_per_node=options["procs_per_node"] or ranks_per_node(options["gpus_per_node"], options["gres"]),
         lead_seconds=options["lead"],
         at_once=options.get("at_once"),
         more=tuple(options["sbatch"] or ()),
@@ -549,9 +577,9 @@ def _kubernetes(recipes: list[Path], overrides: list[str], options: dict[str, An
     if kind not in KINDS:
         raise ConfigError(f"--kind {kind}: expected {' or '.join(KINDS)}")
     settings = load_settings(options["cluster"])
-    if not options["preflight"]:
+    if options["preflight"] is False:
         settings = settings.model_copy(update={"preflight": False})
-    nodes, procs = options["nodes"], options["procs_per_node"]
+    nodes, procs = options["nodes"], options["procs_per_node"] or 1
     plan = kubernetes_plan(recipes[0], overrides, settings, kind=kind, nodes=nodes, procs_per_node=procs)
     if options["dry_run"]:
         print(plan.shown(), end="")

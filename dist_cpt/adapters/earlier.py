@@ -96,7 +96,8 @@ class EarlierAdapter:
         for name, key in self.vocabulary.items():
             layer = modules.get(name)
             if layer is None or (layer is not head and layer is not embeddings):
-                raise refusal(self.folder, f"has {name} trained in full, which is no embedding or head here", MERGE)
+                remedy = "go on with that classifier: adapter.continue_from.mode: train" if name == "score" else MERGE
+                raise refusal(self.folder, f"has {name} trained in full, which is no embedding or head here", remedy)
             theirs, here = self.shapes[key], tuple(layer.weight.shape)
             if theirs != here:
                 said = f"has {name} of shape {list(theirs)}, here {list(here)}"
@@ -171,12 +172,12 @@ class EarlierAdapter:
             parameter.requires_grad_(parameter in trained)
 
 
-def open_earlier(folder: Path, base_sha256: str | None = None) -> EarlierAdapter:
+def open_earlier(folder: Path, base: Mapping[str, Any] | None = None, *, other_base: bool = False) -> EarlierAdapter:
     """Open a PEFT folder of plain LoRA. Where it is a checkpoint of this program, its file must be the recorded one,
-    and its base have `base_sha256` if that is given.
+    and its base that of the identity `base`, if that is given: the weights, unless `other_base`, and the new tokens.
 
     Raises:
-        ConfigError: no such folder, pickled weights, another method than plain LoRA, or another base.
+        ConfigError: no such folder, pickled weights, another method than plain LoRA, another base or new tokens.
         CheckpointError: one of its files is damaged.
     """
     wrong, remedy = not_an_adapter(folder)
@@ -186,9 +187,14 @@ def open_earlier(folder: Path, base_sha256: str | None = None) -> EarlierAdapter
     require_plain_lora(folder, config, import_peft().LoraConfig().to_dict())
     with (folder / ADAPTER_WEIGHTS).open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if (folder / "manifest.json").is_file():
-        _require_recorded(folder, sha256, base_sha256)
-    return EarlierAdapter(folder, config, sha256, *_tensors(folder))
+    theirs = _recorded_base(folder, sha256) if (folder / "manifest.json").is_file() else None
+    earlier = EarlierAdapter(folder, config, sha256, *_tensors(folder))
+    if theirs is not None and base is not None:
+        if not other_base:
+            require_same_base(folder, theirs["sha256"], base["sha256"])
+        if earlier.vocabulary:
+            require_same_tokens(folder, theirs, base)
+    return earlier
 
 
 def require_plain_lora(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -241,11 +247,13 @@ def refusal(folder: Path, said: str, remedy: str) -> ConfigError:
 _OTHER_BASE = "use the base that the adapter was trained on"
 
 
-def _require_recorded(folder: Path, sha256: str, base_sha256: str | None) -> None:
+def _recorded_base(folder: Path, sha256: str) -> dict[str, Any]:
+    """The identity of the base in a manifest that lists the adapter file with `sha256`."""
     manifest = _json(folder / "manifest.json")
     manifest = manifest.get("content", manifest)
     try:
-        recorded, base = manifest["files"][ADAPTER_WEIGHTS]["sha256"], manifest["base"]["sha256"]
+        recorded, base = manifest["files"][ADAPTER_WEIGHTS]["sha256"], manifest["base"]
+        base["sha256"]
     except (KeyError, TypeError):
         raise CheckpointError(
             f"{folder}: manifest.json is damaged", remedy="dist-cpt verify names everything"
@@ -254,8 +262,7 @@ def _require_recorded(folder: Path, sha256: str, base_sha256: str | None) -> Non
         raise CheckpointError(
             f"{folder}: {ADAPTER_WEIGHTS} is not what manifest.json lists", remedy="use another checkpoint of that run"
         )
-    if base_sha256 is not None:
-        require_same_base(folder, base, base_sha256)
+    return base
 
 
 def require_same_base(folder: Path, theirs: str, here: str) -> None:
@@ -267,6 +274,21 @@ def require_same_base(folder: Path, theirs: str, here: str) -> None:
     if theirs != here:
         said = f"was trained on a base with sha256 {theirs[:12]}, this one has {here[:12]}"
         raise refusal(folder, said, f"{_OTHER_BASE}, or set adapter.continue_from.other_base: true")
+
+
+def require_same_tokens(folder: Path, theirs: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse trained rows that mean other new tokens here: padded to a multiple, their number may be the same.
+
+    Raises:
+        ConfigError: the bases' identities name other extended tokenizers.
+    """
+    left, right = ((base.get("new_tokens") or {}).get("tokenizer_sha256", "none") for base in (theirs, here))
+    if left != right:
+        raise refusal(
+            folder,
+            f"trained its rows under the new tokens {left[:12]} (sha256 of the tokenizer), here {right[:12]}",
+            f"set embeddings.new_tokens to the tokenizer in {folder}" if left != "none" else MERGE,
+        )
 
 
 def _tensors(folder: Path) -> tuple[dict[str, tuple[str, str]], dict[str, str], dict[str, tuple[int, ...]]]:

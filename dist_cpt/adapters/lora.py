@@ -27,6 +27,8 @@ from dist_cpt.errors import ConfigError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What models call their embedding and head; groups of learning rates and decay go by these names.
+VOCABULARY_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 _WRAPPER_PREFIX = "causal_lm."  # the attribute of CausalLMForLoss that holds the model
 _ADAPTER_NAME = ".default."
 

@@ -10,7 +10,7 @@ Source: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, section 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def load_quantised(
     from transformers import AutoModelForCausalLM
 
     stored = stored_weights(folder)
-    model = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         config=hf_config,
         dtype=torch.bfloat16,
@@ -52,7 +52,9 @@ def load_quantised(
         device_map={"": device},
         use_safetensors=True,
         trust_remote_code=own_code,
+        output_loading_info=True,
     )
+    model = whole_model(folder, *loaded)
     kind = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[weights]
     layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if type(m).__name__ == kind]
     for name, layer in layers:
@@ -76,6 +78,18 @@ def load_quantised(
 def load_nf4(folder: Path, hf_config: Any | None, device: torch.device) -> Any:
     """`load_quantised` in NF4."""
     return load_quantised(folder, hf_config, device, "nf4")
+
+
+def whole_model(folder: Path, model: Any, loading_info: Mapping[str, Any]) -> Any:
+    """`model` as transformers loaded it, unless the folder lacks weights: those would be random, after a warning.
+
+    Raises:
+        ConfigError: names the first of them.
+    """
+    if lost := sorted(loading_info["missing_keys"]):
+        more = f" and {len(lost) - 1} more of its weights" if len(lost) > 1 else ""
+        raise ConfigError(f"model.path: {folder} lacks {lost[0]}{more}", remedy="give the whole language model")
+    return model
 
 
 def stored_weights(folder: Path) -> str | None:

@@ -1,16 +1,17 @@
 """New tokens on a base: where their ids lie, what their rows begin with, and how the old rows stand still.
 
-A new row begins as the mean of the rows of the pieces that the base's own tokenizer cuts the token into, in the
-embedding and in the head alike. D model, V vocab.
+A new row begins as the mean of the rows of the pieces that the base's own tokenizer cuts the token into, or as a given
+mixture of old rows, in the embedding and in the head alike. D model, V vocab.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,6 +27,8 @@ class NewVocabulary:
     first_row: int
     pieces: tuple[tuple[int, ...], ...]
     tokenizer_sha256: str
+    mixtures: Mapping[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # by row: old rows, weights
+    mixtures_sha256: str | None = None  # of their file
 
     @property
     def size(self) -> int:
@@ -139,7 +142,11 @@ def _with_rows(weight_VD: torch.Tensor, new: NewVocabulary, rows: int) -> nn.Par
     mean = old[: new.first_row].mean(0, dtype=torch.float32)
     grown[len(old) :] = mean
     for row, pieces in enumerate(new.pieces, start=new.first_row):
-        grown[row] = old[list(pieces)].mean(0, dtype=torch.float32) if pieces else mean
+        if row in new.mixtures:
+            ids, weights = (torch.from_numpy(values).to(old.device) for values in new.mixtures[row])
+            grown[row] = (old[ids].float() * weights[:, None]).sum(0)
+        else:
+            grown[row] = old[list(pieces)].mean(0, dtype=torch.float32) if pieces else mean
     return nn.Parameter(grown, requires_grad=weight_VD.requires_grad)
 
 

@@ -8,14 +8,14 @@ The folder is read by name: what this run would not train the same way is refuse
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from dist_cpt.adapters.earlier import not_an_adapter, refusal, require_same_base
+from dist_cpt.adapters.earlier import not_an_adapter, refusal, require_same_base, require_same_tokens
 from dist_cpt.adapters.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, canonical_key
 from dist_cpt.checkpoint.foreign_match import require_match, trained_apart, vocabulary_words
 from dist_cpt.checkpoint.manifest import MANIFEST, StateKind, TensorSpec
@@ -41,6 +41,8 @@ class Importer(Protocol):
     """The part of an engine that is needed here."""
 
     def import_state(self, read: Any, step: int) -> None: ...
+
+    def export_state(self, owner_of: Any, kinds: Any) -> Iterable[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -146,8 +148,12 @@ def start_from(
     def opened() -> ForeignAdapter:
         adapter = open_adapter(folder)
         require_match(adapter, specs, model)
-        if ours and not chosen.other_base:
-            require_same_base(folder, read_manifest(folder).base["sha256"], model.identity["sha256"])
+        if ours:
+            base = read_manifest(folder).base
+            if not chosen.other_base:
+                require_same_base(folder, base["sha256"], model.identity["sha256"])
+            if vocabulary_words(model).keys() & adapter.shapes.keys():
+                require_same_tokens(folder, base, model.identity)
         if chosen.optimizer:
             adapter.moments = _moments(adapter, ours, list(model.trainable), optim)
         return adapter
@@ -155,6 +161,7 @@ def start_from(
     adapter = on_every_rank(what, opened)
     sha256 = on_rank_zero(what, lambda: _require_consistent(adapter, model))
     engine.import_state(adapter.read, adapter.step)
+    _require_taken_over(engine, adapter)
     adapter.close()
     kind = "own checkpoint" if ours else "PEFT folder"
     source = f"AdamW's moments after {adapter.step} steps" if chosen.optimizer else "a fresh optimizer"
@@ -201,6 +208,22 @@ def _require_consistent(adapter: ForeignAdapter, model: TrainableModel) -> str:
         head = next((name for name, word in vocabulary_words(model).items() if word == "lm_head"), None)
         adapter.moments.require_own(adapter.master, head)
     return file_sha256((adapter.folder / ADAPTER_WEIGHTS).resolve())[1]
+
+
+def _require_taken_over(engine: Importer, adapter: ForeignAdapter) -> None:
+    """Read back what the engine trains now: a loss would not show one tensor of many that did not arrive. Collective.
+
+    Raises:
+        CheckpointError: a tensor is not that of the file, bit for bit.
+    """
+    exported = engine.export_state(lambda kind, name: 0, ("master",))
+    wrong = [t.name for t in exported if t.values is not None and not torch.equal(t.values, adapter.master(t.name))]
+    if found := on_rank_zero("adapter.continue_from", lambda: wrong):
+        raise CheckpointError(
+            f"adapter.continue_from: {adapter.folder}: {found[0]} and {len(found) - 1} more of {len(adapter.shapes)} "
+            "tensors are not what the engine trains",
+            remedy="this is a defect: the engine did not take them over",
+        )
 
 
 def _betas_of_run(checkpoint: Path, optim: OptimConfig) -> Sequence[float]:

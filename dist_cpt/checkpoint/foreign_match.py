@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from dist_cpt.adapters.earlier import MERGE, refusal, require_plain_lora
 from dist_cpt.checkpoint.manifest import TensorSpec
 from dist_cpt.errors import ConfigError
+from dist_cpt.model.classify import read_labels
 from dist_cpt.model.load import TrainableModel
 
 _PREFIX = "base_model.model."
@@ -35,6 +36,7 @@ def require_match(adapter: PeftFolder, specs: Sequence[TensorSpec], model: Train
     theirs, here = (bool(c.get("fan_in_fan_out")) for c in (adapter.config, model.adapter_config))
     if theirs != here:
         raise refusal(adapter.folder, f"has fan_in_fan_out {theirs}, here {here}", MERGE)
+    _require_same_classes(adapter.folder, model)
     shapes = {spec.name: tuple(spec.shape) for spec in specs}
     words = vocabulary_words(model)
     differences = _scale_differences(adapter.config, model.adapter_config)
@@ -59,6 +61,14 @@ def require_match(adapter: PeftFolder, specs: Sequence[TensorSpec], model: Train
     for alias, name in model.aliases.items():
         if alias not in adapter.shapes:
             raise trained_apart(adapter.folder, name, alias)
+
+
+def _require_same_classes(folder: Path, model: TrainableModel) -> None:
+    """Refuse a head whose outputs mean other classes here; a folder that names none is taken at its word."""
+    theirs, here = read_labels(folder), tuple(model.hf_config.id2label.values())
+    if theirs is not None and model.class_head is not None and theirs != here:
+        said = f"was trained on the classes {list(theirs)}, here {list(here)}"
+        raise refusal(folder, said, "name them in that order in classify.labels")
 
 
 def _scale_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -107,11 +117,12 @@ def _lora_modules(names: Mapping[str, Any]) -> set[str]:
 
 
 def vocabulary_words(model: TrainableModel) -> dict[str, str]:
-    """Canonical name -> the recipe's word, for embedding and head, whatever the model calls them."""
+    """Canonical name -> the recipe's word, for embedding and head, whatever the model calls them; a classifier has
+    no head of text."""
     hf_model = model.module.hf_model
     names = {id(module): name for name, module in hf_model.named_modules()}
     pair = ((hf_model.get_input_embeddings(), "embed_tokens"), (hf_model.get_output_embeddings(), "lm_head"))
-    return {f"{_PREFIX}{names[id(module)]}.weight": word for module, word in pair}
+    return {f"{_PREFIX}{names[id(module)]}.weight": word for module, word in pair if module is not None}
 
 
 def trained_apart(folder: Path, name: str, alias: str) -> ConfigError:

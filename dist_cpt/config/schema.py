@@ -136,7 +136,7 @@ class EmbeddingsConfig(Frozen):
     train: tuple[Literal["embed_tokens", "lm_head"], ...] = ()
     kind: Literal["full", "lora"] = "full"  # lora: low-rank updates of them, of the adapter's rank
     new_tokens: str | None = None  # folder or hub id of a tokenizer that extends the base's
-    init: Literal["mean_of_subtokens"] = "mean_of_subtokens"  # of a new row
+    init: Literal["mean_of_subtokens", "focus"] = "mean_of_subtokens"  # of a new row
     rows: Literal["all", "new"] = "all"  # new: only the rows of new tokens move
     pad_rows_to: PositiveInt = 64  # the number of rows of a matrix that grew is a multiple of it
     alone_steps: int = Field(default=0, ge=0)  # first steps in which everything else stands still
@@ -148,6 +148,8 @@ class EmbeddingsConfig(Frozen):
             raise ValueError("rows: new needs new_tokens: without a longer tokenizer there is no new row")
         if self.new_tokens is None and self.pad_rows_to != 64:
             raise ValueError("pad_rows_to belongs to new_tokens: no other matrix grows")
+        if self.new_tokens is None and self.init == "focus":
+            raise ValueError("init: focus belongs to new_tokens: its file lies beside that tokenizer")
         return self
 
 

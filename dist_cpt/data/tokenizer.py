@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,12 +68,14 @@ def load_new_vocabulary(config: RunConfig) -> NewVocabulary | None:
     """What `embeddings.new_tokens` adds to the tokenizer in `model.path`; None if the recipe adds nothing.
 
     Raises:
-        DataError: one of the two cannot be loaded, or the one does not extend the other.
+        DataError: one of the two cannot be loaded, the one does not extend the other, or `init: focus` has no file
+            of these two.
     """
     where, path = config.embeddings.new_tokens, config.model.path
     if where is None or path is None:
         return None
     from dist_cpt.adapters.vocabulary import new_vocabulary  # loads torch
+    from dist_cpt.data.focus import read_focus
 
     try:
         base = load_tokenizer(path, config.model.revision)
@@ -86,7 +89,12 @@ def load_new_vocabulary(config: RunConfig) -> NewVocabulary | None:
         raise DataError(
             f"embeddings.new_tokens: {error.message}", remedy="make it with: dist-cpt tokenizer extend"
         ) from error
-    return new_vocabulary(base, extended, tokenizer_hash(extended), where)
+    sha256 = tokenizer_hash(extended)
+    found = new_vocabulary(base, extended, sha256, where)
+    if config.embeddings.init != "focus":
+        return found
+    mixtures, file_sha256 = read_focus(where, found.first_row, found.size, (tokenizer_hash(base), sha256))
+    return replace(found, mixtures=mixtures, mixtures_sha256=file_sha256)
 
 
 class DocumentEncoder:

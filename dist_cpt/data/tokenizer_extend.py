@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dist_cpt.data.tokenizer import load_tokenizer, vocabulary_size
+from dist_cpt.data.focus import Focus, require_gensim, write_focus
+from dist_cpt.data.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_size
 from dist_cpt.data.tokenizer_train import Fertility, fertility, new_folder, require_new
 from dist_cpt.errors import ConfigError, DataError
 
@@ -51,11 +52,13 @@ class Extended:
     rare_characters: int  # that the base does not know and the corpus has too seldom
     before: Fertility
     after: Fertility
+    focus: Focus | None = None  # where it was asked for
 
     def as_json(self) -> dict[str, Any]:
         """Counts instead of the tokens."""
         counts = {"new_tokens": len(self.tokens), "used": self.used, "rare_characters": self.rare_characters}
-        return counts | {"before": self.before.as_json(), "after": self.after.as_json()}
+        mixed = {} if self.focus is None else {"focus": self.focus.__dict__}
+        return counts | {"before": self.before.as_json(), "after": self.after.as_json()} | mixed
 
 
 def extend_tokenizer(
@@ -66,18 +69,23 @@ def extend_tokenizer(
     num_new: int | None = None,
     words: Sequence[str] = (),
     min_frequency: int = 2,
+    focus: bool = False,
 ) -> Extended:
     """Write the tokenizer at `base_path` with at most `num_new` pieces learnt from `texts` to the new folder `out`.
 
     With `words` each of them becomes one token, as it stands after a space, and `texts` only measures. Ids and
-    meaning of the old tokens stay. The same base and corpus give the same bytes.
+    meaning of the old tokens stay. The same base and corpus give the same bytes. `focus` adds what
+    `embeddings.init: focus` reads.
 
     Raises:
         ConfigError: the base is neither BPE nor Unigram, a word is not one word to it, or `out` is in use.
         DataError: no base there, no corpus, nothing to add, or a text that would not come back as it was.
+        MissingExtraError: `focus` without gensim.
         WriteError: `out` cannot be written.
     """
     require_new(out)
+    if focus:
+        require_gensim()
     base = load_tokenizer(base_path)
     backend = _plain(base.backend_tokenizer)
     content = _require_extendable(json.loads(backend.to_str()), base_path)
@@ -104,9 +112,9 @@ def extend_tokenizer(
         raise DataError(f"the corpus gives {base_path} nothing to add", remedy="use more text or a lower minimum")
     extended = _built(_with_pieces(content, first_id, _scored(backend, found, total), joins))
     _require_one_token(extended, counts if words else {})
-    before, after, used = _compare(backend, extended, texts, first_id)
-    _write(base, extended, texts, out)
-    return Extended(list(found), used, rare, before, after)
+    before, after, usage = _compare(backend, extended, texts)
+    mixed = _write(base, extended, texts, out, usage if focus else None)
+    return Extended(list(found), int(np.count_nonzero(usage[first_id:])), rare, before, after, mixed)
 
 
 def read_words(path: Path) -> list[str]:
@@ -323,7 +331,7 @@ def _require_one_token(extended: Any, words: Iterable[str]) -> None:
             )
 
 
-def _compare(base: Any, extended: Any, texts: Texts, first_id: int) -> tuple[Fertility, Fertility, int]:
+def _compare(base: Any, extended: Any, texts: Texts) -> tuple[Fertility, Fertility, np.ndarray]:
     usage = np.zeros(max(extended.get_vocab().values()) + 1, dtype=np.int64)
     before, after = fertility(base, texts()), fertility(extended, texts(), usage)
     if after.not_restored > before.not_restored or after.unknown > before.unknown:
@@ -332,17 +340,18 @@ def _compare(base: Any, extended: Any, texts: Texts, first_id: int) -> tuple[Fer
             f"{before.not_restored}; unknown tokens {after.unknown}, the base {before.unknown}",
             remedy="nothing was written; report this with the base's name",
         )
-    return before, after, int(np.count_nonzero(usage[first_id:]))
+    return before, after, usage
 
 
-def _write(base: Any, extended: Tokenizer, texts: Texts, out: Path) -> None:
-    """The base's folder with the new tokenizer.json, read back before it gets its name."""
+def _write(base: Any, extended: Tokenizer, texts: Texts, out: Path, usage: np.ndarray | None) -> Focus | None:
+    """The base's folder with the new tokenizer.json, read back before it gets its name; mixtures where `usage` is."""
     with new_folder(out) as folder:
         base.save_pretrained(folder)
         for name in _STALE:
             (folder / name).unlink(missing_ok=True)
         extended.save(str(folder / "tokenizer.json"))
-        again = load_tokenizer(str(folder)).backend_tokenizer
+        loaded = load_tokenizer(str(folder))
+        again = loaded.backend_tokenizer
         old, new = (backend.get_vocab(with_added_tokens=True) for backend in (base.backend_tokenizer, again))
         moved = [token for token, index in old.items() if new.get(token) != index]
         sample = list(islice(texts(), _CHECKED_DOCUMENTS))
@@ -354,3 +363,7 @@ def _write(base: Any, extended: Tokenizer, texts: Texts, out: Path) -> None:
             raise DataError(
                 f"{out}: read back through transformers, {what} ({type(base).__name__}); nothing was written"
             )
+        if usage is None:
+            return None
+        sha256s = tokenizer_hash(base), tokenizer_hash(loaded)
+        return write_focus(folder, extended, usage, vocabulary_size(base), texts, sha256s)

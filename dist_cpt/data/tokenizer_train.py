@@ -95,9 +95,9 @@ def fertility(tokenizer: Tokenizer, texts: Iterable[str], usage: np.ndarray | No
     Raises:
         DataError: there is no text.
     """
-    unknown_id = _unknown_id(tokenizer)
+    unknown_id = unknown_token_id(tokenizer)
     sums = np.zeros(6, dtype=np.int64)
-    for batch in _batches(texts):
+    for batch in in_batches(texts):
         encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         restored = tokenizer.decode_batch([encoding.ids for encoding in encodings], skip_special_tokens=False)
         for text, encoding, again in zip(batch, encodings, restored, strict=True):
@@ -152,7 +152,8 @@ class _Counted:
             yield text
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """`texts` in lists of 1024, which is enough for all threads of a tokenizer."""
     batch: list[str] = []
     for text in texts:
         batch.append(text)
@@ -163,7 +164,8 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _unknown_id(tokenizer: Tokenizer) -> int | None:
+def unknown_token_id(tokenizer: Tokenizer) -> int | None:
+    """The token that stands for text which the model has no piece for; None without one."""
     model = json.loads(tokenizer.to_str())["model"]
     token = model.get("unk_token")
     return tokenizer.token_to_id(token) if token is not None else model.get("unk_id")

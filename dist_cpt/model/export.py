@@ -28,12 +28,12 @@ from dist_cpt.adapters.lora import (
     without_peft_deprecations,
 )
 from dist_cpt.adapters.pissa import INITIAL, take_out
-from dist_cpt.adapters.quantize import QUANTISED, dequantise, load_quantised, stored_weights
+from dist_cpt.adapters.quantize import QUANTISED, dequantise, load_quantised, stored_weights, whole_model
 from dist_cpt.adapters.vocabulary import untie
 from dist_cpt.config.schema import ClassifyConfig, ModelConfig
 from dist_cpt.errors import CheckpointError, ConfigError, WriteError
 from dist_cpt.model.architectures import parts_of
-from dist_cpt.model.classify import as_classifier, is_classifier, read_labels
+from dist_cpt.model.classify import HEAD, as_classifier, is_classifier, read_labels
 from dist_cpt.model.consent import require_code_consent
 from dist_cpt.model.load import WEIGHTS_DTYPE, locate_base, weights_sha256
 
@@ -120,17 +120,18 @@ class Blend:
         self._moved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for name, parameter in trained.named_parameters():
             origin = below.get(name)
-            if origin is None or origin.shape[1:] != parameter.shape[1:]:
+            # The ground of a classifier has a head too, but one that nobody trained.
+            if origin is None or origin.shape[1:] != parameter.shape[1:] or name == f"{HEAD}.weight":
                 continue
             part = parameter.data[: len(origin)]
             origin = origin[: len(part)]
             if not torch.equal(part, origin):
-                self._moved.append((part, origin.clone(), part - origin))
+                self._moved.append((parameter, origin.clone(), part - origin))
 
     @torch.no_grad()
     def set(self, scale: float) -> None:
-        for part, origin, change in self._moved:
-            part.copy_(origin).add_(change, alpha=scale)
+        for parameter, origin, change in self._moved:  # its storage may have moved to a GPU since
+            parameter.data[: len(origin)].copy_(origin.add(change, alpha=scale))
 
 
 def blend_ground(checkpoint: Path, base_folder: Path | None, base: str | None) -> Any:
@@ -239,7 +240,8 @@ def quantisation_gap(checkpoint: str | Path, *, base: str | None = None) -> floa
             _fit_vocabulary(quantised, adapter.folder)
             adapter.put_vocabulary(quantised)
             adapter.fold(quantised) if mode == "fold" else beside.enter_context(adapter.beside(quantised))
-        return float((logits_of(_under_adapter(quantised, checkpoint), probe) - expected).abs().max())
+        trained = _under_adapter(_with_class_head(quantised, checkpoint), checkpoint)
+        return float((logits_of(trained, probe) - expected).abs().max())
 
 
 def verified_base(checkpoint: Path, override: str | None = None) -> Path | None:
@@ -308,9 +310,13 @@ def ground_of(checkpoint: Path, base_folder: Path, *, with_vocabulary: bool = Fa
     if with_vocabulary:
         _fit_vocabulary(model, checkpoint)
         _put_vocabulary(model, checkpoint)
-    if (labels := read_labels(checkpoint)) is not None:  # its head comes with the adapter
-        model, _ = as_classifier(model, parts_of(model), ClassifyConfig(labels=labels), seed=0)
-    return model
+    return _with_class_head(model, checkpoint)
+
+
+def _with_class_head(model: Any, checkpoint: Path) -> Any:
+    """The classifier that an adapter of one belongs to; the values of its head come with the adapter."""
+    labels = read_labels(checkpoint)
+    return model if labels is None else as_classifier(model, parts_of(model), ClassifyConfig(labels=labels), seed=0)[0]
 
 
 def _earlier(checkpoint: Path) -> tuple[EarlierAdapter, str] | None:
@@ -384,8 +390,10 @@ def plain_model(folder: Path) -> Any:
     if (stored := stored_weights(folder)) is not None:
         return dequantise(load_quantised(folder, None, torch.device("cpu"), stored)).eval()
     auto = AutoModelForSequenceClassification if is_classifier(folder) else AutoModelForCausalLM
-    model = auto.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
-    return model.eval()
+    loaded: Any = auto.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    return whole_model(folder, *loaded).eval()
 
 
 def _manifest(checkpoint: Path) -> dict[str, Any]:

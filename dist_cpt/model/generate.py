@@ -43,6 +43,10 @@ def generate(
     if not folder.is_dir():
         raise ConfigError(f"model folder not found: {folder}", remedy="give a run, a checkpoint or a model folder")
     base = _base_of(folder)
+    if base is None and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder} holds no model: no config.json", remedy="give a run, a checkpoint or a model folder"
+        )
     if read_labels(folder) is not None or (base is None and is_classifier(folder)):
         raise ConfigError(f"{folder} is a classifier: it gives classes and no text", remedy="give a language model")
     tokenizer = _tokenizer(folder, base)

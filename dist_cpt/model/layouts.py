@@ -29,7 +29,7 @@ from dist_cpt.adapters.lora import (
 )
 from dist_cpt.adapters.pissa import INITIAL, modules_of, read_initial
 from dist_cpt.errors import CheckpointError, ConfigError, WriteError
-from dist_cpt.model.classify import is_classifier, read_labels
+from dist_cpt.model.classify import LABELS, is_classifier, read_labels
 from dist_cpt.model.export import (
     copy_tokenizer,
     ground_of,
@@ -79,6 +79,8 @@ def export_peft(checkpoint: str | Path, out: str | Path, *, base: str | None = N
     def fill(staging: Path) -> float:
         _write_plain(checkpoint, staging, str(config.get("base_model_name_or_path")), vocabulary=True)
         copy_tokenizer([checkpoint, folder], staging)
+        if read_labels(checkpoint) is not None:
+            shutil.copyfile(checkpoint / LABELS, staging / LABELS)
         found = logits_of(load_fp32(staging, folder), probe)
         require_same_logits("the adapter", found, expected)
         return float((found - expected).abs().max())

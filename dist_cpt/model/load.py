@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dist_cpt.adapters import quantize
-from dist_cpt.adapters.lora import adapter_aliases, apply_lora, canonical_name, write_adapter_config
+from dist_cpt.adapters.lora import VOCABULARY_NAMES, adapter_aliases, apply_lora, canonical_name, write_adapter_config
 from dist_cpt.adapters.vocabulary import NewVocabulary, extend_vocabulary, train_new_rows_only, untie
 from dist_cpt.config.schema import ModelConfig, RunConfig
 from dist_cpt.errors import ConfigError
@@ -109,14 +109,18 @@ def load_model(
     if chosen is not None and chosen.mode != "train":
         install(model, choice)
         bare = CausalLMForLoss(model, choice).to(device)
-        standing = stand_on(bare, config, chosen, identity["sha256"], probe)
+        standing = stand_on(bare, config, chosen, identity, probe)
         identity |= standing.identity(identity)
     if vocabulary is not None:
         _require_saved_rows(config, model, parts, standing)
     if config.classify is not None:
         model, parts = as_classifier(model, parts, config.classify, config.seed)
     head_name, embeddings_name = (_name_of(model, m) for m in (parts.head, parts.embeddings))
+    if config.embeddings.train or config.adapter.kind == "none":
+        _require_known_names(model.config.model_type, head_name, embeddings_name)
     install(model, choice)
+    if standing is not None and config.classify is not None:
+        standing = standing.under_classes(CausalLMForLoss(model, choice).to(device), probe)
     causal_lm, adapter_config = _make_trainable(config, model, parts)
     if standing is not None and adapter_config is not None:
         standing.finish(causal_lm, dtype)
@@ -277,9 +281,15 @@ def _from_folder(chosen: ModelConfig, dtype: torch.dtype, device: torch.device) 
         if chosen.weights in quantize.QUANTISED:
             model = quantize.load_quantised(folder, hf_config, device, chosen.weights, own_code=own_code)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, config=hf_config, dtype=dtype, use_safetensors=True, trust_remote_code=own_code
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=hf_config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=own_code,
+                output_loading_info=True,
             )
+            model = quantize.whole_model(folder, *loaded)
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise ConfigError(f"model.path: {chosen.path} cannot be loaded: {_one_line(error)}") from error
     # a hub snapshot lies in a folder named after its commit
@@ -302,7 +312,23 @@ def _change_vocabulary(config: RunConfig, model: Any, vocabulary: NewVocabulary 
     extend_vocabulary(model, vocabulary, config.embeddings.pad_rows_to)
     new = {"tokenizer_sha256": vocabulary.tokenizer_sha256, "first_row": vocabulary.first_row}
     new |= {"count": len(vocabulary.pieces), "init": config.embeddings.init}
+    if vocabulary.mixtures_sha256 is not None:
+        new |= {"mixtures": len(vocabulary.mixtures), "mixtures_sha256": vocabulary.mixtures_sha256}
     return _description(model.config) | {"new_tokens": new}
+
+
+def _require_known_names(kind: str, *names: str) -> None:
+    """Refuse matrices that would train at the learning rate and decay of all others.
+
+    Raises:
+        ConfigError: names the first.
+    """
+    for name in names:
+        if name.rpartition(".")[2] not in (*VOCABULARY_NAMES, HEAD):
+            raise ConfigError(
+                f"model type {kind} calls a vocabulary matrix {name}, which is not known as one",
+                remedy="use adapter.kind: lora without embeddings.train",
+            )
 
 
 def _require_saved_rows(config: RunConfig, model: Any, parts: Parts, standing: Standing | None) -> None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from dist_cpt.adapters.lora import VOCABULARY_NAMES
 from dist_cpt.config.schema import OptimConfig
 
 EIGHT_BIT_GROUPS = ("adapter", "adapter_b", "weights")  # embeddings, head, norms and biases keep fp32 moments
-_VOCABULARY_LORA = re.compile(r"\.(embed_tokens|lm_head|wte)\.lora_")
-EMBEDDING_SUFFIXES = ("embed_tokens.weight", "lm_head.weight", "wte.weight")
+_VOCABULARY = re.compile(rf"(^|\.)({'|'.join(VOCABULARY_NAMES)})\.(weight$|lora_)")
 DORA_LENGTHS = ".lora_magnitude_vector"
 CLASS_HEAD_NAMES = ("score.weight", "base_model.model.score.weight")
 
@@ -51,7 +51,7 @@ def param_groups(
     for name, tensor in trainable.items():
         if name in CLASS_HEAD_NAMES:
             members["head"].append(name)
-        elif name.endswith(EMBEDDING_SUFFIXES) or _VOCABULARY_LORA.search(name):
+        elif _VOCABULARY.search(name):
             members["embeddings"].append(name)
         elif not adapter:
             members["weights" if tensor.ndim > 1 else "no_decay"].append(name)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from dist_cpt.errors import ConfigError
+from dist_cpt.errors import ConfigError, HangError
 from dist_cpt.runtime.env import ProcessEnv
 
 
@@ -20,8 +20,8 @@ def init_distributed(env: ProcessEnv, timeout_seconds: float, collective_seconds
     `timeout_seconds` to meet, and then `collective_seconds` (by default the same) for each collective.
 
     Raises:
-        ConfigError: fewer GPUs than local ranks, a group of another size is already there, or the ranks
-            did not meet within the limit.
+        ConfigError: fewer GPUs than local ranks, or a group of another size is already there.
+        HangError: the ranks did not meet within the limit; the next start may find the port free, the host back.
     """
     device = _device(env)
     if dist.is_initialized():
@@ -47,7 +47,7 @@ def init_distributed(env: ProcessEnv, timeout_seconds: float, collective_seconds
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
-        raise ConfigError(
+        raise HangError(
             f"rank {env.rank} could not meet the other {env.world_size - 1} ranks at {env.master} "
             f"within {timeout_seconds:g} s: {str(error).splitlines()[0]}",
             remedy="check that every rank was started and that this host and port are reachable from all nodes",

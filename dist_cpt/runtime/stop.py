@@ -5,12 +5,23 @@ Saving inside a handler could interrupt a collective or an earlier save; a flag 
 
 from __future__ import annotations
 
+import ctypes
 import signal
 from types import FrameType
 from typing import Any
 
 # Later ones win where ranks were sent different signals.
 SIGNALS = ("SIGINT", "SIGUSR1", "SIGTERM")
+
+PR_SET_PDEATHSIG = 1  # Source: prctl(2), Linux
+
+
+def stop_with_parent() -> None:
+    """Let the kernel send SIGTERM when the thread that started this process ends, however it ends.
+
+    Ranks lead sessions of their own and would outlive torchrun's agent if that is killed.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class StopRequest:

@@ -60,8 +60,8 @@ class Claim:
 def claim(folder: Path, config: RunConfig, new_run_id: str) -> Claim:
     """Take the folder for this start: same recipe or none yet, nobody else in it; count the attempt.
 
-    A requeued batch job (same SLURM_JOB_ID), or the next one of a chain (DIST_CPT_PREDECESSOR), takes over from the
-    earlier start even if that still lives.
+    A batch job that starts again (same DIST_CPT_JOB or SLURM_JOB_ID), or the next one of a chain
+    (DIST_CPT_PREDECESSOR), takes over from the earlier start even if that still lives.
 
     Raises:
         ConfigError: the folder holds another recipe, or another process trains in it.
@@ -173,8 +173,8 @@ def _earlier_ends(folder: Path, attempt: int) -> list[dict[str, Any]]:
 
 
 def _job() -> str | None:
-    """The batch job this process belongs to; a requeued job keeps its number."""
-    return os.environ.get("SLURM_JOB_ID")
+    """The batch job this process belongs to: a requeued one keeps its number, a restarted JobSet its name."""
+    return os.environ.get("DIST_CPT_JOB") or os.environ.get("SLURM_JOB_ID")
 
 
 def _same_recipe(path: Path, config: RunConfig) -> None:

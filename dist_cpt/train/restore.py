@@ -18,7 +18,7 @@ from dist_cpt.config.schema import ContinueFromConfig, RunConfig
 from dist_cpt.engines.engine import Engine
 from dist_cpt.errors import CheckpointError, NumericsError
 from dist_cpt.model.load import TrainableModel
-from dist_cpt.model.standing import Standing
+from dist_cpt.model.standing import Standing, first_document
 from dist_cpt.optim.eight_bit import within_half_step
 from dist_cpt.optim.groups import ParamGroup, eight_bit_names
 from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
@@ -102,15 +102,15 @@ class Restorer:
 
     def _prove_standing(self, standing: Standing) -> None:
         """An earlier adapter under a new one, which adds zero yet: the engine's loss must be that of their sum."""
-        proof: dict[str, float] = on_rank_zero("earlier adapter", lambda: standing.proof)
-        here, expected = self.stream.probe_loss(range(PROBE_BLOCKS)), proof["loss_with"]
-        if self.config.task == "classify":  # its head is new: there is nothing yet to compare the engine with
-            expected = here
+        proof: dict[str, Any] = on_rank_zero("earlier adapter", lambda: standing.proof)
+        here, expected = self.stream.probe_loss(range(PROBE_BLOCKS)), proof.get("class_loss", proof["loss_with"])
         if not abs(here - expected) <= REPLAY_TOLERANCE[self.config.model.weights] * max(1.0, abs(expected)):
             raise CheckpointError(
                 f"{standing.chosen.path}: the loss with this adapter is {expected:.6f}, the engine's is {here:.6f}",
                 remedy="this is a defect: the engine does not compute with it",
             )
+        if self.config.task != "classify":  # whose new head has no logits without the adapter
+            proof |= {"share_in_effect": self._require_share(standing)}
         done = {"fold": "folded into the base", "stack": "frozen under the new adapter"}[standing.chosen.mode]
         if (gap := proof.get("logit_gap_mean")) is not None:
             done += f" (logits off by {gap:.2e} on average through storing the sum in {self.config.model.weights})"
@@ -120,6 +120,20 @@ class Restorer:
                 f"and {len(standing.earlier.vocabulary)} whole matrices {done}"}  # fmt: skip
         said |= {"sha256": standing.earlier.sha256, "mode": standing.chosen.mode, "optimizer_steps": 0}
         self._record_proof(standing.chosen, said | proof | {"loss_of_the_engine": here})
+
+    def _require_share(self, standing: Standing) -> float | None:
+        """The share of the adapter's effect on logits that the engine shows; None if there is less than rounding."""
+        blocks = [self.stream.loader.batch([at]) for at in range(PROBE_BLOCKS)]
+        logits = [self.engine.logits(first_document(block.input_ids, block.cu_seqlens)) for block in blocks]
+        share: float | None = on_rank_zero("earlier adapter", lambda: standing.share_in_effect(torch.cat(logits)))
+        if share is None:
+            LOGGER.warning("%s moves logits by less than rounding: nothing shows it in effect", standing.chosen.path)
+        elif not 0.5 < share < 1.5:
+            raise CheckpointError(
+                f"{standing.chosen.path}: the engine's logits show {share:.2f} of what this adapter does, not 1",
+                remedy="this is a defect: the engine does not compute with it",
+            )
+        return share
 
     def _record_proof(self, chosen: ContinueFromConfig, proof: dict[str, Any]) -> None:
         """Print and write to continued.json what shows that the adapter is in effect."""

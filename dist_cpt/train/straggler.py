@@ -63,7 +63,8 @@ class ComputeClock:
         self._events: list[tuple[Any, Any]] = []
         for module in modules:
             module.register_forward_pre_hook(self._enter)
-            module.register_forward_hook(self._leave, prepend=True)
+            # Also when a recomputation leaves the module through an exception, having all that it needs.
+            module.register_forward_hook(self._leave, prepend=True, always_call=True)
 
     def take(self) -> float:
         """Seconds since the last call; at a step boundary, where the device has done the forward passes."""

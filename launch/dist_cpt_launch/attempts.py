@@ -43,14 +43,14 @@ class Ending:
     limit: bool  # this job was told that its time is nearly over
     terminated: bool  # this job was told to end: cancelled, or about to be preempted
     state: str | None  # of the job, as squeue names it; None where squeue does not answer
-    seconds_left: float | None  # None: no limit, or unknown
+    seconds_left: float | None  # None: unknown, and a stop signal then counts as that of the limit
     tries: int  # starts from the newest checkpoint, this one included; those that were preempted do not count
     resumable: bool  # there is a checkpoint
     newly_bad: bool = False  # a node has just reached its last strike
 
     def preempted(self, lead_seconds: float) -> bool:
         """Whether the run stopped for another job: it was told to, and the limit is not near."""
-        early = self.seconds_left is None or self.seconds_left > lead_seconds + EARLY_SECONDS
+        early = self.seconds_left is not None and self.seconds_left > lead_seconds + EARLY_SECONDS
         return self.code == EXIT_STOPPED and (not self.limit or early)
 
 
@@ -72,7 +72,7 @@ def decide(end: Ending, *, max_restarts: int, lead_seconds: float) -> Decision:
         return Decision("leave", "the job was told to end, and squeue does not say why: taken as cancelled")
     if end.preempted(lead_seconds):
         return Decision("requeue", "the ranks were told to stop and saved: preempted")
-    # A message that the ranks could not meet has code 64 as well; with a checkpoint the recipe is known to be good.
+    # A rank that finds no GPU on its node has code 64 as well; with a checkpoint the recipe is known to be good.
     if end.code in FINAL and not (end.code == EXIT_CONFIG and end.resumable):
         return Decision("give up", f"exit code {end.code}: the same again would end the same way")
     if end.tries > max_restarts:
@@ -119,8 +119,12 @@ class Record:
 
     def cancelled(self, job: str) -> bool:
         """Whether the last row of a job says that it must not go on."""
-        rows = [row for row in read_jsonl(self.run_folder / LAUNCHES) if row.get("slurm_job") == job]
-        return bool(rows) and rows[-1].get("action") in ("leave", "give up", "done")
+        rows = self._of(job)
+        return bool(rows) and rows[-1].get("kind") == "end" and not rows[-1].get("goes_on")
+
+    def successor(self, job: str) -> str | None:
+        """The next job of the chain, if an earlier start of this job has queued one."""
+        return next((row["successor"] for row in reversed(self._of(job)) if row.get("successor")), None)
 
     def bad_nodes(self) -> set[str]:
         """Nodes that are left out from now on."""
@@ -145,6 +149,9 @@ class Record:
         if not isinstance(content, dict):
             return {}
         return {str(node): list(reasons) for node, reasons in content.items() if isinstance(reasons, list)}
+
+    def _of(self, job: str) -> list[dict[str, Any]]:
+        return [row for row in read_jsonl(self.run_folder / LAUNCHES) if row.get("slurm_job") == job]
 
     def _append(self, row: dict[str, Any]) -> None:
         self.run_folder.mkdir(parents=True, exist_ok=True)

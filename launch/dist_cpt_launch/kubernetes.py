@@ -265,7 +265,9 @@ def _pod(
         "volumeMounts": mounts,
     }
     container = {"name": JOB, "command": ["python"], "args": _arguments(overrides, grace), **common}
-    container["env"] = [*_environment(settings), *_secrets(settings)]
+    # A pod that starts again takes the run over, though a lost node may still hold a lock on the volume.
+    job = _field("DIST_CPT_JOB", "metadata.labels['jobset.sigs.k8s.io/jobset-name']")
+    container["env"] = [job, *_environment(settings), *_secrets(settings)]
     pod: dict[str, Any] = {"restartPolicy": "Never", "terminationGracePeriodSeconds": grace}
     if settings.service_account:
         pod["serviceAccountName"] = settings.service_account
@@ -292,7 +294,8 @@ def _preflight(
     settings: ClusterSettings, common: dict[str, Any], folder: str, nodes: int, procs: int
 ) -> dict[str, Any]:
     """The check of each node, as an init container: all pods meet there first."""
-    arguments = ["-m", "dist_cpt_launch.preflight", f"--run-folder={folder}", "--id=$(JOB_UID)", "--node=$(NODE_NAME)"]
+    arguments = ["-m", "dist_cpt_launch.preflight", f"--run-folder={folder}", "--id=$(JOB_UID)"]
+    arguments += ["--node=$(NODE_NAME)-$(NODE_INDEX)"]  # two pods may share a node
     arguments += [f"--nodes={nodes}", "--node-index=$(NODE_INDEX)", "--master=$(MASTER)"]
     if settings.accelerator == "nvidia.com/gpu":
         arguments.append(f"--gpus={procs}")

@@ -11,21 +11,23 @@ from typing import Any
 DEFAULT_LEAD_SECONDS = 300  # before anything was measured
 MARGIN_SECONDS = 90  # Slurm may signal up to 60 s late or early; the ranks close W&B, write exit.json and the report
 STEPS = 256  # the last ones count
+TAIL_BYTES = 1 << 18  # of metrics.jsonl: more than STEPS rows
 
 
 def lead_seconds(run_folder: Path) -> int:
     """Seconds between the stop signal and the end of a save: a step, an evaluation, two saves, and a margin.
 
     Two saves, because one may be in the making when the signal comes. The slowest of each that the run folder
-    knows counts; a run without a step or a checkpoint gets a default.
+    knows counts. Before the first step there is a default; before the first save, in the place of saves and margin.
     """
-    rows = list(deque(read_jsonl(run_folder / "metrics.jsonl"), maxlen=STEPS))
+    rows = list(deque(read_jsonl(run_folder / "metrics.jsonl", TAIL_BYTES), maxlen=STEPS))
     steps = _numbers(rows, "step_seconds")
     events = (row for row in read_jsonl(run_folder / "events.jsonl") if row.get("kind") == "checkpoint")
     saves = _numbers(events, "seconds")
-    if not steps or not saves:
+    if not steps:
         return DEFAULT_LEAD_SECONDS
-    return round(MARGIN_SECONDS + max(steps) + evaluation_seconds(run_folder, rows) + 2 * max(saves))
+    saving = MARGIN_SECONDS + 2 * max(saves) if saves else DEFAULT_LEAD_SECONDS
+    return round(max(steps) + evaluation_seconds(run_folder, rows) + saving)
 
 
 def evaluation_seconds(run_folder: Path, rows: list[dict[str, Any]]) -> float:
@@ -44,10 +46,13 @@ def newest_step(run_folder: Path) -> int:
     return max((int(path.parent.name[5:]) for path in found if path.parent.name[5:].isdigit()), default=-1)
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a .jsonl file; lines that are none, and a file that is absent, are passed over."""
+def read_jsonl(path: Path, tail_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """The objects of a .jsonl file, or in its end; lines that are none, and a file that is absent, are passed over."""
     try:
-        lines = path.read_bytes().splitlines()
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0 if tail_bytes is None else max(size - tail_bytes, 0))
+            lines = file.read().splitlines()
     except OSError:
         return
     for line in lines:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import FrameType
 
 from dist_cpt.errors import EXIT_INTERNAL
+from dist_cpt_launch.exit_file import exit_code, stamp
 from dist_cpt_launch.plan import LaunchPlan
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -24,7 +23,7 @@ def run_local(plan: LaunchPlan) -> int:
     SIGTERM, SIGINT and SIGUSR1 ask the ranks to stop at the next step boundary and save; a third one
     kills them.
     """
-    started = time.time()
+    before = stamp(plan.run_folder)
     # Its own session: a Ctrl-C in the terminal reaches this process only, which then asks the ranks.
     child = subprocess.Popen(plan.argv, env=os.environ | plan.environment, start_new_session=True)
     asked = 0
@@ -33,7 +32,11 @@ def run_local(plan: LaunchPlan) -> int:
         nonlocal asked
         asked += 1
         if asked >= 3:
+            ranks = _descendants(child.pid)  # torchrun gives each a session of its own
             os.killpg(child.pid, signal.SIGKILL)
+            for rank in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank, signal.SIGKILL)
             return
         if asked == 1:
             print("stopping at the next step boundary and saving", file=sys.stderr, flush=True)
@@ -49,10 +52,8 @@ def run_local(plan: LaunchPlan) -> int:
         for number, handler in previous.items():
             signal.signal(number, handler)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # no rank outlives its launcher
-    recorded = _recorded_code(plan.run_folder / "exit.json", started)
-    if recorded is not None and (recorded != 0 or code == 0):
-        return recorded
+            os.killpg(child.pid, signal.SIGKILL)  # a lone rank's own children
+    code = exit_code(plan.run_folder, before, code)
     if code < 0 or code > 128:
         print(
             f"the run was ended by a signal (code {code}); it resumes from its last checkpoint",
@@ -62,11 +63,11 @@ def run_local(plan: LaunchPlan) -> int:
     return code
 
 
-def _recorded_code(path: Path, started: float) -> int | None:
-    """The code in exit.json if this start wrote it, else None."""
-    try:
-        if path.stat().st_mtime < started - 1:
-            return None
-        return int(json.loads(path.read_text(encoding="utf-8"))["code"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _descendants(process: int) -> list[int]:
+    """All processes below one. Source: proc(5), /proc/pid/task/tid/children."""
+    found: list[int] = []
+    for path in Path(f"/proc/{process}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, path.read_text().split()):
+                found += [child, *_descendants(child)]
+    return found

@@ -12,6 +12,9 @@ from pathlib import Path
 from dist_cpt.config.resolve import run_folder, step_shape
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
+from dist_cpt_launch.lead import lead_seconds
+
+STOP_SECONDS = 240  # at least so long may ranks that were told to stop take, before torchrun kills them
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,6 @@ def local_plan(
     threads_per_rank: int,
     nodes: int = 1,
     rdzv: str | None = None,
-    stop_timeout_seconds: int = 240,
 ) -> LaunchPlan:
     """All ranks of this host: one plain process, or torchrun for more.
 
@@ -75,7 +77,7 @@ def local_plan(
         # fmt: off
         argv += [
             "-m", "dist_cpt.runtime.torchrun", *meet, f"--nproc-per-node={procs_per_node}", "--max-restarts=0",
-            f"--shutdown-timeout={stop_timeout_seconds}",
+            f"--shutdown-timeout={max(STOP_SECONDS, lead_seconds(run_folder(config)))}",
         ]
         # fmt: on
     # Threads that wait by spinning halve the speed of everybody on a busy host, and cost 5 % less on an idle one.

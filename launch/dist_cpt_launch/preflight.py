@@ -226,6 +226,9 @@ def judge(
     reasons |= {name: [f"did not report within {limits.timeout_seconds:g} s"] for name in silent}
     if len(reports) < num_nodes and not silent:
         general.append(f"{num_nodes - len(reports)} of {num_nodes} nodes did not report")
+    for name, report in reports.items():
+        if not report.finished:
+            reasons[name].append("did not come to the end of the checks")
     for name, text in _odd_versions(reports) + _cut_off(reports) + _slow_nodes(reports, limits.slow_factor):
         reasons[name].append(text)
     unfinished = {name: report.stage for name, report in sorted(reports.items()) if report.stage not in ("", "done")}

@@ -14,11 +14,11 @@ from typing import Literal, get_args
 from dist_cpt.config.resolve import run_folder, step_shape
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import EXIT_DONE, ConfigError, WriteError
+from dist_cpt_launch.batch_job import slurm_seconds
 from dist_cpt_launch.lead import DEFAULT_LEAD_SECONDS, lead_seconds
 from dist_cpt_launch.nodes import usable_nodes
 from dist_cpt_launch.plan import LaunchPlan
 from dist_cpt_launch.secret_values import require_no_secrets
-from dist_cpt_launch.supervise import slurm_seconds
 
 RequeueBy = Literal["requeue", "chain", "exit"]
 REQUEUE_BY = get_args(RequeueBy)
@@ -82,6 +82,13 @@ def slurm_plan(
     call = ("sbatch", *argv, str(batch_script()), *arguments)
     require_no_secrets(call, "the call of sbatch")
     return LaunchPlan(call, {}, run_folder(config), log.parent)
+
+
+def ranks_per_node(gpus_per_node: str | None, gres: str | None) -> int:
+    """One for each GPU that is asked for: `8`, `h100:8`, `gpu:8`, `gpu:h100:8,...`; without any, one."""
+    kinds = (gpus_per_node or "").split(",") + [item for item in (gres or "").split(",") if item.startswith("gpu")]
+    counts = [int(kind.rpartition(":")[2]) for kind in kinds if re.fullmatch(r"(.+:)?\d+", kind)]
+    return max(sum(counts), 1)
 
 
 def submit(plan: LaunchPlan) -> int:

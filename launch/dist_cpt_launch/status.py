@@ -77,7 +77,7 @@ class Status:
 
     folder: str
     name: str
-    state: str  # not started | starting | running | silent | ended
+    state: str  # not started | starting | running | silent | waiting (for the batch job's next start) | ended
     said: str  # the state in one line
     attempt: int | None = None
     step: int | None = None
@@ -146,13 +146,15 @@ def read_status(folder: Path, now: float | None = None) -> Status:
     elif starts:
         status.step = 0
     status.state, status.said = _state(status, run, ended, now)
+    launches = _rows(folder / "launches.jsonl", problems)
+    if status.state == "ended" and _starts_again(folder, launches):
+        status.state = "waiting"
     _pace(status, last)
     status.goodput = _goodput(folder, run, events, ended, now, status.state, problems)
     status.restarts = _restarts(run, events, attempt)
     status.checkpoint, status.checkpoint_verdict = _checkpoint(folder)
     status.certificate = _certificate(folder, problems)
     status.straggler = _straggler(events)
-    launches = _rows(folder / "launches.jsonl", problems)
     status.job = _last_of(launches, "slurm_job", str) or (str(run["job"]) if run.get("job") else None)
     if launches and launches[-1].get("kind") == "end":
         status.scheduler = f"{launches[-1].get('action')}: {launches[-1].get('reason')}"
@@ -257,6 +259,13 @@ def _state(status: Status, run: dict[str, Any], ended: dict[str, Any], now: floa
     if quiet:
         return "running", f"{which}{phase}, but {len(quiet)} ranks are silent, for up to {duration(oldest)}"
     return ("starting" if phase == "starting" else "running"), f"{which}{phase} on {len(alive)} ranks"
+
+
+def _starts_again(folder: Path, launches: list[dict[str, Any]]) -> bool:
+    """Whether the batch job has started the ranks again since the last ending, or said that it will."""
+    if not launches or _modified(folder / "launches.jsonl") < _modified(folder / "exit.json"):
+        return False  # that was another start, without a batch job
+    return launches[-1].get("kind") == "start" or launches[-1].get("goes_on") is True
 
 
 def _pace(status: Status, rows: list[dict[str, Any]]) -> None:

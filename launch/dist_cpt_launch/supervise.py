@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,79 +27,25 @@ from dist_cpt.config.resolve import resolve_paths, run_folder
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import EXIT_CANNOT_WRITE, EXIT_INTERNAL, EXIT_NODE, EXIT_STOPPED, ConfigError, DistCptError
 from dist_cpt_launch.attempts import STRIKES, Decision, Ending, Record, decide
+from dist_cpt_launch.batch_job import OVERTAKEN, Job, said, say
+from dist_cpt_launch.exit_file import exit_code, stamp
 from dist_cpt_launch.lead import lead_seconds, newest_step
-from dist_cpt_launch.nodes import expand_hosts, usable_nodes
+from dist_cpt_launch.nodes import usable_nodes
 
 AGAIN_SECONDS = 10.0  # a rank that was still loading when the signal came has lost it
 FAILED_GRACE_SECONDS = 30.0  # for the other ranks of one that failed, before they are killed
-LAST_SECONDS = 20.0  # so close to the limit an unfinished save is given up and the job requeued
+LAST_SECONDS = 20.0  # so close to the limit an unfinished save is given up and the job requeued; half to kill it
 MOVES = 3  # so often a job that was given a bad node asks for others before it starts
-COMMAND_SECONDS = 30.0  # for squeue and scontrol
-KILLED_SECONDS = 90.0  # Slurm ends a requeued job's script by itself
+MEASURE_SECONDS = 60.0  # between two looks at how long steps and saves take
+KILL_SECONDS = 120.0  # for srun to end ranks that are killed; a process that waits for a broken device never ends
+VERDICT_SECONDS = 30.0  # until a file that a node has written is seen on this one
 # Source: srun prints a line of this form when tasks end with anything but 0, as soon as it knows.
 _TASK_ENDED = re.compile(r"srun: error: ([A-Za-z0-9._-]+): tasks? ([0-9,-]+): (.*)")
-OVERTAKEN = "OVERTAKEN"
+KILLED = 128 + signal.SIGKILL
+NOT_REQUEUED = 1  # an exit code that no site requeues
 # The end of a rank that was told to stop; the signal reaches some when Python has already let go of its handlers.
 _STOPPED = (f"Exited with exit code {EXIT_STOPPED}", "User defined signal 1")
 _NOT_THE_NODE = r"Exited with exit code|Out Of Memory|Terminated"  # an error that Python saw is not the hardware's
-
-
-@dataclass(frozen=True)
-class Job:
-    """This batch job, from Slurm's variables."""
-
-    id: str  # as scontrol and squeue take it: of one task of an array, ARRAY_TASK
-    number: str
-    task: int | None  # of an array
-    nodes: list[str]
-    restarts: int
-
-    @staticmethod
-    def from_environment(environ: Mapping[str, str] = os.environ) -> Job:
-        """The job of this process.
-
-        Raises:
-            ConfigError: this is no batch job.
-        """
-        if "SLURM_JOB_ID" not in environ or "SLURM_JOB_NODELIST" not in environ:
-            raise ConfigError("this is no Slurm job", remedy="start it with: sbatch [OPTIONS] train.sbatch RECIPE")
-        number, task = environ["SLURM_JOB_ID"], environ.get("SLURM_ARRAY_TASK_ID")
-        return Job(
-            number if task is None else f"{environ['SLURM_ARRAY_JOB_ID']}_{task}",
-            number,
-            None if task is None else int(task),
-            expand_hosts(environ["SLURM_JOB_NODELIST"]),
-            int(environ.get("SLURM_RESTART_COUNT", 0)),
-        )
-
-    def state(self) -> str | None:
-        """RUNNING, COMPLETING (cancelled, or requeued by Slurm), ...; None if squeue does not answer.
-
-        OVERTAKEN: Slurm gave this node up and started the job elsewhere, while this process lived on.
-        """
-        words = (_said(["squeue", "-h", "-j", self.id, "-O", "State:32,RestartCnt:16"]) or "").split()
-        if len(words) == 2 and words[1].isdigit() and int(words[1]) != self.restarts:
-            return OVERTAKEN
-        return words[0] if words else None
-
-    def seconds_left(self) -> float | None:
-        """Until the time limit; None if there is none, or squeue does not answer."""
-        if os.environ.get("SLURM_JOB_END_TIME", "").isdigit():
-            return int(os.environ["SLURM_JOB_END_TIME"]) - time.time()
-        return slurm_seconds(_said(["squeue", "-h", "-j", self.id, "-o", "%L"]) or "")
-
-    def shown(self) -> dict[str, str]:
-        """What scontrol says of the job; empty if it does not answer."""
-        return dict(re.findall(r"(\S+?)=(\S*)", _said(["scontrol", "-o", "show", "job", self.id]) or ""))
-
-
-def slurm_seconds(text: str) -> float | None:
-    """`1-02:03:04`, `02:03:04` or `03:04` in seconds; None for UNLIMITED and the like."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if match is None:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return 86400.0 * days + 3600 * hours + 60 * minutes + seconds
 
 
 @dataclass
@@ -136,7 +82,12 @@ class Step:
 
     def start(self) -> Step:
         say("starting: " + shlex.join(self.argv))
-        self.process = subprocess.Popen(self.argv, env=self.environment, stderr=subprocess.PIPE)
+        try:
+            self.process = subprocess.Popen(self.argv, env=self.environment, stderr=subprocess.PIPE)
+        except FileNotFoundError:
+            raise ConfigError(
+                "there is no srun on the batch host", remedy="make Slurm's commands visible to the job"
+            ) from None
         assert self.process.stderr is not None
         self._reader = threading.Thread(target=self._read, args=(self.process.stderr,), daemon=True)
         self._reader.start()
@@ -161,20 +112,26 @@ class Step:
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGUSR1)
 
-    def kill(self) -> None:
-        """SIGKILL to every task on every node: that is what srun makes of a SIGTERM."""
+    def kill(self, seconds: float = KILL_SECONDS) -> int | None:
+        """SIGKILL to every task on every node: that is what srun makes of a SIGTERM. As `wait`; None: to no avail."""
         with contextlib.suppress(ProcessLookupError):
             self.process.terminate()
+        code = self.wait(seconds)
+        if code is None:
+            self.process.kill()
+            self.process.wait()
+        return code
 
     def _read(self, stream: IO[bytes]) -> None:
-        for line in stream:
-            with contextlib.suppress(OSError):
-                sys.stderr.buffer.write(line)
-                sys.stderr.buffer.flush()
-            match = _TASK_ENDED.match(line.decode(errors="replace"))
-            if match and self.first_failure is None and not match[3].startswith(_STOPPED):
-                self.failed_at = time.monotonic()
-                self.first_failure = (match[1], f"task {match[2]}: {match[3].strip()}")
+        with stream:
+            for line in stream:
+                with contextlib.suppress(OSError):
+                    sys.stderr.buffer.write(line)
+                    sys.stderr.buffer.flush()
+                match = _TASK_ENDED.match(line.decode(errors="replace"))
+                if match and self.first_failure is None and not match[3].startswith(_STOPPED):
+                    self.failed_at = time.monotonic()
+                    self.first_failure = (match[1], f"task {match[2]}: {match[3].strip()}")
 
 
 class Supervisor:
@@ -189,7 +146,8 @@ class Supervisor:
         usable_nodes(self.config, len(job.nodes), self.procs)
         self.record = Record(self.folder, options.chain_root or job.id)
         self.successor: str | None = None
-        self.lead = 0.0
+        self.lead, self.longest_lead = 0.0, math.inf
+        self.stuck = False  # a process of the ranks cannot be ended
         self.ends_at: float | None = None
         self.ending: bool | None = None  # whether Slurm ends this job; None: nobody has asked yet
 
@@ -197,50 +155,47 @@ class Supervisor:
         """Attempts until one is done, cannot be repeated here, or needs the queue."""
         if self.options.predecessor and self.record.cancelled(self.options.predecessor):
             say(f"job {self.options.predecessor}, after which this one was queued, has ended for good: nothing to do")
-            return EXIT_STOPPED
+            return NOT_REQUEUED
         bad = self.record.bad_nodes().intersection(self.job.nodes)
-        if bad and self.options.requeue_by == "requeue" and self.job.restarts < MOVES and self._without(bad):
+        if bad and self.options.requeue_by == "requeue" and self.job.restarts < MOVES and self.job.can_do_without(bad):
             say(f"this job was given {', '.join(sorted(bad))}, which failed before: back into the queue for others")
-            if self._requeue(bad):
+            if self.job.requeue(bad):
                 return EXIT_STOPPED
-        if self.options.requeue_by == "chain":
-            self.successor = self._submit_successor()
-        while True:
-            code, decision = self._attempt()
-            say(f"{decision.action}: {decision.reason}")
-            if decision.action != "restart":
-                return self._close(code, decision)
+        if self.options.requeue_by == "chain":  # a start before a requeue has queued one already
+            self.successor = self.record.successor(self.job.number) or self._submit_successor()
+        try:
+            while True:
+                code, decision, goes_on = self._attempt()
+                say(f"{decision.action}: {decision.reason}")
+                if decision.action != "restart":
+                    return self._close(code, decision, goes_on)
+        except Exception:  # a full disk, say: the next job would end the same way, and queue one of its own
+            if self.successor:
+                said(["scancel", self.successor])
+            raise
 
-    def _attempt(self) -> tuple[int, Decision]:
-        """One start of the ranks, and what to do after it."""
+    def _attempt(self) -> tuple[int, Decision, bool]:
+        """One start of the ranks, what to do after it, and whether another start follows."""
         step = newest_step(self.folder)
         left = self.job.seconds_left()
         self.ends_at = None if left is None else time.monotonic() + left
-        lead = self.options.lead or lead_seconds(self.folder)
-        self.lead = lead if left is None else min(lead, left / 2)
+        self.longest_lead = math.inf if left is None else left / 2
+        self._measure()
         nodes = self._nodes()
         # fmt: off
         self.record.started(
             step, slurm_job=self.job.number, restarts=self.job.restarts, nodes=nodes,
-            ranks=len(nodes) * self.procs, lead_seconds=round(self.lead, 1),
+            ranks=len(nodes) * self.procs, lead_seconds=round(self.lead, 1), successor=self.successor,
         )
         # fmt: on
-        code, failure, newly_bad = EXIT_INTERNAL, None, False
-        unfit = {} if self.options.no_preflight else self._preflight(nodes)
-        if len(unfit) == len(nodes) > 1:
-            code, failure = EXIT_NODE, next(iter(unfit.items()))  # it is not the nodes
-        elif unfit:
-            for node, reason in unfit.items():
-                newly_bad |= self.record.strike(node, f"preflight: {reason}", count=STRIKES)
-            failure = next(iter(unfit.items()))
-        elif self.signals.limit or self.signals.terminated:
+        code, failure, unfit = (0, None, {}) if self.options.no_preflight else self._preflight(nodes)
+        if code == 0 and (self.signals.limit or self.signals.terminated):
             code = EXIT_STOPPED  # before the ranks had started
-        else:
+        elif code == 0:
             code, failure = self._ranks(nodes)
         after = newest_step(self.folder)
         state = self.job.state()
-        if failure and not unfit and state in (None, "RUNNING") and not re.search(_NOT_THE_NODE, failure[1]):
-            newly_bad = self.record.strike(failure[0], failure[1])
+        newly_bad = self._strike(nodes, failure, unfit, state)
         end = Ending(
             code=code,
             limit=self.signals.limit,
@@ -249,21 +204,45 @@ class Supervisor:
             seconds_left=None if self.ends_at is None else self.ends_at - time.monotonic(),
             tries=self.record.tries(after),
             resumable=after >= 0,
-            newly_bad=newly_bad and self._without(self.record.bad_nodes()),  # else this job goes on without it
+            # Else this job goes on without it.
+            newly_bad=self.stuck or (newly_bad and self.job.can_do_without(self.record.bad_nodes())),
         )
         decision = decide(end, max_restarts=self.options.max_restarts, lead_seconds=self.lead)
         if unfit:
             named = "; ".join(f"{node}: {reason}" for node, reason in unfit.items())
             decision = Decision(decision.action, f"nodes that are not fit: {named}")
         if state == OVERTAKEN:
-            return code, decision  # the record is the later start's by now
+            return code, decision, True  # the record is the later start's by now
+        shown = self.job.shown() if decision.action == "leave" else {}
+        preempted = decision.action == "requeue" and end.preempted(self.lead)
+        preempted |= shown.get("PreemptTime", "None") != "None"
+        goes_on = decision.action in ("requeue", "restart") or preempted or shown.get("Reason") == "NodeDown"
         # fmt: off
         self.record.ended(
             after, decision, slurm_job=self.job.number, code=code, first_failure=failure, job_state=state,
-            preempted=decision.action == "requeue" and end.preempted(self.lead),
+            preempted=preempted, goes_on=goes_on,
         )
         # fmt: on
-        return code, decision
+        return code, decision, goes_on
+
+    def _measure(self) -> None:
+        """How long before the limit the ranks are told; at most half of the time that this start had."""
+        self.lead = min(self.options.lead or lead_seconds(self.folder), self.longest_lead)
+
+    def _strike(
+        self, nodes: Sequence[str], failure: tuple[str, str] | None, unfit: Mapping[str, str], state: str | None
+    ) -> bool:
+        """Count what speaks against a node; whether one has just become bad."""
+        if unfit:
+            if len(unfit) == len(nodes) > 1:
+                return False  # it is not the nodes
+            struck = [self.record.strike(node, f"preflight: {unfit[node]}", count=STRIKES) for node in unfit]
+            return any(struck)
+        if failure is None or re.search(_NOT_THE_NODE, failure[1]):
+            return False
+        if state != "RUNNING" and (state is not None or self.signals.terminated):  # Slurm may have killed it
+            return False
+        return self.record.strike(failure[0], failure[1])
 
     # -- the ranks -----------------------------------------------------------------------------------------
 
@@ -301,14 +280,18 @@ class Supervisor:
 
     def _ranks(self, nodes: Sequence[str]) -> tuple[int, tuple[str, str] | None]:
         """(the run's exit code, the first failure) of one srun over all ranks."""
-        before = _stamp(self.folder / "exit.json")
+        before = stamp(self.folder)
         command = ["-m", "dist_cpt.cli", "train", self.recipe]
         for item in self.options.set:
             command += ["--set", item]
         step = self._step(nodes, self.procs, command)
         asked_at: float | None = None
+        measured_at = time.monotonic()
         while (code := step.wait(0.25)) is None:
             now = time.monotonic()
+            if now > measured_at + MEASURE_SECONDS:
+                measured_at = now
+                self._measure()
             if self.ends_at is not None and now > self.ends_at - self.lead:
                 self.signals.limit = True
             if self._told() and (asked_at is None or now > asked_at + AGAIN_SECONDS):
@@ -318,13 +301,17 @@ class Supervisor:
             late = self.signals.limit and self.ends_at is not None and now > self.ends_at - LAST_SECONDS
             if late or (step.first_failure and now > step.failed_at + FAILED_GRACE_SECONDS):
                 say("out of time: killing all ranks" if late else "killing the ranks that outlived a failed one")
-                step.kill()
-                code = step.code(step.process.wait())
+                failure = step.first_failure  # the next ones are of this kill
+                code = step.kill(LAST_SECONDS / 2 if late else KILL_SECONDS)
+                if code is None:
+                    say("some rank cannot be killed: its node needs a look")
+                    self.stuck = True
+                code = step.code(KILLED if code is None else code)
                 break
-        recorded = _recorded_code(self.folder / "exit.json", before)
-        if recorded is not None and (recorded != 0 or code == 0):
-            code = recorded
-        return code, step.first_failure if code not in (0, EXIT_STOPPED) else None
+        else:
+            failure = step.first_failure
+        code = exit_code(self.folder, before, code)
+        return code, failure if code not in (0, EXIT_STOPPED) else None
 
     def _told(self) -> bool:
         """Whether the ranks have to be told to stop; those of a job that Slurm itself ends have heard it already."""
@@ -332,9 +319,10 @@ class Supervisor:
             self.ending = self.job.state() != "RUNNING"
         return self.signals.limit or (self.signals.terminated and not self.ending)
 
-    def _preflight(self, nodes: Sequence[str]) -> dict[str, str]:
-        """Nodes that are not fit to train, each with the reason."""
-        identifier = f"{self.job.id}-{self.job.restarts}-{len(list(self.folder.glob('preflight/*.json')))}"
+    def _preflight(self, nodes: Sequence[str]) -> tuple[int, tuple[str, str] | None, dict[str, str]]:
+        """(0 or an exit code, the first failure, the nodes that are not fit to train with their reasons)."""
+        # Also of checks without a verdict: what they have left must not be taken for these ones.
+        identifier = f"{self.job.id}-{self.job.restarts}-{len(list(self.folder.glob('preflight/*')))}"
         command = ["-m", "dist_cpt_launch.preflight", "--run-folder", str(self.folder), "--id", identifier]
         gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
         command += ["--gpus", gpus] if gpus.isdigit() else []
@@ -343,66 +331,45 @@ class Supervisor:
         while (code := step.wait(0.25)) is None:
             if self.signals.terminated or self.signals.limit:
                 step.kill()
+                return 0, None, {}
         if code == 0 or self.signals.terminated or self.signals.limit:
-            return {}
-        try:
-            verdict = json.loads((self.folder / "preflight" / f"{identifier}.json").read_text(encoding="utf-8"))
-            unfit = unfit_nodes(verdict, nodes)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            unfit = {}
-        return unfit or dict([step.first_failure or (nodes[0], f"preflight ended with {code}")])
+            return 0, None, {}
+        unfit = unfit_nodes(self._verdict(identifier, VERDICT_SECONDS if code == EXIT_NODE else 0.0), nodes)
+        if not unfit:
+            say("the checks of the nodes did not come to a verdict: no node is blamed")
+            return step.code(code), step.first_failure, {}
+        everyone = len(unfit) == len(nodes) > 1
+        return EXIT_NODE if everyone else EXIT_INTERNAL, next(iter(unfit.items())), unfit
+
+    def _verdict(self, identifier: str, seconds: float) -> dict[str, Any]:
+        """What the nodes have agreed on; empty if they have not."""
+        until = time.monotonic() + seconds
+        while True:
+            with contextlib.suppress(OSError, ValueError):
+                return json.loads((self.folder / "preflight" / f"{identifier}.json").read_text(encoding="utf-8"))
+            if time.monotonic() >= until:
+                return {}
+            time.sleep(0.5)
 
     # -- the queue -----------------------------------------------------------------------------------------
 
-    def _close(self, code: int, decision: Decision) -> int:
+    def _close(self, code: int, decision: Decision, goes_on: bool) -> int:
         """Leave this job: with the run's code, or by way of the queue."""
-        if self.successor and not (decision.action == "requeue" or self._preempted(decision)):
-            _said(["scancel", self.successor])
+        if self.successor and not goes_on:
+            said(["scancel", self.successor])
+        if decision.action == "give up" and code == EXIT_STOPPED:
+            return EXIT_INTERNAL  # RequeueExit would start it again, for ever
         if decision.action != "requeue":
             return code
         bad = self.record.bad_nodes()
         if self.successor:
-            self._exclude(self.successor, bad)
-            return 1  # lets the successor start, and is no code that a site requeues
-        if self.options.requeue_by == "requeue" and self._requeue(bad):
+            self.job.exclude(bad, self.successor)
+            return NOT_REQUEUED  # lets the successor start
+        if self.options.requeue_by == "requeue" and self.job.requeue(bad):
             return EXIT_STOPPED
         if self.options.requeue_by != "chain":
             say(f"exit code {EXIT_STOPPED}: RequeueExit={EXIT_STOPPED} makes Slurm requeue it, else submit it again")
         return EXIT_STOPPED
-
-    def _requeue(self, bad: set[str]) -> bool:
-        """Back into the queue under the same number; Slurm then ends this script."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it comes at once; the bad nodes are still to be named
-        if _said(["scontrol", "requeue", self.job.id]) is None:
-            return False
-        self._exclude(self.job.id, bad)
-        time.sleep(KILLED_SECONDS)
-        return True
-
-    def _exclude(self, job: str, bad: set[str]) -> None:
-        """Keep a waiting job off bad nodes, if enough others are left."""
-        if not bad:
-            return
-        if not self._without(bad):
-            say(f"bad nodes {', '.join(sorted(bad))} are not excluded: too few others are in the partition")
-            return
-        earlier = self.job.shown().get("ExcNodeList", "(null)")
-        names = [*([] if earlier in ("(null)", "") else expand_hosts(earlier)), *sorted(bad)]
-        if _said(["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(dict.fromkeys(names))}"]) is not None:
-            say(f"job {job} will not run on {', '.join(sorted(bad))}")
-
-    def _without(self, bad: set[str]) -> bool:
-        """Whether the partition has as many nodes as this job without the bad ones; True if sinfo does not answer."""
-        listed = _said(["sinfo", "-h", "-N", "-p", os.environ.get("SLURM_JOB_PARTITION", ""), "-o", "%N %t"])
-        if listed is None:
-            return True
-        known = [line.split() for line in listed.splitlines()]
-        others = {node for node, state in known if node not in bad and not re.match(r"down|drain|fail|unk", state)}
-        return len(others) >= len(self.job.nodes)
-
-    def _preempted(self, decision: Decision) -> bool:
-        """Whether a job that is told to end makes room for another one, and was not cancelled."""
-        return decision.action == "leave" and self.job.shown().get("PreemptTime", "None") != "None"
 
     def _submit_successor(self) -> str | None:
         """Queue the next job of the chain behind this one; it starts if this one does not end with 0."""
@@ -418,7 +385,7 @@ class Supervisor:
             key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"
         }
         argv += [self.options.script, f"--python={sys.executable}", *arguments]
-        answer = _said(argv, environment=inherited)
+        answer = said(argv, environment=inherited)
         if answer is None:
             say("no successor could be queued: submit the job again when this one ends")
             return None
@@ -433,9 +400,9 @@ def unfit_nodes(verdict: Mapping[str, Any], nodes: Sequence[str]) -> dict[str, s
     What is wrong with all of them together, as a collective that never ended, makes all of them unfit: no single one
     may be struck for it.
     """
-    found = {str(node): entry["reasons"] for node, entry in verdict["nodes"].items() if not entry["ok"]}
+    found = {str(node): entry["reasons"] for node, entry in verdict.get("nodes", {}).items() if not entry["ok"]}
     unfit = {node: "; ".join(reasons) for node, reasons in found.items() if node in nodes}
-    return unfit or (dict.fromkeys(nodes, "; ".join(verdict["reasons"])) if verdict["reasons"] else {})
+    return unfit or (dict.fromkeys(nodes, "; ".join(verdict["reasons"])) if verdict.get("reasons") else {})
 
 
 def pick(recipes: Sequence[str], task: int | None) -> str:
@@ -451,11 +418,6 @@ def pick(recipes: Sequence[str], task: int | None) -> str:
     if not 0 <= task < len(recipes):
         raise ConfigError(f"task {task} of the array has no recipe: there are {len(recipes)}")
     return recipes[task]
-
-
-def say(text: str) -> None:
-    """One line into the job's log."""
-    print(f"dist-cpt: {time.strftime('%Y-%m-%dT%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -486,6 +448,9 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--predecessor", help=argparse.SUPPRESS)
     parser.add_argument("--chain-root", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(argv)
+    for name in ("procs_per_node", "lead"):
+        if getattr(options, name) is not None and not getattr(options, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
     options.arguments = [item for item in argv if not item.startswith("--script=")]
     return options
 
@@ -495,43 +460,6 @@ def _tasks_per_node() -> int:
         if os.environ.get(name, "").isdigit():
             return max(1, int(os.environ[name]))
     return 1
-
-
-def _said(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> str | None:
-    """What a Slurm command answers; None if it is not there, fails or does not answer."""
-    if shutil.which(argv[0]) is None:
-        return None
-    try:
-        # fmt: off
-        done = subprocess.run(
-            argv, env=environment, capture_output=True, text=True, errors="replace",
-            timeout=COMMAND_SECONDS, check=False, start_new_session=True,
-        )
-        # fmt: on
-    except (OSError, subprocess.TimeoutExpired) as error:
-        say(f"{argv[0]}: {type(error).__name__}")
-        return None
-    if done.returncode != 0:
-        say(f"{argv[0]} failed: {done.stderr.strip() or done.returncode}")
-        return None
-    return done.stdout.strip()
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    with contextlib.suppress(OSError):
-        found = path.stat()
-        return found.st_ino, found.st_mtime_ns
-    return None
-
-
-def _recorded_code(path: Path, before: tuple[int, int] | None) -> int | None:
-    """The code in exit.json if the ranks wrote it anew, whatever the clocks say."""
-    if _stamp(path) == before:
-        return None
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["code"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dist_cpt.checkpoint.foreign import canonical_key
+from dist_cpt.engines.single import SingleEngine
 from dist_cpt.errors import CheckpointError, ConfigError
 from tests.contract.model import SEQ_LEN, VOCAB, block, save_base
 from tests.foreign_adapter import BOTH, peft_model, recipe, started, state_of
@@ -113,6 +114,18 @@ def require_taken_over(trained: Trained) -> None:
 
 def test_moments_come_over_by_name(trained: Trained) -> None:
     require_taken_over(trained)
+
+
+def test_a_tensor_that_does_not_arrive_is_found(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of many: the loss with and without the adapter differs all the same."""
+    whole = SingleEngine.import_state
+
+    def without_the_head(engine: SingleEngine, read: Any, step: int) -> None:
+        whole(engine, lambda kind, name, a, b: read(kind, name, a, b) * (name != HEAD), step)
+
+    monkeypatch.setattr(SingleEngine, "import_state", without_the_head)
+    with pytest.raises(CheckpointError, match=rf"{HEAD} and 0 more of \d+ tensors are not what the engine trains"):
+        started(trained.recipe())
 
 
 def test_the_weights_alone_come_with_a_fresh_optimizer(trained: Trained) -> None:

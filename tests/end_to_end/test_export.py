@@ -219,6 +219,8 @@ def test_sampling_follows_its_seed(bases):
         generate(bases / "untied", "x", 0)
     with pytest.raises(ConfigError, match="model folder not found"):
         generate(bases / "nowhere", "x")
+    with pytest.raises(ConfigError, match=r"holds no model: no config\.json"):
+        generate(bases, "x")
 
 
 def _write_gpt2(folder: Path, tokenizer: Path) -> None:

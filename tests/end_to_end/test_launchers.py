@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,3 +56,31 @@ def test_two_ranks_under(name, made, tmp_path):
     assert started["world_size"] == 2
     assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, 13))
     assert record_problems(run) == []
+
+
+def test_a_killed_agent_leaves_no_rank_behind(made, tmp_path):
+    """torchrun's agent alone is killed, as the kernel does when memory runs out: its ranks save and end."""
+    values = tiny.recipe(*made, tmp_path / "runs", engine={"kind": "fsdp", "shard": "full"})
+    values["train"] = {"tokens": 4000 * 8 * tiny.SEQ_LEN}
+    recipe = tiny.write_recipe(tmp_path / "r.yaml", values)
+    run = tmp_path / "runs/tiny"
+    launcher = subprocess.Popen([sys.executable, "-m", "dist_cpt.cli", "launch", str(recipe), "--procs-per-node", "2"])
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(rows(run / "metrics.jsonl")) > 5)
+        (agent,) = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        os.kill(int(agent), signal.SIGKILL)
+        assert launcher.wait(20) == 70
+        wait_for(lambda: (run / "exit.json").exists())
+    finally:
+        launcher.kill()
+        launcher.wait()
+    ended = json.loads((run / "exit.json").read_text())
+    assert (ended["code"], ended["reason"].split(":")[0]) == (75, "SIGTERM")
+    assert (run / f"checkpoints/step-{ended['step']:08d}/manifest.json").exists()
+
+
+def wait_for(met, seconds: float = 60.0) -> None:
+    until = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < until
+        time.sleep(0.1)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dist_cpt.errors import EXIT_CONFIG, ConfigError
-from dist_cpt.model.export import merge
+from dist_cpt.model.export import Blend, merge
 from dist_cpt.model.layouts import CONVERTER, export_peft, export_vllm
 from dist_cpt.model.residual import Residual, merge_with_residual
 from tests.command import command
@@ -123,6 +123,33 @@ def test_a_peft_folder_merges_without_a_manifest(bases, checkpoint, tmp_path):
     assert ended.code == 0, ended.err
     assert weights(tmp_path / "again").keys() == weights(tmp_path / "merged").keys()
     assert all(torch.equal(v, weights(tmp_path / "merged")[k]) for k, v in weights(tmp_path / "again").items())
+
+
+def test_a_classifiers_head_stays_and_its_adapter_leaves(bases, tokenizer, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    classes = {"task": "classify", "classify": {"labels": ["a", "b", "c"]}, "seed": 3, "embeddings": {}}
+    checkpoint = write_checkpoint(
+        tmp_path / "step-1", trained({"path": str(bases / "untied"), "weights": "fp32"}, **classes), tokenizer
+    )
+    merge(checkpoint, tmp_path / "half", "fp32", scale=0.5)
+    head = load_file(checkpoint / "adapter_model.safetensors")["base_model.model.score.weight"]
+    assert torch.equal(weights(tmp_path / "half")["score.weight"], head)
+    assert export_peft(checkpoint, tmp_path / "peft") < 1e-6
+    merge(checkpoint, tmp_path / "merged", "fp32")
+    vanilla = AutoModelForSequenceClassification.from_pretrained
+    found = plain_logits(under(vanilla(bases / "untied", num_labels=3), tmp_path / "peft"), IDS)
+    torch.testing.assert_close(found, plain_logits(vanilla(tmp_path / "merged"), IDS), rtol=0, atol=1e-5)
+
+
+def test_a_share_is_set_wherever_the_model_went(bases):
+    """`--sweep` moves the model to a GPU, which gives its parameters another storage."""
+    model, ground = load(bases / "instruct"), load(bases / "untied")
+    blend = Blend(model, ground)
+    model.double()
+    blend.set(0.0)
+    for found, expected in zip(model.parameters(), ground.parameters(), strict=True):
+        assert torch.equal(found, expected.double())
 
 
 # -- layouts -------------------------------------------------------------------------------------------------

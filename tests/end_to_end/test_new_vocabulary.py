@@ -9,10 +9,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file as load_numpy
+from safetensors.numpy import save_file
 
 from dist_cpt.checkpoint.outline import read_manifest
+from dist_cpt.data.focus import FILE
+from dist_cpt.data.tokenizer import load_tokenizer, tokenizer_hash
 from dist_cpt.data.tokenizer_extend import extend_tokenizer
 from dist_cpt.data.tokenizer_train import corpus_texts
 from dist_cpt.model.export import merge, quantisation_gap
@@ -34,6 +39,23 @@ def extended(made, tmp_path_factory) -> Path:
     done = extend_tokenizer(str(base), out, lambda: corpus_texts([str(corpus)]), num_new=100)
     assert len(done.tokens) == 100
     return out
+
+
+@pytest.fixture(scope="module")
+def with_mixtures(extended, made, tmp_path_factory) -> Path:
+    """The extended tokenizer with mixtures for all its tokens but the last, of two old rows each."""
+    folder = tmp_path_factory.mktemp("mixtures") / "extended"
+    shutil.copytree(extended, folder)
+    count = 99
+    arrays = {
+        "rows": np.arange(tiny.VOCAB_SIZE, tiny.VOCAB_SIZE + count),
+        "counts": np.full(count, 2),
+        "ids": np.random.default_rng(0).integers(0, tiny.VOCAB_SIZE, 2 * count),
+        "weights": np.tile(np.array([0.75, 0.25], dtype=np.float32), count),
+    }
+    old, new = (tokenizer_hash(load_tokenizer(str(path))) for path in (made[0], extended))
+    save_file(arrays, folder / FILE, metadata={"focus": json.dumps({"old_sha256": old, "new_sha256": new})})
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +157,14 @@ def test_new_rows_train_alone_and_everything_opens(bases, made, extended, tmp_pa
     (other / "tokenizer.json").write_text(json.dumps(content))
     assert train(recipe(bases["untied"], made[1], tmp_path, other)) == 64
     assert "embeddings.new_tokens" in capfd.readouterr().err
+    for mode in ("train", "fold"):
+        again = recipe(bases["untied"], made[1], tmp_path / mode, other, rows="all")
+        again["adapter"] |= {"continue_from": {"path": str(run / LAST), "mode": mode}}
+        assert train(again) == 64
+        assert "trained its rows under the new tokens" in capfd.readouterr().err
+        again["embeddings"]["new_tokens"] = str(run / LAST)  # as the refusal says
+        assert train(again | {"name": "again", "train": {"tokens": 512}}) == 0
+    capfd.readouterr()
     original = (extended / "tokenizer.json").read_bytes()
     try:
         shutil.copyfile(other / "tokenizer.json", extended / "tokenizer.json")
@@ -205,14 +235,51 @@ def test_bad_vocabularies_end_before_the_corpus_is_read(bases, made, extended, t
         (naked, extended, "must lie in model.path"),
         (base, nothing, "make it with: dist-cpt tokenizer extend"),
         (base, base, "adds no token"),
+        (base, extended, "holds no focus.safetensors -- make it anew: dist-cpt tokenizer extend --focus"),
     ]
     for number, (model, new, said) in enumerate(cases):
-        path = tiny.write_recipe(tmp_path / f"{number}.yaml", recipe(model, corpus, tmp_path / str(number), new))
+        init = {"init": "focus"} if "focus" in said else {}
+        values = recipe(model, corpus, tmp_path / str(number), new, **init)
+        path = tiny.write_recipe(tmp_path / f"{number}.yaml", values)
         ended = command("train", path)
         assert ended.code == 65, ended.err
         assert len(ended.said) == 1
         assert said in ended.said[0]
         assert not (tmp_path / str(number) / "data").exists()
+
+
+def require_rows_began_as_mixtures(checkpoint: Path, base: Path, tokenizer: Path, mean: Path) -> None:
+    """After steps that hardly move them, the rows are still what they began as: in both matrices."""
+    arrays = load_numpy(tokenizer / FILE)
+    ids, weights = (torch.from_numpy(arrays[key]).view(-1, 2) for key in ("ids", "weights"))
+    saved, old = matrices(checkpoint), matrices(base)
+    assert len(saved) == len(old) == 2
+    for name, values in saved.items():
+        expected = (old[name][ids].float() * weights[..., None]).sum(1)
+        assert float((values[tiny.VOCAB_SIZE :][:99] - expected).abs().max()) < 1e-5
+        assert float((expected - matrices(mean)[name][tiny.VOCAB_SIZE :][:99]).abs().max()) > 1e-2
+        assert torch.allclose(values[tiny.VOCAB_SIZE + 99], matrices(mean)[name][tiny.VOCAB_SIZE + 99], atol=1e-5)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("ranks", "engine"), [(1, "single"), (2, "{kind: fsdp, shard: full}"), (2, "{kind: zero, stage: 3}")]
+)
+def test_rows_begin_as_mixtures_under_every_engine(bases, made, with_mixtures, tmp_path, ranks, engine):
+    base = bases["wide"]
+    found = {}
+    for init in ("focus", "mean_of_subtokens"):
+        values = recipe(base, made[1], tmp_path / init, with_mixtures, weights="fp32", init=init, rows="all")
+        values["optim"] |= {"embedding_lr": 1e-7}
+        path = tiny.write_recipe(tmp_path / f"{init}.yaml", values)
+        log = tmp_path / f"{init}.txt"
+        assert run_ranks(path, ranks, f"engine={engine}", log=log) == [0] * ranks, log.read_text()
+        found[init] = tmp_path / init / "tiny" / LAST
+    require_rows_began_as_mixtures(found["focus"], base, with_mixtures, found["mean_of_subtokens"])
+    said = read_manifest(found["focus"]).base["new_tokens"]
+    assert said["init"] == "focus"
+    assert said["mixtures"] == 99
+    assert "mixtures" not in read_manifest(found["mean_of_subtokens"]).base["new_tokens"]
 
 
 @pytest.mark.matrix

@@ -12,9 +12,11 @@ import pytest
 import torch
 import yaml
 
+from dist_cpt.adapters.quantize import read_weight, write_weight
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.export import load_fp32, merge, quantisation_gap
 from dist_cpt.model.load import load_model
+from dist_cpt.model.standing import Standing
 from tests import tiny
 from tests.run_ranks import run_ranks
 from tests.whole_run import built, rows, train
@@ -70,6 +72,7 @@ def check_run(folder: Path, base: Path, earlier: Path, mode: str, weights: str) 
     assert continued["mode"] == mode
     assert continued["loss_with"] != continued["loss_without"]
     assert abs(continued["loss_of_the_engine"] - continued["loss_with"]) < 2e-2
+    assert 0.8 < continued["share_in_effect"] < 1.2
     if mode == "fold":
         assert continued["logit_gap_mean"] < continued["logit_effect_mean"]
         assert (continued["logit_gap_max"] > 1e-3) == (weights != "fp32")
@@ -186,6 +189,34 @@ def test_it_computes_what_peft_computes_and_its_matrices_train_from_their_fp32_v
     pairs = {name for name in frozen if ".earlier." in name}
     assert len(pairs) == (2 * 2 * 7 if mode == "stack" else 0)
     assert not any(".earlier." in name for name in mixed.trainable)
+
+
+@pytest.mark.parametrize("mode", ["fold", "stack"])
+def test_an_engine_that_lost_an_adapter_of_little_effect_is_found(
+    mode: str, base: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the new text the adapter is worth less than the tolerance of the mean loss."""
+    from tests.foreign_adapter import edit_tensors, write_peft
+
+    folder = write_peft(tmp_path / "old", str(base), r=6)
+    edit_tensors(folder, lambda t: {k: v * (0.1 if "lora_B" in k else 1) for k, v in t.items()})
+    values = recipe(base, corpus, tmp_path / "runs", folder, mode, embeddings={}, train={"tokens": 512})
+    assert train(values) == 0
+    said = json.loads((tmp_path / "runs/tiny/continued.json").read_text())
+    assert abs(said["loss_with"] - said["loss_without"]) < 2e-3 * said["loss_with"]
+    assert 0.9 < said["share_in_effect"] < 1.1
+
+    def lose(standing: Standing, causal_lm: Any, dtype: torch.dtype) -> None:
+        if mode == "fold":
+            for name, (key_a, key_b) in standing.earlier.lora.items():
+                layer = causal_lm.get_base_model().get_submodule(name).base_layer
+                a, b = (standing.earlier.read(key) for key in (key_a, key_b))
+                write_weight(layer, read_weight(layer) - standing.earlier.scale_of(len(a)) * b @ a)
+
+    monkeypatch.setattr(Standing, "finish", lose)
+    assert train(values | {"name": "lost"}) == 74
+    said = json.loads((tmp_path / "runs/lost/exit.json").read_text())["reason"]
+    assert "of what this adapter does, not 1" in said
 
 
 def test_a_tied_base_and_frozen_matrices(base: Path, corpus: Path, tmp_path: Path) -> None:

@@ -129,6 +129,18 @@ def test_a_classifier_learns_resumes_bit_for_bit_and_opens_in_vanilla_peft(made,
             generate(folder, "x")
 
 
+def test_answers_resume_bit_for_bit(made, conversations, tmp_path):
+    def values(folder: Path) -> dict[str, Any]:
+        recipe = instruct_recipe(made[0], conversations, folder) | {"checkpoint": {"every_steps": 4}}
+        return recipe | {"adapter": {"rank": 4, "alpha": 4, "dropout": 0.2}}  # random numbers resume as well
+
+    run = tmp_path / "broken/tiny"
+    assert train(values(tmp_path / "broken"), StopAfter(run / "metrics.jsonl", 4)) == 75
+    assert train(values(tmp_path / "broken")) == 0
+    assert train(values(tmp_path / "unbroken")) == 0
+    same_end([run, tmp_path / "unbroken/tiny"], "step-00000008")
+
+
 def test_cpt_then_instruct_on_the_same_adapter(made, conversations, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -251,23 +263,74 @@ def test_a_new_adapter_on_the_merged_model_of_stage_one(made, conversations, tmp
     from dist_cpt.model.export import merge
 
     base, corpus = made
-    values = tiny.recipe(base, corpus, tmp_path / "one", train={"tokens": 4 * 8 * tiny.SEQ_LEN})
-    assert train(values) == 0
-    merge(tmp_path / "one/tiny/checkpoints/step-00000004", tmp_path / "merged", "fp32")
+    name = "llama3-8b_lora_zero3_8xH100"
+    data = {
+        "sources": [{"path": str(corpus)}],
+        "validation": [{"name": "held-out", "path": str(corpus.parent / "held-out.jsonl")}],
+    }
+    small = {"model": {"path": str(base)}, "adapter": {"rank": 4, "alpha": 4}, "optim": {"lr": 1e-2}}
+    assert train(recipe_file(name, tmp_path, 4, data, **small)) == 0
+    merge(tmp_path / "llama3-8b-domain/checkpoints/step-00000004", tmp_path / "merged", "fp32")
     second = instruct_recipe(tmp_path / "merged", conversations, tmp_path / "two")
     assert train(second) == 0
     losses = [row["loss"] for row in rows(tmp_path / "two/tiny/metrics.jsonl")]
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.matrix
 def test_a_classifier_over_a_quantised_base(made, opinions, tmp_path):
+    from dist_cpt.model.export import merge, quantisation_gap
+
     pytest.importorskip("bitsandbytes")
     values = classify_recipe(made[0], opinions, tmp_path)
     values["model"] |= {"weights": "nf4"}
     assert train(values) == 0
     first, *_, last = rows(tmp_path / "tiny/evaluations.jsonl")
     assert last["loss"] < first["loss"]
+    checkpoint = tmp_path / "tiny/checkpoints/step-00000016"
+    assert merge(checkpoint, tmp_path / "merged", "fp32") < 1e-5
+    gap = quantisation_gap(checkpoint)
+    assert gap is not None
+    assert 0 < gap < 5
+
+
+def test_a_classifier_goes_on_from_one_and_a_new_one_stands_on_text(made, opinions, tmp_path):
+    """Its own adapter and head train on; an adapter of text can be folded or stacked under a new head."""
+    from dist_cpt.model.export import merge
+
+    base, corpus = made
+    assert train(classify_recipe(base, opinions, tmp_path / "first")) == 0
+    text = tiny.recipe(base, corpus, tmp_path / "text", embeddings={}, train={"tokens": 4 * 8 * tiny.SEQ_LEN})
+    assert train(text) == 0
+    classifier, language = tmp_path / "first/tiny/checkpoints/step-00000016", tmp_path / "text/tiny/checkpoints"
+
+    def go_on(name: str, path: Path, mode: str, **changes: Any) -> tuple[int, Path]:
+        values: dict[str, Any] = classify_recipe(base, opinions, tmp_path, steps=2) | changes | {"name": name}
+        values["adapter"] |= {"continue_from": {"path": str(path), "mode": mode}}
+        return train(values), tmp_path / name
+
+    code, run = go_on("second", classifier, "train")
+    proof = json.loads((run / "continued.json").read_text())
+    assert code == 0
+    assert proof["loss_with"] < 0.5 * proof["loss_without"]
+    before = rows(tmp_path / "first/tiny/evaluations.jsonl")[-1]["loss"]
+    assert rows(run / "evaluations.jsonl")[0]["loss"] == pytest.approx(before, rel=1e-5)
+    for mode, weights in (("fold", "nf4"), ("stack", "bf16")):
+        model = {"path": str(base), "weights": weights}
+        code, run = go_on(mode, language / "step-00000004", mode, model=model)
+        assert code == 0
+        proof = json.loads((run / "continued.json").read_text())
+        assert proof["loss_of_the_engine"] == pytest.approx(proof["class_loss"], rel=1e-6)
+        assert merge(run / "checkpoints/step-00000002", tmp_path / f"{mode}-merged", "fp32") < 1e-5
+
+    def refused(name: str, path: Path, mode: str, said: str, **changes: Any) -> None:
+        code, run = go_on(name, path, mode, **changes)
+        assert code == 64
+        assert said in json.loads((run / "exit.json").read_text())["reason"]
+
+    turned = classify_recipe(base, opinions, tmp_path)["classify"] | {"labels": list(LABELS[::-1])}
+    refused("turned", classifier, "train", "trained on the classes ['praise', 'blame', 'neither']", classify=turned)
+    refused("fold-head", classifier, "fold", "go on with that classifier: adapter.continue_from.mode: train")
+    refused("no-head", language / "step-00000004", "train", "lacks base_model.model.score.weight")
 
 
 def test_every_recipe_file_is_valid():

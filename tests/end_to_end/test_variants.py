@@ -13,7 +13,7 @@ import torch
 from dist_cpt.adapters.lora import canonical_key, canonical_name
 from dist_cpt.adapters.pissa import INITIAL, principal_part
 from dist_cpt.checkpoint.manifest import INITIAL_ADAPTER
-from dist_cpt.checkpoint.verify import verify_checkpoint
+from dist_cpt.checkpoint.verify import read_manifest, verify_checkpoint
 from dist_cpt.config.load import build
 from dist_cpt.errors import EXIT_CONFIG, ConfigError
 from dist_cpt.model.export import merge
@@ -23,6 +23,7 @@ from dist_cpt.optim.schedule import learning_rates
 from dist_cpt.train.sweep import sweep
 from tests import tiny
 from tests.command import command
+from tests.end_to_end.test_run import StopAfter
 from tests.whole_run import rows, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -106,6 +107,23 @@ def test_the_beginning_is_the_best_approximation_of_its_rank(shape: tuple[int, i
     torch.testing.assert_close((0.7 * b @ a).double(), best, rtol=0, atol=1e-5)
     torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))  # the scale is shared out evenly
     assert INITIAL == INITIAL_ADAPTER
+
+
+@pytest.mark.parametrize("variant", [{"dora": True}, {"lora_plus_ratio": 4.0}], ids=["dora", "lora+"])
+def test_they_resume_to_the_bit(tmp_path: Path, variant: dict[str, Any]):
+    corpus = tiny.write_corpus(tmp_path / "corpus")
+    base = tiny.write_base(tmp_path / "base", tiny.write_tokenizer(tmp_path / "tokenizer", corpus))
+    ends = []
+    for name in ("broken", "unbroken"):
+        adapter = {"rank": 4, "alpha": 4} | variant
+        values = tiny.recipe(base, corpus, tmp_path / name, adapter=adapter, train={"tokens": 8 * 8 * tiny.SEQ_LEN})
+        folder = tmp_path / name / "tiny"
+        if name == "broken":
+            assert train(values, StopAfter(folder / "metrics.jsonl", 4)) == 75
+        assert train(values) == 0
+        ends.append(read_manifest(folder / "checkpoints" / "step-00000008"))
+    assert ends[0].tensors == ends[1].tensors
+    assert ends[0].state_sha256 == ends[1].state_sha256
 
 
 def test_a_pissa_run_resumes_to_the_bit_and_leaves_as_plain_lora(tmp_path: Path):

@@ -86,10 +86,10 @@ def recipe(base: str, method: str, weights: str, **model: Any) -> RunConfig:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run left: the mean loss of every step, the first moments of AdamW, and what was fused."""
+    """What a run left: the mean loss and the first moments of AdamW after every step, and what was fused."""
 
     losses: list[float]
-    moments: dict[str, torch.Tensor]
+    moments: list[dict[str, torch.Tensor]]
     fusion: Any
 
 
@@ -97,13 +97,13 @@ def train(config: RunConfig, steps: int) -> Trained:
     model = load_model(config, device=CPU)
     groups = param_groups(model.trainable, config.optim, config.adapter.kind == "lora")
     engine = SingleEngine(model.module, model.trainable, groups, config, CPU)
-    found = []
+    found, moments = [], []
     for step in range(1, steps + 1):
         batch = block(1, step % BLOCKS)
         found.append(float(engine.accumulate(batch, batch.num_targets, last=True)) / batch.num_targets)
         assert not engine.step({group.name: group.peak_lr for group in groups}).skipped
-    exported = engine.export_state(lambda *_: 0, ("exp_avg",))
-    moments = {one.name: one.values.clone() for one in exported if one.values is not None}
+        exported = engine.export_state(lambda *_: 0, ("exp_avg",))
+        moments.append({one.name: one.values.clone() for one in exported if one.values is not None})
     engine.close()
     return Trained(found, moments, model.fusion)
 
@@ -145,11 +145,16 @@ def compare(kind: str, method: str, steps: int, tmp_path: Any) -> tuple[Trained,
     return fused, without, truth
 
 
-def error(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
-    """The root of the mean square of the tensors' relative errors."""
+def error(found: list[dict[str, torch.Tensor]], truth: list[dict[str, torch.Tensor]]) -> float:
+    """The root of the mean square of the tensors' relative errors, over all steps.
+
+    One step alone is one draw: two bf16 runs of the same precision part for good after some twenty steps, and then
+    either is the one further off (Mistral, all parameters: 0.99 times as far at step 28, 2.4 times as far at step 32).
+    """
     relative = [
-        torch.linalg.vector_norm(found[name] - values) / torch.linalg.vector_norm(values)
-        for name, values in truth.items()
+        torch.linalg.vector_norm(mine[name] - values) / torch.linalg.vector_norm(values)
+        for mine, exact in zip(found, truth, strict=True)
+        for name, values in exact.items()
         if values.any()
     ]
     return float(torch.stack(relative).square().mean().sqrt())

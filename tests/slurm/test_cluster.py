@@ -78,6 +78,23 @@ def test_a_lost_node_requeues_and_its_orphans_are_fenced(cluster, made, tmp_path
     assert json.loads((one.run / "exit.json").read_text())["code"] == 0
 
 
+def test_a_chain_goes_on_after_a_lost_node(cluster, made, tmp_path):
+    one = case(cluster, made, tmp_path, steps=40)
+    one.launch("--requeue-by=chain", DIST_CPT_FAULT="step:rank1:step7:attempt0:freeze")
+    one.wait_for_step(6)
+    gone = one.launches("start")[0]["nodes"][1]
+    cluster.kill_node(gone)
+    try:
+        one.finish("NODE_FAIL", 60)
+        one.job = str(int(one.job) + 1)
+        one.finish()
+    finally:
+        cluster.start_node(gone)  # and that ends what has lived on there
+        cluster.wait_until_idle()
+    one.complete()
+    assert len(one.attempts()) == 2
+
+
 def test_a_killed_rank_is_restarted_and_its_node_left_out_the_second_time(cluster, made, tmp_path):
     one = case(cluster, made, tmp_path, steps=20)
     one.launch(DIST_CPT_FAULT="step:rank1:step7:attempt0:kill,step:rank1:step7:attempt1:kill")

@@ -148,6 +148,14 @@ def test_the_agent_reads_its_place_from_the_environment_of_the_pod(recipe, monke
     assert asked.training_script_args == ["train", "/etc/dist-cpt/recipe.yaml"]
 
 
+def test_two_pods_on_one_node_are_two_in_the_checks(recipe):
+    plan = kubernetes_plan(recipe, [], settings(), nodes=2, procs_per_node=8)
+    (check,) = pod_of(list(plan.documents))["initContainers"]
+    (given,) = [item for item in check["args"] if item.startswith("--node=")]
+    assert given == "--node=$(NODE_NAME)-$(NODE_INDEX)"
+    assert {"NODE_NAME", "NODE_INDEX"} <= {variable["name"] for variable in check["env"]}
+
+
 def test_hostile_values_stay_values(recipe):
     hostile = ["$(WANDB_API_KEY)", "a b", "x: {y: [", "ünïcödé ☃", "--- !!python/object", "line\nbreak", "'\"`${HOME}"]
     overrides = [f"data.cache_dir={json.dumps(text)}" for text in hostile]
@@ -268,6 +276,8 @@ def test_no_kubectl_is_one_line(recipe, monkeypatch):
         (["--on", "kubernetes", "--cluster", "cluster.yaml", "--partition", "x"], "--partition"),
         (["--on", "kubernetes", "--cluster", "cluster.yaml", "--procs-per-node", "3"], "does not divide"),
         (["--on", "local", "--kind", "jobset"], "only --on kubernetes"),
+        (["--on", "kubernetes", "--cluster", "cluster.yaml", "--max-restarts", "3"], "--max-restarts"),
+        (["--on", "kubernetes", "--cluster", "cluster.yaml", "--requeue-by", "exit"], "--requeue-by"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(recipe, cluster, arguments, said):

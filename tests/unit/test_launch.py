@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 from dist_cpt_launch.local import run_local
@@ -12,6 +17,7 @@ from dist_cpt_launch.plan import LaunchPlan, local_plan
 from dist_cpt.config.load import build
 from dist_cpt.errors import ConfigError
 from tests import tiny
+from tests.command import command
 
 
 @pytest.fixture
@@ -50,11 +56,93 @@ def test_the_exit_code_is_the_runs_own(tmp_path):
 
 
 def test_an_older_exit_json_is_not_believed(tmp_path):
-    import os
-
     (tmp_path / "exit.json").write_text('{"code": 0}')
     os.utime(tmp_path / "exit.json", (1, 1))
     assert code_of(tmp_path, "raise SystemExit(71)") == 71
+
+
+def test_an_exit_json_is_this_starts_own_if_it_has_changed(tmp_path):
+    path = tmp_path / "exit.json"
+    path.write_text('{"code": 75}')  # of a start that ended a moment ago
+    assert code_of(tmp_path, "raise SystemExit(64)") == 64
+    write = f"import os; os.chdir({str(tmp_path)!r}); open('exit.json', 'w').write('{{\"code\": 75}}')"
+    write += "; os.utime('exit.json', (1, 1)); raise SystemExit(1)"
+    assert code_of(tmp_path, write) == 75  # the file server's clock is behind
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_third_signal_also_kills_ranks_in_sessions_of_their_own(tmp_path):
+    # As torchrun's agent starts them.
+    agent = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "rank = subprocess.Popen(['sleep', '60'], start_new_session=True); print(rank.pid, file=open(sys.argv[1], 'w'),"
+        "flush=True); time.sleep(60)"
+    )
+    pid = tmp_path / "pid"
+
+    def three_times() -> None:
+        while not (pid.exists() and pid.read_text().strip()):
+            time.sleep(0.05)
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+
+    sender = threading.Thread(target=three_times)
+    sender.start()
+    assert run_local(LaunchPlan((sys.executable, "-c", agent, str(pid)), {}, tmp_path)) == 70
+    sender.join()
+    until = time.monotonic() + 5.0
+    while alive(int(pid.read_text())) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive(int(pid.read_text()))
+
+
+def test_ranks_whose_agent_is_killed_are_told_to_stop(tmp_path):
+    rank = (
+        "import sys, time; from dist_cpt.runtime.stop import StopRequest, stop_with_parent; "
+        "stop = StopRequest().install(); stop_with_parent(); print('ready', flush=True)\n"
+        "while not stop.requested: time.sleep(0.01)\n"
+        "open(sys.argv[1], 'w').write(stop.requested)"
+    )
+    agent = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], start_new_session=True)"
+    said = tmp_path / "said"
+    with subprocess.Popen([sys.executable, "-c", agent, "-c", rank, str(said)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.kill()
+    until = time.monotonic() + 5.0
+    while not (said.exists() and said.read_text()) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert said.read_text() == "SIGTERM"
+
+
+def test_torchrun_waits_for_saves_as_long_as_they_were(config, tmp_path):
+    run = tmp_path / "runs/tiny"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 1, "step_seconds": 20.0}\n')
+    (run / "events.jsonl").write_text('{"kind": "checkpoint", "seconds": 300.0}\n')
+    argv = local_plan(config, tmp_path / "r.yaml", [], procs_per_node=2, threads_per_rank=1).argv
+    assert "--shutdown-timeout=710" in argv
+
+
+def test_a_run_folder_that_was_moved_does_not_begin_again_elsewhere(tmp_path):
+    values = tiny.recipe(tmp_path / "base", tmp_path / "c.jsonl", tmp_path / "runs")
+    moved = tmp_path / "moved/tiny"
+    (moved / "checkpoints/step-00000004").mkdir(parents=True)
+    (moved / "checkpoints/step-00000004/manifest.json").touch()
+    tiny.write_recipe(moved / "recipe.yaml", values)
+    ended = command("resume", moved, "--dry-run")
+    assert (ended.code, len(ended.said)) == (64, 1)
+    assert f"goes on in {tmp_path / 'runs/tiny'}" in ended.said[0]
+    assert command("resume", moved, "--dry-run", "--set", f"output_dir={moved.parent}").code == 0
+    (tmp_path / "runs").symlink_to(moved.parent)  # another name of the same place
+    assert command("resume", moved, "--dry-run").code == 0
 
 
 @pytest.mark.parametrize(

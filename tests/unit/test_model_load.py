@@ -224,6 +224,46 @@ def test_pickled_weights_are_refused(bases, tmp_path):
         load_model(recipe({"path": str(tmp_path)}), device=CPU)
 
 
+@pytest.mark.parametrize("weights", ["fp32", "nf4"])
+def test_a_base_without_one_of_its_weights_is_refused(bases, tmp_path, weights):
+    """transformers would begin it at random, and say so in a table of its own."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from dist_cpt.model.export import plain_model
+
+    folder = shutil.copytree(bases / "untied", tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"], tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks lm_head.weight and 1 more of its weights"):
+        load_model(recipe({"path": str(folder), "weights": weights}), device=CPU)
+    with pytest.raises(ConfigError, match=r"lacks lm_head.weight"):
+        plain_model(folder)
+
+
+def test_a_vocabulary_matrix_of_another_name_has_its_own_rate_or_is_refused(tmp_path, monkeypatch):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import dist_cpt.model.load as load
+    from dist_cpt.optim.groups import param_groups
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("gpt_neox", **sizes, vocab_size=V)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    values = recipe({"path": str(tmp_path), "weights": "fp32"}, embeddings={"train": ["embed_tokens", "lm_head"]})
+    found = {
+        group.name: group.names for group in param_groups(load_model(values, device=CPU).trainable, values.optim, True)
+    }
+    prefix = "base_model.model"
+    assert found["embeddings"] == (f"{prefix}.gpt_neox.embed_in.weight", f"{prefix}.lm_head.weight")
+    assert all(".lora_" in name for name in found["adapter"])
+    monkeypatch.setattr(load, "VOCABULARY_NAMES", ("lm_head",))
+    with pytest.raises(ConfigError, match=r"calls a vocabulary matrix gpt_neox.embed_in"):
+        load_model(values, device=CPU)
+
+
 def test_an_unknown_hub_name_is_one_line():
     with pytest.raises(ConfigError, match=r"no-such-org/no-such-model is no folder and cannot be fetched"):
         load_model(recipe({"path": "no-such-org/no-such-model"}), device=CPU)

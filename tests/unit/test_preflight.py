@@ -66,6 +66,11 @@ def test_a_silent_node_is_named_where_the_names_are_known():
     assert failing(node("n1"), num_nodes=2) == {"": ["1 of 2 nodes did not report"]}
 
 
+def test_a_node_that_vanishes_in_the_middle_is_named():
+    gone = node("n2", stage="", finished=False)  # its processes for the link check may have lived on
+    assert failing(node("n1"), gone) == {"n2": ["did not come to the end of the checks"]}
+
+
 def test_who_is_cut_off():
     lost = {"stage": "started", "cut_off": "n0:2000 cannot be reached (no answer)"}
     first, fine = node("n0", stage="started"), node("n1", stage="started", index=1)

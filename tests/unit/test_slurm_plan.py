@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from dist_cpt_launch.plan import LaunchPlan, local_plan
-from dist_cpt_launch.slurm import SlurmOptions, batch_script, slurm_plan, submit
+from dist_cpt_launch.slurm import SlurmOptions, batch_script, ranks_per_node, slurm_plan, submit
 
 from dist_cpt.config.load import build
 from dist_cpt.config.resolve import resolve_paths
@@ -76,6 +76,23 @@ def test_what_would_run_is_what_was_agreed(tmp_path, name):
         path.write_text(shown + "\n")
     assert shown + "\n" == path.read_text()
     subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gres", "ranks"),
+    [(None, None, 1), ("8", None, 8), ("h100:4", None, 4), ("a100:2,h100:4", None, 6), (None, "gpu:8", 8),
+     (None, "gpu:h100:2,nvme:1", 2), (None, "nvme:4", 1), (None, "gpu", 1)],
+)  # fmt: skip
+def test_every_gpu_that_is_asked_for_gets_a_rank(gpus, gres, ranks):
+    assert ranks_per_node(gpus, gres) == ranks
+
+
+def test_the_command_starts_one_rank_per_gpu(tmp_path):
+    values = tiny.recipe(tmp_path / "base", tmp_path / "c.jsonl", tmp_path / "runs", engine="fsdp")
+    recipe = tiny.write_recipe(tmp_path / "r.yaml", values)
+    ended = command("launch", recipe, "--on", "slurm", "--gpus-per-node", "h100:2", "--dry-run")
+    assert "--ntasks-per-node=2" in ended.out
+    assert "--procs-per-node=2" in ended.out
 
 
 def test_hostile_names_are_words_and_nothing_else(tmp_path):
@@ -151,6 +168,10 @@ def test_local_refuses_what_only_slurm_can_honour(tmp_path):
         (["--nodes", "2"], "engine.kind: single"),
         (["--nodes", "2", "--set", "engine=fsdp"], "--rdzv HOST:PORT"),
         (["--on", "slurm", "--rdzv", "a:1"], "only --on local"),
+        (["--max-restarts", "3"], "--max-restarts: only --on slurm"),
+        (["--requeue-by", "requeue"], "--requeue-by: only --on slurm"),
+        (["--no-preflight"], "--preflight: only --on slurm"),
+        (["--on", "slurm", "--at-once", "1"], "--at-once: one recipe"),
         (["--on", "slurm", "--requeue-by", "magic"], "expected requeue, chain, exit"),
     ):
         ended = command("launch", recipe, "--dry-run", *options)

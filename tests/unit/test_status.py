@@ -106,6 +106,21 @@ def test_silence_and_endings(run):
     assert ended.said == "stopped and saved (exit code 75): SIGTERM: stopped and saved at step 10"
 
 
+def test_a_run_whose_batch_job_goes_on_has_not_ended(run):
+    write(run, "exit.json", {"code": 75, "reason": "SIGUSR1: stopped and saved at step 10", "step": 10})
+    row = {"slurm_job": "7", "reason": "the time limit is near"}
+    for last, state in (
+        ({"kind": "end", "action": "requeue", "goes_on": True}, "waiting"),
+        ({"kind": "start"}, "waiting"),  # its ranks have not come to the folder yet
+        ({"kind": "end", "action": "leave", "goes_on": False}, "ended"),
+    ):
+        write(run, "launches.jsonl", row | last)
+        assert read_status(run).state == state
+    write(run, "launches.jsonl", row | {"kind": "end", "action": "requeue", "goes_on": True})
+    os.utime(run / "launches.jsonl", (BEGUN, BEGUN))  # and then a start without a batch job, which has ended
+    assert read_status(run).state == "ended"
+
+
 def test_a_checkpoint_and_its_verdict(run):
     assert read_status(run).checkpoint_verdict == "no checkpoint yet"
     save_step(run, 4)

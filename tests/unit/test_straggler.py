@@ -13,6 +13,7 @@ from torch import nn
 from dist_cpt.config.load import build
 from dist_cpt.config.resolve import fingerprint
 from dist_cpt.config.schema import StragglerConfig
+from dist_cpt.engines.activation_checkpoint import checkpoint_layers
 from dist_cpt.runtime.collectives import rank
 from dist_cpt.train.straggler import (
     ComputeClock,
@@ -132,6 +133,15 @@ def test_nested_modules_count_once():
         time.sleep(0.02)
     assert 0.02 < clock.take() < 0.02 + whole + 0.02
     assert clock.take() == 0.0
+
+
+def test_recomputation_that_ends_early_does_not_stop_the_clock():
+    layer = Layer(0.0)
+    checkpoint_layers([layer])
+    clock = ComputeClock(timed_modules([layer], "zero-3"), torch.device("cpu"))
+    for _ in range(3):  # the backward pass leaves the module inside through an exception
+        layer(torch.ones(4, 8, requires_grad=True)).sum().backward()
+        assert clock.take() > 0.0
 
 
 def test_it_may_change_between_two_starts(tmp_path):

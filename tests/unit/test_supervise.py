@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from dist_cpt_launch import batch_job, supervise
 from dist_cpt_launch.attempts import LAUNCHES, Decision, Ending, Record, decide
+from dist_cpt_launch.batch_job import Job, slurm_seconds
 from dist_cpt_launch.lead import DEFAULT_LEAD_SECONDS, MARGIN_SECONDS, lead_seconds, newest_step
 from dist_cpt_launch.nodes import expand_hosts, usable_nodes
-from dist_cpt_launch.supervise import _TASK_ENDED, Job, main, pick, slurm_seconds, unfit_nodes
+from dist_cpt_launch.supervise import _TASK_ENDED, main, pick, unfit_nodes
 
 from dist_cpt.config.load import build
 from dist_cpt.errors import ConfigError
@@ -39,12 +46,15 @@ CRASHED = Ending(
         ({"code": 65}, "give up"),
         ({"code": 69}, "give up"),  # all nodes unfit: it is not the nodes
         ({"code": 64, "resumable": False}, "give up"),
-        ({"code": 64}, "restart"),  # the ranks could not meet: the recipe itself has worked before
+        ({"code": 64}, "restart"),  # a node without its GPUs: the recipe itself has worked before
+        ({"code": 72, "resumable": False}, "restart"),  # the ranks could not meet
         ({"code": 75, "limit": True, "seconds_left": 290.0}, "requeue"),
         ({"code": 75, "limit": True, "seconds_left": 290.0, "tries": 4}, "give up"),  # never a newer checkpoint
         ({"code": 137, "limit": True, "seconds_left": 10.0}, "requeue"),  # out of time while it saved
         ({"code": 75, "tries": 9}, "requeue"),  # preempted: no failure of its own
         ({"code": 75, "limit": True, "tries": 9}, "requeue"),  # preempted by SIGUSR1, far from the limit
+        ({"code": 75, "limit": True, "tries": 9, "seconds_left": math.inf}, "requeue"),  # there is no limit
+        ({"code": 75, "limit": True, "tries": 4, "seconds_left": None}, "give up"),  # nobody can say: capped
         ({"code": 75, "state": "COMPLETING", "terminated": True}, "leave"),  # cancelled
         ({"code": 137, "state": "OVERTAKEN"}, "leave"),
         ({"code": 75, "state": None, "terminated": True}, "leave"),
@@ -98,7 +108,7 @@ def test_the_lead_is_a_step_an_evaluation_and_two_saves(tmp_path):
     assert lead_seconds(tmp_path) == DEFAULT_LEAD_SECONDS
     steps = [{"step": i, "step_seconds": 3.0 + (i == 5), "tokens_per_second": 1000.0} for i in range(1, 9)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
-    assert lead_seconds(tmp_path) == DEFAULT_LEAD_SECONDS
+    assert lead_seconds(tmp_path) == DEFAULT_LEAD_SECONDS + 4  # no save yet, and a step may be long
     events = [{"kind": "start"}, {"kind": "checkpoint", "seconds": 50.0}, {"kind": "checkpoint", "seconds": 60.5}]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in events))
     assert lead_seconds(tmp_path) == MARGIN_SECONDS + 4 + 121
@@ -172,9 +182,219 @@ def test_the_next_job_of_a_chain_takes_the_folder_over_and_a_stranger_does_not(t
     successor.close()
 
 
+def test_a_jobset_that_starts_again_takes_the_folder_over(tmp_path, monkeypatch):
+    from dist_cpt.config.resolve import resolve_paths
+    from dist_cpt.train.folder import claim
+
+    config = resolve_paths(build(tiny.recipe(tmp_path / "b", tmp_path / "c", tmp_path / "r"), "x"))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("DIST_CPT_JOB", "legal")
+    orphan = claim(tmp_path / "run", config, "id")  # its host is lost, the file server still holds its lock
+    again = claim(tmp_path / "run", config, "id")
+    assert again.held()
+    assert not orphan.held()
+    orphan.close()
+    again.close()
+
+
 def test_what_is_wrong_with_all_nodes_together_is_no_single_one_s_fault():
     fit, unfit = {"ok": True, "reasons": []}, {"ok": False, "reasons": ["disk full", "clock off"]}
     verdict = {"ok": False, "reasons": [], "nodes": {"n1": fit, "n2": unfit, "n9": unfit}}
     assert unfit_nodes(verdict, ["n1", "n2"]) == {"n2": "disk full; clock off"}
     verdict = {"ok": False, "reasons": ["the all-reduce never ended"], "nodes": {"n1": fit, "n2": fit}}
     assert unfit_nodes(verdict, ["n1", "n2"]) == dict.fromkeys(("n1", "n2"), "the all-reduce never ended")
+
+
+class Fake:
+    """A batch job whose Slurm is a folder of shell scripts; `calls` is what they were asked."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.run = folder, folder / "runs/tiny"
+        self.recipe = tiny.write_recipe(
+            folder / "recipe.yaml", tiny.recipe(folder / "b", folder / "c", folder / "runs", engine="fsdp")
+        )
+        (folder / "bin").mkdir()
+        self.say("squeue", 'case "$*" in *State*) echo "RUNNING ${SLURM_RESTART_COUNT:-0}";; *) echo 1:00:00;; esac')
+        self.say("sinfo", "printf 'n1 idle\\nn2 idle\\nn3 idle\\n'")
+        self.say("scontrol", "echo JobId=7 ExcNodeList='(null)' ReqNodeList='(null)' PreemptTime=None")
+        self.say("sbatch", "echo 8")
+        self.say("scancel", "true")
+        for name in [name for name in os.environ if name.startswith("SLURM_")]:
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+        monkeypatch.setenv("PATH", f"{folder / 'bin'}:/usr/bin:/bin")
+        monkeypatch.setattr(batch_job, "KILLED_SECONDS", 0.0)
+        self.signals = supervise.Signals()
+
+    def say(self, tool: str, script: str) -> None:
+        """What a tool does from now on."""
+        path = self.folder / "bin" / tool
+        path.write_text(f'#!/bin/sh\necho "{tool} $*" >> {self.folder}/calls\n{script}\n')
+        path.chmod(0o755)
+
+    def ends(self, *codes: int) -> None:
+        """srun's ranks end with these codes, and write exit.json as rank 0 does."""
+        (self.folder / "codes").write_text("\n".join(map(str, codes)) + "\n")
+        self.say(
+            "srun",
+            f"cd {self.folder}; code=$(head -n1 codes); sed -i 1d codes; mkdir -p {self.run}\n"
+            f'cd {self.run}; echo "{{\\"code\\": $code}}" > exit.$$; mv exit.$$ exit.json; exit $code',
+        )
+
+    def supervise(self, *options: str) -> int:
+        asked = supervise._options([*options, "--no-preflight", str(self.recipe)])
+        return supervise.Supervisor(asked, Job.from_environment(), self.signals).run()
+
+    def calls(self, tool: str) -> list[str]:
+        return [line for line in (self.folder / "calls").read_text().splitlines() if line.startswith(tool + " ")]
+
+    def rows(self, kind: str) -> list[dict]:
+        found = [json.loads(line) for line in (self.run / LAUNCHES).read_text().splitlines()]
+        return [row for row in found if row["kind"] == kind]
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch) -> Fake:
+    return Fake(tmp_path, monkeypatch)
+
+
+def test_a_crash_is_followed_by_another_start_and_the_end_by_the_end(fake):
+    fake.ends(70, 0)
+    assert fake.supervise() == 0
+    assert [row["action"] for row in fake.rows("end")] == ["restart", "done"]
+
+
+def test_ranks_that_the_supervisor_kills_itself_strike_no_node(fake, monkeypatch):
+    monkeypatch.setattr(supervise, "LAST_SECONDS", 3600.0)  # the limit is here
+    fake.say(
+        "srun",
+        "trap '' USR1; trap 'echo \"srun: error: n2: task 1: Killed\" >&2; exit 137' TERM\nwhile :; do sleep 0.1; done",
+    )
+    threading.Timer(0.6, lambda: setattr(fake.signals, "limit", True)).start()
+    assert fake.supervise() == 75
+    (ended,) = fake.rows("end")
+    assert (ended["action"], ended["code"], ended["first_failure"]) == ("requeue", 137, None)
+    assert not (fake.run / "bad_nodes.json").exists()
+
+
+def test_giving_up_is_never_a_code_that_a_site_requeues(fake):
+    fake.signals.limit = True
+    fake.ends()
+    fake.run.mkdir(parents=True)
+    (fake.run / LAUNCHES).write_text('{"kind": "start", "job": "7", "checkpoint_step": -1}\n' * 3)
+    fake.say("squeue", 'case "$*" in *State*) echo "RUNNING 0";; *) echo 1:00;; esac')  # the limit is near
+    assert fake.supervise("--requeue-by=exit") == 70
+    assert fake.rows("end")[-1]["action"] == "give up"
+
+
+@pytest.mark.parametrize("taken", ["Reason=None PreemptTime=2026-11-21T10:00:00", "Reason=NodeDown PreemptTime=None"])
+def test_a_successor_goes_on_after_preemption_or_a_lost_node(fake, monkeypatch, taken):
+    fake.ends(137)
+    fake.say("squeue", 'case "$*" in *State*) echo "COMPLETING 0";; *) echo 1:00:00;; esac')
+    fake.say("scontrol", f"echo JobId=7 {taken}")
+    assert fake.supervise("--requeue-by=chain") == 137
+    assert fake.calls("scancel") == []
+    fake.say("squeue", 'case "$*" in *State*) echo "RUNNING 0";; *) echo 1:00:00;; esac')
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    fake.ends(0)
+    assert fake.supervise("--requeue-by=chain", "--predecessor=7", "--chain-root=7") == 0
+    assert len(fake.calls("srun")) == 2
+
+
+def test_a_successor_ends_with_a_job_that_is_cancelled(fake, monkeypatch):
+    fake.ends(75)
+    fake.say("squeue", 'case "$*" in *State*) echo "COMPLETING 0";; *) echo 1:00:00;; esac')
+    fake.say("scontrol", "echo JobId=7 Reason=None PreemptTime=None")
+    assert fake.supervise("--requeue-by=chain") == 75
+    assert fake.calls("scancel") == ["scancel 8"]
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert fake.supervise("--requeue-by=chain", "--predecessor=7", "--chain-root=7") == 1  # RequeueExit takes 75
+    assert len(fake.calls("srun")) == 1
+
+
+def test_a_job_of_a_chain_that_starts_again_queues_no_second_successor(fake, monkeypatch):
+    fake.ends(137, 0)
+    fake.say("squeue", 'case "$*" in *State*) echo "COMPLETING ${SLURM_RESTART_COUNT:-0}";; *) echo 1:00:00;; esac')
+    fake.say("scontrol", "echo JobId=7 PreemptTime=2026-11-21T10:00:00")
+    fake.supervise("--requeue-by=chain")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # its script has the line #SBATCH --requeue
+    assert fake.supervise("--requeue-by=chain") == 0
+    assert len(fake.calls("sbatch")) == 1
+    assert fake.calls("scancel") == ["scancel 8"]
+
+
+def test_a_full_disk_does_not_start_an_endless_chain(fake):
+    fake.ends(0)
+    fake.run.mkdir(parents=True)
+    (fake.run / LAUNCHES).mkdir()
+    with pytest.raises(OSError, match="directory"):
+        fake.supervise("--requeue-by=chain")
+    assert fake.calls("scancel") == ["scancel 8"]
+
+
+def test_checks_that_do_not_run_blame_no_node(fake, monkeypatch):
+    fake.say("srun", "echo 'srun: unrecognized option --bogus' >&2; exit 1")
+    asked = supervise._options(["--max-restarts=1", str(fake.recipe)])
+    assert supervise.Supervisor(asked, Job.from_environment(), fake.signals).run() == 1
+    assert [row["action"] for row in fake.rows("end")] == ["restart", "give up"]
+    assert not (fake.run / "bad_nodes.json").exists()
+
+
+def test_a_requeue_that_fails_leaves_the_job_able_to_hear_its_end(fake):
+    fake.say("scontrol", "exit 1")
+    fake.signals.install()
+    try:
+        heard = signal.getsignal(signal.SIGTERM)
+        assert not Job.from_environment().requeue(set())
+        assert signal.getsignal(signal.SIGTERM) is heard
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
+def test_no_srun_is_one_line_that_says_so(fake, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(fake.folder / "bin"))
+    assert main([str(fake.recipe), "--no-preflight"]) == 64
+    assert "there is no srun" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_rank_that_no_kill_ends_does_not_keep_the_job_until_its_limit(fake, monkeypatch):
+    monkeypatch.setattr(supervise, "FAILED_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(supervise, "KILL_SECONDS", 0.5)
+    fake.say("srun", "trap '' TERM; echo 'srun: error: n2: task 1: Bus error' >&2; while :; do sleep 0.1; done")
+    fake.supervise("--max-restarts=3")
+    assert fake.rows("end")[0]["action"] == "requeue"  # not here again: what it holds is not free
+    assert fake.rows("end")[0]["first_failure"] == ["n2", "task 1: Bus error"]
+
+
+def test_the_lead_grows_with_what_is_measured_meanwhile(fake, monkeypatch):
+    monkeypatch.setattr(supervise, "MEASURE_SECONDS", 0.2)
+    fake.run.mkdir(parents=True)
+    fake.say(
+        "srun",
+        f'cd {fake.run}; echo \'{{"step": 1, "step_seconds": 10.0}}\' > metrics.jsonl\n'
+        'echo \'{"kind": "checkpoint", "seconds": 600.0}\' > events.jsonl; sleep 1',
+    )
+    asked = supervise._options(["--no-preflight", str(fake.recipe)])
+    supervisor = supervise.Supervisor(asked, Job.from_environment(), fake.signals)
+    supervisor.run()
+    assert fake.rows("start")[0]["lead_seconds"] == DEFAULT_LEAD_SECONDS
+    assert supervisor.lead == MARGIN_SECONDS + 10 + 2 * 600  # of the hour that is left, half at most
+
+
+def test_the_lead_of_a_long_run_is_read_at_once(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "step_seconds": 2.0, "lr": 0.1}\n' * 400_000)
+    began = time.perf_counter()
+    assert lead_seconds(tmp_path) == DEFAULT_LEAD_SECONDS + 2
+    assert time.perf_counter() - began < 0.2
+
+
+def test_a_node_that_the_job_asked_for_by_name_is_not_excluded(fake):
+    fake.ends(75)
+    fake.signals.limit = True
+    fake.say("scontrol", "echo JobId=7 ExcNodeList='(null)' ReqNodeList=n1")
+    fake.run.mkdir(parents=True)
+    (fake.run / "bad_nodes.json").write_text('{"n1": ["a", "b"]}')
+    fake.supervise()
+    assert not [call for call in fake.calls("scontrol") if "ExcNodeList" in call]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -100,6 +102,21 @@ def test_new_rows_are_the_mean_of_their_pieces_and_old_ones_keep_every_bit(tied,
         assert all(torch.equal(row, mean) for row in rows[8:])
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_with_a_mixture_begins_as_it_in_both_matrices(tied, dtype):
+    model = Model(6, tied, dtype)
+    old = [module.weight.detach().clone() for module in (model.embeddings, model.head)]
+    mixture = np.array([1, 4, 5]), np.array([0.5, 0.3, 0.2], dtype=np.float32)
+    extend_vocabulary(model, replace(NEW, mixtures={7: mixture}), pad_rows_to=1)
+    for module, before in zip((model.embeddings, model.head), old, strict=True):
+        rows, wide = module.weight.detach(), before.float()
+        expected = 0.5 * wide[1] + 0.3 * wide[4] + 0.2 * wide[5]
+        assert torch.allclose(rows[7].float(), expected, atol=1e-6 if dtype == torch.float32 else 2e-2)
+        assert torch.equal(rows[6], ((wide[0] + wide[1]) / 2).to(dtype)), "without a mixture, the mean"
+        assert torch.equal(rows[:6], before)
+
+
 def test_spare_rows_of_the_base_are_used_first():
     model = Model(10, tied=False)
     old = model.head.weight.detach().clone()
@@ -183,6 +200,7 @@ def recipe(embeddings, **changes):
     [
         ({"rows": "new", "new_tokens": None}, {}, "rows: new needs new_tokens"),
         ({"pad_rows_to": 8, "new_tokens": None}, {}, "pad_rows_to belongs to new_tokens"),
+        ({"init": "focus", "new_tokens": None}, {}, "init: focus belongs to new_tokens"),
         ({"train": ["lm_head"]}, {}, r"needs embeddings.train: \[embed_tokens, lm_head\]"),
         ({"rows": "new"}, {"optim": {"embedding_weight_decay": 0.1}}, "decay would move the old rows"),
         ({"rows": "new"}, {"adapter": {"continue_from": {"path": "a", "optimizer": True}}}, "old moments would move"),
