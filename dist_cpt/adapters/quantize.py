@@ -220,7 +220,17 @@ def dequantise(model: Any) -> Any:
         model.set_submodule(name, plain)
     model.hf_quantizer.remove_quantization_config(model)
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+    # transformers remembers how a folder of codes was read and would undo it when the model is saved.
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [each for each in conversions if not _reads_codes(each)]
     return model.float()
+
+
+def _reads_codes(conversion: Any) -> bool:
+    from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb8bitDeserialize
+
+    codes = (Bnb4bitDeserialize, Bnb8bitDeserialize)
+    return any(isinstance(operation, codes) for operation in getattr(conversion, "operations", ()))
 
 
 def _how(weights: str) -> Any:

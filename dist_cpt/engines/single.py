@@ -25,7 +25,8 @@ from dist_cpt.optim.groups import ParamGroup, eight_bit_names
 from dist_cpt.optim.optimizer import AdamW
 from dist_cpt.runtime.collectives import world_size
 
-UPDATE_ELEMENTS = 1 << 20  # of one call of the optimizer: bounds the fp32 copies of bf16 gradients
+# Of one call of the optimizer: bounds the fp32 copies of bf16 gradients. On a GPU a short call is all launch.
+UPDATE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 class SingleEngine:
@@ -47,6 +48,7 @@ class SingleEngine:
         self._device = device
         self._groups = list(groups)
         self._max_norm = config.optim.max_grad_norm
+        self._update_elements = UPDATE_ELEMENTS[device.type]
         self._parameters = {name: trainable[name] for group in groups for name in group.names}
         # In fp32 the master computes itself: the same tensor, no copy.
         masters = {name: p.data for name, p in self._parameters.items()}
@@ -76,8 +78,8 @@ class SingleEngine:
             return GradStats(norm, skipped=True)
         factor = clip_factor(norm, self._max_norm)
         for group in self._groups:
-            for names in _portions(group.names, self._parameters):
-                if self._parameters[names[0]].numel() > UPDATE_ELEMENTS:
+            for names in _portions(group.names, self._parameters, self._update_elements):
+                if self._parameters[names[0]].numel() > self._update_elements:
                     self._update_in_slices(names[0], factor, lrs[group.name], group.weight_decay)
                     continue
                 grads = [self._fp32_gradient(name, factor) for name in names]
@@ -158,9 +160,9 @@ class SingleEngine:
         grad = self._grads.pop(name, None)
         if grad is None:
             grad = torch.zeros_like(self._adam.masters[name])
-        wide = torch.empty(UPDATE_ELEMENTS, device=grad.device)
+        wide = torch.empty(self._update_elements, device=grad.device)
         start = 0
-        for piece in grad.reshape(-1).split(UPDATE_ELEMENTS):
+        for piece in grad.reshape(-1).split(self._update_elements):
             fp32 = piece if piece.dtype == torch.float32 else wide[: piece.numel()].copy_(piece)
             if factor < 1.0:
                 fp32.mul_(factor)
@@ -174,12 +176,12 @@ class SingleEngine:
                 parameter.data.copy_(master)
 
 
-def _portions(names: Sequence[str], parameters: Mapping[str, nn.Parameter]) -> Iterator[list[str]]:
-    """`names` in runs of at most UPDATE_ELEMENTS elements, a larger tensor alone."""
+def _portions(names: Sequence[str], parameters: Mapping[str, nn.Parameter], most: int) -> Iterator[list[str]]:
+    """`names` in runs of at most `most` elements, a larger tensor alone."""
     portion: list[str] = []
     elements = 0
     for name in names:
-        if portion and elements + parameters[name].numel() > UPDATE_ELEMENTS:
+        if portion and elements + parameters[name].numel() > most:
             yield portion
             portion, elements = [], 0
         portion.append(name)

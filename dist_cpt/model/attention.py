@@ -144,10 +144,14 @@ def _flash_missing() -> str | None:
     return None if is_flash_attn_2_available() else "the package flash_attn is not installed"
 
 
-@cache
 def _flash_caps() -> bool:
     """Whether the installed flash_attn caps scores; it does from 2.6 on."""
-    return "softcap" in inspect.signature(importlib.import_module("flash_attn").flash_attn_varlen_func).parameters
+    return "softcap" in _parameters(importlib.import_module("flash_attn").flash_attn_varlen_func)
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 @cache
@@ -157,7 +161,7 @@ def _varlen_missing() -> str | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return f"torch {torch.__version__} has no varlen attention"
-    missing = {"window_size", "enable_gqa", "scale"} - set(inspect.signature(varlen_attn).parameters)
+    missing = {"window_size", "scale"} - _parameters(varlen_attn)
     return f"torch {torch.__version__}'s varlen attention lacks {', '.join(sorted(missing))}" if missing else None
 
 
@@ -237,6 +241,9 @@ def _varlen(
     batch, _, length, _ = query_BHLN.shape
     borders = packing.cu_seqlens
     assert borders is not None
+    # Torch 2.11 shares key heads unasked, and knows no such argument.
+    asked = "enable_gqa" in _parameters(varlen_attn)
+    shared: dict[str, Any] = {"enable_gqa": query_BHLN.shape[1] != key_BKLN.shape[1]} if asked else {}
     query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query_BHLN, key_BKLN, value_BKLN))
     out_THN = varlen_attn(
         query,
@@ -248,7 +255,7 @@ def _varlen(
         packing.max_seqlen,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),  # a token sees itself besides
-        enable_gqa=query.shape[1] != key.shape[1],
+        **shared,
     )
     assert isinstance(out_THN, torch.Tensor)
     return out_THN.unflatten(0, (batch, length))

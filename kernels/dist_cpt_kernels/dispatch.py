@@ -25,13 +25,31 @@ interpret_cpu_tensors = False
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """triton.jit, or without Triton a function that raises ImportError when it is launched."""
-    return _Missing(function.__name__) if tl is None else triton.jit(function)
+    """triton.jit, launched on its arguments' device; without Triton, what raises ImportError when it is launched."""
+    if tl is None:
+        return _Missing(function.__name__)
+    kernel = triton.jit(function)
+    if not INTERPRETED:
+        kernel.run = _on_their_device(kernel.run)
+    return kernel
 
 
 def available(tensor: torch.Tensor) -> bool:
     """Whether kernels take this tensor: on a GPU, or in a test on the CPU, in Triton's interpreter."""
     return tl is not None and (tensor.is_cuda or (interpret_cpu_tensors and tensor.device.type == "cpu"))
+
+
+def _on_their_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, with the stream of that one, wherever the tensors are."""
+
+    def run_there(*args: Any, **kwargs: Any) -> Any:
+        device = next((arg.device for arg in args if isinstance(arg, torch.Tensor)), None)
+        if device is None or device.index == torch.cuda.current_device():
+            return run(*args, **kwargs)
+        with torch.cuda.device(device):
+            return run(*args, **kwargs)
+
+    return run_there
 
 
 class _Missing:

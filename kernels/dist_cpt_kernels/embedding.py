@@ -134,23 +134,24 @@ def sum_runs_kernel(
     first = tile * TILE_TOKENS
     end = tl.minimum(first + TILE_TOKENS, num_tokens)
     place = tl.load(places_ptr + first)
-    came_in = tl.load(places_ptr + first - 1, mask=first > 0, other=-2) == place
+    before = tl.load(places_ptr + first - 1, mask=first > 0, other=-2)
+    came_in, began_here = before == place, before != place
     total = tl.zeros([BLOCK], tl.float32)
     for token in range(first, end):
         source = tl.load(order_ptr + token)
         total += tl.load(grad_ptr + source * dim + column, mask=inside, other=0.0).to(tl.float32)
         following = tl.load(places_ptr + token + 1, mask=token + 1 < num_tokens, other=-2)
-        goes_on = following == place
-        if came_in:
-            if (token + 1 == end) or (following != place):
-                tl.store(parts_ptr + tile * dim + column, total, mask=inside)
-        elif goes_on:
-            if token + 1 == end:
-                tl.store(parts_ptr + (num_tiles + tile) * dim + column, total, mask=inside)
-        elif place >= 0:
-            tl.store(out_ptr + place * dim + column, rounded(total, out_ptr.dtype.element_ty), mask=inside)
+        goes_on, ends = following == place, following != place
+        last = token + 1 == end
+        # masks, not branches: Triton 3.6 fails to compile these stores behind an `if` in a loop
+        came = column < tl.where(came_in & (last | ends), dim, 0)
+        tl.store(parts_ptr + tile * dim + column, total, mask=came)
+        leaves = column < tl.where(began_here & goes_on & last, dim, 0)
+        tl.store(parts_ptr + (num_tiles + tile) * dim + column, total, mask=leaves)
+        whole = column < tl.where(began_here & ends & (place >= 0), dim, 0)
+        tl.store(out_ptr + place * dim + column, rounded(total, out_ptr.dtype.element_ty), mask=whole)
         total = tl.where(goes_on, total, 0.0)
-        came_in = came_in & goes_on
+        came_in, began_here = came_in & goes_on, began_here | ends
         place = following
 
 
@@ -166,11 +167,15 @@ def join_runs_kernel(places_ptr, out_ptr, parts_ptr, num_tokens, dim, TILE_TOKEN
     place = tl.load(places_ptr + token - 1, mask=token < num_tokens, other=-1)
     goes_on = tl.load(places_ptr + token, mask=token < num_tokens, other=-2) == place
     began_here = tl.load(places_ptr + first - 1, mask=first > 0, other=-2) != place
-    if (place >= 0) & goes_on & began_here:
-        total = tl.load(parts_ptr + (num_tiles + tile) * dim + column, mask=inside, other=0.0)
-        while goes_on:
-            total += tl.load(parts_ptr + (token // TILE_TOKENS) * dim + column, mask=inside, other=0.0)
-            token += TILE_TOKENS
-            # the next tile's first token alone says whether the run came into it
-            goes_on = tl.load(places_ptr + token, mask=token < num_tokens, other=-2) == place
-        tl.store(out_ptr + place * dim + column, rounded(total, out_ptr.dtype.element_ty), mask=inside)
+    goes_on = goes_on & began_here & (place >= 0)
+    begins = column < tl.where(goes_on, dim, 0)
+    end = tile + 1
+    while goes_on:  # scalars alone: Triton 3.6 fails to compile a `while` that carries a block
+        end += 1
+        # the next tile's first token alone says whether the run came into it
+        token = end * TILE_TOKENS
+        goes_on = tl.load(places_ptr + token, mask=token < num_tokens, other=-2) == place
+    total = tl.load(parts_ptr + (num_tiles + tile) * dim + column, mask=begins, other=0.0)
+    for part in range(tile + 1, end):
+        total += tl.load(parts_ptr + part * dim + column, mask=inside, other=0.0)
+    tl.store(out_ptr + place * dim + column, rounded(total, out_ptr.dtype.element_ty), mask=begins)

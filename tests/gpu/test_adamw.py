@@ -77,4 +77,5 @@ def test_views_that_are_not_aligned():
     for lists in (shifted, straight):
         adamw_(*lists, step=1, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     assert all(torch.equal(*pair) for pair in zip(shifted[0], straight[0], strict=True))
-    assert torch.equal(sum_of_squares(shifted[0]), sum_of_squares(straight[0]))
+    # in another order: how many neighbours a thread reads depends on the alignment
+    torch.testing.assert_close(sum_of_squares(shifted[0]), sum_of_squares(straight[0]), rtol=1e-6, atol=0.0)

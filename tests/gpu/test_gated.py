@@ -75,3 +75,10 @@ def test_no_host_sync():
         on_cpu._grads(gated, gate, up, grad, "silu")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_kernel_runs_where_its_tensors_are():
+    gate, up, grad = (x.to("cuda:1") for x in _inputs((257, 1408), torch.bfloat16))
+    assert torch.cuda.current_device() == 0
+    _assert_right(gate, up, grad, "silu")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import torch
 from dist_cpt_kernels import dispatch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 WITHOUT_TRITON = """
 import sys
@@ -40,3 +42,22 @@ def test_the_cpu_takes_torch_unless_a_test_asks(monkeypatch):
     assert not dispatch.available(torch.ones(1, device="meta"))
     monkeypatch.setattr(dispatch, "interpret_cpu_tensors", False)
     assert not dispatch.available(torch.ones(1))
+
+
+def test_a_kernel_runs_where_its_tensors_are(monkeypatch):
+    """Triton itself would take the current device and its stream."""
+    current = [0]
+
+    @contextmanager
+    def device(wanted):
+        current.append(wanted.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    run = dispatch._on_their_device(lambda *args, grid: current[-1])
+    with FakeTensorMode():
+        assert [run(None, torch.empty(1, device=f"cuda:{i}"), 3, grid=(1,)) for i in (0, 1)] == [0, 1]
+    assert current == [0]
+    assert run(3, grid=(1,)) == 0

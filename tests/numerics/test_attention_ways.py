@@ -181,12 +181,16 @@ def test_heads_that_share_a_key(kv_heads, uncompiled_flex):
                 torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("names_sharing", [True, False])  # torch 2.11 shares key heads unasked
 @pytest.mark.parametrize("window", [None, 5, 200])
-def test_varlen_is_asked_for_the_same(window, monkeypatch):
+def test_varlen_is_asked_for_the_same(window, names_sharing, monkeypatch):
     """torch's kernel runs on a GPU only; what it is given, read as its documentation says, is this attention."""
 
-    def documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    def with_sharing(query, key, *arguments, enable_gqa, **options):
         assert enable_gqa == (query.shape[1] != key.shape[1])
+        return documented(query, key, *arguments, **options)
+
+    def documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
         assert cu_seq_q is cu_seq_k
         assert max_q == max_k == max(DOCUMENTS["many"])
         left, right = window_size
@@ -201,7 +205,7 @@ def test_varlen_is_asked_for_the_same(window, monkeypatch):
             outs.append(torch.einsum("hqk,khn->qhn", weights, value[start:stop]))
         return torch.cat(outs)
 
-    monkeypatch.setattr(varlen, "varlen_attn", documented)
+    monkeypatch.setattr(varlen, "varlen_attn", with_sharing if names_sharing else documented)
     given = inputs(torch.float64)
     expected = plain(DOCUMENTS["many"], *given, sliding_window=window)
     for ours, exact in zip(run("varlen", DOCUMENTS["many"], *given, sliding_window=window), expected, strict=True):

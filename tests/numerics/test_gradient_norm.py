@@ -26,7 +26,7 @@ def test_updating_in_slices_changes_no_bit(tmp_path, monkeypatch):
     base = tiny.write_base(tmp_path / "base", tiny.write_tokenizer(tmp_path / "tokenizer", corpus))
     optim = {"lr": 1e-2, "embedding_lr": 1e-3, "max_grad_norm": 0.5}
     assert train(tiny.recipe(base, corpus, tmp_path / "whole", optim=optim), StopRequest()) == 0
-    monkeypatch.setattr(single, "UPDATE_ELEMENTS", 1 << 13)
+    monkeypatch.setitem(single.UPDATE_ELEMENTS, "cpu", 1 << 13)
     assert train(tiny.recipe(base, corpus, tmp_path / "slices", optim=optim), StopRequest()) == 0
     losses = [[row["loss"] for row in rows(tmp_path / how / "tiny/metrics.jsonl")] for how in ("whole", "slices")]
     assert losses[0] == losses[1]

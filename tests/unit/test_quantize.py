@@ -391,6 +391,9 @@ def test_a_quantised_folder_is_taken_as_it_is(base: Path, tmp_path: Path, weight
     layer = unpacked.model.layers[0].self_attn.q_proj
     assert type(layer) is nn.Linear
     assert torch.equal(layer.weight, read_weight(bare["causal_lm.base_model.model.model.layers.0.self_attn.q_proj"]))
+    unpacked.save_pretrained(tmp_path / "unpacked")
+    again = load_plain(tmp_path / "unpacked").state_dict()
+    assert all(torch.equal(again[name], values) for name, values in unpacked.state_dict().items())
 
 
 def load_plain(folder: Path) -> Any:

@@ -1,0 +1,16 @@
+"""What torch says once for each process on a GPU, before a test turns it into an error."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def said_before():
+    with warnings.catch_warnings():
+        # torch 2.11 to 2.13: the check for host syncs is a prototype
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature", UserWarning)
+        torch.cuda.set_sync_debug_mode("default")
