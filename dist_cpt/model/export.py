@@ -7,6 +7,7 @@ run folded or stacked is merged first, in fp32.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -421,9 +422,37 @@ def logits_of(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def write_model(model: Any, out: Path, tokenizer_folders: list[Path]) -> None:
-    """`model` and the first tokenizer found as a Hugging Face folder, in shards of 5 GB."""
+    """`model` and the first tokenizer found as a Hugging Face folder, in shards of 5 GB; its generation ends where a
+    turn of the tokenizer's chat does, which a base's own configuration does not know."""
+    from transformers import AutoTokenizer
+
     model.save_pretrained(out, max_shard_size="5GB")
     copy_tokenizer(tokenizer_folders, out)
+    generation = getattr(model, "generation_config", None)
+    if generation is None or is_classifier(out):
+        return
+    ends = turn_ends(AutoTokenizer.from_pretrained(out, trust_remote_code=False))
+    known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    if not set(ends) <= set(known):
+        told = copy.deepcopy(generation)
+        told.eos_token_id = [*(end for end in known if end is not None), *(end for end in ends if end not in known)]
+        told.save_pretrained(out)
+
+
+def turn_ends(tokenizer: Any) -> list[int]:
+    """The special token that the chat template puts after an answer; none without a template, or where it puts none."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        return []
+    answer = "forty-two"
+    talk = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": answer}]
+    try:
+        _, found, after = tokenizer.apply_chat_template(talk, tokenize=False).rpartition(answer)
+    except TemplateError:  # it wants more than a question and an answer
+        return []
+    first = tokenizer(after, add_special_tokens=False)["input_ids"][:1] if found else []
+    return [token for token in first if token in tokenizer.added_tokens_decoder]
 
 
 def _write(model: Any, out: Path, tokenizer_folders: list[Path]) -> Path:

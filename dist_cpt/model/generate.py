@@ -10,7 +10,7 @@ import torch
 from dist_cpt.adapters.lora import ADAPTER_CONFIG
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.classify import is_classifier, read_labels
-from dist_cpt.model.export import TOKENIZER_FILES, load_fp32, verified_base
+from dist_cpt.model.export import TOKENIZER_FILES, load_fp32, turn_ends, verified_base
 
 
 def generate(
@@ -58,6 +58,7 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    ends = [tokenizer.eos_token_id, *(turn_ends(tokenizer) if chat else [])]
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         output = model.generate(
@@ -65,7 +66,7 @@ def generate(
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            eos_token_id=_ends(tokenizer, chat),
+            eos_token_id=[end for end in ends if end is not None],
             **sampling,
         )
     written = output[0, input_ids.shape[1] :] if chat else output[0]
@@ -104,18 +105,6 @@ def _chat_ids(tokenizer: Any, prompt: str) -> torch.Tensor:
     except ValueError:
         raise ConfigError("the tokenizer has no chat template", remedy="leave --chat out") from None
     return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
-
-
-def _ends(tokenizer: Any, chat: bool) -> list[int]:
-    """What ends a text: EOS, and in a chat the special token that the template puts after an answer."""
-    ends = [tokenizer.eos_token_id]
-    if chat:
-        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        prompt = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(talk, tokenize=False)
-        after = tokenizer(whole.removeprefix(prompt).removeprefix("b"), add_special_tokens=False)["input_ids"]
-        ends += [token for token in after[:1] if token in tokenizer.added_tokens_decoder]
-    return [token for token in ends if token is not None]
 
 
 def _prompt_ids(tokenizer: Any, prompt: str) -> torch.Tensor:

@@ -144,7 +144,6 @@ def export_gguf(
     dtype: str = "bf16",
     *,
     base: str | None = None,
-    scale: float = 1.0,
 ) -> None:
     """Merge, then let llama.cpp's own converter write the GGUF file `out`.
 
@@ -164,7 +163,7 @@ def export_gguf(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
-            merge(checkpoint, Path(work) / "model", dtype, base=base, scale=scale)
+            merge(checkpoint, Path(work) / "model", dtype, base=base)
             staging = Path(work) / "model.gguf"
             command = [sys.executable, str(converter), str(Path(work) / "model")]
             command += ["--outfile", str(staging), "--outtype", _GGUF_TYPES[dtype]]

@@ -206,6 +206,35 @@ def test_generate_is_the_same_from_checkpoint_adapter_and_merged_folder(bases, t
     assert texts[1:] == texts[:1] * 2
 
 
+TURNS = "{% for m in messages %}<s>{{ m['content'] }}<end>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        (TURNS, [0, VOCAB_SIZE + 1]),
+        (TURNS.replace("m['content']", "'<think></think>' + m['content']"), [0, VOCAB_SIZE + 1]),
+        (TURNS.replace("<end>", " and so on"), 0),
+        ("{{ raise_exception('tools are missing') }}", 0),
+        (None, 0),
+    ],
+)
+def test_a_merged_model_stops_where_a_turn_ends(bases, tmp_path, template, ends):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from dist_cpt.model.export import plain_model, write_model
+
+    tokenizer = AutoTokenizer.from_pretrained(bases / "untied")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<s>", "<end>"]})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    model = plain_model(bases / "untied")
+    model.generation_config.eos_token_id = 0
+    (tmp_path / "out").mkdir()
+    write_model(model, tmp_path / "out", [tmp_path / "tokenizer"])
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == ends
+
+
 def test_sampling_follows_its_seed(bases):
     def sample(seed: int, top_k: int = 0) -> str:
         return generate(bases / "untied", "import", 16, temperature=1.0, top_k=top_k, seed=seed)
