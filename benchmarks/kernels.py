@@ -45,8 +45,7 @@ sys.path[:] = [
 
 import dist_cpt_kernels as fused  # noqa: E402
 from dist_cpt_kernels import reference  # noqa: E402
-from dist_cpt_kernels.lora_linear import Projection  # noqa: E402
-from dist_cpt_kernels.nf4 import NestedScales  # noqa: E402
+from dist_cpt_kernels.projection import NestedScales, Projection  # noqa: E402
 
 NO_DEVICE = 64  # as a wrong configuration
 WARM_UP, REPEATS = 5, 25

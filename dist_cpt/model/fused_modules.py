@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import torch
 from dist_cpt_kernels import add_rms_norm, embedding, gated, rms_norm, rope
-from dist_cpt_kernels.lora_linear import Projection, lora_linear, lora_mlp
+from dist_cpt_kernels.lora_linear import lora_linear, lora_mlp
+from dist_cpt_kernels.projection import Projection
 from torch import nn
 from transformers import AttentionInterface
 

@@ -7,8 +7,9 @@ from dist_cpt_kernels.cross_entropy import cross_entropy
 from dist_cpt_kernels.embedding import RowGradient, embedding, embedding_gradient, embedding_gradient_rows
 from dist_cpt_kernels.gated import gated, gated_gradients
 from dist_cpt_kernels.linear_cross_entropy import linear_cross_entropy
-from dist_cpt_kernels.lora_linear import Nf4Scales, Projection, lora_linear, lora_mlp
-from dist_cpt_kernels.nf4 import NestedScales, dequantize_nf4
+from dist_cpt_kernels.lora_linear import lora_linear, lora_mlp
+from dist_cpt_kernels.nf4 import dequantize_nf4
+from dist_cpt_kernels.projection import NestedScales, Nf4Scales, Projection
 from dist_cpt_kernels.rms_norm import add_rms_norm, rms_norm
 from dist_cpt_kernels.rope import rope, rope_tables
 

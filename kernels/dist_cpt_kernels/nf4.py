@@ -11,25 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
 
 import torch
 
 from dist_cpt_kernels import reference
 from dist_cpt_kernels.dispatch import available, jit, tl
+from dist_cpt_kernels.projection import NestedScales
 from dist_cpt_kernels.rounding import rounded
 
 TILE = 4096  # elements of one program: 16 bytes of codes for each thread
 NUM_WARPS = 4
-
-
-class NestedScales(NamedTuple):
-    """How the scales themselves are stored."""
-
-    code_map: torch.Tensor  # fp32 [256]
-    absmax: torch.Tensor  # fp32 [ceil(number of scales / block)]
-    offset: torch.Tensor  # fp32 []
-    block: int = 256
 
 
 def dequantize_nf4(

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-if TYPE_CHECKING:
-    from dist_cpt_kernels.lora_linear import Projection
+from dist_cpt_kernels.projection import Projection
 
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float, *, casting: str = "llama") -> torch.Tensor:

@@ -213,7 +213,7 @@ def test_kills_all_over_a_save_in_the_way_of_training(new_job) -> None:
 
 
 def test_kills_before_the_first_checkpoint_and_where_a_step_is_taken(new_job) -> None:
-    kill_in_turn(new_job("zero-1", 2, keep=1), [("trial.reread", 1), ("step", 1)])
+    kill_in_turn(new_job("zero-1", 2, keep=1), [("trial.reread", 1), ("save.aside", 0), ("step", 1)])
 
 
 @pytest.mark.matrix
