@@ -10,7 +10,7 @@ from dist_cpt.optim.eight_bit import BLOCK
 from tests.contract.engines import ENGINES, grid
 from tests.contract.test_state_moves import assert_same
 
-FAST = (("zero-3", 2, "8bit"),)
+FAST = (("fsdp-full", 2, "8bit"),)
 STEPS, CYCLE = 60, 4
 
 # A first moment is off by up to 1.05 % of its block's largest, a second one by 0.35 %, at each step anew: the path is

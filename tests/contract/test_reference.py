@@ -43,12 +43,11 @@ FAST = (
     ("single", 1, "lora"),
     ("single", 1, "full"),
     ("fsdp-full", 2, "lora"),
-    ("fsdp-hybrid", 4, "full"),
     ("fsdp-trainable", 2, "lora-tied"),
     ("zero-1", 2, "lora"),
     ("zero-2", 2, "lora-tied"),
     ("zero-3", 2, "lora"),
-    ("zero-3", 4, "full"),
+    ("zero-3", 2, "full"),
 )
 
 

@@ -81,7 +81,8 @@ def test_a_disk_that_fills_up_ends_with_73_and_keeps_the_last_checkpoint(made, d
     assert not list((run / "checkpoints").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.matrix), True], ids=["now", "beside"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["now", "beside"])
 def test_a_disk_that_is_freed_again_costs_no_step(made, disk, tmp_path, asynchronous, monkeypatch):
     monkeypatch.setattr("dist_cpt.train.saver.FIRST_RETRY_SECONDS", 0.05)
     run = disk("8m") / "tiny"

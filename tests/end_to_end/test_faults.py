@@ -212,6 +212,7 @@ def test_kills_all_over_a_save_in_the_way_of_training(new_job) -> None:
     kill_in_turn(job, [("save.manifest", 0), ("restore", 1), ("save.published", 0)])
 
 
+@pytest.mark.matrix
 def test_kills_before_the_first_checkpoint_and_where_a_step_is_taken(new_job) -> None:
     kill_in_turn(new_job("zero-1", 2, keep=1), [("trial.reread", 1), ("save.aside", 0), ("step", 1)])
 
@@ -521,7 +522,9 @@ def test_a_refusal_beside_training_surfaces_within_a_step_and_ends_with_73(new_j
     require_as_unbroken(job)
 
 
-@pytest.mark.parametrize(("signal_name", "asynchronous"), [("term", True), ("usr1", False)])
+@pytest.mark.parametrize(
+    ("signal_name", "asynchronous"), [("term", True), pytest.param("usr1", False, marks=pytest.mark.matrix)]
+)
 def test_a_signal_while_a_save_runs_waits_for_it_saves_and_ends_with_75(new_job, signal_name, asynchronous) -> None:
     """The signal comes on one rank's saving thread; two more of another kind come right after."""
     job = new_job("fsdp-full", 2, asynchronous=asynchronous)

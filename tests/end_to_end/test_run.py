@@ -281,6 +281,7 @@ def test_an_adapter_without_effect_is_refused(made, tmp_path, capfd):
     assert "with and without this adapter" in capfd.readouterr().err
 
 
+@pytest.mark.matrix
 def test_8_bit_moments_resume_bit_for_bit_and_learn_as_well(made, tmp_path):
     """The same place: as if unbroken. The loss after 40 steps is that of fp32 moments to a part in a thousand."""
     from dist_cpt.checkpoint.outline import read_manifest

@@ -110,6 +110,7 @@ def test_a_new_token_is_made_of_those_that_are_used_alike(written):
     assert shares["harp"] > 0.5, shares
 
 
+@pytest.mark.matrix
 def test_two_processes_write_the_same_bytes(written, tmp_path):
     code = f"from pathlib import Path; from tests.unit.test_focus import write; write(Path({str(tmp_path)!r}))"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "4711"})
