@@ -12,18 +12,15 @@ from typing import Any
 
 import pytest
 from dist_cpt_launch.preflight import (
-    Limits,
-    NodeReport,
     Place,
     gpu_state,
-    judge,
     main,
     preflight,
     read_gpus,
     read_reports,
     this_place,
-    verdict_text,
 )
+from dist_cpt_launch.verdict import Limits, NodeReport, judge, verdict_text
 
 from dist_cpt.errors import EXIT_CANNOT_WRITE, EXIT_NODE, ConfigError
 
@@ -49,6 +46,7 @@ def test_four_fit_nodes():
 def test_the_odd_version_is_the_one_at_fault():
     odd = node("n3", versions={"torch": "2.12"})
     assert failing(node("n1"), node("n2"), odd) == {"n3": ["torch 2.12, the others have 2.13"]}
+    assert failing(node("n1"), odd) == {"": ["torch differs: n1 2.13, n3 2.12"]}  # of two nobody can say who is wrong
 
 
 def test_a_slow_node_is_named():
