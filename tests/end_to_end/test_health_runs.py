@@ -33,6 +33,7 @@ def recipe(made: tuple[Path, Path], folder: Path, policy: str, **spike: object) 
     )
 
 
+@pytest.mark.matrix
 def test_off_counts_spikes_and_changes_nothing(made, tmp_path):
     assert train(recipe(made, tmp_path / "a", "off")) == 0
     assert train(recipe(made, tmp_path / "b", "off", sigmas=1000.0)) == 0
@@ -84,6 +85,7 @@ def test_rollback_goes_back_and_leaves_the_data_out_for_good(made, tmp_path):
     assert all(problems == [] for problems in verify_run(run).values())
 
 
+@pytest.mark.matrix
 def test_a_kill_after_a_rollback_does_not_bring_the_bad_data_back(made, tmp_path):
     options = {"max_rollbacks": 50}
     values = recipe(made, tmp_path / "a", "rollback", **options)

@@ -150,6 +150,7 @@ def test_unharmed_every_command_is_content(run):
 PAYLOADS = pytest.mark.parametrize("payload", [pickled, pytest.param(zipped, marks=pytest.mark.matrix)])
 
 
+@pytest.mark.matrix
 @PAYLOADS
 def test_a_pickle_in_place_of_a_file_of_the_newest_checkpoint(run, payload):
     """Each in turn: it is refused by name, and whoever takes a run goes back to the checkpoint before."""
