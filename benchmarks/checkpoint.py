@@ -46,7 +46,7 @@ MODEL = {
 }
 POSITIONS = (1_000, 1_000_000_000)
 WAYS = {
-    "ours": "checkpoint/store.py: fp32 safetensors, sha256 of every tensor, fsync, read back, manifest, rename",
+    "ours": "checkpoint/save.py: fp32 safetensors, sha256 of every tensor, fsync, read back, manifest, rename",
     "ours_beside": "the same from a snapshot in host memory, on a thread beside training; the stall is the snapshot",
     "dcp": "torch.distributed.checkpoint.save of the same tensors as DTensors",
     "dcp_async": "torch.distributed.checkpoint.async_save of them; the stall is until it returns",
@@ -154,11 +154,11 @@ class Trained:
     def __init__(self, engine: dict[str, Any], **changes: Any) -> None:
         import torch
 
-        from dist_cpt.checkpoint.manifest import TensorSpec
         from dist_cpt.config.schema import RunConfig
         from dist_cpt.engines.build import build_engine
         from dist_cpt.model.load import load_model
         from dist_cpt.optim.groups import param_groups
+        from dist_cpt.training_state import TensorSpec
 
         self.config = RunConfig.model_validate(recipe(engine) | changes)
         self.model = load_model(self.config, device=torch.device("cpu"))
@@ -210,9 +210,9 @@ def timed_steps(built: Trained, count: int) -> list[float]:
 
 
 def save(built: Trained, path: Path, export: Any = None, position: int = 8) -> Any:
-    from dist_cpt.checkpoint.manifest import Identity
-    from dist_cpt.checkpoint.state import Probe, Randomness, TrainState
-    from dist_cpt.checkpoint.store import save as save_checkpoint
+    from dist_cpt.checkpoint.save import save as save_checkpoint
+    from dist_cpt.run_folder.manifest import Identity
+    from dist_cpt.run_folder.train_state import Probe, Randomness, TrainState
 
     state = TrainState(
         step=8,
@@ -317,7 +317,7 @@ def measure_resume(folder: Path, rounds: int) -> dict[str, Any]:
     """Seconds from a run folder to the end of the first step after a resume, by position of the data stream."""
     import torch.distributed as dist
 
-    from dist_cpt.checkpoint.restore import load, newest_valid
+    from dist_cpt.checkpoint.load import load, newest_valid
     from dist_cpt.config.load import build
     from dist_cpt.config.resolve import resolve_paths
     from dist_cpt.data.loader import BlockLoader

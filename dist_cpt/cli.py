@@ -142,7 +142,7 @@ def launch(
 ) -> None:
     """Start all ranks of a run and return the run's exit code; on slurm, submit the job that does."""
     options = locals()
-    from dist_cpt_launch.requested import launch_requested
+    from dist_cpt_launch.dispatch import launch_requested
 
     raise typer.Exit(launch_requested(recipe, options))
 
@@ -181,7 +181,7 @@ def resume(
             f"{run} has no finished checkpoint to resume from",
             remedy=f"dist-cpt launch {recipe} starts it again",
         )
-    from dist_cpt_launch.requested import launch_requested
+    from dist_cpt_launch.dispatch import launch_requested
 
     from dist_cpt.config.resolve import run_folder
 
@@ -227,15 +227,15 @@ def verify(
     path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder or one checkpoint.")],
 ) -> None:
     """Check every byte of a checkpoint, or of a whole run with its record; exit code 74 if it does not hold."""
-    from dist_cpt.checkpoint.outline import printable
     from dist_cpt.checkpoint.verify import verify_checkpoint, verify_run
+    from dist_cpt.errors import printable
 
     path = Path(os.path.abspath(path))  # `.` has no name
     if not path.is_dir():
         raise CheckpointError(f"nothing to verify: {path} is not a folder")
     record: list[str] = []
     if (path / "checkpoints").is_dir():
-        from dist_cpt.train.record import record_problems
+        from dist_cpt.run_folder.audit import record_problems
 
         verdicts = verify_run(path)
         record = record_problems(path)
@@ -262,7 +262,7 @@ def inspect(
     """What is inside: where the run stood, groups, sizes, identities, lineage. Reads no tensor."""
     from dist_cpt.checkpoint.inspect import inspect_path
     from dist_cpt.checkpoint.inspect_text import as_text
-    from dist_cpt.checkpoint.outline import printable
+    from dist_cpt.errors import printable
 
     content = inspect_path(Path(os.path.abspath(path)))
     print(json.dumps(content, indent=1) if json_ else as_text(content))
@@ -295,14 +295,14 @@ def merge(
     scales = _scales(sweep)
     checkpoint = _checkpoint_folder(path, adapters=True)
     if scales:
-        from dist_cpt.train.sweep import sweep as losses
+        from dist_cpt.export.sweep import sweep as losses
 
         for at, found in losses(checkpoint, scales, base=base):
             print(f"scale {at:g}: " + ", ".join(f"{name} {loss:.6f}" for name, loss in found.items()), flush=True)
     if out is None:
         return
     if add_residual is not None:
-        from dist_cpt.model.residual import Residual, merge_with_residual
+        from dist_cpt.export.task_vector import Residual, merge_with_residual
 
         if base_only:
             raise ConfigError("--base-only and --add-residual exclude each other")
@@ -312,8 +312,8 @@ def merge(
         if not same:
             print(f"note: {residual.base} is not the base that this run trained on, going by its sha256")
         return
-    from dist_cpt.model.export import merge as merge_model
-    from dist_cpt.model.export import quantisation_gap
+    from dist_cpt.export.merge import merge as merge_model
+    from dist_cpt.export.merge import quantisation_gap
 
     gap = None if base_only or scale != 1.0 else quantisation_gap(checkpoint, base=base)
     difference = merge_model(checkpoint, out, dtype, base=base, base_only=base_only, scale=scale)
@@ -334,7 +334,7 @@ def export(
     ] = None,
 ) -> None:
     """A trained adapter as other programs read it, checked against the trainer's logits."""
-    from dist_cpt.model import layouts
+    from dist_cpt.export import formats as layouts
 
     if format_ not in ("peft", "vllm", "gguf"):
         raise ConfigError(f"--format {format_}: use peft, vllm or gguf")
@@ -366,7 +366,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message; print the answer.")] = False,
 ) -> None:
     """Continue a prompt with a run, a checkpoint or any model folder."""
-    from dist_cpt.model.generate import generate as generate_text
+    from dist_cpt.export.generate import generate as generate_text
 
     ours = (model / "checkpoints").is_dir() or (model / "manifest.json").exists()
     folder = _checkpoint_folder(model) if ours else model
@@ -519,7 +519,7 @@ def _checkpoint_folder(path: Path, *, adapters: bool = False) -> Path:
         if problems:
             raise CheckpointError(f"{path} does not hold: {problems[0]}", remedy="dist-cpt verify names everything")
         return path
-    from dist_cpt.checkpoint.restore import newest_valid
+    from dist_cpt.checkpoint.load import newest_valid
 
     found, skipped = newest_valid(_run_folder(path))
     for name, reason in skipped:

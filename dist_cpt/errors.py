@@ -89,3 +89,8 @@ class Stopped(DistCptError):
     """The run was asked to stop, saved, and can be resumed."""
 
     exit_code = EXIT_STOPPED
+
+
+def printable(text: str) -> str:
+    """`text` as one line: line breaks and control characters, which a file may contain, are spelled out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

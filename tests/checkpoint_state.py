@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_cpt.checkpoint.manifest import STATE_KINDS, Identity, StateKind, TensorSpec
-from dist_cpt.checkpoint.restore import LoadedCheckpoint
-from dist_cpt.checkpoint.state import Probe, Randomness, TrainState
-from dist_cpt.checkpoint.store import CheckpointInfo, save
+from dist_cpt.checkpoint.load import LoadedCheckpoint
+from dist_cpt.checkpoint.save import CheckpointInfo, save
+from dist_cpt.run_folder.manifest import Identity
+from dist_cpt.run_folder.train_state import Probe, Randomness, TrainState
 from dist_cpt.runtime.collectives import rank, world_size
+from dist_cpt.training_state import STATE_KINDS, StateKind, TensorSpec
 
 LORA_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 LORA_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from dist_cpt.checkpoint.foreign import StartedFrom, start_from
-from dist_cpt.checkpoint.manifest import TensorSpec
+from dist_cpt.checkpoint.import_peft import StartedFrom, start_from
 from dist_cpt.config.load import build
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.engines.build import build_engine
 from dist_cpt.engines.engine import Engine
 from dist_cpt.model.load import TrainableModel, load_model
 from dist_cpt.optim.groups import param_groups
+from dist_cpt.training_state import TensorSpec
 from tests.contract.model import SEQ_LEN
 
 CPU = torch.device("cpu")

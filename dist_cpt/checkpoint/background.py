@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_cpt.checkpoint.store import CheckpointInfo
+from dist_cpt.checkpoint.save import CheckpointInfo
 from dist_cpt.errors import CheckpointError
 from dist_cpt.runtime.collectives import over_group, world_size
 

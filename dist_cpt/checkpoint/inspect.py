@@ -10,11 +10,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dist_cpt.checkpoint.folders import published, superseded
-from dist_cpt.checkpoint.manifest import MANIFEST, STATE_KINDS, Manifest
-from dist_cpt.checkpoint.outline import outline_problems, read_manifest, read_state
-from dist_cpt.checkpoint.state import TrainState, strict_json
+from dist_cpt.checkpoint.quick_check import outline_problems
 from dist_cpt.errors import CheckpointError, ConfigError
+from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state, superseded
+from dist_cpt.run_folder.json_files import strict_json
+from dist_cpt.run_folder.manifest import Manifest
+from dist_cpt.run_folder.names import MANIFEST
+from dist_cpt.run_folder.train_state import TrainState
+from dist_cpt.training_state import STATE_KINDS
 
 _FP32_BYTES = 4
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dist_cpt.checkpoint.outline import printable
+from dist_cpt.errors import printable
 
 _SHAPES_SHOWN = 4
 

@@ -9,15 +9,9 @@ import shutil
 import time
 from pathlib import Path
 
-from dist_cpt.checkpoint.folders import (
-    checkpoints_folder,
-    fsync_path,
-    published,
-    step_name,
-    superseded,
-    superseded_folder,
-)
-from dist_cpt.checkpoint.outline import outline_problems
+from dist_cpt.checkpoint.quick_check import outline_problems
+from dist_cpt.run_folder.checkpoints import checkpoints_folder, published, step_name, superseded, superseded_folder
+from dist_cpt.run_folder.json_files import fsync_path
 
 LOGGER = logging.getLogger("dist_cpt")
 

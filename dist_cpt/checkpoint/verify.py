@@ -8,12 +8,14 @@ from typing import Any, Protocol
 
 import torch
 
-from dist_cpt.checkpoint.folders import published
-from dist_cpt.checkpoint.manifest import INITIAL_ADAPTER, STATE_KINDS, Manifest, StateKind, TensorEntry
-from dist_cpt.checkpoint.outline import outline_problems, read_manifest
+from dist_cpt.checkpoint.quick_check import outline_problems
 from dist_cpt.checkpoint.safetensors_stream import file_sha256, scan, tensor_sha256
 from dist_cpt.errors import CheckpointError
+from dist_cpt.run_folder.checkpoints import published, read_manifest
+from dist_cpt.run_folder.manifest import Manifest, TensorEntry
+from dist_cpt.run_folder.names import INITIAL_ADAPTER
 from dist_cpt.runtime.collectives import broadcast_json, gather_json, rank, world_size
+from dist_cpt.training_state import STATE_KINDS, StateKind
 
 
 class Exported(Protocol):

@@ -7,22 +7,14 @@ so that any engine at any world size can read what another has written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
 from dist_cpt.data.batch import Batch
-
-StateKind = Literal["master", "exp_avg", "exp_avg_sq"]
-STATE_KINDS: tuple[StateKind, ...] = ("master", "exp_avg", "exp_avg_sq")
-
-# (kind, canonical name, start, stop) -> flat fp32 CPU values [stop - start] of the full tensor in C order
-ReadState = Callable[[StateKind, str, int, int], torch.Tensor]
-
-
-OwnerOf = Callable[[StateKind, str], int]  # the rank that gets the whole tensor
+from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, OwnerOf, ReadState, StateKind
 
 
 @dataclass(frozen=True)
@@ -31,21 +23,6 @@ class GradStats:
 
     grad_norm: float
     skipped: bool  # non-finite on some rank: nothing moved, moments and step counter as before
-
-
-@dataclass(frozen=True)
-class ExportedTensor:
-    """One full tensor of the training state; `values` is None on every rank but its owner."""
-
-    kind: StateKind
-    name: str
-    values: torch.Tensor | None  # fp32, CPU, full shape
-
-
-class ExportState(Protocol):
-    """Yields every trainable tensor's `kinds`, in the groups' order, whole on its owner. Collective."""
-
-    def __call__(self, owner_of: OwnerOf, kinds: Sequence[StateKind] = STATE_KINDS) -> Iterator[ExportedTensor]: ...
 
 
 class Engine(Protocol):

@@ -29,13 +29,14 @@ from torch.distributed.tensor import DTensor
 from dist_cpt.adapters.quantize import quantisation_state
 from dist_cpt.config.schema import EngineConfig, RunConfig
 from dist_cpt.data.batch import Batch
-from dist_cpt.engines.engine import STATE_KINDS, ExportedTensor, ExportState, GradStats, OwnerOf, ReadState, StateKind
+from dist_cpt.engines.engine import GradStats
 from dist_cpt.engines.forward import inference, last_logits, scaled_loss
 from dist_cpt.engines.slices import SlicedState, clip_factor, global_norm, probe, storage_bytes
 from dist_cpt.errors import ConfigError
 from dist_cpt.optim.groups import ParamGroup, eight_bit_names
 from dist_cpt.optim.optimizer import AdamW
 from dist_cpt.runtime.env import process_env
+from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, OwnerOf, ReadState, StateKind
 
 
 class Fsdp2Engine:

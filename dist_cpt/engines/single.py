@@ -17,13 +17,14 @@ from torch import nn
 from dist_cpt.adapters.quantize import quantisation_state
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.batch import Batch
-from dist_cpt.engines.engine import STATE_KINDS, ExportedTensor, ExportState, GradStats, OwnerOf, ReadState, StateKind
+from dist_cpt.engines.engine import GradStats
 from dist_cpt.engines.forward import inference, last_logits, scaled_loss
 from dist_cpt.engines.slices import SlicedState, clip_factor, global_norm, probe, storage_bytes
 from dist_cpt.errors import ConfigError
 from dist_cpt.optim.groups import ParamGroup, eight_bit_names
 from dist_cpt.optim.optimizer import AdamW
 from dist_cpt.runtime.collectives import world_size
+from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, OwnerOf, ReadState, StateKind
 
 # Of one call of the optimizer: bounds the fp32 copies of bf16 gradients. On a GPU a short call is all launch.
 UPDATE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}

@@ -15,9 +15,9 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from dist_cpt.engines.engine import STATE_KINDS, ExportedTensor, ExportState, ReadState, StateKind
 from dist_cpt.errors import CheckpointError
 from dist_cpt.runtime.collectives import agree, current_group, gather_json, rank, world_size
+from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, ReadState, StateKind
 
 NORM_ELEMENTS = 1 << 16  # of one fp32 sum of squares
 

@@ -33,12 +33,13 @@ from torch import nn
 from dist_cpt.adapters.quantize import quantisation_state
 from dist_cpt.config.schema import EngineConfig, OptimConfig, RunConfig
 from dist_cpt.data.batch import Batch
-from dist_cpt.engines.engine import STATE_KINDS, ExportedTensor, ExportState, GradStats, OwnerOf, ReadState, StateKind
+from dist_cpt.engines.engine import GradStats
 from dist_cpt.engines.forward import inference, last_logits, scaled_loss
 from dist_cpt.engines.slices import SlicedState, storage_bytes
 from dist_cpt.errors import ConfigError, MissingExtraError
 from dist_cpt.optim.groups import ParamGroup, eight_bit_names
 from dist_cpt.optim.optimizer import AdamW, FlatAdamW
+from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, OwnerOf, ReadState, StateKind
 
 TESTED_VERSION = "0.19.8"
 BUCKET_ELEMENTS = 200_000_000  # of one reduction, in fp32 0.8 GB on the device

@@ -23,11 +23,11 @@ from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import TESTED, Parts, check_config, parts_of
 from dist_cpt.model.attention import choose, install
 from dist_cpt.model.classify import HEAD, ClassHead, as_classifier, write_labels
-from dist_cpt.model.consent import code_sha256s, require_code_consent
+from dist_cpt.model.continue_from import ProbeBlock, Standing, stand_on
 from dist_cpt.model.fuse import Fusion, fuse
 from dist_cpt.model.loss import CausalLMForLoss, install_loss_head, install_low_rank_head, prove_parts
-from dist_cpt.model.prove import prove_attention, prove_fusion
-from dist_cpt.model.standing import ProbeBlock, Standing, stand_on
+from dist_cpt.model.safety_checks import code_sha256s, require_code_consent
+from dist_cpt.model.self_check import prove_attention, prove_fusion
 
 WEIGHTS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _WEIGHTS = "model*.safetensors"  # the names transformers loads

@@ -8,8 +8,8 @@ from datetime import datetime
 from html import escape
 
 from dist_cpt.report.html_table import Html, Wide, number_cell, table
-from dist_cpt.report.run_files import RunFiles
 from dist_cpt.report.values import clock, duration, integer
+from dist_cpt.run_folder.contents import RunFiles
 
 OUTCOMES = {
     0: ("done", "good"),

@@ -8,8 +8,8 @@ from typing import Any
 from dist_cpt.report.attempts import Attempt
 from dist_cpt.report.chart import Mark, Point, Series, line_chart, smooth
 from dist_cpt.report.held_out import by_set, measure
-from dist_cpt.report.run_files import RunFiles
 from dist_cpt.report.values import real
+from dist_cpt.run_folder.contents import RunFiles
 
 _MAX_CROSSES = 200
 

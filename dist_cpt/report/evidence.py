@@ -6,8 +6,8 @@ from html import escape
 from typing import Any
 
 from dist_cpt.report.html_table import Html, Wide, number_cell, table
-from dist_cpt.report.run_files import RunFiles
 from dist_cpt.report.values import items, number
+from dist_cpt.run_folder.contents import RunFiles
 
 
 def contract_section(run: RunFiles) -> str:

@@ -7,8 +7,8 @@ from html import escape
 from typing import Any
 
 from dist_cpt.report.html_table import Html, number_cell, table
-from dist_cpt.report.run_files import RunFiles
 from dist_cpt.report.values import number, real, relative_change
+from dist_cpt.run_folder.contents import RunFiles
 
 
 def headline(run: RunFiles) -> str:

@@ -6,8 +6,8 @@ from html import escape
 from pathlib import Path
 
 from dist_cpt.report.html_table import Html, Wide, number_cell, table
-from dist_cpt.report.run_files import RunFiles
 from dist_cpt.report.values import clock, integer, number, real
+from dist_cpt.run_folder.contents import RunFiles
 
 _MAX_MESSAGES = 200
 

@@ -19,8 +19,8 @@ from dist_cpt.report.evidence import certificate_section, contract_section
 from dist_cpt.report.held_out import headline, held_out_table
 from dist_cpt.report.page import page
 from dist_cpt.report.records import checkpoint_table, message_list, recipe_section, sample_section, token_ledger
-from dist_cpt.report.run_files import RunFiles, read_run
 from dist_cpt.report.values import duration, large, number
+from dist_cpt.run_folder.contents import RunFiles, read_run
 
 
 def write_report(run_folder: Path) -> Path:

@@ -20,8 +20,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from dist_cpt.train.metrics import EVALUATIONS, read_rows
-from dist_cpt.train.observers import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
+from dist_cpt.run_folder.json_files import read_rows
+from dist_cpt.run_folder.names import EVALUATIONS
+from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _PLAIN_WIDTH = 118

@@ -14,19 +14,20 @@ from typing import Literal
 import numpy as np
 import torch
 
-from dist_cpt.checkpoint.state import TrainState
 from dist_cpt.config.resolve import StepShape
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.batch import Batch
 from dist_cpt.engines.engine import Engine, GradStats
 from dist_cpt.errors import DataError, NumericsError
+from dist_cpt.health.spikes import Decision, SpikeDetector, decide
+from dist_cpt.health.watchdog import Phase
 from dist_cpt.optim.groups import ParamGroup
 from dist_cpt.optim.schedule import learning_rates
+from dist_cpt.run_folder.records import StepRecord
+from dist_cpt.run_folder.train_state import TrainState
 from dist_cpt.runtime.collectives import all_reduce_floats, all_reduce_ints
 from dist_cpt.runtime.seed import seed_step
 from dist_cpt.train.contract import Contract
-from dist_cpt.train.health import Phase, SpikeDetector, Verdict, verdict
-from dist_cpt.train.observers import StepRecord
 from dist_cpt.train.saver import Saver
 
 Outcome = Literal["done", "stopped", "rollback"]
@@ -186,11 +187,11 @@ def train_loop(
 
 def _update(
     config: RunConfig, engine: Engine, lrs: Mapping[str, float], progress: Progress, *, finite: bool, spike: bool
-) -> tuple[GradStats, Verdict]:
+) -> tuple[GradStats, Decision]:
     """Apply the step, or drop it, as the policy says of its loss; then what it says of its gradient."""
 
-    def judge(finite: bool, spike: bool) -> Verdict:
-        return verdict(
+    def judge(finite: bool, spike: bool) -> Decision:
+        return decide(
             finite=finite,
             spike=spike,
             bad_in_a_row=progress.bad_in_a_row + 1,

@@ -2,80 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from dist_cpt.config.schema import RunConfig
-
-
-@dataclass(frozen=True)
-class RunStart:
-    """The start of one attempt of a run: a fresh one at step 0, or a resumed one."""
-
-    config: RunConfig
-    folder: Path
-    engine: str  # "single", "fsdp-full", "zero-3" ...
-    world_size: int
-    device: str
-    num_steps: int
-    first_step: int  # steps already done
-    resumed_from: str | None  # checkpoint folder name
-    wandb_run_id: str
-    contract: dict[str, Any]  # the content of contract.json
-    attempt: int  # as in StepRecord
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimizer step; a row of metrics.jsonl."""
-
-    step: int  # from 1
-    loss: float  # mean over the step's target tokens, nats
-    grad_norm: float | None  # None when it was not finite
-    skipped: bool  # the update was not applied
-    skipped_total: int
-    lr: dict[str, float]  # by group
-    position: tuple[int, int]  # global blocks consumed before and after
-    num_tokens: int  # target tokens of this step, all ranks
-    tokens: int  # target tokens since step 0
-    tokens_by_source: dict[str, int]  # non-padding tokens of this step
-    tokens_per_second: float  # all ranks, this step
-    step_seconds: float
-    memory_gib: float  # peak of this rank: CUDA allocated, or resident set on CPU
-    attempt: int  # 0 for the first start, +1 with every resume
-    spike: bool = False  # the loss was far above the recent ones
-    extra: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class EvaluationRecord:
-    """One held-out set at one step; a row of evaluations.jsonl."""
-
-    step: int
-    name: str
-    role: str  # domain | retention
-    loss: float  # nats per token
-    perplexity: float
-    num_tokens: int  # targets: tokens, or texts of task classify
-    attempt: int
-    scores: dict[str, float] = field(default_factory=dict)  # task classify: accuracy, macro_f1; loss is the log-loss
-
-
-@dataclass(frozen=True)
-class CheckpointRecord:
-    step: int
-    path: str
-    seconds: float  # from the first file to the last rename
-    num_bytes: int
-    stall_seconds: float  # that training waited for it
-
-
-@dataclass(frozen=True)
-class RunEnd:
-    exit_code: int
-    reason: str
-    step: int
+from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 
 
 class Observer(Protocol):

@@ -9,28 +9,30 @@ from typing import Any
 
 import torch
 
-from dist_cpt.checkpoint.foreign import start_from
-from dist_cpt.checkpoint.manifest import Identity, StateKind, TensorSpec, owners
-from dist_cpt.checkpoint.restore import LoadedCheckpoint, load, newest_valid, require_fit
+from dist_cpt.checkpoint.import_peft import start_from
+from dist_cpt.checkpoint.load import LoadedCheckpoint, load, newest_valid, require_fit
+from dist_cpt.checkpoint.plan_files import owners
 from dist_cpt.checkpoint.retention import bring_back, remove_stale_staging, set_aside_after
 from dist_cpt.checkpoint.verify import certify
 from dist_cpt.config.schema import ContinueFromConfig, RunConfig
 from dist_cpt.engines.engine import Engine
 from dist_cpt.errors import CheckpointError, NumericsError
+from dist_cpt.model.continue_from import Standing, first_document
 from dist_cpt.model.load import TrainableModel
-from dist_cpt.model.standing import Standing, first_document
 from dist_cpt.optim.eight_bit import within_half_step
 from dist_cpt.optim.groups import ParamGroup, eight_bit_names
+from dist_cpt.run_folder.json_files import read_object, write_object
+from dist_cpt.run_folder.manifest import Identity
+from dist_cpt.run_folder.metrics import MetricsFile, rewind
 from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
 from dist_cpt.runtime.env import ProcessEnv
-from dist_cpt.runtime.fault import Faults
+from dist_cpt.runtime.faults import Faults
 from dist_cpt.runtime.log import LOGGER
 from dist_cpt.runtime.seed import first_draws
-from dist_cpt.train.folder import read_json, write_json
 from dist_cpt.train.loop import Progress
-from dist_cpt.train.metrics import MetricsFile, rewind
+from dist_cpt.train.probe import PROBE_BLOCKS, Stream
 from dist_cpt.train.saver import Saver
-from dist_cpt.train.stream import PROBE_BLOCKS, Stream
+from dist_cpt.training_state import StateKind, TensorSpec
 
 STALE_STAGING_SECONDS = 3600.0
 # The replayed loss is the same forward in another summation order: rounding of one token's loss, averaged.
@@ -145,7 +147,7 @@ class Restorer:
             )
         text = f"{proof['description']}; loss on {PROBE_BLOCKS} blocks without it {without:.4f}, with it {with_it:.4f}"
         LOGGER.info("%s", text)  # rank 0's go to the terminal
-        on_rank_zero("continued", lambda: write_json(self.folder / "continued.json", proof))
+        on_rank_zero("continued", lambda: write_object(self.folder / "continued.json", proof))
 
     def roll_back(self) -> None:
         """Go back to the newest checkpoint from before the bad steps, and leave their data out from now on.
@@ -160,7 +162,7 @@ class Restorer:
         self.saver.finish()
         progress.skipped_windows = sorted([*progress.skipped_windows, (bad_position, progress.position)])
         windows = {"windows": progress.skipped_windows}
-        on_rank_zero("rollback", lambda: write_json(self.folder / ROLLBACKS, windows))
+        on_rank_zero("rollback", lambda: write_object(self.folder / ROLLBACKS, windows))
         restored = self.restore(up_to_step=bad_step - 1)
         if restored is None:
             raise NumericsError(
@@ -195,7 +197,7 @@ class Restorer:
         if not path.exists():
             return []
         try:
-            return [[int(start), int(stop)] for start, stop in read_json(path)["windows"]]
+            return [[int(start), int(stop)] for start, stop in read_object(path)["windows"]]
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(
                 f"{path} is damaged: the data that a rollback left out is not known",
@@ -229,7 +231,7 @@ class Restorer:
             "attempt": self.attempt,
             "restored_by": {"engine": self.engine.kind, "world_size": self.env.world_size},
         }
-        on_rank_zero("certificate", lambda: write_json(self.folder / "certificate.json", certificate))
+        on_rank_zero("certificate", lambda: write_object(self.folder / "certificate.json", certificate))
         if certificate["verdict"] != "pass":
             raise CheckpointError(
                 f"{checkpoint.path.name} was not restored as it was saved: {', '.join(certificate['failed'])} failed",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dist_cpt.checkpoint.store import SAVE_POINTS
+from dist_cpt.checkpoint.save import SAVE_POINTS
 from dist_cpt.config.resolve import run_folder, step_shape
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import (
@@ -20,20 +20,20 @@ from dist_cpt.errors import (
     DistCptError,
     Superseded,
 )
+from dist_cpt.health.nccl import save_flight_record, set_nccl_defaults
+from dist_cpt.health.watchdog import Watchdog, collective_seconds
+from dist_cpt.run_folder.claim import Claim, claim
+from dist_cpt.run_folder.exit_file import write_exit
+from dist_cpt.run_folder.names import log_file
+from dist_cpt.run_folder.records import RunEnd
 from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
 from dist_cpt.runtime.env import ProcessEnv, process_env
-from dist_cpt.runtime.fault import VARIABLE, Faults, planned_faults
+from dist_cpt.runtime.faults import VARIABLE, Faults, planned_faults
 from dist_cpt.runtime.log import LOGGER, close_log, open_log
 from dist_cpt.runtime.mesh import init_distributed, shutdown
-from dist_cpt.runtime.nccl import save_flight_record, set_nccl_defaults
 from dist_cpt.runtime.stop import StopRequest
-from dist_cpt.train.folder import Claim, claim, write_exit
-from dist_cpt.train.health import Watchdog, collective_seconds
 from dist_cpt.train.loop import Progress
-from dist_cpt.train.observers import (
-    Observer,
-    RunEnd,
-)
+from dist_cpt.train.observers import Observer
 from dist_cpt.train.session import Session
 from dist_cpt.train.wandb import new_run_id
 
@@ -62,7 +62,7 @@ def train(config: RunConfig, stop: StopRequest) -> tuple[int, Path | None]:
         met = True
         faults = on_every_rank(VARIABLE, lambda: planned_faults(FAULT_POINTS))
         held, attempt, run_id = _claim(folder, config, env)
-        open_log(folder, env.rank)
+        open_log(log_file(folder, env.rank), env.rank)
         fault = Faults(faults, env.rank, attempt)
         if fault:
             LOGGER.warning("%s is set: this run will be disturbed on purpose", VARIABLE)

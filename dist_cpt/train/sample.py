@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from dist_cpt.engines.engine import Engine
+from dist_cpt.run_folder.json_files import write_object
 from dist_cpt.runtime.collectives import broadcast_json, on_rank_zero
-from dist_cpt.train.folder import write_json
 
 NEW_TOKENS = 48
 TEMPERATURE = 0.8
@@ -40,4 +40,4 @@ def write_sample(
         "text": tokenizer.decode(ids[len(prompt) :]),
         "step": step,
     }
-    on_rank_zero("sample", lambda: write_json(folder / "sample.json", sample))
+    on_rank_zero("sample", lambda: write_object(folder / "sample.json", sample))

@@ -8,16 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dist_cpt.checkpoint.background import BackgroundSave
-from dist_cpt.checkpoint.folders import checkpoints_folder, published
-from dist_cpt.checkpoint.manifest import Identity, TensorSpec
-from dist_cpt.checkpoint.state import TrainState
-from dist_cpt.checkpoint.store import CheckpointInfo
-from dist_cpt.checkpoint.store import save as save_checkpoint
+from dist_cpt.checkpoint.save import CheckpointInfo
+from dist_cpt.checkpoint.save import save as save_checkpoint
 from dist_cpt.config.schema import CheckpointConfig
 from dist_cpt.engines.engine import Engine
 from dist_cpt.errors import DistCptError, WriteError
+from dist_cpt.run_folder.checkpoints import checkpoints_folder, published
+from dist_cpt.run_folder.manifest import Identity
+from dist_cpt.run_folder.train_state import TrainState
 from dist_cpt.runtime.collectives import agree, all_reduce_max_int, broadcast_json, on_rank_zero, rank
 from dist_cpt.runtime.log import LOGGER
+from dist_cpt.training_state import TensorSpec
 
 GROUP_TIMEOUT_SECONDS = 1800.0  # of one exchange between the ranks' saving threads
 ABANDON_SECONDS = 5.0  # for this rank's part of a save that has failed on another one

@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 
-from dist_cpt.adapters.earlier import open_earlier
 from dist_cpt.adapters.pissa import PISSA, begin_with_pissa, copy_initial
+from dist_cpt.adapters.prior_adapter import open_earlier
 from dist_cpt.adapters.quantize import QUANTISED, require_bitsandbytes
-from dist_cpt.checkpoint.manifest import Identity, TensorSpec
-from dist_cpt.checkpoint.state import Probe, Randomness, TrainState
-from dist_cpt.checkpoint.store import CheckpointInfo
+from dist_cpt.checkpoint.save import CheckpointInfo
 from dist_cpt.config.resolve import StepShape, fingerprint
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.batch import Batch
@@ -36,15 +34,22 @@ from dist_cpt.errors import (
     NumericsError,
     Stopped,
 )
+from dist_cpt.health.stragglers import ComputeClock, StragglerWatch, timed_modules
+from dist_cpt.health.watchdog import Watchdog
 from dist_cpt.model.attention import describe
-from dist_cpt.model.consent import require_base_checkpoint
+from dist_cpt.model.continue_from import ProbeBlock
 from dist_cpt.model.load import WEIGHTS_DTYPE, TrainableModel, check_base, load_model
-from dist_cpt.model.standing import ProbeBlock
+from dist_cpt.model.safety_checks import require_base_checkpoint
 from dist_cpt.optim.eight_bit import dynamic_map
 from dist_cpt.optim.groups import ParamGroup, param_groups
+from dist_cpt.run_folder.claim import Claim
+from dist_cpt.run_folder.manifest import Identity
+from dist_cpt.run_folder.metrics import MetricsFile
+from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunStart, StepRecord
+from dist_cpt.run_folder.train_state import Probe, Randomness, TrainState
 from dist_cpt.runtime.collectives import agree, all_reduce_ints, gather_json, on_every_rank, on_rank_zero
 from dist_cpt.runtime.env import ProcessEnv
-from dist_cpt.runtime.fault import Faults
+from dist_cpt.runtime.faults import Faults
 from dist_cpt.runtime.log import LOGGER
 from dist_cpt.runtime.seed import first_draws
 from dist_cpt.runtime.stop import StopRequest
@@ -52,23 +57,14 @@ from dist_cpt.train.class_scores import class_scores
 from dist_cpt.train.console import Console
 from dist_cpt.train.contract import Contract
 from dist_cpt.train.evaluate import evaluate
-from dist_cpt.train.folder import Claim
-from dist_cpt.train.health import Watchdog
 from dist_cpt.train.loop import Hooks, Outcome, Progress, past_windows, step_positions, step_starts, train_loop
-from dist_cpt.train.metrics import MetricsFile
-from dist_cpt.train.observers import (
-    CheckpointRecord,
-    EvaluationRecord,
-    Observer,
-    RunStart,
-    StepRecord,
-)
+from dist_cpt.train.observers import Observer
+from dist_cpt.train.probe import PROBE_BLOCKS, Stream
 from dist_cpt.train.restore import Restorer
 from dist_cpt.train.sample import write_sample
 from dist_cpt.train.saver import Saver
-from dist_cpt.train.straggler import ComputeClock, StragglerWatch, timed_modules
-from dist_cpt.train.stream import PROBE_BLOCKS, Stream
 from dist_cpt.train.wandb import wandb_observer
+from dist_cpt.training_state import TensorSpec
 
 WANDB_INIT_SECONDS = 30.0
 PREPARE_SECONDS = 1.0  # between two meetings of the ranks while the corpus is prepared

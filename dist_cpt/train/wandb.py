@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 
 from dist_cpt.config.schema import WandbConfig
 from dist_cpt.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, MissingExtraError
-from dist_cpt.train.observers import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
+from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 
 _ENV_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)

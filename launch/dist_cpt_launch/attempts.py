@@ -23,7 +23,7 @@ from dist_cpt.errors import (
     EXIT_NUMERICS,
     EXIT_STOPPED,
 )
-from dist_cpt_launch.lead import read_jsonl
+from dist_cpt_launch.time_limit import read_jsonl
 
 LAUNCHES = "launches.jsonl"
 BAD_NODES = "bad_nodes.json"

@@ -27,8 +27,8 @@ from dist_cpt.config.resolve import resolve_paths, run_folder, step_shape
 from dist_cpt.config.schema import Frozen, RunConfig
 from dist_cpt.errors import EXIT_DONE, EXIT_NODE, ConfigError
 from dist_cpt_launch.attempts import FINAL
-from dist_cpt_launch.lead import lead_seconds
 from dist_cpt_launch.secret_values import SECRET_NAME, require_no_secrets
+from dist_cpt_launch.time_limit import lead_seconds
 
 Kind = Literal["trainjob", "jobset"]
 KINDS: tuple[Kind, ...] = ("trainjob", "jobset")

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from dist_cpt.errors import EXIT_INTERNAL
-from dist_cpt_launch.exit_file import exit_code, stamp
+from dist_cpt.run_folder.exit_file import exit_code, stamp
 from dist_cpt_launch.plan import LaunchPlan
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -12,7 +12,7 @@ from pathlib import Path
 from dist_cpt.config.resolve import run_folder, step_shape
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
-from dist_cpt_launch.lead import lead_seconds
+from dist_cpt_launch.time_limit import lead_seconds
 
 STOP_SECONDS = 240  # at least so long may ranks that were told to stop take, before torchrun kills them
 

@@ -30,7 +30,7 @@ from typing import Any
 from dist_cpt.errors import EXIT_DONE, ConfigError, DistCptError, NodeError, WriteError
 from dist_cpt.runtime.env import first_host
 from dist_cpt_launch.nodes import expand_hosts
-from dist_cpt_launch.verdict import Limits, NodeReport, judge, verdict_text
+from dist_cpt_launch.preflight_report import Limits, NodeReport, judge, verdict_text
 
 PACKAGES = ("dist-cpt", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "triton", "safetensors")
 POLL_SECONDS = 0.2

@@ -15,10 +15,10 @@ from dist_cpt.config.resolve import run_folder, step_shape
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import EXIT_DONE, ConfigError, WriteError
 from dist_cpt_launch.batch_job import slurm_seconds
-from dist_cpt_launch.lead import DEFAULT_LEAD_SECONDS, lead_seconds
 from dist_cpt_launch.nodes import usable_nodes
 from dist_cpt_launch.plan import LaunchPlan
 from dist_cpt_launch.secret_values import require_no_secrets
+from dist_cpt_launch.time_limit import DEFAULT_LEAD_SECONDS, lead_seconds
 
 RequeueBy = Literal["requeue", "chain", "exit"]
 REQUEUE_BY = get_args(RequeueBy)

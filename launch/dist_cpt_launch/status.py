@@ -19,12 +19,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dist_cpt.checkpoint.folders import published
-from dist_cpt.checkpoint.outline import outline_problems
-from dist_cpt.errors import EXIT_DONE, ConfigError
+from dist_cpt.checkpoint.quick_check import outline_problems
+from dist_cpt.errors import EXIT_DONE, ConfigError, printable
+from dist_cpt.health.heartbeats import Heartbeat, read_heartbeats
 from dist_cpt.report.attempts import OUTCOMES
 from dist_cpt.report.values import duration
-from dist_cpt.runtime.heartbeat import Heartbeat, read_heartbeats
+from dist_cpt.run_folder.checkpoints import published
 from dist_cpt_launch.attempts import Record
 
 SILENT_SECONDS = 60.0  # no heartbeat for so long: nobody is there
@@ -219,7 +219,7 @@ def as_text(status: Status) -> str:
     rows += _rank_rows(status)
     rows += [("problem", problem) for problem in status.problems]
     width = max(len(head) for head, _ in rows)
-    return "\n".join(f"{head:<{width}}  {_printable(text)}" for head, text in rows)
+    return "\n".join(f"{head:<{width}}  {printable(text)}" for head, text in rows)
 
 
 def show_status(folder: Path, text: Callable[[Status], str], watch: bool = False) -> None:
@@ -494,7 +494,3 @@ def _ask(command: list[str], deadline: float) -> str | None:
         return None
     known = done.returncode == 0 or "Invalid job id" in done.stderr
     return done.stdout.strip() if known else None
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

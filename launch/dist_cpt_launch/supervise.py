@@ -26,11 +26,11 @@ from dist_cpt.config.load import load_recipe
 from dist_cpt.config.resolve import resolve_paths, run_folder
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import EXIT_CANNOT_WRITE, EXIT_INTERNAL, EXIT_NODE, EXIT_STOPPED, ConfigError, DistCptError
+from dist_cpt.run_folder.exit_file import exit_code, stamp
 from dist_cpt_launch.attempts import STRIKES, Decision, Ending, Record, decide
 from dist_cpt_launch.batch_job import OVERTAKEN, Job, said, say
-from dist_cpt_launch.exit_file import exit_code, stamp
-from dist_cpt_launch.lead import lead_seconds, newest_step
 from dist_cpt_launch.nodes import usable_nodes
+from dist_cpt_launch.time_limit import lead_seconds, newest_step
 
 AGAIN_SECONDS = 10.0  # a rank that was still loading when the signal came has lost it
 FAILED_GRACE_SECONDS = 30.0  # for the other ranks of one that failed, before they are killed

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_cpt.checkpoint.manifest import Identity, StateKind, TensorSpec, owners
-from dist_cpt.checkpoint.restore import load, newest_valid, require_fit
-from dist_cpt.checkpoint.state import Probe, Randomness, TrainState
-from dist_cpt.checkpoint.store import save
+from dist_cpt.checkpoint.load import load, newest_valid, require_fit
+from dist_cpt.checkpoint.plan_files import owners
+from dist_cpt.checkpoint.save import save
 from dist_cpt.checkpoint.verify import certify
 from dist_cpt.engines.engine import Engine
 from dist_cpt.optim.eight_bit import within_half_step
 from dist_cpt.optim.groups import ParamGroup
+from dist_cpt.run_folder.manifest import Identity
+from dist_cpt.run_folder.train_state import Probe, Randomness, TrainState
 from dist_cpt.runtime.collectives import broadcast_json
+from dist_cpt.training_state import StateKind, TensorSpec
 from tests.contract.cases import on_rank_0, running, train
 from tests.contract.model import FULL
 

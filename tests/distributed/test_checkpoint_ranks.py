@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from dist_cpt.checkpoint.folders import published
-from dist_cpt.checkpoint.manifest import owners, plan_files
-from dist_cpt.checkpoint.restore import load, newest_valid
+from dist_cpt.checkpoint.load import load, newest_valid
+from dist_cpt.checkpoint.plan_files import owners, plan_files
 from dist_cpt.checkpoint.retention import remove_stale_staging
-from dist_cpt.checkpoint.store import SAVE_POINTS
+from dist_cpt.checkpoint.save import SAVE_POINTS
 from dist_cpt.checkpoint.verify import certify, verify_checkpoint
 from dist_cpt.errors import DistCptError
+from dist_cpt.run_folder.checkpoints import published
 from dist_cpt.runtime.collectives import rank, world_size
 from tests.checkpoint_state import FULL_SPECS, LORA_A, SPECS, ShardedState, matches, save_step
 from tests.ranks import RankError, RankPool
@@ -201,7 +201,7 @@ def peak_case(folder: str) -> float:
 
     import torch
 
-    from dist_cpt.checkpoint.manifest import STATE_KINDS, TensorSpec
+    from dist_cpt.training_state import STATE_KINDS, TensorSpec
     from tests.checkpoint_state import Exported
 
     specs = tuple(TensorSpec(f"w{i}.weight", (1024, 1024), "bfloat16", "weights") for i in range(24))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_cpt.train.record import record_problems
+from dist_cpt.run_folder.audit import record_problems
 from tests import tiny
 from tests.distributed.netns import Cable, RanksOnTwoHosts, lay_cable, unplug, why_not
 from tests.whole_run import rows

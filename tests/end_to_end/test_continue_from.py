@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_cpt.checkpoint.foreign import canonical_key
+from dist_cpt.checkpoint.import_peft import canonical_key
 from dist_cpt.engines.single import SingleEngine
 from dist_cpt.errors import CheckpointError, ConfigError
 from tests.contract.model import SEQ_LEN, VOCAB, block, save_base

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from dist_cpt.config.load import build
 from dist_cpt.errors import CheckpointError, ConfigError
-from dist_cpt.model.export import merge
-from dist_cpt.model.generate import generate
+from dist_cpt.export.generate import generate
+from dist_cpt.export.merge import merge
 from dist_cpt.model.load import TrainableModel, load_model
 from tests.tiny import VOCAB_SIZE, llama, write_base, write_corpus, write_tokenizer
 
@@ -222,7 +222,7 @@ TURNS = "{% for m in messages %}<s>{{ m['content'] }}<end>{% endfor %}"
 def test_a_merged_model_stops_where_a_turn_ends(bases, tmp_path, template, ends):
     from transformers import AutoTokenizer, GenerationConfig
 
-    from dist_cpt.model.export import plain_model, write_model
+    from dist_cpt.export.merge import plain_model, write_model
 
     tokenizer = AutoTokenizer.from_pretrained(bases / "untied")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<s>", "<end>"]})

@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 
-from dist_cpt.checkpoint.folders import published, superseded
-from dist_cpt.checkpoint.outline import read_manifest
-from dist_cpt.checkpoint.restore import newest_valid
-from dist_cpt.checkpoint.store import SAVE_POINTS
+from dist_cpt.checkpoint.load import newest_valid
+from dist_cpt.checkpoint.save import SAVE_POINTS
 from dist_cpt.checkpoint.verify import verify_checkpoint, verify_run
 from dist_cpt.errors import EXIT_INTERNAL
-from dist_cpt.train.record import record_problems
+from dist_cpt.run_folder.audit import record_problems
+from dist_cpt.run_folder.checkpoints import published, read_manifest, superseded
 from tests import tiny
 from tests.run_ranks import RunningRanks
 from tests.whole_run import rows, train

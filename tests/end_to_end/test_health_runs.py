@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_cpt.checkpoint.folders import published
-from dist_cpt.checkpoint.outline import read_manifest, read_state
 from dist_cpt.checkpoint.verify import verify_run
+from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state
 from tests import tiny
 from tests.end_to_end.test_run import StopAfter
 from tests.run_ranks import run_ranks

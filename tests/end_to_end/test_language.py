@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dist_cpt.data.tokenizer_extend import extend_tokenizer
 from dist_cpt.data.tokenizer_train import corpus_texts
-from dist_cpt.model.export import merge
-from dist_cpt.model.generate import generate
+from dist_cpt.export.generate import generate
+from dist_cpt.export.merge import merge
 from tests import tiny
 from tests.chat import assistant, user, write_jsonl
 from tests.end_to_end.test_tasks import recipe_file

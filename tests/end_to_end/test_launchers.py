@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_cpt.train.record import record_problems
+from dist_cpt.run_folder.audit import record_problems
 from tests import tiny
 from tests.whole_run import rows
 

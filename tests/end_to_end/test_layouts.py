@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dist_cpt.errors import EXIT_CONFIG, ConfigError
-from dist_cpt.model.export import Blend, merge
-from dist_cpt.model.layouts import CONVERTER, export_peft, export_vllm
-from dist_cpt.model.residual import Residual, merge_with_residual
+from dist_cpt.export.formats import CONVERTER, export_peft, export_vllm
+from dist_cpt.export.merge import Blend, merge
+from dist_cpt.export.task_vector import Residual, merge_with_residual
 from tests.command import command
 from tests.end_to_end.test_export import IDS, plain_logits, trained, trainer_logits, write_checkpoint
 from tests.tiny import llama, write_base, write_corpus, write_tokenizer

@@ -15,13 +15,13 @@ import torch
 from safetensors.numpy import load_file as load_numpy
 from safetensors.numpy import save_file
 
-from dist_cpt.checkpoint.outline import read_manifest
 from dist_cpt.data.focus import FILE
 from dist_cpt.data.tokenizer import load_tokenizer, tokenizer_hash
 from dist_cpt.data.tokenizer_extend import extend_tokenizer
 from dist_cpt.data.tokenizer_train import corpus_texts
-from dist_cpt.model.export import merge, quantisation_gap
-from dist_cpt.model.generate import generate
+from dist_cpt.export.generate import generate
+from dist_cpt.export.merge import merge, quantisation_gap
+from dist_cpt.run_folder.checkpoints import read_manifest
 from tests import tiny
 from tests.command import command
 from tests.run_ranks import run_ranks
@@ -366,11 +366,11 @@ def test_low_rank_embeddings_train_and_open(made, tmp_path):
     """Also: the trainer's own loss, recorded for the certificate, is that of the merged model."""
     from transformers import AutoModelForCausalLM
 
-    from dist_cpt.checkpoint.outline import read_state
     from dist_cpt.config.load import load_recipe
     from dist_cpt.config.resolve import resolve_paths
     from dist_cpt.data.loader import BlockLoader
     from dist_cpt.data.prepare import open_prepared
+    from dist_cpt.run_folder.checkpoints import read_state
 
     checkpoint = _run_low_rank(*made, tmp_path, 1, "single", "fp32")
     config = resolve_paths(load_recipe(tmp_path / "recipe.yaml"))

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from dist_cpt.checkpoint.manifest import Identity, TensorSpec
-from dist_cpt.checkpoint.outline import read_manifest
-from dist_cpt.checkpoint.restore import require_fit
+from dist_cpt.checkpoint.load import require_fit
 from dist_cpt.errors import CheckpointError
+from dist_cpt.run_folder.checkpoints import read_manifest
+from dist_cpt.run_folder.manifest import Identity
+from dist_cpt.training_state import TensorSpec
 from tests import tiny
 from tests.whole_run import rows, train
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from dist_cpt.checkpoint.manifest import Manifest, manifest_to_bytes
-from dist_cpt.checkpoint.outline import read_manifest
+from dist_cpt.run_folder.checkpoints import read_manifest
+from dist_cpt.run_folder.manifest import Manifest, manifest_to_bytes
 from tests import tiny
 from tests.command import Ended, command
 

@@ -249,7 +249,7 @@ def test_a_damaged_record_of_rollbacks_is_not_forgotten(made, tmp_path, capfd):
 
 
 def test_a_run_from_an_adapter_proves_its_effect_and_resumes_with_its_counter(made, tmp_path):
-    from dist_cpt.checkpoint.outline import read_state
+    from dist_cpt.run_folder.checkpoints import read_state
 
     assert train(tiny.recipe(*made, tmp_path / "old")) == 0
     old = tmp_path / "old/tiny/checkpoints/step-00000012"
@@ -284,7 +284,7 @@ def test_an_adapter_without_effect_is_refused(made, tmp_path, capfd):
 @pytest.mark.matrix
 def test_8_bit_moments_resume_bit_for_bit_and_learn_as_well(made, tmp_path):
     """The same place: as if unbroken. The loss after 40 steps is that of fp32 moments to a part in a thousand."""
-    from dist_cpt.checkpoint.outline import read_manifest
+    from dist_cpt.run_folder.checkpoints import read_manifest
 
     ends = {}
     for name, state in (("fp32", "fp32"), ("8bit", "8bit"), ("broken", "8bit")):

@@ -21,12 +21,11 @@ from typing import Any
 
 import pytest
 
-from dist_cpt.checkpoint.folders import published
-from dist_cpt.checkpoint.outline import read_manifest
-from dist_cpt.checkpoint.restore import load
-from dist_cpt.checkpoint.store import SAVE_POINTS
+from dist_cpt.checkpoint.load import load
+from dist_cpt.checkpoint.save import SAVE_POINTS
 from dist_cpt.checkpoint.verify import verify_run
-from dist_cpt.train.record import record_problems
+from dist_cpt.run_folder.audit import record_problems
+from dist_cpt.run_folder.checkpoints import published, read_manifest
 from tests import tiny
 from tests.contract.engines import ENGINES, WORLDS
 from tests.run_ranks import RunningRanks

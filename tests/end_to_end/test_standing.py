@@ -14,9 +14,9 @@ import yaml
 
 from dist_cpt.adapters.quantize import read_weight, write_weight
 from dist_cpt.errors import ConfigError
-from dist_cpt.model.export import load_fp32, merge, quantisation_gap
+from dist_cpt.export.merge import load_fp32, merge, quantisation_gap
+from dist_cpt.model.continue_from import Standing
 from dist_cpt.model.load import load_model
-from dist_cpt.model.standing import Standing
 from tests import tiny
 from tests.run_ranks import run_ranks
 from tests.whole_run import built, rows, train

@@ -26,7 +26,7 @@ from dist_cpt.data.loader import ValidationLoader
 from dist_cpt.data.prepare import open_prepared
 from dist_cpt.data.tokenizer_extend import extend_tokenizer
 from dist_cpt.data.tokenizer_train import corpus_texts
-from dist_cpt.model.export import merge
+from dist_cpt.export.merge import merge
 from tests import tiny
 from tests.run_ranks import run_ranks
 from tests.whole_run import built, rows

@@ -84,8 +84,8 @@ def test_a_classifier_learns_resumes_bit_for_bit_and_opens_in_vanilla_peft(made,
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from dist_cpt.model.export import merge
-    from dist_cpt.model.generate import generate
+    from dist_cpt.export.generate import generate
+    from dist_cpt.export.merge import merge
     from dist_cpt.report.report import write_report
 
     base = made[0]
@@ -145,7 +145,7 @@ def test_cpt_then_instruct_on_the_same_adapter(made, conversations, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dist_cpt.model.generate import generate
+    from dist_cpt.export.generate import generate
 
     base, corpus = made
     data = {
@@ -186,8 +186,8 @@ def test_the_whole_path_from_scratch(made, tmp_path, kind):
     """Tokenizer, prepare, train, evaluate, generate; then published weights are loaded and trained on."""
     from transformers import AutoModelForCausalLM
 
-    from dist_cpt.model.export import merge
-    from dist_cpt.model.generate import generate
+    from dist_cpt.export.generate import generate
+    from dist_cpt.export.merge import merge
 
     corpus = made[1]
     tokenizer = tiny.write_tokenizer(tmp_path / "tokenizer", corpus)
@@ -260,7 +260,7 @@ def test_two_ranks_learn_what_one_learns(made, conversations, opinions, tmp_path
 
 @pytest.mark.matrix
 def test_a_new_adapter_on_the_merged_model_of_stage_one(made, conversations, tmp_path):
-    from dist_cpt.model.export import merge
+    from dist_cpt.export.merge import merge
 
     base, corpus = made
     name = "llama3-8b_lora_zero3_8xH100"
@@ -278,7 +278,7 @@ def test_a_new_adapter_on_the_merged_model_of_stage_one(made, conversations, tmp
 
 
 def test_a_classifier_over_a_quantised_base(made, opinions, tmp_path):
-    from dist_cpt.model.export import merge, quantisation_gap
+    from dist_cpt.export.merge import merge, quantisation_gap
 
     pytest.importorskip("bitsandbytes")
     values = classify_recipe(made[0], opinions, tmp_path)
@@ -295,7 +295,7 @@ def test_a_classifier_over_a_quantised_base(made, opinions, tmp_path):
 
 def test_a_classifier_goes_on_from_one_and_a_new_one_stands_on_text(made, opinions, tmp_path):
     """Its own adapter and head train on; an adapter of text can be folded or stacked under a new head."""
-    from dist_cpt.model.export import merge
+    from dist_cpt.export.merge import merge
 
     base, corpus = made
     assert train(classify_recipe(base, opinions, tmp_path / "first")) == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_cpt.checkpoint.verify import verify_run
-from dist_cpt.train.record import record_problems
+from dist_cpt.run_folder.audit import record_problems
 from tests import tiny
 from tests.slurm.cluster import Cluster
 from tests.whole_run import rows

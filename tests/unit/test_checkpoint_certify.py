@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from dist_cpt.checkpoint.manifest import STATE_KINDS, Manifest
-from dist_cpt.checkpoint.restore import load
+from dist_cpt.checkpoint.load import load
 from dist_cpt.checkpoint.verify import certify, verify_run
 from dist_cpt.errors import CheckpointError
+from dist_cpt.run_folder.manifest import Manifest
+from dist_cpt.training_state import STATE_KINDS
 from tests.checkpoint_state import LORA_A, SPECS, ShardedState, save_step
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from dist_cpt.checkpoint.foreign import canonical_key, open_adapter
-from dist_cpt.checkpoint.manifest import TensorSpec
-from dist_cpt.checkpoint.restore import load
+from dist_cpt.checkpoint.import_peft import canonical_key, open_adapter
+from dist_cpt.checkpoint.load import load
 from dist_cpt.errors import CheckpointError, ConfigError, DistCptError
+from dist_cpt.training_state import TensorSpec
 from tests.checkpoint_state import Exported, save_step
 from tests.contract.model import VOCAB, save_base
 from tests.foreign_adapter import (

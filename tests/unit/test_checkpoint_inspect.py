@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from dist_cpt.checkpoint.inspect import inspect_path
-from dist_cpt.checkpoint.manifest import Manifest, manifest_to_bytes
-from dist_cpt.checkpoint.outline import read_manifest
-from dist_cpt.checkpoint.state import state_to_bytes
+from dist_cpt.run_folder.checkpoints import read_manifest
+from dist_cpt.run_folder.manifest import Manifest, manifest_to_bytes
+from dist_cpt.run_folder.train_state import state_to_bytes
 from tests.checkpoint_state import save_step, train_state
 from tests.command import command
 

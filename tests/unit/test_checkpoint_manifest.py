@@ -6,18 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from dist_cpt.checkpoint.manifest import (
-    STATE_KINDS,
-    TensorSpec,
-    manifest_from_bytes,
-    manifest_to_bytes,
-    model_index,
-    owners,
-    plan_files,
-)
-from dist_cpt.checkpoint.state import canonical_json, state_from_bytes, state_to_bytes
+from dist_cpt.checkpoint.plan_files import model_index, owners, plan_files
 from dist_cpt.checkpoint.verify import outline_problems, read_manifest
 from dist_cpt.errors import CheckpointError
+from dist_cpt.run_folder.json_files import canonical_json
+from dist_cpt.run_folder.manifest import manifest_from_bytes, manifest_to_bytes
+from dist_cpt.run_folder.train_state import state_from_bytes, state_to_bytes
+from dist_cpt.training_state import STATE_KINDS, TensorSpec
 from tests.checkpoint_state import EMBED, FULL_SPECS, HEAD, SPECS, save_step, train_state
 
 

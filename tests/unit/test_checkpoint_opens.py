@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_cpt.checkpoint.manifest import STATE_KINDS, TensorSpec
+from dist_cpt.training_state import STATE_KINDS, TensorSpec
 from tests.checkpoint_state import Exported, save_step
 
 # peft 0.21.2 reads a name that transformers 5.23 deprecates.

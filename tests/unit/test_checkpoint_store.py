@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_cpt.checkpoint.folders import published, superseded
-from dist_cpt.checkpoint.manifest import Identity, TensorSpec
-from dist_cpt.checkpoint.restore import load, newest_valid, require_fit
+from dist_cpt.checkpoint.load import load, newest_valid, require_fit
 from dist_cpt.checkpoint.retention import prune, remove_stale_staging
-from dist_cpt.checkpoint.store import SAVE_POINTS
+from dist_cpt.checkpoint.save import SAVE_POINTS
 from dist_cpt.checkpoint.verify import verify_checkpoint
 from dist_cpt.errors import CheckpointError, NumericsError, WriteError
+from dist_cpt.run_folder.checkpoints import published, superseded
+from dist_cpt.run_folder.manifest import Identity
+from dist_cpt.training_state import TensorSpec
 from tests.checkpoint_state import (
     EMBED,
     FULL_SPECS,

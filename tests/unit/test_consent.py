@@ -13,9 +13,9 @@ import torch
 
 from dist_cpt.config.schema import ModelConfig
 from dist_cpt.errors import ConfigError
-from dist_cpt.model.consent import require_base_checkpoint, require_code_consent
-from dist_cpt.model.export import load_fp32
+from dist_cpt.export.merge import load_fp32
 from dist_cpt.model.load import load_model
+from dist_cpt.model.safety_checks import require_base_checkpoint, require_code_consent
 from tests import tiny
 from tests.whole_run import built
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from dist_cpt.config.schema import RunConfig
+from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 from dist_cpt.train import console
 from dist_cpt.train.console import Console, duration
-from dist_cpt.train.observers import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 
 CONTRACT = {
     "groups": [

@@ -20,9 +20,9 @@ from dist_cpt.config.load import build, parse_yaml
 from dist_cpt.config.resolve import differences, fingerprint, to_yaml
 from dist_cpt.config.schema import HangConfig, SpikeConfig
 from dist_cpt.errors import ConfigError, HangError
-from dist_cpt.runtime.heartbeat import (
+from dist_cpt.health.culprits import culprits, frozen_ranks
+from dist_cpt.health.heartbeats import (
     Heartbeat,
-    heartbeat_path,
     process_start,
     process_state,
     read_heartbeats,
@@ -30,7 +30,9 @@ from dist_cpt.runtime.heartbeat import (
     send_signal,
     write_heartbeat,
 )
-from dist_cpt.train.health import SpikeDetector, Watchdog, collective_seconds, culprits, frozen_ranks, verdict
+from dist_cpt.health.spikes import SpikeDetector, decide
+from dist_cpt.health.watchdog import Watchdog, collective_seconds
+from dist_cpt.run_folder.names import heartbeat_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +45,7 @@ from pathlib import Path
 
 from dist_cpt.config.schema import HangConfig
 from dist_cpt.errors import HangError
-from dist_cpt.train.health import Watchdog
+from dist_cpt.health.watchdog import Watchdog
 
 LIMITS = HangConfig(factor=2.0, min_seconds=2.0, grace_seconds=1.5, other_phase_seconds=60.0)
 
@@ -69,7 +71,7 @@ def is_out_of_disk(folder):
 
 
 def cannot_write_heartbeats(folder):
-    from dist_cpt.train import health
+    from dist_cpt.health import watchdog as health
 
     health.write_heartbeat = lambda folder, beat: time.sleep(600)  # as on a file server that is gone
     time.sleep(600)
@@ -264,7 +266,7 @@ def test_where_the_thread_cannot_act_the_timer_does(unattended, what):
 def test_a_full_disk_hides_neither_the_stacks_nor_the_code(start, tmp_path):
     ranks = start("is_out_of_disk")
     ranks.wait_for_step(0, 5)
-    before = heartbeat_path(tmp_path, 0).stat().st_mtime
+    before = heartbeat_file(tmp_path, 0).stat().st_mtime
     time.sleep(2.0)
     (beat,) = read_heartbeats(tmp_path)
     assert beat.step == 5
@@ -502,7 +504,7 @@ def test_a_tiny_run_and_a_falling_loss_have_no_spikes():
 def test_verdicts(policy, finite, spike, bad_in_a_row, rollbacks, expected):
     config = SpikeConfig(policy=policy, max_bad_steps=4)
     given = {"finite": finite, "spike": spike, "bad_in_a_row": bad_in_a_row, "rollbacks": rollbacks}
-    assert verdict(**given, config=config) == expected
+    assert decide(**given, config=config) == expected
 
 
 # -- the recipe -------------------------------------------------------------------------------------------------

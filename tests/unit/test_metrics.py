@@ -17,9 +17,10 @@ import pytest
 
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import DataError, WriteError
-from dist_cpt.train import metrics
-from dist_cpt.train.metrics import MetricsFile, read_rows, rewind
-from dist_cpt.train.observers import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
+from dist_cpt.run_folder import metrics
+from dist_cpt.run_folder.json_files import read_rows
+from dist_cpt.run_folder.metrics import MetricsFile, rewind
+from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 
 
 def config() -> RunConfig:
@@ -239,7 +240,7 @@ def test_a_missing_folder_is_a_write_error(tmp_path: Path) -> None:
 def test_a_process_killed_while_writing_leaves_a_file_the_next_start_continues(tmp_path: Path) -> None:
     writer = (
         "import sys; from pathlib import Path\n"
-        "from dist_cpt.train.metrics import MetricsFile\n"
+        "from dist_cpt.run_folder.metrics import MetricsFile\n"
         "file = MetricsFile(Path(sys.argv[1]))\n"
         "print('writing', flush=True)\n"
         "while True: file._append('metrics.jsonl', {'step': 1, 'pad': 'x' * 5000})\n"

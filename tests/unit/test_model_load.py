@@ -231,7 +231,7 @@ def test_a_base_without_one_of_its_weights_is_refused(bases, tmp_path, weights):
 
     from safetensors.torch import load_file, save_file
 
-    from dist_cpt.model.export import plain_model
+    from dist_cpt.export.merge import plain_model
 
     folder = shutil.copytree(bases / "untied", tmp_path / "base")
     tensors = load_file(folder / "model.safetensors")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dist_cpt.runtime.nccl import save_flight_record, set_nccl_defaults
+from dist_cpt.health.nccl import save_flight_record, set_nccl_defaults
 from tests.ranks import RankPool
 
 SET = {

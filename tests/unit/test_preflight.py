@@ -20,7 +20,7 @@ from dist_cpt_launch.preflight import (
     read_reports,
     this_place,
 )
-from dist_cpt_launch.verdict import Limits, NodeReport, judge, verdict_text
+from dist_cpt_launch.preflight_report import Limits, NodeReport, judge, verdict_text
 
 from dist_cpt.errors import EXIT_CANNOT_WRITE, EXIT_NODE, ConfigError
 

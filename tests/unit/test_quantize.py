@@ -26,7 +26,7 @@ from dist_cpt.adapters.quantize import (
 )
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError, MissingExtraError
-from dist_cpt.model.export import load_fp32, quantisation_gap
+from dist_cpt.export.merge import load_fp32, quantisation_gap
 from dist_cpt.model.flops import model_flops
 from dist_cpt.model.load import frozen_hash, load_model
 from tests.tiny import llama
@@ -397,7 +397,7 @@ def test_a_quantised_folder_is_taken_as_it_is(base: Path, tmp_path: Path, weight
 
 
 def load_plain(folder: Path) -> Any:
-    from dist_cpt.model.export import plain_model
+    from dist_cpt.export.merge import plain_model
 
     return plain_model(folder)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from dist_cpt.checkpoint.state import TrainState
 from dist_cpt.config.load import build
 from dist_cpt.config.resolve import fingerprint, resolve_paths, to_yaml
-from dist_cpt.train.record import record_problems
+from dist_cpt.run_folder.audit import record_problems
+from dist_cpt.run_folder.train_state import TrainState
 from tests import tiny
 from tests.checkpoint_state import IDENTITY, save_step, train_state
 from tests.command import command
@@ -183,7 +183,7 @@ def save_with_windows(run: Path, *windows: tuple[int, int]) -> None:
     """The same checkpoint of step 8, but of a run that left out blocks 32 to 47."""
     import shutil
 
-    from dist_cpt.checkpoint.outline import read_manifest
+    from dist_cpt.run_folder.checkpoints import read_manifest
 
     recipe = read_manifest(run / "checkpoints/step-00000008").recipe
     shutil.rmtree(run / "checkpoints/step-00000008")
@@ -244,7 +244,7 @@ def test_a_lost_rollback_is_named(run: Path, text: str | None, said: str) -> Non
 
 def test_what_a_second_look_does_not_see_was_a_run_at_work(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = [["rows are moving"], []]
-    monkeypatch.setattr("dist_cpt.train.record._problems", lambda run: looks.pop(0))
+    monkeypatch.setattr("dist_cpt.run_folder.audit._problems", lambda run: looks.pop(0))
     (run / "exit.json").unlink()
     assert record_problems(run) == []
 
@@ -260,7 +260,7 @@ def test_the_certificate_of_a_pruned_checkpoint_is_normal(run: Path) -> None:
 def test_a_stop_before_the_first_step_is_a_record_too(run: Path) -> None:
     import shutil
 
-    from dist_cpt.checkpoint.outline import read_manifest
+    from dist_cpt.run_folder.checkpoints import read_manifest
 
     recipe = read_manifest(run / "checkpoints/step-00000008").recipe
     shutil.rmtree(run / "checkpoints")

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from dist_cpt.errors import ConfigError, DistCptError, HangError, MissingExtraError, NumericsError
+from dist_cpt.run_folder.names import log_file
 from dist_cpt.runtime import collectives
 from dist_cpt.runtime.env import ProcessEnv
 from dist_cpt.runtime.log import LOGGER, close_log, open_log
@@ -53,8 +54,8 @@ def test_light_modules_load_no_torch() -> None:
 
 def test_log_lines_name_the_rank_and_warnings_are_caught(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     try:
-        open_log(tmp_path, 1)
-        open_log(tmp_path, 3)
+        open_log(log_file(tmp_path, 1), 1)
+        open_log(log_file(tmp_path, 3), 3)
         LOGGER.info("saved %d", 10)
         LOGGER.warning("slow disk")
         with warnings.catch_warnings():

@@ -14,7 +14,7 @@ import pytest
 from dist_cpt_launch.status import as_text, find_run, queue_state, read_status
 
 from dist_cpt.errors import ConfigError
-from dist_cpt.runtime.heartbeat import Heartbeat, write_heartbeat
+from dist_cpt.health.heartbeats import Heartbeat, write_heartbeat
 from tests.checkpoint_state import save_step
 
 BEGUN = 1_700_000_000.0

@@ -14,8 +14,7 @@ from dist_cpt.config.load import build
 from dist_cpt.config.resolve import fingerprint
 from dist_cpt.config.schema import StragglerConfig
 from dist_cpt.engines.activation_checkpoint import checkpoint_layers
-from dist_cpt.runtime.collectives import rank
-from dist_cpt.train.straggler import (
+from dist_cpt.health.stragglers import (
     ComputeClock,
     RankPace,
     StragglerWatch,
@@ -23,6 +22,7 @@ from dist_cpt.train.straggler import (
     stragglers,
     timed_modules,
 )
+from dist_cpt.runtime.collectives import rank
 from tests import tiny
 from tests.ranks import RankPool
 

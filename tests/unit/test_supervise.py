@@ -15,9 +15,9 @@ import pytest
 from dist_cpt_launch import batch_job, supervise
 from dist_cpt_launch.attempts import LAUNCHES, Decision, Ending, Record, decide
 from dist_cpt_launch.batch_job import Job, slurm_seconds
-from dist_cpt_launch.lead import DEFAULT_LEAD_SECONDS, MARGIN_SECONDS, lead_seconds, newest_step
 from dist_cpt_launch.nodes import expand_hosts, usable_nodes
 from dist_cpt_launch.supervise import _TASK_ENDED, main, pick, unfit_nodes
+from dist_cpt_launch.time_limit import DEFAULT_LEAD_SECONDS, MARGIN_SECONDS, lead_seconds, newest_step
 
 from dist_cpt.config.load import build
 from dist_cpt.errors import ConfigError
@@ -166,7 +166,7 @@ def test_outside_a_job_the_supervisor_says_how_to_start_it(tmp_path, monkeypatch
 
 def test_the_next_job_of_a_chain_takes_the_folder_over_and_a_stranger_does_not(tmp_path, monkeypatch):
     from dist_cpt.config.resolve import resolve_paths
-    from dist_cpt.train.folder import claim
+    from dist_cpt.run_folder.claim import claim
 
     config = resolve_paths(build(tiny.recipe(tmp_path / "b", tmp_path / "c", tmp_path / "r"), "x"))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -184,7 +184,7 @@ def test_the_next_job_of_a_chain_takes_the_folder_over_and_a_stranger_does_not(t
 
 def test_a_jobset_that_starts_again_takes_the_folder_over(tmp_path, monkeypatch):
     from dist_cpt.config.resolve import resolve_paths
-    from dist_cpt.train.folder import claim
+    from dist_cpt.run_folder.claim import claim
 
     config = resolve_paths(build(tiny.recipe(tmp_path / "b", tmp_path / "c", tmp_path / "r"), "x"))
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)

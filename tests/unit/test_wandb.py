@@ -15,7 +15,7 @@ import pytest
 
 from dist_cpt.config.schema import RunConfig, WandbConfig
 from dist_cpt.errors import ConfigError, MissingExtraError
-from dist_cpt.train.observers import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
+from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 from dist_cpt.train.wandb import WandbObserver, new_run_id, wandb_observer, without_secrets
 
 KEY = "0123456789abcdef" * 2 + "deadbeef"

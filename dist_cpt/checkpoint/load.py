@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from dist_cpt.checkpoint.folders import published, step_of, superseded
-from dist_cpt.checkpoint.manifest import Identity, Manifest, StateKind, TensorSpec
-from dist_cpt.checkpoint.outline import read_manifest, read_state
 from dist_cpt.checkpoint.safetensors_stream import TensorFile
-from dist_cpt.checkpoint.state import TrainState
 from dist_cpt.checkpoint.verify import verify_checkpoint, verify_together
 from dist_cpt.errors import CheckpointError
+from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state, step_of, superseded
+from dist_cpt.run_folder.manifest import Identity, Manifest
+from dist_cpt.run_folder.train_state import TrainState
 from dist_cpt.runtime.collectives import broadcast_json, rank
+from dist_cpt.training_state import StateKind, TensorSpec
 
 
 class LoadedCheckpoint:

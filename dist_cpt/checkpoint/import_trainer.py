@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dist_cpt.checkpoint.manifest import StateKind
-from dist_cpt.checkpoint.state import first_line
 from dist_cpt.errors import CheckpointError, ConfigError
+from dist_cpt.run_folder.train_state import first_line
+from dist_cpt.training_state import StateKind
 
 WEIGHTS_ALONE = "use continue_from: PATH for the weights alone"
 _ADAMW = {"step", "exp_avg", "exp_avg_sq"}

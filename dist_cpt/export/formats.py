@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from dist_cpt.adapters.earlier import STANDS_ON
 from dist_cpt.adapters.lora import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -28,9 +27,9 @@ from dist_cpt.adapters.lora import (
     without_peft_deprecations,
 )
 from dist_cpt.adapters.pissa import INITIAL, modules_of, read_initial
+from dist_cpt.adapters.prior_adapter import STANDS_ON
 from dist_cpt.errors import CheckpointError, ConfigError, WriteError
-from dist_cpt.model.classify import LABELS, is_classifier, read_labels
-from dist_cpt.model.export import (
+from dist_cpt.export.merge import (
     copy_tokenizer,
     ground_of,
     load_fp32,
@@ -45,6 +44,7 @@ from dist_cpt.model.export import (
     verified_base,
     write_model,
 )
+from dist_cpt.model.classify import LABELS, is_classifier, read_labels
 
 CONVERTER = "convert_hf_to_gguf.py"
 _GGUF_TYPES = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}

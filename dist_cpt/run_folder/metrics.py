@@ -8,8 +8,6 @@ the end, which the next start repairs.
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import time
 from collections import deque
@@ -19,12 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dist_cpt.errors import DataError, WriteError
-from dist_cpt.train.observers import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
-
-METRICS = "metrics.jsonl"
-EVALUATIONS = "evaluations.jsonl"
-EVENTS = "events.jsonl"
+from dist_cpt.errors import WriteError
+from dist_cpt.run_folder.json_files import cannot_write, encode_row, parse_row, replace_file
+from dist_cpt.run_folder.names import EVALUATIONS, EVENTS, METRICS, rewound_name
+from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 
 
 class MetricsFile:
@@ -127,37 +123,6 @@ class MetricsFile:
 _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 
 
-def encode_row(row: dict[str, Any]) -> bytes:
-    """One line of valid JSON; a non-finite number becomes null and is named under `non_finite`."""
-    non_finite: dict[str, str] = {}
-    clean = {key: _finite(value, key, non_finite) for key, value in row.items()}
-    if non_finite:
-        clean["non_finite"] = non_finite
-    return json.dumps(clean, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file of a run, in order; none if the file is absent, a torn last line left out.
-
-    Raises:
-        DataError: the file cannot be read, or a line other than the last is no JSON object.
-    """
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        row = _parse(line)
-        if row is not None:
-            rows.append(row)
-        elif number < len(lines):
-            raise DataError(f"{path}, line {number}: not a JSON object", remedy="the file was edited or damaged")
-    return rows
-
-
 def rewind(folder: Path, step: int) -> int:
     """Move rows and evaluations after `step` to the *.rewound.jsonl files; returns how many rows moved.
 
@@ -178,37 +143,18 @@ def _rewind_file(path: Path, step: int) -> int:
         return 0
     kept, moved = [], []
     for line in lines:
-        row = _parse(line)
+        row = parse_row(line)
         stays = row is not None and isinstance(row.get("step"), int) and row["step"] <= step
         (kept if stays else moved).append(line if line.endswith(b"\n") else line + b"\n")
     if not moved:
         return 0
-    rewound = path.with_name(f"{path.stem}.rewound.jsonl")
+    rewound = path.with_name(rewound_name(path.name))
     already = rewound.read_bytes().splitlines(keepends=True) if rewound.exists() else []
     known = set(already)  # a crash between the two replacements must not double the rows
     new = [line for line in moved if line not in known]
-    _or_write_error(rewound, lambda: _replace(rewound, b"".join(already + new)))
-    _or_write_error(path, lambda: _replace(path, b"".join(kept)))
+    replace_file(rewound, b"".join(already + new))
+    replace_file(path, b"".join(kept))
     return len(moved)
-
-
-def _finite(value: Any, key: str, non_finite: dict[str, str]) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _finite(v, f"{key}.{k}", non_finite) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v, f"{key}.{i}", non_finite) for i, v in enumerate(value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        non_finite[key] = str(value)  # nan, inf or -inf
-        return None
-    return value
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:  # covers bytes that are no UTF-8
-        return None
-    return row if isinstance(row, dict) else None
 
 
 def _repair(path: Path) -> None:
@@ -221,7 +167,7 @@ def _repair(path: Path) -> None:
         return
     start = content.rfind(b"\n") + 1
     with path.open("r+b") as file:
-        if _parse(content[start:]) is None:
+        if parse_row(content[start:]) is None:
             file.truncate(start)
         else:
             file.seek(0, os.SEEK_END)
@@ -240,26 +186,8 @@ def _write_line(descriptor: int, line: bytes) -> None:
         raise
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write `path` anew so that a crash leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def _or_write_error(path: Path, write: Callable[[], Any]) -> Any:
     try:
         return write()
     except OSError as error:
-        raise WriteError(
-            f"{path} cannot be written: {error.strerror}",
-            remedy="make room or restore the folder, then resume; earlier checkpoints are untouched",
-        ) from error
+        raise cannot_write(path, error) from error

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
@@ -27,29 +27,27 @@ from signal import SIGKILL
 from types import TracebackType
 from typing import Any, Literal
 
-from dist_cpt.config.schema import HangConfig, SpikeConfig
+from dist_cpt.config.schema import HangConfig
 from dist_cpt.errors import EXIT_HANG, HangError, WriteError
-from dist_cpt.runtime.heartbeat import (
+from dist_cpt.health.culprits import culprits, frozen_ranks
+from dist_cpt.health.heartbeats import (
     STACKS_SIGNAL,
     Heartbeat,
-    heartbeat_path,
     process_start,
-    process_state,
     read_heartbeats,
     send_signal,
     write_heartbeat,
 )
+from dist_cpt.run_folder.json_files import read_object
+from dist_cpt.run_folder.names import EXIT, LOGS, RUN, hang_file, heartbeat_file, stack_file
 from dist_cpt.runtime.log import LOGGER
 
 Phase = Literal["starting", "training", "saving", "evaluating", "waiting for a save", "ending"]
-Verdict = Literal["apply", "skip", "stop", "rollback"]
 
 PERIOD_SECONDS = 5.0  # between two heartbeats
 STALE_PERIODS = 3  # so many missed heartbeats are a frozen process
 NUM_STEP_TIMES = 64
-NAMED_RANKS = 8  # in one line
 WITHOUT_WATCHDOG_SECONDS = 1800.0  # of one collective
-STD_FLOOR = 0.005  # nats: a loss that hardly varies has no spikes of a few hundredths
 
 
 def collective_seconds(limits: HangConfig | None) -> float:
@@ -99,11 +97,11 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        logs = self._folder / "logs"
+        logs = self._folder / LOGS
         try:
             logs.mkdir(parents=True, exist_ok=True)
-            self._hang_file = FileIO(logs / f"hang-rank-{self._rank}.txt", "a")  # no buffer: a full disk keeps none
-            self._stacks_file = FileIO(logs / f"stack-rank-{self._rank}.txt", "a")
+            self._hang_file = FileIO(hang_file(self._folder, self._rank), "a")  # no buffer: a full disk keeps none
+            self._stacks_file = FileIO(stack_file(self._folder, self._rank), "a")
         except OSError as error:
             raise WriteError(f"{logs} cannot be written: {error.strerror}") from error
         faulthandler.register(STACKS_SIGNAL, file=self._stacks_file, all_threads=True)
@@ -192,7 +190,7 @@ class Watchdog:
             write_heartbeat(self._folder, beat)
         except OSError:  # a full disk still takes a new date, and the date says that this process lives
             with contextlib.suppress(OSError):
-                os.utime(heartbeat_path(self._folder, self._rank))
+                os.utime(heartbeat_file(self._folder, self._rank))
 
     def _end(self, reason: str, grace: float) -> None:
         """Leave the stacks, tell the others, wait for them, name the culprits, end this process."""
@@ -252,7 +250,7 @@ class Watchdog:
 
     def _announce(self, reason: str) -> bool:
         """Write exit.json unless this attempt has one; whether this rank was the first."""
-        if _json(self._folder / "run.json").get("attempts", 0) - 1 > self._attempt:
+        if _read(self._folder / RUN).get("attempts", 0) - 1 > self._attempt:
             return False  # a later attempt holds the folder
         path = self._folder / "exit.json"
         try:
@@ -272,42 +270,17 @@ class Watchdog:
         return True
 
     def _write_exit(self, reason: str) -> Path:
-        path = self._folder / f"exit.json.rank-{self._rank}.tmp"
+        path = self._folder / f"{EXIT}.rank-{self._rank}.tmp"
         values = {"code": EXIT_HANG, "reason": reason, "step": self._at[1], "attempt": self._attempt}
         path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         return path
 
     def _announced(self) -> str | None:
         """Why a rank of this attempt has ended the run as hung, if one has."""
-        said = _json(self._folder / "exit.json")
+        said = _read(self._folder / EXIT)
         if said.get("code") == EXIT_HANG and said.get("attempt") == self._attempt:
             return str(said.get("reason"))
         return None
-
-
-def frozen_ranks(beats: Sequence[Heartbeat], stale_seconds: float) -> list[Heartbeat]:
-    """Ranks whose file is older than the newest by more than `stale_seconds`; no clock of a host is compared."""
-    newest = max((beat.written for beat in beats), default=0.0)
-    return [beat for beat in beats if not beat.ended and newest - beat.written > stale_seconds]
-
-
-def culprits(beats: Sequence[Heartbeat], frozen: Sequence[Heartbeat], world_size: int) -> str:
-    """Who holds the others up, in one line: frozen or silent ranks, else those behind, else where each one waits."""
-    newest = max((beat.written for beat in beats), default=0.0)
-    silent = sorted(set(range(world_size)) - {beat.rank for beat in beats})
-    dead = [f"{_named([beat])} is {_condition(beat)}, silent for {newest - beat.written:.0f} s" for beat in frozen]
-    if silent:
-        dead.append(f"no heartbeat at all from rank {_short([str(rank) for rank in silent])}")
-    if dead:
-        return _short(dead)
-    cut_off = [beat for beat in beats if beat.network]
-    if cut_off:
-        return "the network is cut: " + _short([f"{_named([beat])} {beat.network}" for beat in cut_off])
-    last = max(beat.step for beat in beats)
-    behind = [beat for beat in beats if beat.step < last]
-    if behind:
-        return f"behind the others, who are at step {last}: {_places(behind)}"
-    return f"all ranks wait in the same step {last}: {_places(beats)}"
 
 
 def _unreachable(master: tuple[str, int] | None, seconds: float) -> str:
@@ -323,83 +296,8 @@ def _unreachable(master: tuple[str, int] | None, seconds: float) -> str:
     return ""
 
 
-def _places(beats: Sequence[Heartbeat]) -> str:
-    """Ranks by where their main thread is, the fewest first: the odd one out is usually the cause."""
-    places: dict[str, list[Heartbeat]] = {}
-    for beat in beats:
-        places.setdefault(f"{beat.phase} at step {beat.step}, in {beat.at}", []).append(beat)
-    rarest_first = sorted(places.items(), key=lambda item: len(item[1]))
-    return _short([f"{_named(there)} {place}" for place, there in rarest_first])
-
-
-def _condition(beat: Heartbeat) -> str:
-    state = process_state(beat)
-    known = "frozen or dead" if state is None else f"frozen or dead ({state})"
-    return f"{known} at step {beat.step} ({beat.phase})"
-
-
-def _named(beats: Sequence[Heartbeat]) -> str:
-    return "rank " + _short([f"{beat.rank} (host {beat.host}, pid {beat.pid})" for beat in beats])
-
-
-def _short(parts: Sequence[str]) -> str:
-    rest = len(parts) - NAMED_RANKS
-    return "; ".join(parts[:NAMED_RANKS]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-class SpikeDetector:
-    """Compares each loss with the good ones before it; every rank that sees the same losses says the same."""
-
-    def __init__(self, config: SpikeConfig, state: Sequence[float] = ()) -> None:
-        self._config = config
-        self._losses: deque[float] = deque(state, maxlen=config.window)
-
-    def observe(self, loss: float, bad_in_a_row: int) -> bool:
-        """Whether `loss` (nats per token) is a spike; a good one enters the window, a non-finite one never does.
-
-        `bad_in_a_row` counts the bad steps before this one. After max_bad_steps of them a spike is taken as the
-        new level, so that a run whose policy lets it go on does not complain for ever.
-
-        Source: the threshold of OLMo-core's SkipStepOptimizer, without its window that a NaN poisons.
-        """
-        if not math.isfinite(loss):
-            return False
-        spike = len(self._losses) >= self._config.min_history and loss > self._threshold()
-        if spike and bad_in_a_row >= self._config.max_bad_steps:
-            self._losses.clear()
-            spike = False
-        if not spike:
-            self._losses.append(loss)
-        return spike
-
-    def state(self) -> list[float]:
-        """The window, oldest first; the constructor takes it back."""
-        return list(self._losses)
-
-    def _threshold(self) -> float:
-        number = len(self._losses)
-        mean = math.fsum(self._losses) / number
-        std = math.sqrt(math.fsum((loss - mean) ** 2 for loss in self._losses) / number)
-        return mean + self._config.sigmas * max(std, STD_FLOOR)
-
-
-def verdict(*, finite: bool, spike: bool, bad_in_a_row: int, rollbacks: int, config: SpikeConfig) -> Verdict:
-    """What becomes of a step's update, from its loss and gradient norm.
-
-    `bad_in_a_row` counts this step too; `rollbacks` are those already done. A non-finite step is never applied;
-    under `off` and `stop`, how many of them a run bears is optim.max_skipped_steps.
-    """
-    if finite and not spike:
-        return "apply"
-    allowed: Verdict = "apply" if finite and config.policy in ("off", "stop") else "skip"
-    if config.policy == "off" or bad_in_a_row < config.max_bad_steps:
-        return allowed
-    return "rollback" if config.policy == "rollback" and rollbacks < config.max_rollbacks else "stop"
+def _read(path: Path) -> dict[str, Any]:
+    """A file of the run folder, or nothing: a file system in trouble must not stop the watchdog."""
+    with contextlib.suppress(OSError):
+        return read_object(path)
+    return {}

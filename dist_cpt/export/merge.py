@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from dist_cpt.adapters.earlier import STANDS_ON, EarlierAdapter, open_earlier
 from dist_cpt.adapters.lora import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -29,14 +28,15 @@ from dist_cpt.adapters.lora import (
     without_peft_deprecations,
 )
 from dist_cpt.adapters.pissa import INITIAL, take_out
+from dist_cpt.adapters.prior_adapter import STANDS_ON, EarlierAdapter, open_earlier
 from dist_cpt.adapters.quantize import QUANTISED, dequantise, load_quantised, stored_weights, whole_model
 from dist_cpt.adapters.vocabulary import untie
 from dist_cpt.config.schema import ClassifyConfig, ModelConfig
 from dist_cpt.errors import CheckpointError, ConfigError, WriteError
 from dist_cpt.model.architectures import parts_of
 from dist_cpt.model.classify import HEAD, as_classifier, is_classifier, read_labels
-from dist_cpt.model.consent import require_code_consent
 from dist_cpt.model.load import WEIGHTS_DTYPE, locate_base, weights_sha256
+from dist_cpt.model.safety_checks import require_code_consent
 
 TOKENIZER_FILES = (
     "tokenizer.json",

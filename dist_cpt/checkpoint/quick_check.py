@@ -5,20 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dist_cpt.checkpoint.folders import step_name
-from dist_cpt.checkpoint.manifest import (
-    ADAPTER_WEIGHTS,
-    INITIAL_ADAPTER,
-    MANIFEST,
-    MODEL_INDEX,
-    STATE,
-    STATE_KINDS,
-    Manifest,
-    manifest_from_bytes,
-    state_digest,
-)
-from dist_cpt.checkpoint.state import TrainState, state_from_bytes
 from dist_cpt.errors import CheckpointError
+from dist_cpt.run_folder.checkpoints import read_manifest, read_state, step_name
+from dist_cpt.run_folder.manifest import Manifest, state_digest
+from dist_cpt.run_folder.names import ADAPTER_WEIGHTS, INITIAL_ADAPTER, MANIFEST, MODEL_INDEX, STATE
+from dist_cpt.training_state import STATE_KINDS
 
 # First bytes of a pickle (protocols 2 to 5) and of torch's zip archive around one.
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
@@ -32,29 +23,6 @@ def outline_problems(path: Path) -> list[str]:
         return [error.message]
     except OSError as error:  # it may be pruned while we look
         return [f"{path.name} cannot be read ({error.strerror})"]
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of a checkpoint folder.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
-    return manifest_from_bytes(_read_small(path, MANIFEST))
-
-
-def read_state(path: Path) -> TrainState:
-    """The training state of a checkpoint folder.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
-    return state_from_bytes(_read_small(path, STATE))
-
-
-def printable(text: str) -> str:
-    """One line of text whatever a file says: line breaks and control characters are spelled out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _outline_problems(path: Path, manifest: Manifest) -> list[str]:
@@ -137,15 +105,3 @@ def _files_below(path: Path) -> set[str]:
         names = [name for name in (*files, *links) if not name.startswith(".nfs")]
         found |= {(here / name).relative_to(path).as_posix() for name in names}
     return found
-
-
-def _read_small(path: Path, name: str) -> bytes:
-    file = path / name
-    if path.is_symlink() or file.is_symlink():
-        raise CheckpointError(f"{file} is a symbolic link")
-    try:
-        if file.exists() and not file.is_file():
-            raise CheckpointError(f"{file} is not a regular file")
-        return file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{name} is missing or unreadable in {path} ({error.strerror})") from None

@@ -17,40 +17,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_cpt.checkpoint.folders import (
+from dist_cpt.checkpoint.plan_files import Owners, PlannedFile, model_index, owners, plan_files
+from dist_cpt.checkpoint.quick_check import outline_problems
+from dist_cpt.checkpoint.retention import LOGGER, prune, remove_folder
+from dist_cpt.checkpoint.safetensors_stream import StreamWriter, file_sha256, scan
+from dist_cpt.checkpoint.verify import Exported, verify_checkpoint
+from dist_cpt.errors import CheckpointError, DistCptError, Superseded, WriteError
+from dist_cpt.run_folder.checkpoints import (
     checkpoints_folder,
-    fsync_path,
+    read_manifest,
     staging_name,
     step_name,
     superseded_folder,
     write_error,
 )
-from dist_cpt.checkpoint.manifest import (
-    MANIFEST,
-    MODEL_INDEX,
-    STATE,
-    STATE_KINDS,
-    FileEntry,
-    Identity,
-    Manifest,
-    Owners,
-    PlannedFile,
-    StateKind,
-    TensorEntry,
-    TensorSpec,
-    manifest_to_bytes,
-    model_index,
-    owners,
-    plan_files,
-    state_digest,
-)
-from dist_cpt.checkpoint.outline import outline_problems, read_manifest
-from dist_cpt.checkpoint.retention import LOGGER, prune, remove_folder
-from dist_cpt.checkpoint.safetensors_stream import StreamWriter, file_sha256, scan
-from dist_cpt.checkpoint.state import TrainState, state_to_bytes
-from dist_cpt.checkpoint.verify import Exported, verify_checkpoint
-from dist_cpt.errors import CheckpointError, DistCptError, Superseded, WriteError
+from dist_cpt.run_folder.json_files import fsync_path
+from dist_cpt.run_folder.manifest import FileEntry, Identity, Manifest, TensorEntry, manifest_to_bytes, state_digest
+from dist_cpt.run_folder.names import MANIFEST, MODEL_INDEX, STATE
+from dist_cpt.run_folder.train_state import TrainState, state_to_bytes
 from dist_cpt.runtime.collectives import agree, barrier, broadcast_json, gather_json, rank, world_size
+from dist_cpt.training_state import STATE_KINDS, StateKind, TensorSpec
 
 # Where the protocol can be cut; `fault` is called with these names, in this order, on every rank.
 # "aside" only where an older checkpoint of the same step has to make way; the last five on rank 0 only.

@@ -15,22 +15,24 @@ from typing import Any, Protocol
 
 import torch
 
-from dist_cpt.adapters.earlier import not_an_adapter, refusal, require_same_base, require_same_tokens
 from dist_cpt.adapters.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, canonical_key
-from dist_cpt.checkpoint.foreign_match import require_match, trained_apart, vocabulary_words
-from dist_cpt.checkpoint.manifest import MANIFEST, StateKind, TensorSpec
-from dist_cpt.checkpoint.outline import printable, read_manifest
-from dist_cpt.checkpoint.restore import LoadedCheckpoint, load
+from dist_cpt.adapters.prior_adapter import not_an_adapter, refusal, require_same_base, require_same_tokens
+from dist_cpt.checkpoint.import_peft_match import require_match, trained_apart, vocabulary_words
+from dist_cpt.checkpoint.import_trainer import WEIGHTS_ALONE, TrainerMoments, require_betas
+from dist_cpt.checkpoint.load import LoadedCheckpoint, load
 from dist_cpt.checkpoint.safetensors_stream import file_sha256, is_finite
-from dist_cpt.checkpoint.state import first_line, strict_json
-from dist_cpt.checkpoint.trainer_optimizer import WEIGHTS_ALONE, TrainerMoments, require_betas
 from dist_cpt.checkpoint.verify import verify_together
 from dist_cpt.config.load import parse_yaml
 from dist_cpt.config.schema import ContinueFromConfig, OptimConfig
-from dist_cpt.errors import CheckpointError
+from dist_cpt.errors import CheckpointError, printable
 from dist_cpt.model.load import TrainableModel
+from dist_cpt.run_folder.checkpoints import read_manifest
+from dist_cpt.run_folder.json_files import strict_json
+from dist_cpt.run_folder.names import MANIFEST
+from dist_cpt.run_folder.train_state import first_line
 from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
 from dist_cpt.runtime.log import LOGGER
+from dist_cpt.training_state import StateKind, TensorSpec
 
 OPTIMIZER = "optimizer.pt"
 _FLOATS = ("F32", "BF16", "F16")  # widen to fp32 exactly

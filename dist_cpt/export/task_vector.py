@@ -20,7 +20,7 @@ import torch
 
 from dist_cpt.adapters.quantize import stored_weights
 from dist_cpt.errors import ConfigError, WriteError
-from dist_cpt.model.export import DTYPES, TOKENIZER_FILES, merge, publish, require_new
+from dist_cpt.export.merge import DTYPES, TOKENIZER_FILES, merge, publish, require_new
 from dist_cpt.model.load import locate_base, weights_sha256
 
 _INDEX = "model.safetensors.index.json"

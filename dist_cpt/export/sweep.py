@@ -16,9 +16,9 @@ from dist_cpt.data.loader import ValidationLoader
 from dist_cpt.data.prepare import prepare
 from dist_cpt.data.tokenizer import load_tokenizer
 from dist_cpt.errors import ConfigError
+from dist_cpt.export.merge import Blend, blend_ground, merged_model, verified_base
 from dist_cpt.model.architectures import parts_of
 from dist_cpt.model.attention import choose, install
-from dist_cpt.model.export import Blend, blend_ground, merged_model, verified_base
 from dist_cpt.model.loss import CausalLMForLoss, install_loss_head
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import secrets
 from pathlib import Path
 
-from dist_cpt.errors import WriteError
+from dist_cpt.errors import CheckpointError, WriteError
+from dist_cpt.run_folder.manifest import Manifest, manifest_from_bytes
+from dist_cpt.run_folder.names import MANIFEST, STATE
+from dist_cpt.run_folder.train_state import TrainState, state_from_bytes
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _SUPERSEDED_NAME = re.compile(r"step-(\d{8,})\..+")
@@ -49,18 +51,6 @@ def superseded(run_folder: Path) -> list[Path]:
     return _numbered(superseded_folder(run_folder), _SUPERSEDED_NAME)
 
 
-def fsync_path(path: Path) -> None:
-    """Force a file, or a folder's list of names, to the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
-            raise
-    finally:
-        os.close(fd)
-
-
 def write_error(error: Exception, run_folder: Path, step: int) -> WriteError:
     """The one line for a save that the file system refused."""
     strerror = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -83,3 +73,33 @@ def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
         if match and path.suffix != ".tmp" and path.is_dir() and not path.is_symlink():
             found.append((int(match[1]), path.name, path))
     return [path for *_, path in sorted(found, reverse=True)]
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    return manifest_from_bytes(_read_small(path, MANIFEST))
+
+
+def read_state(path: Path) -> TrainState:
+    """The training state of a checkpoint folder.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    return state_from_bytes(_read_small(path, STATE))
+
+
+def _read_small(path: Path, name: str) -> bytes:
+    file = path / name
+    if path.is_symlink() or file.is_symlink():
+        raise CheckpointError(f"{file} is a symbolic link")
+    try:
+        if file.exists() and not file.is_file():
+            raise CheckpointError(f"{file} is not a regular file")
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{name} is missing or unreadable in {path} ({error.strerror})") from None

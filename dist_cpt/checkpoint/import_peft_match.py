@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from dist_cpt.adapters.earlier import MERGE, refusal, require_plain_lora
-from dist_cpt.checkpoint.manifest import TensorSpec
+from dist_cpt.adapters.prior_adapter import MERGE, refusal, require_plain_lora
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.classify import read_labels
 from dist_cpt.model.load import TrainableModel
+from dist_cpt.training_state import TensorSpec
 
 _PREFIX = "base_model.model."
 

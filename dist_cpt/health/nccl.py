@@ -10,6 +10,8 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from dist_cpt.run_folder.names import flight_file, nccl_trace_prefix
+
 RING_ENTRIES = 2000  # a few steps of a large model; about 1 MB
 
 
@@ -23,7 +25,7 @@ def set_nccl_defaults(run_folder: Path, environ: MutableMapping[str, str] = os.e
     wanted = {
         ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE"): str(RING_ENTRIES),
         # Written by torch when a collective times out, with the rank at the end of the name.
-        ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_FR_DUMP_TEMP_FILE"): str(run_folder / "logs" / "nccl-trace-rank-"),
+        ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_FR_DUMP_TEMP_FILE"): str(nccl_trace_prefix(run_folder)),
         ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
         ("TORCH_NCCL_ENABLE_MONITORING",): "1",  # the dump needs it
         # End the process on an error or a timeout; aborting the communicator first may itself hang.
@@ -50,6 +52,6 @@ def save_flight_record(run_folder: Path, rank: int) -> Path | None:
     content = record if isinstance(record, bytes) else str(record).encode()
     if b'"entries"' not in content:
         return None
-    path = run_folder / "logs" / f"flight-rank-{rank}.json"
+    path = flight_file(run_folder, rank)
     path.write_bytes(content)
     return path

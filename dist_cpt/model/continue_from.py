@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dist_cpt.adapters.earlier import STANDS_ON, EarlierAdapter, open_earlier, refusal
+from dist_cpt.adapters.prior_adapter import STANDS_ON, EarlierAdapter, open_earlier, refusal
 from dist_cpt.config.schema import ContinueFromConfig, RunConfig
 from dist_cpt.model.loss import CausalLMForLoss
 

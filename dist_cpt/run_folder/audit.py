@@ -15,14 +15,14 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from dist_cpt import __version__
-from dist_cpt.checkpoint.folders import published, superseded
-from dist_cpt.checkpoint.manifest import Manifest
-from dist_cpt.checkpoint.outline import read_manifest, read_state
-from dist_cpt.checkpoint.state import TrainState, first_line, strict_json
 from dist_cpt.config.load import load_recipe
 from dist_cpt.config.resolve import fingerprint
 from dist_cpt.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DistCptError
-from dist_cpt.train.metrics import EVALUATIONS, EVENTS, METRICS, read_rows
+from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state, superseded
+from dist_cpt.run_folder.json_files import read_rows, strict_json
+from dist_cpt.run_folder.manifest import Manifest
+from dist_cpt.run_folder.names import EVALUATIONS, EVENTS, METRICS
+from dist_cpt.run_folder.train_state import TrainState, first_line
 
 
 class _Row(BaseModel):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
 from dist_cpt.config.schema import Frozen
 from dist_cpt.errors import CheckpointError
+from dist_cpt.run_folder.json_files import canonical_json, strict_json
 
 
 class Probe(Frozen):
@@ -73,26 +72,6 @@ def state_from_bytes(raw: bytes) -> TrainState:
         return TrainState.model_validate(strict_json(raw))
     except (ValidationError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"state.json does not hold a training state: {first_line(error)}") from None
-
-
-def strict_json(raw: bytes) -> Any:
-    """Parsed JSON whose numbers are all finite; Python's own reader would take NaN, Infinity and 1e999.
-
-    Raises:
-        ValueError: no JSON, or a number that is not finite.
-    """
-
-    def finite(text: str) -> float:
-        if not math.isfinite(value := float(text)):
-            raise ValueError(f"{text} is not a finite number")
-        return value
-
-    return json.loads(raw, parse_constant=finite, parse_float=finite)
-
-
-def canonical_json(value: Any) -> bytes:
-    """JSON with sorted keys and one layout, so that equal values are equal bytes."""
-    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
 
 
 def first_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ from torch import nn
 
 from dist_cpt.adapters.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, canonical_key, import_peft, is_linear
 from dist_cpt.adapters.quantize import is_quantised, read_weight, write_weight
-from dist_cpt.errors import CheckpointError, ConfigError
+from dist_cpt.errors import CheckpointError, ConfigError, printable
 
 EARLIER = "earlier"  # its name as PEFT's second adapter
 STANDS_ON = "stands_on"  # key of adapter_config.json: without it the folder would look like an adapter of the base
@@ -241,7 +241,7 @@ def not_an_adapter(folder: Path) -> tuple[str | None, str | None]:
 
 def refusal(folder: Path, said: str, remedy: str) -> ConfigError:
     """One line, whatever names and values a foreign file holds."""
-    return ConfigError(_printable(f"adapter.continue_from: {folder} {said}"), remedy=_printable(remedy))
+    return ConfigError(printable(f"adapter.continue_from: {folder} {said}"), remedy=printable(remedy))
 
 
 _OTHER_BASE = "use the base that the adapter was trained on"
@@ -342,7 +342,3 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds no mapping")
     return values
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -4,39 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from dist_cpt.checkpoint.state import canonical_json, first_line
 from dist_cpt.config.schema import Frozen
 from dist_cpt.errors import CheckpointError
+from dist_cpt.run_folder.json_files import canonical_json
+from dist_cpt.run_folder.names import MANIFEST
+from dist_cpt.run_folder.train_state import first_line
+from dist_cpt.training_state import StateKind
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-STATE = "state.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-INITIAL_ADAPTER = "initial_adapter.safetensors"  # what PiSSA took out of the base: no training state, kept as it is
-MODEL_INDEX = "model.safetensors.index.json"
-
-StateKind = Literal["master", "exp_avg", "exp_avg_sq"]
-STATE_KINDS: tuple[StateKind, ...] = ("master", "exp_avg", "exp_avg_sq")
-TensorKey = tuple[StateKind, str]
-Owners = dict[TensorKey, int]
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One trainable tensor by canonical name; `dtype` is what it computes in, stored is always fp32."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    group: str
 
 
 @dataclass(frozen=True)
@@ -47,15 +29,6 @@ class Identity:
     data: dict[str, Any]  # token stores by hash
     recipe: str  # fingerprint
     engine: str  # for the record
-
-
-@dataclass(frozen=True)
-class PlannedFile:
-    """A tensor file, the rank that writes it, and for each key of the file the tensor it holds."""
-
-    name: str
-    owner: int
-    tensors: dict[str, TensorKey]
 
 
 class FileEntry(Frozen):
@@ -102,57 +75,6 @@ class Manifest(Frozen):
     def names(self) -> list[str]:
         """Trainable names in order."""
         return [tensor.name for tensor in self.tensors]
-
-
-def owners(specs: Sequence[TensorSpec], world_size: int, adapter: bool) -> Owners:
-    """The rank that writes each tensor: an adapter's masters rank 0 (one file), the rest balanced by bytes.
-
-    Greedy, largest first to the least loaded rank; the same answer on every rank.
-    """
-    load = [0] * world_size
-    placed: Owners = {}
-    free: list[tuple[int, int, TensorKey]] = []
-    for index, spec in enumerate(specs):
-        for kind in STATE_KINDS:
-            if adapter and kind == "master":
-                placed[kind, spec.name] = 0
-                load[0] += math.prod(spec.shape)
-            else:
-                free.append((math.prod(spec.shape), index, (kind, spec.name)))
-    for size, _, key in sorted(free, key=lambda item: (-item[0], item[1])):
-        rank = load.index(min(load))
-        placed[key] = rank
-        load[rank] += size
-    return placed
-
-
-def plan_files(
-    specs: Sequence[TensorSpec], aliases: Mapping[str, str], placed: Owners, adapter: bool
-) -> list[PlannedFile]:
-    """The tensor files of a checkpoint: one model file and one optimizer file per rank that owns any."""
-    second_keys: dict[str, list[str]] = {}
-    for alias, name in aliases.items():
-        second_keys.setdefault(name, []).append(alias)
-    model: dict[int, dict[str, TensorKey]] = {}
-    optimizer: dict[int, dict[str, TensorKey]] = {}
-    for spec in specs:
-        for kind in STATE_KINDS:
-            rank = placed[kind, spec.name]
-            if kind == "master":
-                for key in (spec.name, *second_keys.get(spec.name, [])):
-                    model.setdefault(rank, {})[key] = (kind, spec.name)
-            else:
-                optimizer.setdefault(rank, {})[f"{kind}.{spec.name}"] = (kind, spec.name)
-    stem = None if adapter else "model"
-    return [*_numbered(stem, model), *_numbered("optimizer", optimizer)]
-
-
-def model_index(files: Iterable[PlannedFile], specs: Sequence[TensorSpec]) -> bytes:
-    """model.safetensors.index.json as transformers reads it."""
-    weight_map = {key: file.name for file in files for key, (kind, _) in file.tensors.items() if kind == "master"}
-    total = sum(math.prod(spec.shape) for spec in specs)
-    metadata = {"total_parameters": total, "total_size": 4 * total}
-    return canonical_json({"metadata": metadata, "weight_map": weight_map})
 
 
 def state_digest(step: int, position: int, tensors: Sequence[TensorEntry]) -> str:
@@ -203,15 +125,3 @@ def check_relative(name: str) -> None:
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or str(path) != name:
         raise ValueError(f"{name!r} is not a plain path inside the checkpoint")
-
-
-def _numbered(stem: str | None, by_rank: dict[int, dict[str, TensorKey]]) -> list[PlannedFile]:
-    count = len(by_rank)
-    return [
-        PlannedFile(
-            ADAPTER_WEIGHTS if stem is None else f"{stem}-{number:05d}-of-{count:05d}.safetensors",
-            rank,
-            by_rank[rank],
-        )
-        for number, rank in enumerate(sorted(by_rank), start=1)
-    ]

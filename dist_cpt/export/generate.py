@@ -9,8 +9,8 @@ import torch
 
 from dist_cpt.adapters.lora import ADAPTER_CONFIG
 from dist_cpt.errors import ConfigError
+from dist_cpt.export.merge import TOKENIZER_FILES, load_fp32, turn_ends, verified_base
 from dist_cpt.model.classify import is_classifier, read_labels
-from dist_cpt.model.export import TOKENIZER_FILES, load_fp32, turn_ends, verified_base
 
 
 def generate(

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from dist_cpt.run_folder.names import LOGS, heartbeat_file
+
 STACKS_SIGNAL = signal.SIGUSR2  # a rank answers with all its stacks in logs/stack-rank-N.txt
 
 _STATES = {"T": "stopped by a signal", "t": "held by a debugger", "D": "waiting for a device", "Z": "dead", "X": "dead"}
@@ -38,18 +40,13 @@ class Heartbeat:
     network: str = ""  # on a hang: why rank 0's host cannot be reached
 
 
-def heartbeat_path(folder: Path, rank: int) -> Path:
-    """`<run>/logs/heartbeat-rank-N.json`."""
-    return folder / "logs" / f"heartbeat-rank-{rank}.json"
-
-
 def write_heartbeat(folder: Path, beat: Heartbeat) -> None:
     """Replace the rank's file, unless a later attempt already has one there.
 
     Raises:
         OSError: the file cannot be written; the earlier one is untouched.
     """
-    path = heartbeat_path(folder, beat.rank)
+    path = heartbeat_file(folder, beat.rank)
     earlier = _read(path)
     if earlier is not None and earlier.attempt > beat.attempt:
         return
@@ -66,9 +63,9 @@ def read_heartbeats(folder: Path, ranks: Iterable[int] | None = None) -> list[He
     With `ranks` only their files are opened: a thousand ranks that read a thousand files each are a burden.
     """
     if ranks is None:
-        paths = list((folder / "logs").glob("heartbeat-rank-*.json"))
+        paths = list((folder / LOGS).glob(heartbeat_file(folder, 0).name.replace("0", "*")))
     else:
-        paths = [heartbeat_path(folder, rank) for rank in ranks]
+        paths = [heartbeat_file(folder, rank) for rank in ranks]
     beats = [beat for path in paths if (beat := _read(path)) is not None]
     newest = max((beat.attempt for beat in beats), default=0)
     return sorted((beat for beat in beats if beat.attempt == newest), key=lambda beat: beat.rank)

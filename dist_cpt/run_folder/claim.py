@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import secrets
 import socket
@@ -12,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from dist_cpt.checkpoint.folders import fsync_path, published
-from dist_cpt.checkpoint.outline import read_state
 from dist_cpt.config.load import load_recipe
 from dist_cpt.config.resolve import differences, fingerprint, to_yaml
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import CheckpointError, ConfigError, Superseded, WriteError
+from dist_cpt.run_folder.checkpoints import published, read_state
+from dist_cpt.run_folder.json_files import read_object, replace_file, write_object
+from dist_cpt.run_folder.names import EXIT, LOCK, RECIPE, RUN
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Claim:
 
     def held(self) -> bool:
         """Whether no later attempt has taken the folder; True also while run.json cannot be read."""
-        return read_json(self.folder / "run.json").get("token", self.token) == self.token
+        return read_object(self.folder / RUN).get("token", self.token) == self.token
 
     def require(self) -> None:
         """The fence before anything is published.
@@ -46,7 +46,7 @@ class Claim:
             Superseded: a later attempt holds the folder.
         """
         if not self.held():
-            later = read_json(self.folder / "run.json").get("attempts", 0) - 1
+            later = read_object(self.folder / RUN).get("attempts", 0) - 1
             raise Superseded(
                 f"attempt {self.attempt} no longer holds {self.folder}: attempt {later} has taken over",
                 remedy="nothing to do: the later attempt goes on from the last checkpoint",
@@ -75,7 +75,7 @@ def claim(folder: Path, config: RunConfig, new_run_id: str) -> Claim:
             f"run folder {folder} cannot be written: {error.strerror}", remedy="choose another output_dir"
         ) from error
     try:
-        _same_recipe(folder / "recipe.yaml", config)
+        _same_recipe(folder / RECIPE, config)
         attempts, wandb_run_id = _earlier_starts(folder)
         now = round(time.time(), 3)
         started = {
@@ -86,13 +86,13 @@ def claim(folder: Path, config: RunConfig, new_run_id: str) -> Claim:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "job": _job(),
-            "first_started": read_json(folder / "run.json").get("first_started", now),
+            "first_started": read_object(folder / RUN).get("first_started", now),
             "started": now,
             "ends": _earlier_ends(folder, attempts - 1),
         }
-        _write(folder / "recipe.yaml", to_yaml(config))
-        _write(folder / "run.json", json.dumps(started, indent=1) + "\n")
-        (folder / "exit.json").unlink(missing_ok=True)
+        replace_file(folder / RECIPE, to_yaml(config).encode())
+        write_object(folder / RUN, started)
+        (folder / EXIT).unlink(missing_ok=True)
     except OSError as error:
         lock.close()
         raise WriteError(f"run folder {folder} cannot be written: {error.strerror}") from error
@@ -102,39 +102,15 @@ def claim(folder: Path, config: RunConfig, new_run_id: str) -> Claim:
     return Claim(folder, started["attempts"] - 1, started["wandb_run_id"], started["token"], lock)
 
 
-def write_exit(folder: Path, code: int, reason: str, step: int) -> None:
-    """exit.json: what torchrun's exit code cannot say.
-
-    Raises:
-        WriteError: the file cannot be written.
-    """
-    try:
-        _write(folder / "exit.json", json.dumps({"code": code, "reason": reason, "step": step}, indent=1) + "\n")
-    except OSError as error:
-        raise WriteError(f"{folder / 'exit.json'} cannot be written: {error.strerror}") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file that is whole or not there.
-
-    Raises:
-        WriteError: the file cannot be written.
-    """
-    try:
-        _write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise WriteError(f"{path} cannot be written: {error.strerror}") from error
-
-
 def _lock(folder: Path) -> TextIO:
-    path = folder / ".lock"
+    path = folder / LOCK
     lock = path.open("a", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
     except OSError:
         lock.close()
-    holder = read_json(folder / "run.json")
+    holder = read_object(folder / RUN)
     if _job() is None or holder.get("job") not in (_job(), os.environ.get("DIST_CPT_PREDECESSOR")):
         where = f" (process {holder['pid']} on {holder['host']})" if {"pid", "host"} <= holder.keys() else ""
         raise ConfigError(
@@ -149,7 +125,7 @@ def _lock(folder: Path) -> TextIO:
 
 def _earlier_starts(folder: Path) -> tuple[int, str | None]:
     """(starts so far, W&B run id) from run.json, or from the newest readable checkpoint if that file is lost."""
-    known = read_json(folder / "run.json")
+    known = read_object(folder / RUN)
     attempts, wandb_run_id = known.get("attempts"), known.get("wandb_run_id")
     if isinstance(attempts, int) and isinstance(wandb_run_id, str):
         return attempts, wandb_run_id
@@ -164,9 +140,9 @@ def _earlier_starts(folder: Path) -> tuple[int, str | None]:
 
 def _earlier_ends(folder: Path, attempt: int) -> list[dict[str, Any]]:
     """How earlier attempts ended, so far as they could say; exit.json, which tells of the latest, is about to go."""
-    ends = read_json(folder / "run.json").get("ends")
+    ends = read_object(folder / RUN).get("ends")
     ends = list(ends) if isinstance(ends, list) else []
-    latest = read_json(folder / "exit.json")
+    latest = read_object(folder / EXIT)
     if "code" in latest:
         ends.append({"attempt": attempt} | {key: latest.get(key) for key in ("code", "reason", "step")})
     return ends
@@ -187,22 +163,3 @@ def _same_recipe(path: Path, config: RunConfig) -> None:
             f"{path.parent} holds a run of another recipe ({changed})",
             remedy="give this run another name, or undo the change",
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of the run folder; empty if it is absent or no JSON."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_path(path.parent)

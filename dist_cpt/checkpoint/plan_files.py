@@ -1,0 +1,85 @@
+"""Which rank writes which tensor into which file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from dist_cpt.run_folder.json_files import canonical_json
+from dist_cpt.run_folder.names import ADAPTER_WEIGHTS
+from dist_cpt.training_state import STATE_KINDS, TensorKey, TensorSpec
+
+Owners = dict[TensorKey, int]
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A tensor file, the rank that writes it, and for each key of the file the tensor it holds."""
+
+    name: str
+    owner: int
+    tensors: dict[str, TensorKey]
+
+
+def owners(specs: Sequence[TensorSpec], world_size: int, adapter: bool) -> Owners:
+    """The rank that writes each tensor: an adapter's masters rank 0 (one file), the rest balanced by bytes.
+
+    Greedy, largest first to the least loaded rank; the same answer on every rank.
+    """
+    load = [0] * world_size
+    placed: Owners = {}
+    free: list[tuple[int, int, TensorKey]] = []
+    for index, spec in enumerate(specs):
+        for kind in STATE_KINDS:
+            if adapter and kind == "master":
+                placed[kind, spec.name] = 0
+                load[0] += math.prod(spec.shape)
+            else:
+                free.append((math.prod(spec.shape), index, (kind, spec.name)))
+    for size, _, key in sorted(free, key=lambda item: (-item[0], item[1])):
+        rank = load.index(min(load))
+        placed[key] = rank
+        load[rank] += size
+    return placed
+
+
+def plan_files(
+    specs: Sequence[TensorSpec], aliases: Mapping[str, str], placed: Owners, adapter: bool
+) -> list[PlannedFile]:
+    """The tensor files of a checkpoint: one model file and one optimizer file per rank that owns any."""
+    second_keys: dict[str, list[str]] = {}
+    for alias, name in aliases.items():
+        second_keys.setdefault(name, []).append(alias)
+    model: dict[int, dict[str, TensorKey]] = {}
+    optimizer: dict[int, dict[str, TensorKey]] = {}
+    for spec in specs:
+        for kind in STATE_KINDS:
+            rank = placed[kind, spec.name]
+            if kind == "master":
+                for key in (spec.name, *second_keys.get(spec.name, [])):
+                    model.setdefault(rank, {})[key] = (kind, spec.name)
+            else:
+                optimizer.setdefault(rank, {})[f"{kind}.{spec.name}"] = (kind, spec.name)
+    stem = None if adapter else "model"
+    return [*_numbered(stem, model), *_numbered("optimizer", optimizer)]
+
+
+def model_index(files: Iterable[PlannedFile], specs: Sequence[TensorSpec]) -> bytes:
+    """model.safetensors.index.json as transformers reads it."""
+    weight_map = {key: file.name for file in files for key, (kind, _) in file.tensors.items() if kind == "master"}
+    total = sum(math.prod(spec.shape) for spec in specs)
+    metadata = {"total_parameters": total, "total_size": 4 * total}
+    return canonical_json({"metadata": metadata, "weight_map": weight_map})
+
+
+def _numbered(stem: str | None, by_rank: dict[int, dict[str, TensorKey]]) -> list[PlannedFile]:
+    count = len(by_rank)
+    return [
+        PlannedFile(
+            ADAPTER_WEIGHTS if stem is None else f"{stem}-{number:05d}-of-{count:05d}.safetensors",
+            rank,
+            by_rank[rank],
+        )
+        for number, rank in enumerate(sorted(by_rank), start=1)
+    ]

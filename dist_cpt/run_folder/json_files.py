@@ -1,0 +1,168 @@
+"""JSON as a run writes and reads it: objects replaced whole, rows appended one per line.
+
+Two kinds of reader: the strict ones raise on anything odd and are for what a resume depends on; `read_object`
+and `read_rows_leniently` take what they can get and are for status, report and hints.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dist_cpt.errors import DataError, WriteError
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if the file is absent or holds something else.
+
+    Raises:
+        OSError: it exists and cannot be read.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_object(path: Path, value: Any) -> None:
+    """Replace a JSON file: after a crash the old content is there or the new one.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    replace_file(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a file and force it to the disk: after a crash the old content is there or the new one.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    try:
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_path(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def fsync_path(path: Path) -> None:
+    """Force a file, or a folder's list of names, to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
+            raise
+    finally:
+        os.close(fd)
+
+
+def cannot_write(path: Path, error: OSError) -> WriteError:
+    """The one line for a file of a run that the file system refused."""
+    return WriteError(
+        f"{path} cannot be written: {error.strerror}",
+        remedy="free space or restore the folder, then resume; earlier checkpoints are untouched",
+    )
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file of a run, in order; none if the file is absent, a torn last line left out.
+
+    Raises:
+        DataError: the file cannot be read, or a line other than the last is not a JSON object.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        row = parse_row(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):
+            raise DataError(f"{path}, line {number}: not a JSON object", remedy="the file was edited or damaged")
+    return rows
+
+
+def read_rows_leniently(path: Path, unreadable: Callable[[int], None]) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file of a run that can be parsed; `unreadable` gets the number of every other line.
+
+    Raises:
+        OSError: the file cannot be read; an absent one has no rows.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        row = parse_row(line)
+        if row is not None:
+            rows.append(row)
+        elif line:
+            unreadable(number)
+    return rows
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """The object of one line; None if it is anything else, a torn line included."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # covers bytes that are not UTF-8
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def encode_row(row: dict[str, Any]) -> bytes:
+    """One line of valid JSON; a non-finite number becomes null and is named under `non_finite`."""
+    non_finite: dict[str, str] = {}
+    clean = {key: _finite(value, key, non_finite) for key, value in row.items()}
+    if non_finite:
+        clean["non_finite"] = non_finite
+    return json.dumps(clean, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def strict_json(raw: bytes) -> Any:
+    """Parsed JSON whose numbers are all finite; Python's own reader would take NaN, Infinity and 1e999.
+
+    Raises:
+        ValueError: not JSON, or a number that is not finite.
+    """
+
+    def finite(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text} is not a finite number")
+        return value
+
+    return json.loads(raw, parse_constant=finite, parse_float=finite)
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and one layout, so that equal values are equal bytes."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
+
+
+def _finite(value: Any, key: str, non_finite: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v, f"{key}.{k}", non_finite) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v, f"{key}.{i}", non_finite) for i, v in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        non_finite[key] = str(value)  # nan, inf or -inf
+        return None
+    return value

@@ -1,0 +1,69 @@
+"""The files of a run folder, and of a checkpoint inside it. Every name is written here and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# -- the run folder ---------------------------------------------------------------------------------------------------
+RECIPE = "recipe.yaml"  # resolved, with every default
+RUN = "run.json"  # who holds the folder: attempts, token, W&B run id, how earlier attempts ended
+LOCK = ".lock"
+EXIT = "exit.json"  # code and reason of the last ending
+CONTRACT = "contract.json"  # what trains, and the checks that it does
+CERTIFICATE = "certificate.json"  # of the last resume
+CONTINUED = "continued.json"  # evidence that the adapter this run starts from is in effect
+ROLLBACKS = "rollbacks.json"  # blocks that rollbacks left out
+SAMPLE = "sample.json"  # a continuation by the trained model
+METRICS = "metrics.jsonl"  # one row per optimizer step
+EVALUATIONS = "evaluations.jsonl"  # one row per held-out set and evaluation
+EVENTS = "events.jsonl"  # starts, resumes, checkpoints, messages, ends
+METRICS_REWOUND = "metrics.rewound.jsonl"  # rows of steps that were trained again
+REPORT = "report.html"
+LOGS = "logs"
+WANDB = "wandb"
+CHECKPOINTS = "checkpoints"
+SUPERSEDED = "superseded"  # inside `checkpoints`: what a later attempt replaced
+
+# -- a checkpoint -----------------------------------------------------------------------------------------------------
+MANIFEST = "manifest.json"  # every other file with its bytes and sha256; written last
+STATE = "state.json"  # step, position, tokens, ...: the training state beside its tensors
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+INITIAL_ADAPTER = "initial_adapter.safetensors"  # what PiSSA took out of the base; not part of the training state
+MODEL_CONFIG = "config.json"
+MODEL_INDEX = "model.safetensors.index.json"
+
+
+def rewound_name(name: str) -> str:
+    """`metrics.jsonl` -> `metrics.rewound.jsonl`."""
+    return f"{Path(name).stem}.rewound.jsonl"
+
+
+def log_file(run_folder: Path, rank: int) -> Path:
+    """The log of one rank."""
+    return run_folder / LOGS / f"rank-{rank}.log"
+
+
+def heartbeat_file(run_folder: Path, rank: int) -> Path:
+    """What one rank last said of itself."""
+    return run_folder / LOGS / f"heartbeat-rank-{rank}.json"
+
+
+def hang_file(run_folder: Path, rank: int) -> Path:
+    """The stacks of a rank that ended a run as hung."""
+    return run_folder / LOGS / f"hang-rank-{rank}.txt"
+
+
+def stack_file(run_folder: Path, rank: int) -> Path:
+    """The stacks of a rank that was asked for them."""
+    return run_folder / LOGS / f"stack-rank-{rank}.txt"
+
+
+def flight_file(run_folder: Path, rank: int) -> Path:
+    """The last collectives of a rank that ended a run as hung."""
+    return run_folder / LOGS / f"flight-rank-{rank}.json"
+
+
+def nccl_trace_prefix(run_folder: Path) -> Path:
+    """What torch writes on a collective's timeout, before the rank's number."""
+    return run_folder / LOGS / "nccl-trace-rank-"
