@@ -16,6 +16,19 @@ EXIT_CANNOT_WRITE = 73
 EXIT_CHECKPOINT = 74
 EXIT_STOPPED = 75
 
+EXIT_WORDS = {
+    EXIT_DONE: "done",
+    EXIT_CONFIG: "configuration error",
+    EXIT_DATA: "data error",
+    EXIT_NODE: "unfit node",
+    EXIT_INTERNAL: "internal error",
+    EXIT_NUMERICS: "numerical error",
+    EXIT_HANG: "hang",
+    EXIT_CANNOT_WRITE: "cannot write",
+    EXIT_CHECKPOINT: "checkpoint invalid",
+    EXIT_STOPPED: "stopped and saved",
+}
+
 
 class DistCptError(Exception):
     """An ending with a documented exit code; `str(error)` is the one line a user sees."""
