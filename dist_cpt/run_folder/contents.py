@@ -47,10 +47,10 @@ def read_run(folder: Path) -> RunFiles:
         rewound=_rows(folder / "metrics.rewound.jsonl", problems),
         evaluations=_rows(folder / "evaluations.jsonl", problems),
         events=_rows(folder / "events.jsonl", problems),
-        contract=_object(folder / "contract.json", problems),
-        certificate=_object(folder / "certificate.json", problems),
-        exit=_object(folder / "exit.json", problems),
-        sample=_object(folder / "sample.json", problems),
+        contract=object_or_problem(folder / "contract.json", problems),
+        certificate=object_or_problem(folder / "certificate.json", problems),
+        exit=object_or_problem(folder / "exit.json", problems),
+        sample=object_or_problem(folder / "sample.json", problems),
         checkpoints=sorted(p.name for p in saved.iterdir() if (p / "manifest.json").exists()) if saved.is_dir() else [],
         problems=problems,
     )
@@ -66,7 +66,8 @@ def _text(path: Path, problems: list[str]) -> str:
         return ""
 
 
-def _object(path: Path, problems: list[str]) -> dict[str, Any]:
+def object_or_problem(path: Path, problems: list[str]) -> dict[str, Any]:
+    """The object in a JSON file, empty if it is absent; a damaged or unreadable file adds a line to `problems`."""
     text = _text(path, problems)
     try:
         value = json.loads(text) if text else {}

@@ -119,6 +119,26 @@ def read_rows_leniently(path: Path, unreadable: Callable[[int], None]) -> list[d
     return rows
 
 
+def read_complete_rows(path: Path, tail_bytes: int | None = None) -> tuple[list[dict[str, Any]], int]:
+    """(rows, number of unreadable lines) of a .jsonl file that another process may be appending to.
+
+    A last line without its newline is still being written and left out. With `tail_bytes` only the end of the
+    file is read, without the line that this cuts.
+
+    Raises:
+        OSError: the file cannot be read; an absent one has no rows.
+    """
+    try:
+        with path.open("rb") as file:
+            start = 0 if tail_bytes is None else max(file.seek(0, os.SEEK_END) - tail_bytes, 0)
+            file.seek(start)
+            lines = file.read().split(b"\n")[bool(start) : -1]
+    except FileNotFoundError:
+        return [], 0
+    parsed = [parse_row(line) for line in lines if line.strip()]
+    return [row for row in parsed if row is not None], parsed.count(None)
+
+
 def parse_row(line: bytes) -> dict[str, Any] | None:
     """The object of one line; None if it is anything else, a torn line included."""
     try:
