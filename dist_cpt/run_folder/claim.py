@@ -35,17 +35,17 @@ class Claim:
     token: str
     lock: TextIO
 
-    def held(self) -> bool:
+    def is_current(self) -> bool:
         """Whether no later attempt has taken the folder; True also while run.json cannot be read."""
         return read_object(self.folder / RUN).get("token", self.token) == self.token
 
-    def require(self) -> None:
+    def require_current(self) -> None:
         """The fence before anything is published.
 
         Raises:
             Superseded: a later attempt holds the folder.
         """
-        if not self.held():
+        if not self.is_current():
             later = read_object(self.folder / RUN).get("attempts", 0) - 1
             raise Superseded(
                 f"attempt {self.attempt} no longer holds {self.folder}: attempt {later} has taken over",

@@ -94,7 +94,7 @@ def train(config: RunConfig, stop: StopRequest) -> tuple[int, Path | None]:
         print(f"dist-cpt: rank {env.rank}: {reason} -- see logs/rank-{env.rank}.log", file=sys.stderr, flush=True)
     finally:
         if held is not None:
-            if not superseded and held.held():  # else the folder is another attempt's by now
+            if not superseded and held.is_current():  # else the folder is another attempt's by now
                 _end(observers, folder, code, reason, progress.step)
             held.close()
         close_log()

@@ -303,10 +303,10 @@ class Session:
 
     def _require_held(self) -> None:
         """End here, on all ranks, if a later attempt has taken the folder."""
-        on_rank_zero("run folder", lambda: None if self.held is None else self.held.require())
+        on_rank_zero("run folder", lambda: None if self.held is None else self.held.require_current())
 
     def _tell(self, what: Callable[[Observer], None]) -> None:
-        if self.held is not None and not self.held.held():
+        if self.held is not None and not self.held.is_current():
             return  # a later attempt keeps the record now; the next boundary ends this one
         for observer in self.observers:
             what(observer)
@@ -360,7 +360,7 @@ class Session:
 
     def _stop_requested(self) -> bool:
         """A signal, or a later attempt that has taken the folder; the fence then names it."""
-        return self.stop.requested is not None or (self.held is not None and not self.held.held())
+        return self.stop.requested is not None or (self.held is not None and not self.held.is_current())
 
     def _state(self) -> TrainState:
         """What the next checkpoint says beside its tensors. Collective."""
@@ -426,7 +426,7 @@ class Session:
             aliases=self.model.aliases,
             before=self.metrics.sync,
             saved=self._on_saved,
-            fence=self.held.require if self.held is not None else lambda: None,
+            fence=self.held.require_current if self.held is not None else lambda: None,
             fault=self.fault,
         )
 

@@ -32,9 +32,9 @@ from urllib.parse import urlsplit
 from dist_cpt.config.schema import WandbConfig
 from dist_cpt.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, MissingExtraError
 from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
+from dist_cpt.runtime.secret_values import secret_values
 
 _ENV_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _GRACE_SECONDS = 15.0  # for wandb's own process to end after its own limit
 
 
@@ -220,14 +220,13 @@ class WandbObserver:
 
 def without_secrets(value: Any) -> Any:
     """A copy of nested values in which the values of secret environment variables and URL passwords are cut."""
-    known = [v for k, v in os.environ.items() if _SECRET_NAME.search(k) and len(v) >= 8]
     if isinstance(value, dict):
         return {key: without_secrets(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
         return [without_secrets(child) for child in value]
     if not isinstance(value, str):
         return value
-    for text in known:
+    for text in secret_values().values():
         value = value.replace(text, "[secret]")
     return re.sub(r"://[^/@\s]+@", "://[secret]@", value)
 

@@ -176,8 +176,8 @@ def test_the_next_job_of_a_chain_takes_the_folder_over_and_a_stranger_does_not(t
         claim(tmp_path / "run", config, "id")
     monkeypatch.setenv("DIST_CPT_PREDECESSOR", "7")
     successor = claim(tmp_path / "run", config, "id")
-    assert successor.held()
-    assert not orphan.held()
+    assert successor.is_current()
+    assert not orphan.is_current()
     orphan.close()
     successor.close()
 
@@ -191,8 +191,8 @@ def test_a_jobset_that_starts_again_takes_the_folder_over(tmp_path, monkeypatch)
     monkeypatch.setenv("DIST_CPT_JOB", "legal")
     orphan = claim(tmp_path / "run", config, "id")  # its host is lost, the file server still holds its lock
     again = claim(tmp_path / "run", config, "id")
-    assert again.held()
-    assert not orphan.held()
+    assert again.is_current()
+    assert not orphan.is_current()
     orphan.close()
     again.close()
 
