@@ -139,7 +139,7 @@ class EmbeddingsConfig(Frozen):
     init: Literal["mean_of_subtokens", "focus"] = "mean_of_subtokens"  # of a new row
     rows: Literal["all", "new"] = "all"  # new: only the rows of new tokens move
     pad_rows_to: PositiveInt = 64  # the number of rows of a matrix that grew is a multiple of it
-    alone_steps: int = Field(default=0, ge=0)  # first steps in which everything else stands still
+    freeze_rest_steps: int = Field(default=0, ge=0)  # first steps in which everything else stands still
     tie: Literal["keep", "untie"] = "keep"  # untie: the head becomes a copy that trains apart
 
     @model_validator(mode="after")
@@ -508,11 +508,11 @@ class RunConfig(Frozen):
                 "embeddings.rows: new needs adapter.continue_from.optimizer: false: old moments would move the old rows"
             )
         num_steps = -(-self.train.tokens // self.batch.global_tokens)
-        if embeddings.alone_steps and lora and not embeddings.train:
-            raise ValueError("embeddings.alone_steps needs embeddings.train: nothing would train in those steps")
-        if embeddings.alone_steps and embeddings.alone_steps >= num_steps:
+        if embeddings.freeze_rest_steps and lora and not embeddings.train:
+            raise ValueError("embeddings.freeze_rest_steps needs embeddings.train: nothing would train in those steps")
+        if embeddings.freeze_rest_steps and embeddings.freeze_rest_steps >= num_steps:
             raise ValueError(
-                f"embeddings.alone_steps {embeddings.alone_steps} leaves nothing of the run's {num_steps} steps"
+                f"embeddings.freeze_rest_steps {embeddings.freeze_rest_steps} leaves nothing of the run's {num_steps} steps"
             )
 
     def _low_rank_vocabulary(self) -> None:

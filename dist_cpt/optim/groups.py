@@ -32,7 +32,7 @@ def param_groups(
     trainable: Mapping[str, torch.Tensor],
     optim: OptimConfig,
     adapter: bool,
-    alone_steps: int = 0,
+    freeze_rest_steps: int = 0,
     lora_plus_ratio: float | None = None,
 ) -> list[ParamGroup]:
     """Sort trainable tensors into groups: adapter and embeddings, or weights, embeddings and no_decay; and head.
@@ -42,7 +42,7 @@ def param_groups(
     `lora_plus_ratio` x `lr`. In a
     full-parameter run the matrices are `weights`, the vocabulary matrices `embeddings` (at `lr`: they are
     not beside a faster adapter), and vectors `no_decay`. The
-    classification head is `head`. In the first `alone_steps` only `embeddings` move.
+    classification head is `head`. In the first `freeze_rest_steps` only `embeddings` move.
     Source: Hayou et al. 2024, LoRA+: Efficient Low Rank Adaptation of Large Models (arXiv 2402.12354).
     """
     members: dict[str, list[str]] = {
@@ -69,7 +69,7 @@ def param_groups(
             tuple(names),
             lr.get(key, optim.lr),
             decay.get(key, optim.weight_decay),
-            0 if key == "embeddings" else alone_steps,
+            0 if key == "embeddings" else freeze_rest_steps,
         )
         for key, names in members.items()
         if names

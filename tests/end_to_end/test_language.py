@@ -94,7 +94,7 @@ def test_vocabulary_pretraining_and_answers(made, latin_base, language, tmp_path
     }
     new = {"train": ["embed_tokens", "lm_head"], "new_tokens": str(tmp_path / "extended")}
     stage = "llama3-8b_language-1-cpt_zero3_8xH100"
-    small = {"model": model, "embeddings": new | {"alone_steps": 4}, **OPTIM}
+    small = {"model": model, "embeddings": new | {"freeze_rest_steps": 4}, **OPTIM}
     assert train(recipe_file(stage, tmp_path, STEPS["cpt"], data, adapter=adapter, **small)) == 0
     first = tmp_path / "llama3-8b-language-1"
     earlier = first / f"checkpoints/step-{STEPS['cpt']:08d}"

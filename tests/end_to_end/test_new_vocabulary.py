@@ -178,7 +178,7 @@ def test_new_rows_train_alone_and_everything_opens(bases, made, extended, tmp_pa
 
 
 def test_an_untied_head_trains_apart_after_embeddings_alone(bases, made, extended, tmp_path):
-    values = recipe(bases["tied"], made[1], tmp_path, extended, rows="all", tie="untie", alone_steps=5)
+    values = recipe(bases["tied"], made[1], tmp_path, extended, rows="all", tie="untie", freeze_rest_steps=5)
     assert train(values) == 0
     run = tmp_path / "tiny"
     saved = matrices(run / LAST)
@@ -315,7 +315,7 @@ def _run_and_check(base, corpus, extended, tmp_path, weights, ranks, engine):
 @pytest.mark.matrix
 @pytest.mark.parametrize(("ranks", "engine"), [(2, "{kind: fsdp, shard: full}"), (2, "{kind: zero, stage: 3}")])
 def test_a_full_parameter_run_leaves_old_rows(bases, made, extended, tmp_path, ranks, engine):
-    values = recipe(bases["tied"], made[1], tmp_path, extended, train=[], tie="untie", alone_steps=3)
+    values = recipe(bases["tied"], made[1], tmp_path, extended, train=[], tie="untie", freeze_rest_steps=3)
     values["adapter"] = {"kind": "none"}
     path = tiny.write_recipe(tmp_path / "recipe.yaml", values)
     log = tmp_path / "log.txt"
