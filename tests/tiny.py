@@ -26,7 +26,7 @@ def write_corpus(folder: Path, num_documents: int = 60) -> Path:
     return path
 
 
-def write_tokenizer(folder: Path, corpus: Path) -> Path:
+def write_tokenizer(folder: Path, corpus: Path, vocab_size: int = VOCAB_SIZE) -> Path:
     """A byte-level BPE with <eos> and <pad>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -34,7 +34,7 @@ def write_tokenizer(folder: Path, corpus: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=["<eos>", "<pad>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
