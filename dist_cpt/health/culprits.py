@@ -1,4 +1,4 @@
-"""Which ranks hold a run up, from the heartbeats of all of them."""
+"""Which ranks block a run, from the heartbeats of all of them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ NAMED_RANKS = 8  # in one line
 
 
 def frozen_ranks(beats: Sequence[Heartbeat], stale_seconds: float) -> list[Heartbeat]:
-    """Ranks whose file is older than the newest by more than `stale_seconds`; no clock of a host is compared."""
+    """Ranks whose file is more than `stale_seconds` older than the newest, by the clock of the file system."""
     newest = max((beat.written for beat in beats), default=0.0)
     return [beat for beat in beats if not beat.ended and newest - beat.written > stale_seconds]
 
 
 def culprits(beats: Sequence[Heartbeat], frozen: Sequence[Heartbeat], world_size: int) -> str:
-    """Who holds the others up, in one line: frozen or silent ranks, else those behind, else where each one waits."""
+    """The ranks that block the rest, in one line: frozen or silent, else cut off, else behind, else where all wait."""
     newest = max((beat.written for beat in beats), default=0.0)
     silent = sorted(set(range(world_size)) - {beat.rank for beat in beats})
     dead = [f"{_named([beat])} is {_condition(beat)}, silent for {newest - beat.written:.0f} s" for beat in frozen]
     if silent:
-        dead.append(f"no heartbeat at all from rank {_short([str(rank) for rank in silent])}")
+        dead.append(f"no heartbeat from rank {_short([str(rank) for rank in silent])}")
     if dead:
         return _short(dead)
     cut_off = [beat for beat in beats if beat.network]
@@ -30,12 +30,12 @@ def culprits(beats: Sequence[Heartbeat], frozen: Sequence[Heartbeat], world_size
     last = max(beat.step for beat in beats)
     behind = [beat for beat in beats if beat.step < last]
     if behind:
-        return f"behind the others, who are at step {last}: {_places(behind)}"
+        return f"behind the others, which are at step {last}: {_places(behind)}"
     return f"all ranks wait in the same step {last}: {_places(beats)}"
 
 
 def _places(beats: Sequence[Heartbeat]) -> str:
-    """Ranks by where their main thread is, the fewest first: the odd one out is usually the cause."""
+    """Ranks by where their main thread is, the rarest place first: it is usually the cause."""
     places: dict[str, list[Heartbeat]] = {}
     for beat in beats:
         places.setdefault(f"{beat.phase} at step {beat.step}, in {beat.at}", []).append(beat)
@@ -45,8 +45,7 @@ def _places(beats: Sequence[Heartbeat]) -> str:
 
 def _condition(beat: Heartbeat) -> str:
     state = process_state(beat)
-    known = "frozen or dead" if state is None else f"frozen or dead ({state})"
-    return f"{known} at step {beat.step} ({beat.phase})"
+    return f"frozen or dead{'' if state is None else f' ({state})'} at step {beat.step} ({beat.phase})"
 
 
 def _named(beats: Sequence[Heartbeat]) -> str:

@@ -1,7 +1,7 @@
-"""Where every rank of a run stands, and whether its process is alive: one small file per rank. Torch-free.
+"""Heartbeats: one small file per rank with its step, phase and process. Torch-free.
 
-A thread of the rank rewrites the file every few seconds. A fresh file shows that the process runs; what it says
-shows whether the main thread moves.
+A thread of the rank rewrites the file every few seconds. A recent date shows that the process runs, the content
+whether its main thread makes progress.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dist_cpt.run_folder.names import LOGS, heartbeat_file
 
 STACKS_SIGNAL = signal.SIGUSR2  # a rank answers with all its stacks in logs/stack-rank-N.txt
 
-_STATES = {"T": "stopped by a signal", "t": "held by a debugger", "D": "waiting for a device", "Z": "dead", "X": "dead"}
+_STATES = {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "waiting for I/O", "Z": "dead", "X": "dead"}
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,20 @@ class Heartbeat:
     rank: int
     host: str
     pid: int
-    started: int | None  # clock ticks from boot to the start of the process: another one with its pid is not it
+    started: int | None  # clock ticks from boot: tells the process from a later one with its pid
     attempt: int
     step: int
     phase: str
-    at: str  # file, line and function in which the main thread is
+    at: str  # file, line and function that the main thread executes
     time: float  # unix seconds, by the clock of the rank's host
     seconds_in_phase: float  # since the main thread last reported a step or a phase
-    ended: bool = False  # nobody watches this process any more
+    ended: bool = False  # the watchdog of this process has stopped
     written: float = 0.0  # unix seconds, by the clock of the file system
     network: str = ""  # on a hang: why rank 0's host cannot be reached
 
 
 def write_heartbeat(folder: Path, beat: Heartbeat) -> None:
-    """Replace the rank's file, unless a later attempt already has one there.
+    """Replace the rank's file, unless it belongs to a later attempt.
 
     Raises:
         OSError: the file cannot be written; the earlier one is untouched.
@@ -58,9 +58,9 @@ def write_heartbeat(folder: Path, beat: Heartbeat) -> None:
 
 
 def read_heartbeats(folder: Path, ranks: Iterable[int] | None = None) -> list[Heartbeat]:
-    """All ranks, or `ranks`, of the newest attempt in a run folder, by rank; a file that holds none counts as absent.
+    """The heartbeats of the newest attempt in a run folder, by rank; damaged files count as absent.
 
-    With `ranks` only their files are opened: a thousand ranks that read a thousand files each are a burden.
+    With `ranks` only their files are opened: a thousand ranks that read a thousand files each would load the server.
     """
     if ranks is None:
         paths = list((folder / LOGS).glob(heartbeat_file(folder, 0).name.replace("0", "*")))
@@ -72,34 +72,29 @@ def read_heartbeats(folder: Path, ranks: Iterable[int] | None = None) -> list[He
 
 
 def process_start(pid: int) -> int | None:
-    """Clock ticks from boot to the start of a process on this host; None if there is none or no /proc."""
-    return None if (known := _stat(pid)) is None else known[1]
+    """Clock ticks from boot to the start of a process on this host; None without the process or without /proc."""
+    return None if (stat := _stat(pid)) is None else stat[1]
 
 
 def process_state(beat: Heartbeat) -> str | None:
-    """What the kernel says of the rank's process, in words; None from another host."""
+    """The state of the rank's process as the kernel reports it, in words; None for another host's."""
     if beat.host != socket.gethostname() or beat.started is None:
         return None
-    known = _stat(beat.pid)
-    if known is None or known[1] != beat.started:
+    stat = _stat(beat.pid)
+    if stat is None or stat[1] != beat.started:
         return "dead"
-    return _STATES.get(known[0], "running, but none of its other threads gets a turn")
+    return _STATES.get(stat[0], "running, but one thread never releases the interpreter lock")
 
 
 def send_signal(beat: Heartbeat, number: signal.Signals) -> bool:
-    """Signal the rank's process if it is on this host and still the one that wrote the file; whether it was sent."""
+    """Signal the process that wrote the heartbeat, if it is still alive on this host; whether it was sent."""
     if beat.host != socket.gethostname() or beat.started is None or process_start(beat.pid) != beat.started:
         return False
     try:
         os.kill(beat.pid, number)
-    except OSError:  # it ended this moment, or is another user's
+    except OSError:  # it has just ended, or belongs to another user
         return False
     return True
-
-
-def request_stacks(folder: Path) -> list[Heartbeat]:
-    """Ask every rank of a live run on this host for its stacks (logs/stack-rank-N.txt); those that were asked."""
-    return [beat for beat in read_heartbeats(folder) if not beat.ended and send_signal(beat, STACKS_SIGNAL)]
 
 
 def _read(path: Path) -> Heartbeat | None:

@@ -1,7 +1,6 @@
-"""NCCL's own record of what each rank did last, so that a hang on GPUs leaves more than stacks.
+"""torch's flight recorder of the last collectives of each rank, which a hang on GPUs leaves beside the stacks.
 
-torch keeps the last collectives of a rank in a ring. Its defaults differ between versions and launchers; what a
-run needs is set here, and nothing that the user has set is touched.
+The defaults differ between versions and launchers. A run sets what it needs and keeps what the user has set.
 """
 
 from __future__ import annotations
@@ -16,15 +15,13 @@ RING_ENTRIES = 2000  # a few steps of a large model; about 1 MB
 
 
 def set_nccl_defaults(run_folder: Path, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set what is unset, before the process group exists.
-
-    Where a variable has an older name too, the user may have set either; torch warns about the older ones.
+    """Set what is unset, before the process group exists; a variable set under its older name counts as set.
 
     Source: torch 2.13, ProcessGroupNCCL.hpp and FlightRecorder.hpp.
     """
     wanted = {
         ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE"): str(RING_ENTRIES),
-        # Written by torch when a collective times out, with the rank at the end of the name.
+        # Where torch writes the ring when a collective times out; it appends the rank.
         ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_FR_DUMP_TEMP_FILE"): str(nccl_trace_prefix(run_folder)),
         ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
         ("TORCH_NCCL_ENABLE_MONITORING",): "1",  # the dump needs it
@@ -37,16 +34,16 @@ def set_nccl_defaults(run_folder: Path, environ: MutableMapping[str, str] = os.e
 
 
 def save_flight_record(run_folder: Path, rank: int) -> Path | None:
-    """Write the ring to `logs/flight-rank-N.json`; None where this torch keeps none, or nothing is in it.
+    """Write the ring to `logs/flight-rank-N.json`; None if it is empty or this torch has none.
 
-    The watchdog calls it when it ends a run: it comes before NCCL's own timeout, and so before NCCL's own dump.
+    For the watchdog, which ends a run before NCCL's own timeout would dump the ring.
 
     Raises:
         OSError: the file cannot be written.
     """
     import torch._C._distributed_c10d as c10d
 
-    # The first name is that of a torch with NCCL; without it the same ring holds gloo's collectives.
+    # The first name exists in torch builds with NCCL; in others the same ring records gloo's collectives.
     dump = getattr(c10d, "_dump_nccl_trace_json", None) or getattr(c10d, "_dump_fr_trace_json", None)
     record = dump() if dump is not None else b""
     content = record if isinstance(record, bytes) else str(record).encode()

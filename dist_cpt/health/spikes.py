@@ -1,4 +1,4 @@
-"""Loss spikes: a loss far above the recent ones, and what becomes of its update."""
+"""Loss spikes: a loss far above the recent ones, and whether its update is applied."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STD_FLOOR = 0.005  # nats: a loss that hardly varies has no spikes of a few hund
 
 
 class SpikeDetector:
-    """Compares each loss with the good ones before it; every rank that sees the same losses says the same."""
+    """Compares each loss with the good ones before it; deterministic, so that all ranks decide alike."""
 
     def __init__(self, config: SpikeConfig, state: Sequence[float] = ()) -> None:
         self._config = config
@@ -24,10 +24,10 @@ class SpikeDetector:
     def observe(self, loss: float, bad_in_a_row: int) -> bool:
         """Whether `loss` (nats per token) is a spike; a good one enters the window, a non-finite one never does.
 
-        `bad_in_a_row` counts the bad steps before this one. After max_bad_steps of them a spike is taken as the
-        new level, so that a run whose policy lets it go on does not complain for ever.
+        `bad_in_a_row` counts the bad steps before this one. After max_bad_steps of them a spike is accepted as the
+        new level: under a policy that continues, a run would report spikes for ever.
 
-        Source: the threshold of OLMo-core's SkipStepOptimizer, without its window that a NaN poisons.
+        Source: the threshold of OLMo-core's SkipStepOptimizer, whose window a NaN would poison.
         """
         if not math.isfinite(loss):
             return False
@@ -40,21 +40,21 @@ class SpikeDetector:
         return spike
 
     def state(self) -> list[float]:
-        """The window, oldest first; the constructor takes it back."""
+        """The window, oldest first, as the constructor takes it."""
         return list(self._losses)
 
     def _threshold(self) -> float:
-        number = len(self._losses)
-        mean = math.fsum(self._losses) / number
-        std = math.sqrt(math.fsum((loss - mean) ** 2 for loss in self._losses) / number)
+        count = len(self._losses)
+        mean = math.fsum(self._losses) / count
+        std = math.sqrt(math.fsum((loss - mean) ** 2 for loss in self._losses) / count)
         return mean + self._config.sigmas * max(std, STD_FLOOR)
 
 
 def decide(*, finite: bool, spike: bool, bad_in_a_row: int, rollbacks: int, config: SpikeConfig) -> Decision:
-    """What becomes of a step's update, from its loss and gradient norm.
+    """Whether a step's update is applied or skipped, or the run stops or rolls back.
 
-    `bad_in_a_row` counts this step too; `rollbacks` are those already done. A non-finite step is never applied;
-    under `off` and `stop`, how many of them a run bears is optim.max_skipped_steps.
+    `bad_in_a_row` includes this step; `rollbacks` counts those already done. A non-finite update is never applied;
+    under `off` and `stop`, optim.max_skipped_steps bounds how many in a row are tolerated.
     """
     if finite and not spike:
         return "apply"

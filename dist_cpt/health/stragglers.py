@@ -1,8 +1,8 @@
 """Which rank is slow by itself, and which ones only wait for it?
 
-A collective makes all ranks as slow as the slowest, so the time of a step says nothing. What counts is what a rank
-does between collectives: getting its batches, and the forward pass inside the modules, where a sharding engine has
-gathered the weights before and frees them after. The one with much of it holds the others up.
+Collectives make every rank as slow as the slowest, so step times cannot tell. Compared is the time that a rank spends
+outside of collectives: getting its batches, and the forward pass inside modules whose weights are gathered before and
+freed after.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from dist_cpt.config.schema import StragglerConfig
-from dist_cpt.runtime.collectives import gather_json, rank, world_size
+from dist_cpt.runtime.collectives import gather_json, rank
 from dist_cpt.runtime.log import LOGGER
 
 NAMED_RANKS = 8  # in one line
-MIN_SHARE = 0.1  # of a step: a rank that is late by less holds nobody up, whatever the factor
+MIN_SHARE = 0.1  # of a step; a smaller delay does not matter, whatever the factor
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,21 @@ class RankPace:
 
 
 def timed_modules(layers: Sequence[nn.Module], engine: str) -> list[nn.Module]:
-    """The modules inside which no collective runs: the layers, or under ZeRO-3 what is gathered as one."""
+    """The modules without a collective inside: the layers, or under ZeRO-3 what it gathers as one."""
     if engine != "zero-3":
         return list(layers)
-    inside = [module for layer in layers for module in layer.modules()]
-    return [
-        module
-        for module in inside
-        if getattr(module, "gathers_at_once", False) or next(module.parameters(recurse=False), None) is not None
-    ]
+
+    def gathered_as_one(module: nn.Module) -> bool:
+        return getattr(module, "gathers_at_once", False) or next(module.parameters(recurse=False), None) is not None
+
+    return [module for layer in layers for module in layer.modules() if gathered_as_one(module)]
 
 
 class ComputeClock:
-    """Adds up this rank's own seconds: the training forward of `modules`, and whatever `also` surrounds.
+    """Adds up this rank's own seconds: the training forward of `modules`, and the blocks inside `also()`.
 
-    On a GPU by events on the stream, which wait there for the gathered weights as the computation does; no host sync
-    beyond that of the loss. Make it after the engine: its hooks must lie inside the engine's.
+    GPU time is measured with events on the stream, after the wait for the gathered weights and without a host sync
+    beyond that of the loss. Create it after the engine: its hooks must run inside the engine's.
     """
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
@@ -63,11 +62,11 @@ class ComputeClock:
         self._events: list[tuple[Any, Any]] = []
         for module in modules:
             module.register_forward_pre_hook(self._enter)
-            # Also when a recomputation leaves the module through an exception, having all that it needs.
+            # always_call: recomputation leaves a module by an exception once it has what it needs.
             module.register_forward_hook(self._leave, prepend=True, always_call=True)
 
     def take(self) -> float:
-        """Seconds since the last call; at a step boundary, where the device has done the forward passes."""
+        """Own seconds since the last call; for step boundaries, where the forward passes are done."""
         for began, ended in self._events:
             ended.synchronize()
             self._seconds += began.elapsed_time(ended) / 1000
@@ -77,7 +76,7 @@ class ComputeClock:
 
     @contextlib.contextmanager
     def also(self) -> Iterator[None]:
-        """Count what happens here on the host."""
+        """Count the wall time of a block on the host."""
         began = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - began
@@ -106,46 +105,44 @@ class ComputeClock:
 
 
 class StragglerWatch:
-    """Compares the ranks' own seconds every `window` steps; `say` gets a line on rank 0 when the answer changes."""
+    """Compares the ranks' own seconds every `window` steps; `report` receives a line when the slow ranks change."""
 
-    def __init__(self, config: StragglerConfig, clock: ComputeClock, say: Callable[[str], None]) -> None:
-        self._config, self._clock, self._say = config, clock, say
-        self._own: list[float] = []
-        self._whole: list[float] = []
-        self._last: float | None = None
-        self._named: list[int] = []
+    def __init__(self, config: StragglerConfig, clock: ComputeClock, report: Callable[[str], None]) -> None:
+        self._config, self._clock, self._report = config, clock, report
+        self._own_seconds: list[float] = []
+        self._step_seconds: list[float] = []
+        self._last_boundary: float | None = None
+        self._slow_ranks: list[int] = []
 
     def boundary(self) -> None:
-        """Between two steps, before anything collective of the next one. Collective every `window` calls."""
+        """Call between two steps, before the first collective of the next. Collective every `window` calls."""
         now, own = time.perf_counter(), self._clock.take()
-        if self._last is not None:
-            self._own.append(own)
-            self._whole.append(now - self._last)
-        self._last = now
-        if len(self._own) == self._config.window:
+        if self._last_boundary is not None:
+            self._own_seconds.append(own)
+            self._step_seconds.append(now - self._last_boundary)
+        self._last_boundary = now
+        if len(self._own_seconds) == self._config.window:
             self._compare()
 
     def _compare(self) -> None:
-        mine = [socket.gethostname(), statistics.median(self._own), statistics.median(self._whole)]
-        self._own.clear()
-        self._whole.clear()
-        if world_size() == 1:
-            return
+        mine = [socket.gethostname(), statistics.median(self._own_seconds), statistics.median(self._step_seconds)]
+        self._own_seconds.clear()
+        self._step_seconds.clear()
         paces = [RankPace(number, *pace) for number, pace in enumerate(gather_json(mine))]
         slow = stragglers(paces, self._config.factor)
-        numbers = [pace.rank for pace in slow]
-        if numbers != self._named:
-            text = straggler_line(slow, paces)
-            self._say(text)
-            if rank() in numbers:
-                LOGGER.info("%s", text)
-        self._named = numbers
+        slow_ranks = [pace.rank for pace in slow]
+        if slow_ranks != self._slow_ranks:
+            line = straggler_line(slow, paces)
+            self._report(line)
+            if rank() in slow_ranks:
+                LOGGER.info("%s", line)
+        self._slow_ranks = slow_ranks
 
 
 def stragglers(paces: Sequence[RankPace], factor: float) -> list[RankPace]:
-    """Ranks whose own time is more than `factor` times the median and matters for the step, slowest first.
+    """Ranks whose own time is more than `factor` times the median and a tenth of a step above it, slowest first.
 
-    The lower of the two middle ones: of two ranks, the median would otherwise be half the slow one's.
+    The lower median: between two ranks, the mean of both would hide the slow one.
     """
     usual = statistics.median_low(pace.own_seconds for pace in paces)
     slow = [
@@ -157,12 +154,12 @@ def stragglers(paces: Sequence[RankPace], factor: float) -> list[RankPace]:
 
 
 def straggler_line(slow: Sequence[RankPace], paces: Sequence[RankPace]) -> str:
-    """What a person is told; it starts with `straggler: `."""
+    """The message about the slow ranks; `status` recognises it by its first word."""
     if not slow:
         return "straggler: no rank is slow any more"
     usual = statistics.median_low(pace.own_seconds for pace in paces)
     named = [
-        f"rank {pace.rank} (host {pace.host}) works {pace.own_seconds:.3g} s a step by itself"
+        f"rank {pace.rank} (host {pace.host}) spends {pace.own_seconds:.3g} s per step outside of collectives"
         for pace in slow[:NAMED_RANKS]
     ]
     more = f" and {len(slow) - NAMED_RANKS} more" if len(slow) > NAMED_RANKS else ""

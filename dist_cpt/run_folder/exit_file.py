@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from dist_cpt.errors import EXIT_HANG
 from dist_cpt.run_folder.json_files import read_object, write_object
-from dist_cpt.run_folder.names import EXIT
+from dist_cpt.run_folder.names import EXIT, RUN
 
 Stamp = tuple[int, int] | None
 
@@ -40,3 +45,62 @@ def exit_code(run_folder: Path, before: Stamp, code: int) -> int:
     except (OSError, ValueError, KeyError, TypeError):
         return code
     return recorded if recorded != 0 else code
+
+
+@dataclass(frozen=True)
+class Hang:
+    """An ending that a rank's watchdog records while the main thread hangs."""
+
+    reason: str
+    step: int
+    attempt: int
+
+
+def write_first_hang(run_folder: Path, hang: Hang, rank: int) -> bool:
+    """Write exit.json unless it exists or a later attempt has claimed the folder; whether `rank` was the first.
+
+    A folder that cannot be written leaves every rank the first: each then reports by itself.
+    """
+    if _read_or_empty(run_folder / RUN).get("attempts", 0) - 1 > hang.attempt:
+        return False
+    path = run_folder / EXIT
+    with contextlib.suppress(OSError):
+        temporary = _write_temporary(run_folder, hang, rank)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            if path.exists():
+                return False
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return True
+
+
+def replace_hang(run_folder: Path, hang: Hang, rank: int) -> None:
+    """Replace exit.json by a more complete reason, if the folder can be written."""
+    with contextlib.suppress(OSError):
+        os.replace(_write_temporary(run_folder, hang, rank), run_folder / EXIT)
+
+
+def hang_reason(run_folder: Path, attempt: int) -> str | None:
+    """Why a rank of `attempt` has ended the run as hung; None if none has."""
+    end = _read_or_empty(run_folder / EXIT)
+    return str(end.get("reason")) if (end.get("code"), end.get("attempt")) == (EXIT_HANG, attempt) else None
+
+
+def _write_temporary(run_folder: Path, hang: Hang, rank: int) -> Path:
+    """Not forced to the disk: a sync may block, as whatever hangs may."""
+    path = run_folder / f"{EXIT}.rank-{rank}.tmp"
+    content = {"code": EXIT_HANG, "reason": hang.reason, "step": hang.step, "attempt": hang.attempt}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _read_or_empty(path: Path) -> dict[str, Any]:
+    """A failing file system must not stop the watchdog."""
+    with contextlib.suppress(OSError):
+        return read_object(path)
+    return {}

@@ -1,4 +1,4 @@
-"""A run that stands still ends with its stacks and names who holds it up; a loss spike is seen and judged."""
+"""A run that hangs ends with its stacks and names the ranks at fault; loss spikes are detected."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from dist_cpt.config.schema import HangConfig, SpikeConfig
 from dist_cpt.errors import ConfigError, HangError
 from dist_cpt.health.culprits import culprits, frozen_ranks
 from dist_cpt.health.heartbeats import (
+    STACKS_SIGNAL,
     Heartbeat,
     process_start,
     process_state,
     read_heartbeats,
-    request_stacks,
     send_signal,
     write_heartbeat,
 )
 from dist_cpt.health.spikes import SpikeDetector, decide
-from dist_cpt.health.watchdog import Watchdog, collective_seconds
+from dist_cpt.health.watchdog import Watchdog, collective_seconds, limit_seconds
 from dist_cpt.run_folder.names import heartbeat_file
+from dist_cpt.runtime.env import ProcessEnv
 
 ROOT = Path(__file__).parents[2]
 
-# -- ranks as processes: what each does is a function that its stack must name ---------------------------------
+# -- ranks as processes: each runs one of these functions, which its stack must name ----------------------------
 
 RANK = """
 import os, re, resource, sys, time
@@ -46,11 +47,12 @@ from pathlib import Path
 from dist_cpt.config.schema import HangConfig
 from dist_cpt.errors import HangError
 from dist_cpt.health.watchdog import Watchdog
+from dist_cpt.runtime.env import ProcessEnv
 
 LIMITS = HangConfig(factor=2.0, min_seconds=2.0, grace_seconds=1.5, other_phase_seconds=60.0)
 
 
-def stands_still(folder):
+def sleeps(folder):
     time.sleep(600)
 
 
@@ -77,13 +79,13 @@ def cannot_write_heartbeats(folder):
     time.sleep(600)
 
 
-def goes_on(folder):
+def makes_progress(folder):
     for step in range(6, 81):
         time.sleep(0.05)
         watchdog.tick("training", step)
 
 
-def hears_its_peer(folder):
+def reads_from_its_peer(folder):
     watchdog.tick("starting", 5)
     with open(folder / "fifo", "rb", buffering=0) as peer:
         for step in range(6, 10**6):
@@ -91,7 +93,7 @@ def hears_its_peer(folder):
             watchdog.tick("training", step)
 
 
-def speaks(folder, until=10**6):
+def writes(folder, until=10**6):
     watchdog.tick("starting", 5)
     with open(folder / "fifo", "wb", buffering=0) as peer:
         for step in range(6, until):
@@ -101,8 +103,8 @@ def speaks(folder, until=10**6):
         holds_the_lock(folder)
 
 
-def speaks_a_while(folder):
-    speaks(folder, until=30)
+def writes_a_while(folder):
+    writes(folder, until=30)
 
 
 def reduces(folder, forever=True):
@@ -115,7 +117,7 @@ def reduces(folder, forever=True):
     for step in range(6, 10**6 if forever else 20):
         dist.all_reduce(torch.ones(8))
         watchdog.tick("training", step)
-    stands_still(folder)
+    sleeps(folder)
 
 
 def stops_reducing(folder):
@@ -123,15 +125,15 @@ def stops_reducing(folder):
 
 
 folder, rank, world_size, attempt = Path(sys.argv[1]), *map(int, sys.argv[2:5])
-told = folder / f"told-{rank}"
+env = ProcessEnv(rank, rank, world_size, world_size, "environment")
 try:
-    with Watchdog(folder, rank, LIMITS, world_size=world_size, attempt=attempt, on_hang=told.write_text) as watchdog:
+    with Watchdog(folder, env, attempt, LIMITS, (folder / f"reason-{rank}").write_text) as watchdog:
         for step in range(1, 6):
             watchdog.tick("training", step)
             time.sleep(0.01)
         globals()[sys.argv[5]](folder)
         watchdog.tick("ending", 100)
-except HangError:  # a peer was faster
+except HangError:  # a peer ended the run first
     sys.exit(72)
 """
 
@@ -139,19 +141,19 @@ except HangError:  # a peer was faster
 class Ranks:
     """The processes of one small job."""
 
-    def __init__(self, folder: Path, *what: str, attempt: int = 0) -> None:
+    def __init__(self, folder: Path, *functions: str, attempt: int = 0) -> None:
         self.folder = folder
-        if {"hears_its_peer"} & set(what):
+        if "reads_from_its_peer" in functions:
             os.mkfifo(folder / "fifo")
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-c", RANK, str(folder), str(rank), str(len(what)), str(attempt), does],
+                [sys.executable, "-c", RANK, str(folder), str(rank), str(len(functions)), str(attempt), function],
                 env=environment,
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for rank, does in enumerate(what)
+            for rank, function in enumerate(functions)
         ]
 
     def close(self) -> None:
@@ -184,83 +186,83 @@ class Ranks:
 
 @pytest.fixture(scope="module")
 def unattended(tmp_path_factory):
-    """Jobs that need nobody to look on, by what their last rank does; all started at once, as they mostly wait."""
+    """Jobs without interaction, by the function of their last rank; all start at once, since they mostly wait."""
     jobs = [
         ("holds_the_lock",),
         ("is_superseded",),
         ("cannot_write_heartbeats",),
-        ("hears_its_peer", "speaks_a_while"),
+        ("reads_from_its_peer", "writes_a_while"),
         ("reduces", "stops_reducing"),
     ]
     with ExitStack() as stack:
-        ranks = {what[-1]: Ranks(tmp_path_factory.mktemp("job"), *what) for what in jobs}
-        for job in ranks.values():
-            stack.callback(job.close)
+        ranks = {job[-1]: Ranks(tmp_path_factory.mktemp("job"), *job) for job in jobs}
+        for started in ranks.values():
+            stack.callback(started.close)
         yield ranks
 
 
 @pytest.fixture
 def start(tmp_path, unattended):
-    """Start the ranks of one job; what has not ended with the test is killed."""
+    """Start the ranks of one job; those that outlive the test are killed."""
     with ExitStack() as stack:
 
-        def begin(*what: str, attempt: int = 0) -> Ranks:
-            ranks = Ranks(tmp_path, *what, attempt=attempt)
+        def begin(*functions: str, attempt: int = 0) -> Ranks:
+            ranks = Ranks(tmp_path, *functions, attempt=attempt)
             stack.callback(ranks.close)
             return ranks
 
         yield begin
 
 
-def test_a_main_thread_that_sleeps_ends_with_72_and_its_stack(start):
-    ranks = start("stands_still")
+def test_a_sleeping_main_thread_ends_with_72_and_its_stack(start):
+    ranks = start("sleeps")
     ranks.wait_for_step(0, 5)
-    seen = time.monotonic()
+    began = time.monotonic()
     codes, errors = ranks.end()
     assert codes == [72]
-    assert time.monotonic() - seen < 2.0 + 1.5 + 15.0  # limit, grace, and a busy machine
+    assert time.monotonic() - began < 2.0 + 1.5 + 15.0  # limit, grace, and a busy machine
     stacks = ranks.text("logs/hang-rank-0.txt")
-    assert "in stands_still" in stacks
+    assert "in sleeps" in stacks
     assert f"rank 0 host {os.uname().nodename} pid {ranks.processes[0].pid} step 5 phase training" in stacks
     assert "1 more" not in errors[0]
     ended = ranks.exit()
     assert (ended["code"], ended["step"]) == (72, 5)
     assert "rank 0 made no progress for 2 s in training at step 5 (limit 2 s)" in ended["reason"]
     assert "<string>:" in ended["reason"]
-    assert "stands_still" in ended["reason"]
+    assert "sleeps" in ended["reason"]
     assert [line for line in errors[0].splitlines() if ended["reason"] in line], errors[0]
-    assert "no progress" in ranks.text("told-0")
+    assert "no progress" in ranks.text("reason-0")
 
 
 def test_a_frozen_process_is_named_and_killed_by_its_peer(start):
-    ranks = start("hears_its_peer", "speaks")
+    ranks = start("reads_from_its_peer", "writes")
     beat = ranks.wait_for_step(1, 10)
     os.kill(beat.pid, signal.SIGSTOP)
     codes, errors = ranks.end()
     assert codes == [72, -signal.SIGKILL]
-    who = f"rank 1 (host {beat.host}, pid {ranks.processes[1].pid}) is frozen or dead (stopped by a signal)"
-    assert who in errors[0]
-    assert who in ranks.exit()["reason"]
-    assert "in hears_its_peer" in ranks.text("logs/hang-rank-0.txt")
+    culprit = f"rank 1 (host {beat.host}, pid {ranks.processes[1].pid}) is frozen or dead (stopped by a signal)"
+    assert culprit in errors[0]
+    assert culprit in ranks.exit()["reason"]
+    assert "in reads_from_its_peer" in ranks.text("logs/hang-rank-0.txt")
 
 
 def test_a_peer_that_holds_the_interpreter_lock_leaves_its_stack(unattended):
-    ranks = unattended["speaks_a_while"]
+    ranks = unattended["writes_a_while"]
     codes, errors = ranks.end()
     assert codes == [72, -signal.SIGKILL]
     assert "rank 1 (host" in errors[0]
-    assert "none of its other threads gets a turn" in errors[0]
+    assert "interpreter lock" in errors[0]
     assert "in holds_the_lock" in ranks.text("logs/stack-rank-1.txt")
 
 
-@pytest.mark.parametrize("what", ["holds_the_lock", "cannot_write_heartbeats"])
-def test_where_the_thread_cannot_act_the_timer_does(unattended, what):
-    ranks = unattended[what]
+@pytest.mark.parametrize("function", ["holds_the_lock", "cannot_write_heartbeats"])
+def test_where_the_thread_cannot_act_the_timer_does(unattended, function):
+    ranks = unattended[function]
     codes, _ = ranks.end()
     assert codes == [1]
     stacks = ranks.text("logs/hang-rank-0.txt")
     assert "Timeout (0:00:05)" in stacks  # limit, grace, two periods; not the limit of an earlier phase
-    assert f"in {what}" in stacks
+    assert f"in {function}" in stacks
 
 
 def test_a_full_disk_hides_neither_the_stacks_nor_the_code(start, tmp_path):
@@ -278,17 +280,17 @@ def test_a_full_disk_hides_neither_the_stacks_nor_the_code(start, tmp_path):
 
 def test_no_alarm_while_steps_come_and_stacks_on_request(start, tmp_path):
     (tmp_path / "exit.json").write_text('{"code": 72, "reason": "an earlier attempt", "attempt": 0}')
-    ranks = start("goes_on", "goes_on", attempt=1)
+    ranks = start("makes_progress", "makes_progress", attempt=1)
     ranks.wait_for_step(0, 10)
     ranks.wait_for_step(1, 10)
-    assert [beat.rank for beat in request_stacks(tmp_path)] == [0, 1]
+    assert [send_signal(beat, STACKS_SIGNAL) for beat in read_heartbeats(tmp_path)] == [True, True]
     codes, errors = ranks.end()
     assert (codes, errors) == ([0, 0], ["", ""])
     for rank in (0, 1):
         assert ranks.text(f"logs/hang-rank-{rank}.txt") == ""
-        assert "in goes_on" in ranks.text(f"logs/stack-rank-{rank}.txt")
+        assert "in makes_progress" in ranks.text(f"logs/stack-rank-{rank}.txt")
     assert [(beat.step, beat.phase, beat.ended) for beat in read_heartbeats(tmp_path)] == [(100, "ending", True)] * 2
-    assert request_stacks(tmp_path) == []
+    assert not any(send_signal(beat, STACKS_SIGNAL) for beat in read_heartbeats(tmp_path))
 
 
 def test_two_gloo_ranks_end_where_one_never_enters(unattended):
@@ -296,12 +298,12 @@ def test_two_gloo_ranks_end_where_one_never_enters(unattended):
     codes, errors = ranks.end()
     assert codes == [72, 72]
     assert "all_reduce" in ranks.text("logs/hang-rank-0.txt")
-    assert "in stands_still" in ranks.text("logs/hang-rank-1.txt")
+    assert "in sleeps" in ranks.text("logs/hang-rank-1.txt")
     reason = ranks.exit()["reason"]
     assert "all ranks wait in the same step 19" in reason
-    assert "stands_still" in reason
+    assert "sleeps" in reason
     assert "all_reduce" in reason
-    assert [reason in error for error in errors if "hang: " in error] == [True]  # one rank speaks for all
+    assert [reason in error for error in errors if "hang: " in error] == [True]  # one rank writes for all
 
 
 def test_an_attempt_that_was_superseded_ends_but_writes_no_exit_json(unattended):
@@ -312,9 +314,9 @@ def test_an_attempt_that_was_superseded_ends_but_writes_no_exit_json(unattended)
     assert not (ranks.folder / "exit.json").exists()
 
 
-def test_an_error_that_came_of_a_hang_is_a_hang(tmp_path):
+def test_an_error_caused_by_a_hang_is_a_hang(tmp_path):
     def fails(attempt):
-        with Watchdog(tmp_path, 0, None, attempt=attempt):
+        with Watchdog(tmp_path, ProcessEnv(0, 0, 1, 1, "alone"), attempt, None):
             (tmp_path / "exit.json").write_text('{"code": 72, "reason": "rank 1 made no progress", "attempt": 3}')
             raise RuntimeError("connection closed by peer")
 
@@ -372,10 +374,10 @@ def test_culprits_are_the_frozen_then_the_silent_then_those_behind_then_the_odd_
     assert culprits(late, late[3:], 4) == (
         "rank 3 (host node-1, pid 103) is frozen or dead at step 7 (training), silent for 100 s"
     )
-    assert culprits(beats, [], 6) == "no heartbeat at all from rank 4; 5"
+    assert culprits(beats, [], 6) == "no heartbeat from rank 4; 5"
     slow = [*beats[:3], replace(beats[3], step=6, at="data.py:3 read")]
     assert culprits(slow, [], 4) == (
-        "behind the others, who are at step 7: rank 3 (host node-1, pid 103) training at step 6, in data.py:3 read"
+        "behind the others, which are at step 7: rank 3 (host node-1, pid 103) training at step 6, in data.py:3 read"
     )
     odd = [*beats[:3], replace(beats[3], at="data.py:3 read")]
     line = culprits(odd, [], 4)
@@ -387,22 +389,20 @@ def test_culprits_are_the_frozen_then_the_silent_then_those_behind_then_the_odd_
         "training at step 7, in x.py:1 f"
     )
     assert "and 92 more" in culprits([heartbeat(rank) for rank in range(100)], [], 100)
-    assert culprits([], [], 1) == "no heartbeat at all from rank 0"
+    assert culprits([], [], 1) == "no heartbeat from rank 0"
 
 
-def test_whoever_lost_the_network_is_named_first():
+def test_a_rank_without_network_is_named_first():
     beats = [heartbeat(0), replace(heartbeat(1), network="cannot reach n0:1 (Network is unreachable)")]
     assert culprits(beats, [], 2) == (
         "the network is cut: rank 1 (host node-1, pid 101) cannot reach n0:1 (Network is unreachable)"
     )
 
 
-def test_the_watchdog_comes_before_the_collectives(tmp_path):
+def test_the_watchdog_comes_before_the_collectives():
     limits = HangConfig(factor=50.0, min_seconds=10.0, grace_seconds=2.0, other_phase_seconds=100.0)
-    watchdog = Watchdog(tmp_path, 0, limits)
-    watchdog._step_times.extend([60.0] * 5)
-    assert watchdog._limit("training") == 100.0  # not 50 x 60
-    assert watchdog._limit("training") + 3 * limits.grace_seconds < collective_seconds(limits)
+    assert limit_seconds(limits, "training", [60.0] * 5) == 100.0  # not 50 x 60
+    assert 100.0 + 3 * limits.grace_seconds < collective_seconds(limits)
     assert collective_seconds(None) == 1800.0
 
 
@@ -417,20 +417,20 @@ def noisy(number: int, level: float = 2.0, seed: int = 0) -> list[float]:
 
 
 def observe_all(detector: SpikeDetector, losses: list[float]) -> list[bool]:
-    seen, bad = [], 0
+    spikes, bad = [], 0
     for loss in losses:
-        seen.append(detector.observe(loss, bad))
-        bad = bad + 1 if seen[-1] or not math.isfinite(loss) else 0
-    return seen
+        spikes.append(detector.observe(loss, bad))
+        bad = bad + 1 if spikes[-1] or not math.isfinite(loss) else 0
+    return spikes
 
 
-def test_a_spike_is_seen_after_enough_history_and_never_enters_the_window():
+def test_a_spike_is_detected_after_enough_history_and_never_enters_the_window():
     detector = SpikeDetector(SPIKE)
     assert not any(observe_all(detector, noisy(15)))
     assert not detector.observe(9.0, 0)  # the 16th: no history yet
     detector = SpikeDetector(SPIKE, noisy(16))
     assert detector.observe(9.0, 0)
-    assert not detector.observe(1.0, 1)  # a lower loss is none
+    assert not detector.observe(1.0, 1)  # a low loss is not a spike
     assert len(detector.state()) == 17
     assert 9.0 not in detector.state()
 
@@ -501,7 +501,7 @@ def test_a_tiny_run_and_a_falling_loss_have_no_spikes():
         ("rollback", True, True, 4, 2, "stop"),
     ],
 )
-def test_verdicts(policy, finite, spike, bad_in_a_row, rollbacks, expected):
+def test_decisions(policy, finite, spike, bad_in_a_row, rollbacks, expected):
     config = SpikeConfig(policy=policy, max_bad_steps=4)
     given = {"finite": finite, "spike": spike, "bad_in_a_row": bad_in_a_row, "rollbacks": rollbacks}
     assert decide(**given, config=config) == expected
@@ -521,7 +521,7 @@ def recipe(health: str = "", **changes):
     return build(values | changes | (parse_yaml(health, "x") or {}), "recipe.yaml")
 
 
-def test_the_spike_policy_is_part_of_what_is_learned_and_the_hang_limits_are_not():
+def test_the_spike_policy_changes_the_fingerprint_and_the_hang_limits_do_not():
     plain = recipe()
     assert recipe("health: {spike: {policy: off}}") == plain  # YAML's bare off
     assert recipe(to_yaml(plain)) == plain

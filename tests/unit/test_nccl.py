@@ -1,4 +1,4 @@
-"""What is set for NCCL, what the user's own settings keep, and the record that a hang leaves."""
+"""The NCCL settings of a run, precedence of the user's own, and the flight record of a hang."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SET = {
 }
 
 
-def test_what_is_unset_is_set():
+def test_defaults_are_set():
     environ: dict[str, str] = {}
     set_nccl_defaults(Path("/runs/llama"), environ)
     assert environ == SET
 
 
-def test_what_the_user_has_set_stays_under_either_name():
+def test_the_users_settings_are_kept_under_either_name():
     own = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "7", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0", "NCCL_ASYNC_ERROR_HANDLING": "1"}
     environ = dict(own)
     set_nccl_defaults(Path("/runs/llama"), environ)
@@ -42,8 +42,8 @@ def record_case(folder: str) -> str | None:
 def test_the_ring_is_written_as_json(tmp_path):
     (tmp_path / "logs").mkdir()
     pool = RankPool(1)
-    (said,) = pool.run("tests.unit.test_nccl:record_case", folder=str(tmp_path))
+    (written,) = pool.run("tests.unit.test_nccl:record_case", folder=str(tmp_path))
     pool.close()
     path = tmp_path / "logs/flight-rank-3.json"
-    assert said == str(path)
+    assert written == str(path)
     assert [entry["profiling_name"] for entry in json.loads(path.read_text())["entries"]] == ["gloo:all_reduce"]

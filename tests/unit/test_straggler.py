@@ -39,7 +39,7 @@ def paces(*own: float, step: float = 10.0) -> list[RankPace]:
         ((1.0, 1.0, 1.0, 1.0), []),
         ((1.0, 1.9, 1.0, 1.0), []),  # under the factor
         ((1.0, 2.1, 1.0, 5.0), [3, 1]),
-        ((1.0, 2.5), [1]),  # of two, the faster one is the measure
+        ((1.0, 2.5), [1]),  # of two, the faster one is the reference
         ((5.0,), []),
     ],
 )
@@ -53,11 +53,11 @@ def test_a_rank_that_costs_the_step_nothing_is_not_named():
 
 def test_the_line_names_rank_and_host_and_not_a_thousand_of_them():
     line = straggler_line(paces(9.0)[:1], paces(9.0, 1.0, 1.0))
-    assert line == (
-        "straggler: rank 0 (host n0) works 9 s a step by itself; the median of 3 ranks is 1 s, a step takes 10 s"
-    )
+    assert line.startswith("straggler: rank 0 (host n0) ")
+    for seconds in ("9 s", "1 s", "10 s"):  # its own, the median, a step
+        assert f" {seconds}" in line
     assert "and 92 more" in straggler_line(paces(*[9.0] * 100), paces(*[9.0] * 100))
-    assert straggler_line([], paces(1.0)) == "straggler: no rank is slow any more"
+    assert straggler_line([], paces(1.0)).startswith("straggler: no rank ")
 
 
 class Layer(nn.Module):
@@ -90,8 +90,8 @@ def sharded_case(slow: float) -> dict[str, Any]:
     for layer in layers:
         fully_shard(layer)
     fully_shard(model)
-    clock, said = ComputeClock(timed_modules(list(layers), "fsdp-full"), torch.device("cpu")), []
-    watch = StragglerWatch(StragglerConfig(window=4), clock, said.append)
+    clock, lines = ComputeClock(timed_modules(list(layers), "fsdp-full"), torch.device("cpu")), []
+    watch = StragglerWatch(StragglerConfig(window=4), clock, lines.append)
     steps = []
     for step in range(10):
         watch.boundary()
@@ -103,21 +103,21 @@ def sharded_case(slow: float) -> dict[str, Any]:
         with torch.no_grad():
             model(torch.ones(4, 8))  # an evaluation, which is not counted
         steps.append(time.perf_counter() - began)
-    return {"said": said, "fastest_slow_step": min(steps[1:5])}
+    return {"lines": lines, "fastest_slow_step": min(steps[1:5])}
 
 
-def test_under_a_sharding_engine_the_slow_rank_is_named_and_its_victim_is_not(pool):
-    answers = pool.run(f"{HERE}:sharded_case", slow=0.05)
+def test_under_a_sharding_engine_only_the_slow_rank_is_named(pool):
+    results = pool.run(f"{HERE}:sharded_case", slow=0.05)
     # Both ranks' steps were as long as the slow one's.
-    assert all(answer["fastest_slow_step"] > 0.09 for answer in answers)
-    assert answers[0]["said"] == answers[1]["said"]
-    first, second = answers[0]["said"]
+    assert all(result["fastest_slow_step"] > 0.09 for result in results)
+    assert results[0]["lines"] == results[1]["lines"]
+    first, second = results[0]["lines"]
     assert first.startswith("straggler: rank 1 (host ")
     assert "rank 0" not in first
-    assert second == "straggler: no rank is slow any more"
+    assert second.startswith("straggler: no rank ")
 
 
-def test_under_zero_3_the_holders_of_parameters_are_timed():
+def test_under_zero_3_modules_with_parameters_are_timed():
     layer = Layer(0.0)
     assert timed_modules([layer], "zero-3") == [layer.linear]
     assert timed_modules([layer], "zero-2") == [layer]
@@ -144,7 +144,7 @@ def test_recomputation_that_ends_early_does_not_stop_the_clock():
         assert clock.take() > 0.0
 
 
-def test_it_may_change_between_two_starts(tmp_path):
+def test_the_setting_may_change_between_two_starts(tmp_path):
     values = tiny.recipe(tmp_path / "base", tmp_path / "corpus.jsonl", tmp_path)
     prints = [fingerprint(build(values | {"health": health}, "r")) for health in ({}, {"straggler": None})]
     assert prints[0] == prints[1]
