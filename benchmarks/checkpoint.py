@@ -210,6 +210,7 @@ def timed_steps(built: Trained, count: int) -> list[float]:
 
 
 def save(built: Trained, path: Path, export: Any = None, position: int = 8) -> Any:
+    from dist_cpt.checkpoint.save import RunCheckpoints
     from dist_cpt.checkpoint.save import save as save_checkpoint
     from dist_cpt.run_folder.manifest import Identity
     from dist_cpt.run_folder.train_state import Probe, Randomness, TrainState
@@ -229,15 +230,9 @@ def save(built: Trained, path: Path, export: Any = None, position: int = 8) -> A
         probe=Probe(block_ids=(), loss=0.0),
     )
     adapter = built.model.adapter_config is not None
-    return save_checkpoint(
-        path,
-        export or built.engine.export_state,
-        specs=built.specs,
-        adapter=adapter,
-        state=state,
-        identity=Identity({}, {}, "benchmark", built.engine.kind),
-        sidecars=[built.model.write_config],
-    )
+    identity = Identity({}, {}, "benchmark", built.engine.kind)
+    run = RunCheckpoints(path, built.specs, identity, adapter, sidecars=[built.model.write_config])
+    return save_checkpoint(run, export or built.engine.export_state, state)
 
 
 def start_beside(built: Trained, path: Path, background: Any) -> Callable[[], bool]:

@@ -13,8 +13,10 @@ import typer
 
 from dist_cpt import __version__
 from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, CheckpointError, ConfigError, DistCptError
+from dist_cpt.run_folder.names import ADAPTER_CONFIG, CHECKPOINTS, MANIFEST, RECIPE
 
 INTERRUPTED = 130
+RUN, LOOK, AFTER, TOOLS = "Run", "Look at a run", "After training", "Tools"  # the groups of --help
 
 app = typer.Typer(
     name="dist-cpt",
@@ -45,8 +47,9 @@ MinNodes = Annotated[int | None, typer.Option(min=1, help="slurm: start with so 
 Time = Annotated[str | None, typer.Option("--time", help="slurm: the limit of one job; the run may need several.")]
 Named = Annotated[str | None, typer.Option(help="slurm: as sbatch takes it.")]
 CpusPerTask = Annotated[int | None, typer.Option(min=1, help="slurm: CPU cores per rank.")]
-Lead = Annotated[
-    int | None, typer.Option("--lead", min=1, help="slurm: stop so many seconds before the limit; default: measured.")
+SaveBeforeLimit = Annotated[
+    int | None,
+    typer.Option(min=1, help="slurm: seconds before the time limit at which to stop and save; default: measured."),
 ]
 MaxRestarts = Annotated[
     int | None, typer.Option(min=0, help="slurm: restarts without a newer checkpoint before it gives up; default 3.")
@@ -54,7 +57,7 @@ MaxRestarts = Annotated[
 RequeueBy = Annotated[
     str | None, typer.Option("--requeue-by", help="slurm: requeue (default), chain or exit (docs/slurm.md).")
 ]
-AtOnce = Annotated[int | None, typer.Option(min=1, help="slurm: of several recipes, so many at once.")]
+MaxRunning = Annotated[int | None, typer.Option(min=1, help="slurm: of several recipes, how many run at a time.")]
 Preflight = Annotated[
     bool | None,
     typer.Option("--preflight/--no-preflight", help="slurm, kubernetes: check every node before the ranks start."),
@@ -70,19 +73,19 @@ Base = Annotated[str | None, typer.Option("--base", help="Where the base is now,
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command that would run, and stop.")]
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for everything the demo makes.")] = Path("demo-run"),
 ) -> None:
-    """The whole story on an embedded default: two ranks, a stop, a resume under another engine, a report."""
+    """The whole story on an embedded example: two ranks, a stop, a resume under another engine, a report."""
     from dist_cpt.demo import run_demo
 
     raise typer.Exit(run_demo(out))
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def prepare(recipe: Recipe, set_: Overrides = None) -> None:
-    """Raw text to token stores, with a data report."""
+    """Turn raw text into token stores, and print a data report."""
     config = _load(recipe, set_)
     from dist_cpt.data.prepare import data_report
     from dist_cpt.data.prepare import prepare as prepare_data
@@ -94,9 +97,9 @@ def prepare(recipe: Recipe, set_: Overrides = None) -> None:
     print(json.dumps(data_report(prepared), indent=1))
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def train(recipe: Recipe, set_: Overrides = None) -> None:
-    """A worker: alone, or one rank under torchrun, srun, accelerate or deepspeed launch."""
+    """Train as one process: alone, or as one rank under torchrun, srun, accelerate or deepspeed launch."""
     from dist_cpt.runtime.stop import StopRequest, stop_with_parent
 
     stop = StopRequest().install()  # before torch is loaded: a signal during imports already counts
@@ -113,7 +116,7 @@ def train(recipe: Recipe, set_: Overrides = None) -> None:
     raise typer.Exit(code)
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def launch(
     recipe: Annotated[list[Path], typer.Argument(metavar="RECIPE", help="A recipe; on slurm several make an array.")],
     on: On = "local",
@@ -129,10 +132,10 @@ def launch(
     gres: Named = None,
     gpus_per_node: Named = None,
     cpus_per_task: CpusPerTask = None,
-    lead: Lead = None,
+    save_before_limit: SaveBeforeLimit = None,
     max_restarts: MaxRestarts = None,
     requeue_by: RequeueBy = None,
-    at_once: AtOnce = None,
+    max_running: MaxRunning = None,
     preflight: Preflight = None,
     sbatch: More = None,
     srun: Srun = None,
@@ -141,13 +144,21 @@ def launch(
     set_: Overrides = None,
 ) -> None:
     """Start all ranks of a run and return the run's exit code; on slurm, submit the job that does."""
-    options = locals()
-    from dist_cpt_launch.dispatch import launch_requested
+    from dist_cpt_launch.dispatch import launch as launch_recipes
+    from dist_cpt_launch.launch_plan import LaunchOptions
 
-    raise typer.Exit(launch_requested(recipe, options))
+    # fmt: off
+    options = LaunchOptions(
+        nodes=nodes, procs_per_node=procs_per_node, rdzv=rdzv, min_nodes=min_nodes, time=time, partition=partition,
+        account=account, qos=qos, gres=gres, gpus_per_node=gpus_per_node, cpus_per_task=cpus_per_task,
+        save_before_limit=save_before_limit, max_restarts=max_restarts, requeue_by=requeue_by, preflight=preflight,
+        max_running=max_running, cluster=cluster, kind=kind, sbatch=tuple(sbatch or ()), srun=tuple(srun or ()),
+    )
+    # fmt: on
+    raise typer.Exit(launch_recipes(recipe, set_ or [], options, on=on, dry_run=dry_run))
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def resume(
     run: Run,
     on: On = "local",
@@ -163,7 +174,7 @@ def resume(
     gres: Named = None,
     gpus_per_node: Named = None,
     cpus_per_task: CpusPerTask = None,
-    lead: Lead = None,
+    save_before_limit: SaveBeforeLimit = None,
     max_restarts: MaxRestarts = None,
     requeue_by: RequeueBy = None,
     preflight: Preflight = None,
@@ -172,16 +183,18 @@ def resume(
     set_: Overrides = None,
 ) -> None:
     """Continue a run from its newest valid checkpoint; engine and number of ranks may change."""
-    options = locals()
-    recipe = run / "recipe.yaml"
+    recipe = run / RECIPE
     if not recipe.is_file():
-        raise ConfigError(f"{run} is not a run folder: no recipe.yaml in it")
-    if not any(run.glob("checkpoints/step-*/manifest.json")):
+        raise ConfigError(f"{run} is not a run folder: no {RECIPE} in it")
+    if not any(run.glob(f"{CHECKPOINTS}/step-*/{MANIFEST}")):
         raise CheckpointError(
             f"{run} has no finished checkpoint to resume from",
             remedy=f"dist-cpt launch {recipe} starts it again",
         )
-    from dist_cpt_launch.dispatch import launch_requested
+    if on == "kubernetes":
+        raise ConfigError("resume does not take --on kubernetes", remedy="dist-cpt launch RECIPE --on kubernetes")
+    from dist_cpt_launch.dispatch import launch as launch_recipes
+    from dist_cpt_launch.launch_plan import LaunchOptions
 
     from dist_cpt.config.resolve import run_folder
 
@@ -191,42 +204,53 @@ def resume(
             f"{run} goes on in {folder}, as its recipe.yaml says",
             remedy=f"name it {folder.name} and add --set output_dir={run.absolute().parent}",
         )
-    raise typer.Exit(launch_requested([recipe], options))
+    # fmt: off
+    options = LaunchOptions(
+        nodes=nodes, procs_per_node=procs_per_node, rdzv=rdzv, min_nodes=min_nodes, time=time, partition=partition,
+        account=account, qos=qos, gres=gres, gpus_per_node=gpus_per_node, cpus_per_task=cpus_per_task,
+        save_before_limit=save_before_limit, max_restarts=max_restarts, requeue_by=requeue_by, preflight=preflight,
+        sbatch=tuple(sbatch or ()), srun=tuple(srun or ()),
+    )
+    # fmt: on
+    raise typer.Exit(launch_recipes([recipe], set_ or [], options, on=on, dry_run=dry_run))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def status(
     run: Annotated[Path | None, typer.Argument(metavar="RUN", help="Default: the newest in runs/.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Again every 5 seconds until the run has ended.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Where a run stands: step, speed, goodput, restarts, checkpoint, heartbeats. From its folder alone."""
+    """Show where a run is: step, speed, goodput, restarts, checkpoint, heartbeats."""
     from dist_cpt_launch.status import as_text, find_run, show_status
 
     show_status(find_run(run), lambda found: json.dumps(found.as_json()) if json_ else as_text(found), watch)
 
 
-@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
+@app.command(
+    rich_help_panel=TOOLS,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+)
 def preflight(context: typer.Context) -> None:
-    """On every node before training: versions, disk, clock, GPUs, all-reduce; --help lists its options."""
+    """Check this node before training: versions, disk, clock, GPUs, all-reduce."""
     from dist_cpt_launch.preflight import main as check
 
     raise typer.Exit(check(context.args))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def report(run: Run) -> None:
-    """Write report.html for a run, finished or not."""
+    """Write report.html of a run, finished or not."""
     from dist_cpt.report.report import write_report
 
     print(write_report(_run_folder(run)))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def verify(
     path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder or one checkpoint.")],
 ) -> None:
-    """Check every byte of a checkpoint, or of a whole run with its record; exit code 74 if it does not hold."""
+    """Check every byte of a checkpoint, or of a run and its record; exit code 74 if anything is damaged."""
     from dist_cpt.checkpoint.verify import verify_checkpoint, verify_run
     from dist_cpt.errors import printable
 
@@ -234,7 +258,7 @@ def verify(
     if not path.is_dir():
         raise CheckpointError(f"nothing to verify: {path} is not a folder")
     record: list[str] = []
-    if (path / "checkpoints").is_dir():
+    if (path / CHECKPOINTS).is_dir():
         from dist_cpt.run_folder.audit import record_problems
 
         verdicts = verify_run(path)
@@ -245,7 +269,7 @@ def verify(
         print(printable(f"{name}: {'holds' if not problems else 'DOES NOT HOLD: ' + '; '.join(problems)}"))
     for problem in record:
         print(printable(f"record: {problem}"))
-    if (path / "checkpoints").is_dir() and not record:
+    if (path / CHECKPOINTS).is_dir() and not record:
         print("record: holds")
     broken = [name for name, problems in verdicts.items() if problems]
     if broken:
@@ -254,12 +278,12 @@ def verify(
         raise CheckpointError(f"the checkpoints of {path} hold, its record does not ({len(record)} findings)")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder or one checkpoint.")],
     json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """What is inside: where the run stood, groups, sizes, identities, lineage. Reads no tensor."""
+    """Show what is inside: step, groups, sizes, identities, lineage. Reads no tensor."""
     from dist_cpt.checkpoint.inspect import inspect_path
     from dist_cpt.checkpoint.inspect_text import as_text
     from dist_cpt.errors import printable
@@ -270,14 +294,20 @@ def inspect(
         raise CheckpointError(printable(f"{path} does not hold: {content['problem']}"))
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER)
 def merge(
-    path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT|ADAPTER", help="A run, a checkpoint, a PEFT folder.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|CHECKPOINT|ADAPTER", help="A run folder, a checkpoint or a PEFT folder.")
+    ],
     out: Annotated[Path | None, typer.Option("--out", help="New folder for the merged model.")] = None,
     dtype: DType = "bf16",
-    base_only: Annotated[bool, typer.Option(help="Leave the run's own adapter out: the base it belongs to.")] = False,
+    base_only: Annotated[
+        bool, typer.Option(help="Leave the run's own adapter out: the base that it belongs to.")
+    ] = False,
     base: Base = None,
-    scale: Annotated[float, typer.Option("--scale", min=0.0, help="Share of all that was trained.")] = 1.0,
+    scale: Annotated[
+        float, typer.Option("--scale", min=0.0, help="Factor on the whole update; 1 is the trained model.")
+    ] = 1.0,
     sweep: Annotated[
         str | None, typer.Option("--sweep", metavar="S,S,...", help="Print the held-out loss at each scale.")
     ] = None,
@@ -285,9 +315,11 @@ def merge(
         tuple[str, str] | None,
         typer.Option("--add-residual", metavar="INSTRUCT BASE", help="Add instruct - base, tensor by tensor."),
     ] = None,
-    residual_scale: Annotated[float | None, typer.Option("--residual-scale", help="Share of it; default 1.")] = None,
+    residual_scale: Annotated[
+        float | None, typer.Option("--residual-scale", help="Factor on that difference; default 1.")
+    ] = None,
 ) -> None:
-    """Base and adapter as one plain Hugging Face folder, checked against the trainer's logits."""
+    """Merge base and adapter into one plain Hugging Face folder, checked against the trainer's logits."""
     if residual_scale is not None and add_residual is None:
         raise ConfigError("--residual-scale belongs to --add-residual INSTRUCT BASE")
     if out is None and (sweep is None or add_residual is not None or base_only):
@@ -322,9 +354,11 @@ def merge(
         print(f"that is against the 16-bit base; against the quantised base that the trainer had: {gap:.2e}")
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER)
 def export(
-    path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT|ADAPTER", help="A run, a checkpoint, a PEFT folder.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|CHECKPOINT|ADAPTER", help="A run folder, a checkpoint or a PEFT folder.")
+    ],
     format_: Annotated[str, typer.Option("--format", help="peft, vllm or gguf (docs/export.md)")],
     out: Annotated[Path, typer.Option("--out", help="New folder; for gguf the new file.")],
     dtype: Annotated[str | None, typer.Option("--dtype", help="vllm, gguf: bf16 (default), fp16 or fp32")] = None,
@@ -333,7 +367,7 @@ def export(
         Path | None, typer.Option("--llama-cpp", metavar="DIR", help="gguf: a checkout of llama.cpp.")
     ] = None,
 ) -> None:
-    """A trained adapter as other programs read it, checked against the trainer's logits."""
+    """Write a trained adapter as other programs read it, checked against the trainer's logits."""
     from dist_cpt.export import formats as layouts
 
     if format_ not in ("peft", "vllm", "gguf"):
@@ -354,7 +388,7 @@ def export(
         print(f"{out}: largest logit difference in fp32 {difference:.2e}")
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER)
 def generate(
     model: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT|MODEL")],
     prompt: Annotated[str, typer.Option("--prompt")] = "",
@@ -368,13 +402,13 @@ def generate(
     """Continue a prompt with a run, a checkpoint or any model folder."""
     from dist_cpt.export.generate import generate as generate_text
 
-    ours = (model / "checkpoints").is_dir() or (model / "manifest.json").exists()
+    ours = (model / CHECKPOINTS).is_dir() or (model / MANIFEST).exists()
     folder = _checkpoint_folder(model) if ours else model
     print(generate_text(folder, prompt, max_new_tokens, temperature, top_k, seed, top_p, chat))
 
 
 tokenizer_app = typer.Typer(help="Train, extend and measure tokenizers.", no_args_is_help=True)
-app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(tokenizer_app, name="tokenizer", rich_help_panel=TOOLS)
 Corpus = Annotated[list[str], typer.Argument(metavar="CORPUS...", help="Files, folders or patterns: jsonl, txt, md.")]
 TextField = Annotated[str, typer.Option("--text", help="The jsonl field that holds the document.")]
 NewFolder = Annotated[Path, typer.Option("--out", help="New folder for the tokenizer.")]
@@ -388,7 +422,7 @@ def tokenizer_train(
     kind: Annotated[str, typer.Option("--kind", help="bpe or unigram")] = "bpe",
     text: TextField = "text",
 ) -> None:
-    """A byte-level tokenizer from a corpus; prints what it makes of that corpus."""
+    """Train a byte-level tokenizer on a corpus, and print how it encodes that corpus."""
     if kind not in ("bpe", "unigram"):
         raise ConfigError(f"--kind {kind}: use bpe or unigram")
     from dist_cpt.data.tokenizer_train import corpus_texts, fertility, train_tokenizer
@@ -402,18 +436,26 @@ def tokenizer_train(
 def tokenizer_extend(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the base's tokenizer.")],
     out: NewFolder,
-    corpus: Annotated[list[str] | None, typer.Argument(metavar="[CORPUS...]", help="As for train.")] = None,
-    add: Annotated[int | None, typer.Option("--add", min=1, help="Tokens to learn from the corpus, at most.")] = None,
-    words: Annotated[Path | None, typer.Option("--words", help="File of words, one a line: each one token.")] = None,
-    min_frequency: Annotated[int, typer.Option("--min-frequency", min=1, help="Of a new token in the corpus.")] = 2,
+    corpus: Annotated[
+        list[str] | None, typer.Argument(metavar="[CORPUS...]", help="Files, folders or patterns: jsonl, txt, md.")
+    ] = None,
+    add: Annotated[
+        int | None, typer.Option("--add", min=1, help="Learn at most this many tokens from the corpus.")
+    ] = None,
+    words: Annotated[
+        Path | None, typer.Option("--words", help="File with one word per line; each becomes one token.")
+    ] = None,
+    min_frequency: Annotated[
+        int, typer.Option("--min-frequency", min=1, help="Occurrences that a new token needs in the corpus.")
+    ] = 2,
     focus: Annotated[bool, typer.Option("--focus", help="Also write what embeddings.init: focus reads.")] = False,
     text: TextField = "text",
 ) -> None:
-    """More tokens for a base, learnt from a corpus or given as words; prints the corpus before and after."""
+    """Add tokens to a base's tokenizer, learned from a corpus or given as words; prints fertility before and after."""
     if (add is None) == (words is None) or (corpus is None and words is None):
         raise ConfigError("give --add N with a corpus to learn from, or --words FILE with or without one to measure")
     if focus and not corpus:
-        raise ConfigError("--focus needs a corpus: it learns from it which tokens are used alike")
+        raise ConfigError("--focus needs a corpus, from which it learns which tokens are used alike")
     from dist_cpt.data.tokenizer_extend import extend_tokenizer, read_words
     from dist_cpt.data.tokenizer_train import corpus_texts
 
@@ -436,7 +478,7 @@ def tokenizer_report(
     corpus: Corpus,
     text: TextField = "text",
 ) -> None:
-    """What a tokenizer makes of a corpus: tokens per word, bytes per token, and what does not come back."""
+    """Measure a tokenizer on a corpus: tokens per word, bytes per token, texts that do not round-trip."""
     from dist_cpt.data.tokenizer import load_tokenizer
     from dist_cpt.data.tokenizer_train import corpus_texts, fertility
 
@@ -457,7 +499,7 @@ def main() -> None:
     """Entry point: every user error is one line and its documented exit code."""
     try:
         code = app(standalone_mode=False)
-        if code == INTERRUPTED:  # typer's own word for Ctrl-C
+        if code == INTERRUPTED:  # what typer returns after Ctrl-C
             code = _interrupted()
     except (typer.Abort, KeyboardInterrupt):
         code = _interrupted()
@@ -467,7 +509,7 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_DONE
-    except Exception as error:  # the last resort: say what it is, with the traceback, since it is our defect
+    except Exception as error:  # a defect of ours: print the traceback too
         usage = getattr(error, "format_message", None)  # click's own usage errors
         if usage is not None:
             print(f"dist-cpt: {usage()}", file=sys.stderr)
@@ -480,7 +522,7 @@ def main() -> None:
 
 
 def _interrupted() -> int:
-    print("dist-cpt: interrupted; what was finished is kept", file=sys.stderr)
+    print("dist-cpt: interrupted; finished work is kept", file=sys.stderr)
     return EXIT_STOPPED
 
 
@@ -492,8 +534,8 @@ def _load(recipe: Path, overrides: list[str] | None):
 
 
 def _run_folder(path: Path) -> Path:
-    if not (path / "recipe.yaml").is_file():
-        raise ConfigError(f"{path} is not a run folder: no recipe.yaml in it")
+    if not (path / RECIPE).is_file():
+        raise ConfigError(f"{path} is not a run folder: no {RECIPE} in it")
     return path
 
 
@@ -509,15 +551,15 @@ def _scales(given: str | None) -> list[float]:
 
 
 def _checkpoint_folder(path: Path, *, adapters: bool = False) -> Path:
-    """A checkpoint itself if what makes up its model holds, or the newest valid one of a run; or a PEFT folder."""
-    if adapters and (path / "adapter_config.json").is_file() and not (path / "manifest.json").exists():
+    """A PEFT folder or a checkpoint whose model files are valid, as given; of a run its newest valid checkpoint."""
+    if adapters and (path / ADAPTER_CONFIG).is_file() and not (path / MANIFEST).exists():
         return path
-    if (path / "manifest.json").exists():
+    if (path / MANIFEST).exists():
         from dist_cpt.checkpoint.verify import model_problems
 
         problems = model_problems(path)
         if problems:
-            raise CheckpointError(f"{path} does not hold: {problems[0]}", remedy="dist-cpt verify names everything")
+            raise CheckpointError(f"{path} is damaged: {problems[0]}", remedy="dist-cpt verify lists everything")
         return path
     from dist_cpt.checkpoint.load import newest_valid
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dist_cpt.checkpoint.load import LoadedCheckpoint
-from dist_cpt.checkpoint.save import CheckpointInfo, save
+from dist_cpt.checkpoint.save import CheckpointInfo, RunCheckpoints, save
 from dist_cpt.run_folder.manifest import Identity
 from dist_cpt.run_folder.train_state import Probe, Randomness, TrainState
 from dist_cpt.runtime.collectives import rank, world_size
@@ -114,15 +114,17 @@ def save_step(run_folder: Path, step: int, *, attempt: int = 0, **changes: Any) 
     """Save a whole state whose values are a function of the step (or of `seed`)."""
     seed = changes.pop("seed", step)
     specs = changes.pop("specs", SPECS)
-    arguments: dict[str, Any] = {
+    state, trial = changes.pop("state", train_state(step, attempt)), changes.pop("trial", False)
+    export = changes.pop("export", None) or ShardedState(seed, specs).export_state
+    if fault := changes.pop("fault", None):
+        changes["fault"] = lambda point, step: fault(point.partition(".")[2])
+    shared: dict[str, Any] = {
         "specs": specs,
         "adapter": specs is not FULL_SPECS,
-        "state": train_state(step, attempt),
         "identity": IDENTITY,
         "sidecars": [write_model_config if specs is FULL_SPECS else write_adapter_config],
     }
-    export = changes.pop("export", None) or ShardedState(seed, specs).export_state
-    return save(run_folder, export, **(arguments | changes))
+    return save(RunCheckpoints(run_folder, **(shared | changes)), export, state, trial=trial)
 
 
 def matches(checkpoint: LoadedCheckpoint, seed: int, specs: tuple[TensorSpec, ...] = SPECS) -> bool:

@@ -1,28 +1,29 @@
-"""The trainability contract: what trains, at which rate, in which precision, and the proof that it does.
+"""The trainability contract: what trains, at which rate, in which precision, and the check that it does.
 
-Before step 0 the run writes every group to contract.json. Within the first two updates every declared
-tensor must have had a finite, non-zero gradient and must have moved, and every frozen one must be as before.
-(LoRA's A has no gradient until B has left zero, hence two updates.) Groups that stand still at first must be as
-before until then, and are watched when they begin.
+Before step 0 the run writes every group to contract.json. Within the first two updates every declared tensor must
+have a finite, non-zero gradient and must move, and every frozen tensor must be unchanged. (LoRA's A has no gradient
+while B is zero, hence two updates.) A group that is frozen at first must be unchanged until its first step, and is
+watched from there.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from dist_cpt.config.schema import OptimConfig
+from dist_cpt.config.schema import RunConfig
 from dist_cpt.engines.engine import Engine
-from dist_cpt.errors import ConfigError, NumericsError
+from dist_cpt.errors import NumericsError
 from dist_cpt.optim.groups import ParamGroup, state_dtype
+from dist_cpt.run_folder.json_files import write_object
+from dist_cpt.run_folder.names import CONTRACT
 from dist_cpt.runtime.collectives import gather_json
+from dist_cpt.train.attempt import RunContext
+from dist_cpt.training_state import TensorSpec
 
 UPDATES_TO_WATCH = 2
 
@@ -32,28 +33,22 @@ class Contract:
 
     def __init__(
         self,
+        context: RunContext,
         engine: Engine,
-        folder: Path,
         groups: Sequence[ParamGroup],
-        declared: Mapping[str, torch.Size],
+        specs: Sequence[TensorSpec],
         *,
         ties: Sequence[tuple[str, str]],
-        compute_dtype: str,
-        optim: OptimConfig,
         kernels: Mapping[str, Any],
-        rank: int,
-        world_size: int,
     ) -> None:
+        world_size = context.env.world_size
         self._engine = engine
-        self._path = folder / "contract.json"
-        self._rank = rank
+        self._path = context.folder / CONTRACT
+        self._rank = context.env.rank
         self._names = [name for group in groups for name in group.names]
         self._begins = {name: group.frozen_steps + 1 for group in groups for name in group.names}
-        if sorted(self._names) != sorted(declared):
-            lost = sorted(set(declared) ^ set(self._names))
-            raise ConfigError(f"trainable tensors without a group, or groups without a tensor: {', '.join(lost)}")
         self._owner = {name: index % world_size for index, name in enumerate(self._names)}
-        self._watched: list[str] | None = None  # whose updates are looked at now
+        self._watched: list[str] | None = None  # whose updates are watched now
         self._without_gradient: set[str] = set()
         self._updates = 0
         self._masters_before = self._master_hashes()
@@ -62,22 +57,7 @@ class Contract:
         self.content: dict[str, Any] = {
             "engine": engine.kind,
             "world_size": world_size,
-            "groups": [
-                {
-                    "name": group.name,
-                    "num_tensors": len(group.names),
-                    "num_parameters": sum(math.prod(declared[name]) for name in group.names),
-                    "compute_dtype": compute_dtype,
-                    "master_dtype": "fp32",
-                    "state_dtype": state_dtype(group, optim),
-                    "peak_lr": group.peak_lr,
-                    "weight_decay": group.weight_decay,
-                    "first_step": group.frozen_steps + 1,
-                    "sharding": _sharding(engine.kind, world_size),
-                    "tensors": [{"name": name, "shape": list(declared[name])} for name in group.names],
-                }
-                for group in groups
-            ],
+            "groups": [_describe(group, specs, context.config, engine.kind, world_size) for group in groups],
             "frozen": self._frozen_summary(),
             "ties": [list(pair) for pair in ties],
             "kernels": dict(kernels),
@@ -86,13 +66,13 @@ class Contract:
         self._write()
 
     def before_update(self, step: int) -> None:
-        """Look at the gradients that are about to be applied. Collective."""
+        """Record the gradients that are about to be applied. Collective."""
         if self.finished:
             return
         if self._watched is None:
             moving = [name for name in self._names if self._begins[name] <= step]
             if self.content["checks"] and len(moving) < len(self._names):
-                return  # some still stand; those that move have been checked
+                return  # some are still frozen; those that move have been checked
             self._watched, self._without_gradient, self._updates = moving, set(moving), 0
         probe = self._engine.gradient_probe()
         for name, (norm, _) in probe.items():
@@ -129,13 +109,13 @@ class Contract:
         waiting = [name for name in self._names if self._begins[name] > step]
         if waiting:
             early = [name for name in waiting if name in moved]
-            self._check("every trainable tensor that waits is as before", step, early, f"{len(waiting)} tensors")
-        self._check("every frozen tensor is as before", step, sorted(set(changed)), "by checksum")
+            self._check("every trainable tensor that waits is unchanged", step, early, f"{len(waiting)} tensors")
+        self._check("every frozen tensor is unchanged", step, sorted(set(changed)), "by checksum")
         self.finished = len(watched) == len(self._names)
         self._write()
 
     def close(self, step: int) -> None:
-        """Say so when the attempt ended before the contract could be checked."""
+        """Record that the attempt ended before the contract could be checked, if it did."""
         if not self.finished:
             why = "some groups had not begun" if self.content["checks"] else f"only {self._updates} updates were made"
             self._record("checked over the first two updates", None, step, why)
@@ -151,7 +131,7 @@ class Contract:
         self._record(clause, False, step, shown)
         self._write()
         raise NumericsError(
-            f"trainability contract broken at step {step}: not so that {clause}: {shown}",
+            f"trainability contract broken at step {step}: {clause}: not {shown}",
             remedy="see contract.json; nothing was saved after this step",
         )
 
@@ -183,9 +163,27 @@ class Contract:
 
     def _write(self) -> None:
         if self._rank == 0:
-            temporary = self._path.with_suffix(".json.tmp")
-            temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, self._path)
+            write_object(self._path, self.content)
+
+
+def _describe(
+    group: ParamGroup, specs: Sequence[TensorSpec], config: RunConfig, engine_kind: str, world_size: int
+) -> dict[str, Any]:
+    """What contract.json records of a group before the first update."""
+    tensors = [spec for spec in specs if spec.group == group.name]
+    return {
+        "name": group.name,
+        "num_tensors": len(tensors),
+        "num_parameters": sum(math.prod(spec.shape) for spec in tensors),
+        "compute_dtype": config.model.compute_dtype,
+        "master_dtype": "fp32",
+        "state_dtype": state_dtype(group, config.optim),
+        "peak_lr": group.peak_lr,
+        "weight_decay": group.weight_decay,
+        "first_step": group.frozen_steps + 1,
+        "sharding": _sharding(engine_kind, world_size),
+        "tensors": [{"name": spec.name, "shape": list(spec.shape)} for spec in tensors],
+    }
 
 
 def checksum(tensor: torch.Tensor) -> int:

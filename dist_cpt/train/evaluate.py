@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from dist_cpt.data.batch import Batch
 from dist_cpt.engines.engine import Engine
-from dist_cpt.runtime.collectives import all_reduce_floats
+from dist_cpt.run_folder.records import EvaluationRecord
+from dist_cpt.runtime.collectives import all_reduce_floats, all_reduce_ints
+from dist_cpt.runtime.env import ProcessEnv
+from dist_cpt.train.class_scores import class_scores
+from dist_cpt.train.progress import Progress
+
+if TYPE_CHECKING:
+    from dist_cpt.train.build import Run
 
 
 @dataclass(frozen=True)
@@ -26,28 +34,42 @@ class HeldOut:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
+def evaluate_all(run: Run, progress: Progress) -> None:
+    """Evaluate every held-out set and tell the observers. Collective."""
+    context, head = run.context, run.model.class_head
+    context.watchdog.tick("evaluating", progress.step)
+    for loader in run.data.held_out:
+        if head is not None:
+            head.take_confusion()  # discards the counts of probes since the last evaluation
+        blocks = range(loader.num_blocks)
+        micro_batch = context.shape.micro_batch
+        result = evaluate(run.engine, loader.batch, blocks, loader.num_blocks, context.env, micro_batch=micro_batch)
+        scores = {} if head is None else class_scores(all_reduce_ints(head.take_confusion()))
+        numbers = (result.loss, result.perplexity, result.num_tokens)
+        record = EvaluationRecord(progress.step, loader.name, loader.role, *numbers, context.attempt, scores)
+        context.observers.on_evaluation(record)
+
+
 def evaluate(
     engine: Engine,
     batch_of: Callable[[Sequence[int]], Batch],
     indices: Sequence[int],
     padding_index: int,
+    env: ProcessEnv,
     *,
-    rank: int,
-    world_size: int,
     micro_batch: int,
 ) -> HeldOut:
-    """Mean loss over blocks `indices`; collective, every rank runs the same number of forwards.
+    """Mean loss over blocks `indices`; collective, every rank runs the same number of forward passes.
 
-    `batch_of(indices)` gives the blocks, and an all-padding block for `padding_index`, with which the last
-    round is filled up.
+    `batch_of(indices)` returns the blocks, and an all-padding block for `padding_index`, which fills up the last round.
     """
-    per_round = world_size * micro_batch
+    per_round = env.world_size * micro_batch
     rounds = -(-len(indices) // per_round)
     padded = [*indices, *[padding_index] * (rounds * per_round - len(indices))]
     loss_sum = torch.zeros((), dtype=torch.float64)
     num_tokens = 0
     for number in range(rounds):
-        start = number * per_round + rank * micro_batch
+        start = number * per_round + env.rank * micro_batch
         batch = batch_of(padded[start : start + micro_batch])
         loss_sum += engine.evaluate(batch).double().cpu()
         num_tokens += batch.num_targets

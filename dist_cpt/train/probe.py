@@ -1,4 +1,4 @@
-"""What the data order and the model say at a position of the stream, for a checkpoint and for its proof."""
+"""The data order at a position and the model's loss there: recorded by a checkpoint, replayed on a resume."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dist_cpt.data.loader import PADDING, BlockLoader
 from dist_cpt.engines.engine import Engine
 from dist_cpt.runtime.env import ProcessEnv
 from dist_cpt.train.evaluate import evaluate
-from dist_cpt.train.loop import past_windows
+from dist_cpt.train.progress import Progress
 
 PROBE_BLOCKS = 4
 
@@ -24,23 +24,15 @@ class Stream:
     shape: StepShape
     env: ProcessEnv
 
-    def next_block_ids(self, position: int, windows: Sequence[tuple[int, int]]) -> list[int]:
-        """(source, epoch, block) of the next step's blocks, flat: what the data order gives, not what was asked."""
+    def next_block_ids(self, progress: Progress) -> list[int]:
+        """(source, epoch, block) of the next step's blocks, flat: what the data order gives, not what was asked for."""
         ids: list[int] = []
-        start = past_windows(position, windows)
-        for at in range(start, start + self.shape.blocks_per_step):
-            source, epoch, block = self.loader.describe(at)
+        start = progress.next_position
+        for position in range(start, start + self.shape.blocks_per_step):
+            source, epoch, block = self.loader.describe(position)
             ids += [self.loader.source_names.index(source), epoch, block]
         return ids
 
     def probe_loss(self, positions: Sequence[int]) -> float:
-        """Mean loss of a few blocks of the training stream, without a gradient."""
-        return evaluate(
-            self.engine,
-            self.loader.batch,
-            positions,
-            PADDING,
-            rank=self.env.rank,
-            world_size=self.env.world_size,
-            micro_batch=1,
-        ).loss
+        """Mean loss of a few blocks of the training stream, in nats per target token, without gradients. Collective."""
+        return evaluate(self.engine, self.loader.batch, positions, PADDING, self.env, micro_batch=1).loss

@@ -1,43 +1,39 @@
-"""A short continuation by the model as it stands in the engine, sharded or not."""
+"""A short continuation of held-out text by the trained model, for the report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
 import torch
 
-from dist_cpt.engines.engine import Engine
 from dist_cpt.run_folder.json_files import write_object
+from dist_cpt.run_folder.names import SAMPLE
 from dist_cpt.runtime.collectives import broadcast_json, on_rank_zero
+from dist_cpt.train.build import Run
+from dist_cpt.train.progress import Progress
 
+PROMPT_TOKENS = 24
 NEW_TOKENS = 48
 TEMPERATURE = 0.8
 TOP_K = 40
 
 
-def write_sample(
-    engine: Engine, tokenizer: Any, prompt: Sequence[int], folder: Path, step: int, *, rank: int, context: int
-) -> None:
-    """Continue `prompt` (token ids) and write sample.json. Collective: every rank runs the forwards.
+def write_sample(run: Run, progress: Progress) -> None:
+    """Continue the first held-out text and write sample.json. Collective: every rank runs the forward passes.
 
-    The model sees the last `context` tokens: more than it was trained on may be more positions than it has. Rank 0
-    draws each token from its TOP_K likeliest at TEMPERATURE: greedy text of a small model only repeats.
+    The model sees at most its training length, beyond which it may have no positions. Rank 0 draws each token from
+    its TOP_K likeliest at TEMPERATURE, since greedy text of a small model only repeats itself.
     """
-    ids = list(prompt)
-    draw = torch.Generator().manual_seed(step)
-    device = None
+    config, tokenizer = run.context.config, run.data.tokenizer
+    if not run.data.held_out or config.task == "classify":
+        return
+    prompt = min(PROMPT_TOKENS, config.data.seq_len // 2)
+    ids = run.data.held_out[0].batch([0]).input_ids[0, :prompt].tolist()
+    generator = torch.Generator().manual_seed(progress.step)
     for _ in range(NEW_TOKENS):
-        logits = engine.logits(torch.tensor([ids[-context:]], dtype=torch.int64, device=device))
+        logits = run.engine.logits(torch.tensor([ids[-config.data.seq_len :]], dtype=torch.int64))
         top = (logits[0].float().cpu() / TEMPERATURE).topk(min(TOP_K, logits.shape[-1]))
-        chosen = top.indices[torch.multinomial(top.values.softmax(-1), 1, generator=draw)]
-        ids.append(broadcast_json(int(chosen)))
+        token = top.indices[torch.multinomial(top.values.softmax(-1), 1, generator=generator)]
+        ids.append(broadcast_json(int(token)))
         if ids[-1] == tokenizer.eos_token_id:
             break
-    sample = {
-        "prompt": tokenizer.decode(ids[: len(prompt)]),
-        "text": tokenizer.decode(ids[len(prompt) :]),
-        "step": step,
-    }
-    on_rank_zero("sample", lambda: write_object(folder / "sample.json", sample))
+    sample = {"prompt": tokenizer.decode(ids[:prompt]), "text": tokenizer.decode(ids[prompt:]), "step": progress.step}
+    on_rank_zero("sample", lambda: write_object(run.context.folder / SAMPLE, sample))

@@ -1,24 +1,28 @@
-"""When the state is saved, beside training or in its way, and what happens when the disk refuses."""
+"""When the state is saved, beside training or in its way, and what happens when the file system refuses."""
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
 from dist_cpt.checkpoint.background import BackgroundSave
-from dist_cpt.checkpoint.save import CheckpointInfo
+from dist_cpt.checkpoint.save import CheckpointInfo, RunCheckpoints
 from dist_cpt.checkpoint.save import save as save_checkpoint
-from dist_cpt.config.schema import CheckpointConfig
 from dist_cpt.engines.engine import Engine
-from dist_cpt.errors import DistCptError, WriteError
+from dist_cpt.errors import DistCptError, NumericsError, WriteError
 from dist_cpt.run_folder.checkpoints import checkpoints_folder, published
-from dist_cpt.run_folder.manifest import Identity
-from dist_cpt.run_folder.train_state import TrainState
-from dist_cpt.runtime.collectives import agree, all_reduce_max_int, broadcast_json, on_rank_zero, rank
+from dist_cpt.run_folder.metrics import MetricsFile
+from dist_cpt.run_folder.records import CheckpointRecord
+from dist_cpt.run_folder.train_state import Probe, Randomness, TrainState
+from dist_cpt.runtime.collectives import agree, all_reduce_max_int, broadcast_json, gather_json, on_rank_zero, rank
 from dist_cpt.runtime.log import LOGGER
-from dist_cpt.training_state import TensorSpec
+from dist_cpt.runtime.seed import first_draws
+from dist_cpt.train.attempt import RunContext
+from dist_cpt.train.probe import PROBE_BLOCKS, Stream
+from dist_cpt.train.progress import Progress
+from dist_cpt.training_state import ExportState
 
 GROUP_TIMEOUT_SECONDS = 1800.0  # of one exchange between the ranks' saving threads
 ABANDON_SECONDS = 5.0  # for this rank's part of a save that has failed on another one
@@ -29,48 +33,24 @@ FINAL_TRIES, FINAL_RETRY_SECONDS = 4, 2.0  # at the end and on a stop signal the
 class Saver:
     """Saves one run's state. Every method but `due`, `ended` and `failed` is collective.
 
-    `before` runs on rank 0 ahead of every save and may raise WriteError: what a resume from this checkpoint
-    needs elsewhere must be on the disk first. `fence` raises Superseded when a later attempt holds the folder.
+    Rows of `metrics` are on the disk before the checkpoint that covers them is published.
     """
 
     def __init__(
         self,
-        folder: Path,
-        config: CheckpointConfig,
+        context: RunContext,
         engine: Engine,
-        specs: Sequence[TensorSpec],
-        identity: Identity,
-        *,
-        adapter: bool,
-        sidecars: Sequence[Callable[[Path], object]],
-        aliases: Mapping[str, str],
-        before: Callable[[], None],
-        saved: Callable[[CheckpointInfo, int, float], None],
-        fence: Callable[[], object],
-        fault: Callable[[str, int], None],
+        stream: Stream,
+        schedule: dict[str, Any],
+        metrics: MetricsFile,
+        checkpoints: RunCheckpoints,
     ) -> None:
         self.saved_step = -1  # of the newest published checkpoint
         self.parent: str | None = None  # its state_sha256
-        self._folder = folder
-        self._config = config
-        self._engine = engine
-        self._write = lambda export, state, trial: save_checkpoint(
-            folder,
-            export,
-            specs=specs,
-            adapter=adapter,
-            state=state,
-            identity=identity,
-            sidecars=sidecars,
-            aliases=aliases,
-            keep=config.keep,
-            trial=trial,
-            fence=fence,
-            fault=lambda point: fault(f"{'trial' if trial else 'save'}.{point}", state.step),
-        )
-        self._before = before
-        self._saved = saved
-        self._background = BackgroundSave(GROUP_TIMEOUT_SECONDS) if config.asynchronous else None
+        self._context, self._config = context, context.config.checkpoint
+        self._engine, self._stream, self._schedule = engine, stream, schedule
+        self._metrics, self._checkpoints = metrics, checkpoints
+        self._background = BackgroundSave(GROUP_TIMEOUT_SECONDS) if self._config.asynchronous else None
         self._step_in_background = -1
         self._stall_seconds = 0.0
         self._last = time.monotonic()
@@ -100,57 +80,61 @@ class Saver:
         """Whether it is over with an error."""
         return self._background is not None and self._background.failed
 
-    def trial(self, state: TrainState) -> None:
-        """Save once without publishing, and look whether `keep` checkpoints and one in the making fit.
+    def resumed_from(self, step: int, state_sha256: str) -> None:
+        """Continue after the published checkpoint of `step`."""
+        self.saved_step, self.parent = step, state_sha256
+
+    def trial(self, progress: Progress) -> None:
+        """Save once without publishing, and check that `keep` checkpoints and one being written fit.
 
         Raises:
             WriteError: they do not fit, or the file system refuses.
         """
-        info = self._write(self._engine.export_state, state, True)
+        info = self._write(self._engine.export_state, self.state(progress), trial=True)
         on_rank_zero("trial save", lambda: self._require_space(info.num_bytes))
         if rank() == 0:
             LOGGER.info("trial save: %.1f MiB in %.1f s", info.num_bytes / 2**20, info.seconds)
 
-    def save(self, step: int, state: Callable[[], TrainState]) -> None:
-        """Save the state after `step`: beside training if the recipe says so, else now.
+    def save(self, progress: Progress) -> None:
+        """Save the state of `progress`: beside training if the recipe asks for it, else now.
 
-        A disk that refuses is tried again later, with back-off, until `retry_minutes` after the first refusal.
+        A refused save is tried again later, with back-off, until `retry_minutes` after the first refusal.
 
         Raises:
             WriteError: that time is over.
             NumericsError: a value is not finite.
         """
         begun = time.perf_counter()
-        self.finish()  # of the one before: at most one at a time
-        if self.saved_step == step:
+        self.finish()  # the one before: at most one at a time
+        if self.saved_step == progress.step:
             return
         self._retry_at = None
         try:
-            on_rank_zero("metrics", self._before)
+            on_rank_zero("metrics", self._metrics.sync)
             if self._background is None:
-                self._publish(self._write(self._engine.export_state, state(), False), step, begun)
+                self._write_now(progress, begun)
             else:
-                content, export = state(), self._engine.snapshot()
-                self._background.start(lambda: self._write(export, content, False))
-                self._step_in_background = step
+                state, export = self.state(progress), self._engine.snapshot()
+                self._background.start(lambda: self._write(export, state, trial=False))
+                self._step_in_background = progress.step
                 self._stall_seconds = time.perf_counter() - begun
         except WriteError as error:
             self._refused(error)
 
-    def save_now(self, step: int, state: Callable[[], TrainState]) -> None:
-        """Save the state after `step` and return when it is published: at the end and on a stop.
+    def save_now(self, progress: Progress) -> None:
+        """Save the state of `progress` and return when it is published: at the end and on a stop.
 
         Raises:
             WriteError: the file system refused several times within a few seconds.
         """
         self.finish()
         for number in range(1, FINAL_TRIES + 1):
-            if self.saved_step == step:
+            if self.saved_step == progress.step:
                 return
             begun = time.perf_counter()
             try:
-                on_rank_zero("metrics", self._before)
-                self._publish(self._write(self._engine.export_state, state(), False), step, begun)
+                on_rank_zero("metrics", self._metrics.sync)
+                self._write_now(progress, begun)
             except WriteError as error:
                 if number == FINAL_TRIES:
                     raise
@@ -194,14 +178,54 @@ class Saver:
         assert info is not None
         self._saved_at(info, step, self._stall_seconds + time.perf_counter() - begun)
 
-    def _publish(self, info: CheckpointInfo, step: int, begun: float) -> None:
-        self._saved_at(info, step, time.perf_counter() - begun)
+    def state(self, progress: Progress) -> TrainState:
+        """What the next checkpoint records beside its tensors. Collective.
+
+        Raises:
+            NumericsError: the loss is not finite.
+        """
+        config, env = self._context.config, self._context.env
+        probed = tuple(range(progress.next_position, progress.next_position + PROBE_BLOCKS))
+        probe_loss = self._stream.probe_loss(probed)
+        if not math.isfinite(probe_loss):
+            raise NumericsError(
+                f"the loss after step {progress.step} is {probe_loss}: this state is not saved",
+                remedy="lower the learning rate; the last checkpoint is from before",
+            )
+        draws = gather_json(first_draws(config.seed, progress.step + 1, env.rank))
+        return TrainState(
+            step=progress.step,
+            position=progress.position,
+            tokens=progress.tokens,
+            tokens_by_source=dict(progress.tokens_by_source),
+            skipped_total=progress.skipped_total,
+            skipped_in_a_row=progress.skipped_in_a_row,
+            random=Randomness(seed=config.seed, step=progress.step, next_draws=tuple(map(tuple, draws))),
+            schedule=self._schedule,
+            wandb_run_id=self._context.wandb_run_id,
+            attempt=self._context.attempt,
+            parent=self.parent,
+            optimizer_steps=progress.optimizer_steps,
+            skipped_windows=progress.skipped_windows,
+            bad_since=progress.bad_since,
+            recent_losses=progress.recent_losses,
+            next_block_ids=tuple(self._stream.next_block_ids(progress)),
+            probe=Probe(block_ids=probed, loss=probe_loss),
+        )
+
+    def _write(self, export: ExportState, state: TrainState, *, trial: bool) -> CheckpointInfo:
+        return save_checkpoint(self._checkpoints, export, state, trial=trial)
+
+    def _write_now(self, progress: Progress, begun: float) -> None:
+        info = self._write(self._engine.export_state, self.state(progress), trial=False)
+        self._saved_at(info, progress.step, time.perf_counter() - begun)
 
     def _saved_at(self, info: CheckpointInfo, step: int, stall_seconds: float) -> None:
         self.saved_step, self.parent = step, info.state_sha256
         self._last = time.monotonic()
         self._failures, self._retry_at = 0, None
-        on_rank_zero("observers", lambda: self._saved(info, step, stall_seconds))
+        record = CheckpointRecord(step, info.path.name, info.seconds, info.num_bytes, stall_seconds)
+        on_rank_zero("observers", lambda: self._context.observers.on_checkpoint(record))
 
     def _refused(self, error: WriteError) -> None:
         """Plan the next try, or give up."""
@@ -216,11 +240,11 @@ class Saver:
         delay = min(FIRST_RETRY_SECONDS * 2 ** (self._failures - 1), LAST_RETRY_SECONDS, max(limit, 0.1))
         self._retry_at = now + delay
         if rank() == 0:
-            LOGGER.warning("%s; training goes on, next try in %.0f s", error, delay)
+            LOGGER.warning("%s; training continues, next try in %.0f s", error, delay)
 
     def _require_space(self, num_bytes: int) -> None:
-        folder = checkpoints_folder(self._folder)
-        places = max(1, self._config.keep + 1 - len(published(self._folder)))
+        folder = checkpoints_folder(self._context.folder)
+        places = max(1, self._config.keep + 1 - len(published(self._context.folder)))
         stat = os.statvfs(folder)
         free = stat.f_bavail * stat.f_frsize
         if free < places * num_bytes:

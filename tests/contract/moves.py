@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from dist_cpt.checkpoint.load import load, newest_valid, require_fit
 from dist_cpt.checkpoint.plan_files import owners
-from dist_cpt.checkpoint.save import save
+from dist_cpt.checkpoint.save import RunCheckpoints, save
 from dist_cpt.checkpoint.verify import certify
 from dist_cpt.engines.engine import Engine
 from dist_cpt.optim.eight_bit import within_half_step
@@ -69,28 +69,28 @@ def _specs(engine: Engine, groups: list[ParamGroup]) -> list[TensorSpec]:
 
 def _save(engine: Engine, groups: list[ParamGroup], variant: str, folder: Path, step: int) -> None:
     adapter = variant not in FULL
-    save(
+    run = RunCheckpoints(
         folder,
-        engine.export_state,
-        specs=_specs(engine, groups),
-        adapter=adapter,
-        state=TrainState(
-            step=step,
-            position=8 * step,
-            tokens=step,
-            tokens_by_source={},
-            skipped_total=0,
-            random=Randomness(seed=0, step=step),
-            schedule={},
-            wandb_run_id="moves",
-            attempt=0,
-            optimizer_steps=step,
-            next_block_ids=(),
-            probe=Probe(block_ids=(), loss=0.0),
-        ),
-        identity=IDENTITY,
+        _specs(engine, groups),
+        IDENTITY,
+        adapter,
         sidecars=[lambda path: (path / ("adapter_config.json" if adapter else "config.json")).write_text("{}")],
     )
+    state = TrainState(
+        step=step,
+        position=8 * step,
+        tokens=step,
+        tokens_by_source={},
+        skipped_total=0,
+        random=Randomness(seed=0, step=step),
+        schedule={},
+        wandb_run_id="moves",
+        attempt=0,
+        optimizer_steps=step,
+        next_block_ids=(),
+        probe=Probe(block_ids=(), loss=0.0),
+    )
+    save(run, engine.export_state, state)
 
 
 def _certify(

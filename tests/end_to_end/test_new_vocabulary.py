@@ -196,7 +196,7 @@ def test_an_untied_head_trains_apart_after_embeddings_alone(bases, made, extende
         (2, "2 tensors"),
         (7, "30 tensors"),
     ]
-    waited = [check for check in checks if "that waits is as before" in check["name"]]
+    waited = [check for check in checks if "that waits is unchanged" in check["name"]]
     assert [(check["step"], check["detail"]) for check in waited] == [(2, "28 tensors")]
 
 

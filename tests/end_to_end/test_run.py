@@ -150,7 +150,7 @@ def test_wandb_out_of_reach_trains_on_offline(made, tmp_path, monkeypatch, capfd
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr("dist_cpt.train.session.WANDB_INIT_SECONDS", 3.0)
+    monkeypatch.setattr("dist_cpt.train.start.WANDB_INIT_SECONDS", 3.0)
     assert train(tiny.recipe(*made, tmp_path, track={"wandb": {"mode": "auto"}})) == 0
     assert "offline" in "".join(capfd.readouterr())
     assert list((tmp_path / "tiny/wandb").glob("offline-run-*"))

@@ -1,0 +1,137 @@
+"""One attempt of a run on this rank: join the others, claim the folder, watch, and record how it ends."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_cpt.checkpoint.save import SAVE_POINTS
+from dist_cpt.config.resolve import StepShape, run_folder, step_shape
+from dist_cpt.config.schema import RunConfig
+from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, DistCptError, Superseded
+from dist_cpt.health.nccl import save_flight_record, set_nccl_defaults
+from dist_cpt.health.watchdog import Watchdog, collective_seconds
+from dist_cpt.run_folder.claim import Claim, claim
+from dist_cpt.run_folder.exit_file import write_exit
+from dist_cpt.run_folder.names import log_file
+from dist_cpt.run_folder.records import RunEnd
+from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
+from dist_cpt.runtime.env import ProcessEnv, process_env
+from dist_cpt.runtime.faults import VARIABLE, Faults, planned_faults
+from dist_cpt.runtime.log import LOGGER, close_log, open_log
+from dist_cpt.runtime.mesh import init_distributed, shutdown
+from dist_cpt.runtime.stop import StopRequest
+from dist_cpt.train.observers import Observers
+from dist_cpt.train.wandb import new_run_id
+
+RENDEZVOUS_SECONDS = 1800.0
+FAULT_POINTS = ("step", "restore", *(f"{kind}.{point}" for kind in ("trial", "save") for point in SAVE_POINTS))
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What does not change while one attempt lasts."""
+
+    config: RunConfig
+    env: ProcessEnv
+    folder: Path
+    shape: StepShape
+    device: torch.device
+    attempt: int  # 0 for the first start
+    wandb_run_id: str
+    claim: Claim | None  # rank 0's
+    stop: StopRequest
+    fault: Faults
+    watchdog: Watchdog
+    observers: Observers
+
+    def require_claim(self) -> None:
+        """End here, on all ranks, if a later attempt has taken the folder. Collective."""
+        on_rank_zero("run folder", lambda: None if self.claim is None else self.claim.require_current())
+
+    @property
+    def stop_requested(self) -> bool:
+        """A signal, or a later attempt that has taken the folder; the fence then names it."""
+        return self.stop.requested is not None or (self.claim is not None and not self.claim.is_current())
+
+
+def run_attempt(
+    config: RunConfig, stop: StopRequest, body: Callable[[RunContext], tuple[int, str]]
+) -> tuple[int, Path | None]:
+    """Run `body`, which returns (exit code, reason), as one attempt of the run of `config`. Collective.
+
+    Returns the exit code, and on rank 0 the run folder. Every ending is written to exit.json, except where the
+    folder belongs to another recipe or process: then there is no folder to return either.
+    """
+    env = process_env()
+    folder = run_folder(config)
+    owns_group = not torch.distributed.is_initialized()
+    joined, superseded = False, False
+    held: Claim | None = None
+    watchdog: Watchdog | None = None
+    observers = Observers(None)
+    code, reason = EXIT_INTERNAL, ""
+    try:
+        shape = step_shape(config, env.world_size)
+        if env.world_size > 1:
+            set_nccl_defaults(folder)
+        device = init_distributed(env, RENDEZVOUS_SECONDS, collective_seconds(config.health.hang))
+        joined = True
+        faults = on_every_rank(VARIABLE, lambda: planned_faults(FAULT_POINTS))
+        held, attempt, run_id = _claim(folder, config, env)
+        observers = Observers(held)
+        open_log(log_file(folder, env.rank), env.rank)
+        fault = Faults(faults, env.rank, attempt)
+        if fault:
+            LOGGER.warning("%s is set: this run will be disturbed on purpose", VARIABLE)
+        with Watchdog(
+            folder, env, attempt, config.health.hang, lambda reason: save_flight_record(folder, env.rank)
+        ) as watchdog:
+            placed = (config, env, folder, shape, device)
+            code, reason = body(RunContext(*placed, attempt, run_id, held, stop, fault, watchdog, observers))
+    except DistCptError as error:
+        code, reason = error.exit_code, str(error)
+        superseded = isinstance(error, Superseded)
+        if code == EXIT_INTERNAL:
+            traceback.print_exc()
+        if env.rank == 0 or (joined and not error.agreed):
+            print(f"dist-cpt: {error}", file=sys.stderr, flush=True)
+    except Exception as error:  # a defect of ours, or a rank that vanished in a collective
+        code, reason = EXIT_INTERNAL, f"{type(error).__name__}: {error}".splitlines()[0]
+        LOGGER.error("rank %d ends: %s\n%s", env.rank, reason, traceback.format_exc())
+        print(f"dist-cpt: rank {env.rank}: {reason} -- see logs/rank-{env.rank}.log", file=sys.stderr, flush=True)
+    finally:
+        if held is not None:
+            if not superseded and held.is_current():  # else the folder is another attempt's by now
+                _record_end(observers, folder, RunEnd(code, reason, 0 if watchdog is None else watchdog.step))
+            held.close()
+        close_log()
+        if owns_group and code in (EXIT_DONE, EXIT_STOPPED):
+            shutdown()  # after a failure another rank may be inside a collective: leave by the end of the process
+    return code, None if held is None else folder
+
+
+def _claim(folder: Path, config: RunConfig, env: ProcessEnv) -> tuple[Claim | None, int, str]:
+    """Rank 0 takes the folder; all ranks learn the attempt's number and the W&B run id."""
+    taken: list[Claim] = []
+
+    def take() -> list[Any]:
+        taken.append(claim(folder, config, new_run_id()))
+        return [taken[0].attempt, taken[0].wandb_run_id]
+
+    attempt, run_id = on_rank_zero("run folder", take)
+    return (taken[0] if taken else None), attempt, run_id
+
+
+def _record_end(observers: Observers, folder: Path, end: RunEnd) -> None:
+    observers.on_end(end)
+    try:
+        write_exit(folder, end.exit_code, end.reason, end.step)
+    except DistCptError as error:
+        print(f"dist-cpt: {error}", file=sys.stderr, flush=True)

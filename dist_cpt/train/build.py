@@ -1,0 +1,252 @@
+"""What one attempt builds before it restores or starts: data, model, engine, and the run around them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dist_cpt.adapters.pissa import PISSA, begin_with_pissa, copy_initial
+from dist_cpt.adapters.prior_adapter import open_earlier
+from dist_cpt.adapters.quantize import QUANTISED, require_bitsandbytes
+from dist_cpt.checkpoint.save import RunCheckpoints
+from dist_cpt.config.resolve import fingerprint
+from dist_cpt.data.batch import Batch
+from dist_cpt.data.chat import chat_template
+from dist_cpt.data.loader import BlockLoader, ValidationLoader, prefetch
+from dist_cpt.data.prepare import Prepared, check_vocabulary, open_prepared, prepare
+from dist_cpt.data.tokenizer import load_new_vocabulary, load_tokenizer
+from dist_cpt.engines.build import build_engine
+from dist_cpt.engines.engine import Engine
+from dist_cpt.errors import Stopped
+from dist_cpt.health.stragglers import ComputeClock, StragglerWatch, timed_modules
+from dist_cpt.model.continue_from import ProbeBlock
+from dist_cpt.model.load import TrainableModel, check_base, load_model
+from dist_cpt.model.safety_checks import require_base_checkpoint
+from dist_cpt.optim.eight_bit import dynamic_map
+from dist_cpt.optim.groups import ParamGroup, param_groups
+from dist_cpt.run_folder.manifest import Identity
+from dist_cpt.run_folder.metrics import MetricsFile
+from dist_cpt.runtime.collectives import agree, all_reduce_ints, on_every_rank, on_rank_zero
+from dist_cpt.runtime.log import LOGGER
+from dist_cpt.train.attempt import RunContext
+from dist_cpt.train.probe import PROBE_BLOCKS, Stream
+from dist_cpt.train.progress import Progress, step_positions, step_starts
+from dist_cpt.train.saver import Saver
+from dist_cpt.training_state import TensorSpec
+
+PREPARE_SECONDS = 1.0  # between two meetings of the ranks while the corpus is prepared
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The token stores, and what reads them."""
+
+    prepared: Prepared
+    tokenizer: Any
+    loader: BlockLoader
+    held_out: list[ValidationLoader]
+
+    @property
+    def source_names(self) -> Sequence[str]:
+        """The training sources in the order in which batches count their tokens."""
+        return self.loader.source_names
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that trains, on this rank."""
+
+    context: RunContext
+    data: TrainingData
+    model: TrainableModel
+    groups: list[ParamGroup]
+    specs: list[TensorSpec]  # every trainable tensor with its full shape; the engine may shard it
+    engine: Engine
+    stream: Stream
+    schedule: dict[str, Any]  # as checkpoints record it
+    identity: Identity
+    metrics: MetricsFile
+    saver: Saver
+    clock: ComputeClock | None  # with stragglers, on more than one rank
+    stragglers: StragglerWatch | None
+
+    def steps(self, progress: Progress) -> Iterator[list[Batch]]:
+        """The micro-batches of every remaining step, made ahead on a thread."""
+        shape, rank = self.context.shape, self.context.env.rank
+        wanted = (
+            positions for start in step_starts(shape, progress) for positions in step_positions(shape, start, rank)
+        )
+        ahead = prefetch(self.data.loader.batch, wanted, depth=2 * shape.accumulation)
+        for _ in range(shape.num_steps - progress.step):
+            with self._own_work():
+                micro_batches = [next(ahead) for _ in range(shape.accumulation)]
+            yield micro_batches
+
+    def at_boundary(self, progress: Progress) -> None:
+        """What belongs to no step: planned faults, and the comparison of the ranks' pace."""
+        with self._own_work():
+            self.context.fault("step", progress.step + 1)
+        if self.stragglers is not None:
+            self.stragglers.boundary()
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether the held-out sets are evaluated after `step`."""
+        every = self.context.config.evaluate.every_steps
+        return step == self.context.shape.num_steps or (every is not None and step % every == 0)
+
+    def _own_work(self) -> contextlib.AbstractContextManager[None]:
+        """Time here is this rank's own: it waits for no other rank."""
+        return contextlib.nullcontext() if self.clock is None else self.clock.also()
+
+
+def check_before_hours_of_work(context: RunContext) -> None:
+    """Refuse what needs neither the corpus nor a weight to be refused: preparing may take hours. Collective."""
+    config = context.config
+    if config.model.path is not None:
+        on_rank_zero("model.path", lambda: _check_starting_point(context))
+    if config.model.weights in QUANTISED:
+        on_every_rank("model.weights", lambda: require_bitsandbytes(config.model.weights))
+    if config.optim.state == "8bit":
+        on_every_rank("optim.state", lambda: dynamic_map(True))
+    on_every_rank("embeddings.new_tokens", lambda: load_new_vocabulary(config))
+
+
+def open_data(context: RunContext) -> TrainingData:
+    """Prepare the token stores if they are not there yet, and open them. Collective.
+
+    Raises:
+        Stopped: a rank was sent a stop signal while rank 0 prepared; finished sources are kept.
+    """
+    config = context.config
+    _prepare(context)
+    prepared = on_every_rank("open data", lambda: open_prepared(config))
+    tokenizer = on_every_rank("tokenizer", lambda: _load_tokenizer(context))
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    loader = BlockLoader(prepared, config.data.seq_len, config.seed, pad_id)
+    held_out = [
+        ValidationLoader(source, config.data.seq_len, pad_id, config.evaluate.max_blocks)
+        for source in prepared.validation
+    ]
+    return TrainingData(prepared, tokenizer, loader, held_out)
+
+
+def build_model(context: RunContext, data: TrainingData) -> TrainableModel:
+    """The base, its adapter and what trains of it, self-checked on blocks of the corpus. Collective."""
+    config = context.config
+
+    def load() -> TrainableModel:
+        probe = None
+        if context.env.rank == 0:
+            blocks = [data.loader.batch([position]) for position in range(PROBE_BLOCKS)]
+            probe = [ProbeBlock(b.input_ids, b.labels, b.position_ids, b.cu_seqlens, b.max_seqlen) for b in blocks]
+        vocabulary = load_new_vocabulary(config)
+        model = load_model(config, device=context.device, vocabulary=vocabulary, probe=probe)
+        check_vocabulary(data.prepared, model.identity["vocab_size"])
+        return model
+
+    model: TrainableModel = on_every_rank("load model", load)
+    if config.adapter.init == "pissa":
+        model.identity[PISSA] = begin_with_pissa(model.module, context.folder)
+    return model
+
+
+def open_run(context: RunContext, data: TrainingData, model: TrainableModel) -> Run:
+    """The engine around the model, and what identifies, saves and records the run. Collective."""
+    config = context.config
+    groups = param_groups(
+        model.trainable,
+        config.optim,
+        config.adapter.kind == "lora",
+        config.embeddings.freeze_rest_steps,
+        config.adapter.lora_plus_ratio,
+    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.trainable.items()}  # the engine may shard them
+    dtype = config.model.compute_dtype
+    specs = [TensorSpec(name, shapes[name], dtype, group.name) for group in groups for name in group.names]
+    engine = build_engine(model.module, model.trainable, groups, model.layers, config, context.device)
+    identity = Identity(
+        base=model.identity,
+        data={"identity": data.prepared.identity, "seq_len": config.data.seq_len, "seed": config.seed},
+        recipe=fingerprint(config),
+        engine=engine.kind,
+    )
+    schedule = {"num_steps": context.shape.num_steps, **config.schedule.model_dump(mode="json")}
+    stream = Stream(engine, data.loader, context.shape, context.env)
+    metrics = MetricsFile(context.folder, 60 * config.checkpoint.retry_minutes)
+    checkpoints = RunCheckpoints(
+        folder=context.folder,
+        specs=specs,
+        identity=identity,
+        adapter=config.adapter.kind == "lora",
+        sidecars=_sidecars(context, data, model),
+        aliases=model.aliases,
+        keep=config.checkpoint.keep,
+        fence=lambda: None if context.claim is None else context.claim.require_current(),
+        fault=context.fault,
+    )
+    saver = Saver(context, engine, stream, schedule, metrics, checkpoints)
+    clock = stragglers = None
+    if config.health.straggler is not None and context.env.world_size > 1:
+        clock = ComputeClock(timed_modules(model.layers, engine.kind), context.device)
+        stragglers = StragglerWatch(config.health.straggler, clock, context.observers.on_message)
+    return Run(
+        context, data, model, groups, specs, engine, stream, schedule, identity, metrics, saver, clock, stragglers
+    )
+
+
+def _sidecars(context: RunContext, data: TrainingData, model: TrainableModel) -> list[Callable[[Path], object]]:
+    """What makes a checkpoint folder usable elsewhere: the model's or adapter's config, the tokenizer."""
+    sidecars: list[Callable[[Path], object]] = [model.write_config, data.tokenizer.save_pretrained]
+    if context.config.adapter.init == "pissa":
+        sidecars.append(partial(copy_initial, context.folder))
+    return sidecars
+
+
+def _check_starting_point(context: RunContext) -> None:
+    """Refuse a base, its tokenizer or a prior adapter without loading a weight."""
+    config, prior = context.config, context.config.adapter.continue_from
+    check_base(config.model)
+    load_new_vocabulary(config)
+    if config.task == "cpt":
+        require_base_checkpoint(config.model, _load_tokenizer(context))
+    if prior is not None and prior.mode != "train":
+        open_earlier(Path(prior.path))
+
+
+def _prepare(context: RunContext) -> None:
+    """Rank 0 prepares the corpus, for hours if need be; meanwhile all ranks meet every second and notice a stop."""
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            prepare(context.config, lambda name, documents: LOGGER.info("preparing %s: %d documents", name, documents))
+        except BaseException as error:  # handed to all ranks below
+            failed.append(error)
+
+    worker = threading.Thread(target=work, name="prepare", daemon=True)
+    if context.env.rank == 0:
+        worker.start()
+    while True:
+        if context.env.rank == 0:
+            worker.join(PREPARE_SECONDS)
+        context.watchdog.tick("starting", 0)
+        at_work, stop = all_reduce_ints([int(worker.is_alive()), int(context.stop.requested is not None)])
+        if not at_work:
+            agree(failed[0] if failed else None, "prepare data")
+            return
+        if stop:
+            raise Stopped("stopped while the data was prepared; finished sources are kept")
+
+
+def _load_tokenizer(context: RunContext) -> Any:
+    config, path = context.config, context.config.data.tokenizer
+    assert path is not None  # resolve_paths fills it in
+    tokenizer = load_tokenizer(path, config.model.revision if path == config.model.path else None)
+    if config.task == "instruct":  # saved with the model, which answers only under the template it was taught
+        tokenizer.chat_template = chat_template(tokenizer, config.data.chat_template)
+    return tokenizer

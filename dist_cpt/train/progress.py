@@ -1,0 +1,111 @@
+"""Where a run stands: the part of the training state that is not a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from dist_cpt.config.resolve import StepShape
+from dist_cpt.run_folder.train_state import TrainState
+
+Windows = tuple[tuple[int, int], ...]  # positions [start, stop) that rollbacks left out; sorted, whole steps
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, as all ranks know it."""
+
+    loss: float  # nats per target token
+    grad_norm: float  # before clipping; NaN where no update was tried
+    skipped: bool  # the update was not applied
+    spike: bool  # the loss was far above the recent ones
+    num_tokens: int  # targets
+    tokens_by_source: Mapping[str, int]  # non-padding tokens
+    recent_losses: tuple[float, ...]  # the spike detector's window after this step
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The state after `step` optimizer steps."""
+
+    step: int = 0
+    position: int = 0  # global blocks consumed
+    tokens: int = 0  # target tokens trained on
+    tokens_by_source: Mapping[str, int] = field(default_factory=dict)
+    skipped_total: int = 0
+    skipped_in_a_row: int = 0
+    optimizer_steps: int = 0  # AdamW's counter
+    skipped_windows: Windows = ()
+    bad_in_a_row: int = 0  # steps that were skipped or had a spike
+    bad_since: tuple[int, int] | None = None  # (step, position) of the first of them
+    recent_losses: tuple[float, ...] = ()  # accepted ones, for the spike detector
+    resumed_from: str | None = None  # the checkpoint that this state was read from
+
+    @property
+    def next_position(self) -> int:
+        """First block of the next step."""
+        return past_windows(self.position, self.skipped_windows)
+
+    def advance(self, shape: StepShape, result: StepResult) -> Progress:
+        """The state one step later."""
+        bad = result.spike or result.skipped
+        by_source = dict(self.tokens_by_source)
+        for name, count in result.tokens_by_source.items():
+            by_source[name] = by_source.get(name, 0) + count
+        return replace(
+            self,
+            step=self.step + 1,
+            position=self.next_position + shape.blocks_per_step,
+            tokens=self.tokens + result.num_tokens,
+            tokens_by_source=by_source,
+            skipped_total=self.skipped_total + result.skipped,
+            skipped_in_a_row=self.skipped_in_a_row + 1 if result.skipped else 0,
+            optimizer_steps=self.optimizer_steps + (not result.skipped),
+            bad_in_a_row=self.bad_in_a_row + 1 if bad else 0,
+            bad_since=(self.bad_since or (self.step + 1, self.next_position)) if bad else None,
+            recent_losses=result.recent_losses,
+        )
+
+
+def progress_of(state: TrainState, checkpoint: str, windows: Windows) -> Progress:
+    """The progress that a checkpoint recorded; `windows` already known are kept."""
+    return Progress(
+        step=state.step,
+        position=state.position,
+        tokens=state.tokens,
+        tokens_by_source=state.tokens_by_source,
+        skipped_total=state.skipped_total,
+        skipped_in_a_row=state.skipped_in_a_row,
+        optimizer_steps=state.optimizer_steps,
+        skipped_windows=tuple(sorted({*windows, *state.skipped_windows})),
+        bad_in_a_row=0 if state.bad_since is None else state.step - state.bad_since[0] + 1,
+        bad_since=state.bad_since,
+        recent_losses=state.recent_losses,
+        resumed_from=checkpoint,
+    )
+
+
+def past_windows(position: int, windows: Sequence[tuple[int, int]]) -> int:
+    """The first position from `position` on that lies in no window; windows are sorted, whole steps."""
+    for start, stop in windows:
+        if start <= position < stop:
+            position = stop
+    return position
+
+
+def step_starts(shape: StepShape, progress: Progress) -> Iterator[int]:
+    """First position of every remaining step."""
+    position = progress.position
+    for _ in range(shape.num_steps - progress.step):
+        position = past_windows(position, progress.skipped_windows)
+        yield position
+        position += shape.blocks_per_step
+
+
+def step_positions(shape: StepShape, position: int, rank: int) -> list[list[int]]:
+    """Global block positions of each micro-batch of the step that starts at `position`, for one rank."""
+    per_forward = shape.world_size * shape.micro_batch
+    return [
+        [position + m * per_forward + rank * shape.micro_batch + i for i in range(shape.micro_batch)]
+        for m in range(shape.accumulation)
+    ]

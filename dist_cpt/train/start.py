@@ -1,0 +1,154 @@
+"""A run that has nothing to resume: from the base, or from an adapter, with evidence that it is in effect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dist_cpt.checkpoint.import_peft import start_from
+from dist_cpt.config.schema import ContinueFromConfig
+from dist_cpt.errors import CheckpointError
+from dist_cpt.model.attention import describe
+from dist_cpt.model.continue_from import Standing, first_document
+from dist_cpt.model.load import WEIGHTS_DTYPE
+from dist_cpt.run_folder.json_files import write_object
+from dist_cpt.run_folder.names import CONTINUED
+from dist_cpt.run_folder.records import RunStart
+from dist_cpt.runtime.collectives import on_rank_zero
+from dist_cpt.runtime.log import LOGGER
+from dist_cpt.train.build import Run
+from dist_cpt.train.console import Console
+from dist_cpt.train.contract import Contract
+from dist_cpt.train.probe import PROBE_BLOCKS
+from dist_cpt.train.progress import Progress
+from dist_cpt.train.restore import REPLAY_TOLERANCE, recorded_windows
+from dist_cpt.train.wandb import wandb_observer
+
+WANDB_INIT_SECONDS = 30.0
+
+
+def start(run: Run) -> Progress:
+    """The progress of a run from its beginning. Collective.
+
+    Raises:
+        CheckpointError: the adapter that the run starts from changes nothing, or the engine does not compute with it.
+        WriteError: checkpoint.trial is set and the file system does not take a checkpoint.
+    """
+    config = run.context.config
+    progress = Progress(skipped_windows=recorded_windows(run))
+    prior = config.adapter.continue_from
+    if run.model.standing is not None:
+        _require_prior_adapter(run, run.model.standing)
+    elif prior is not None:
+        progress = Progress(skipped_windows=progress.skipped_windows, optimizer_steps=_import_adapter(run, prior))
+    if config.checkpoint.trial:
+        run.saver.trial(progress)
+    return progress
+
+
+def open_contract(run: Run) -> Contract:
+    """The trainability contract over the state as it is before the first update. Collective."""
+    context, model = run.context, run.model
+    compute_dtype = WEIGHTS_DTYPE[context.config.model.compute_dtype]
+    attention = describe(model.module.attention, context.device, model.hf_config, compute_dtype)
+    kernels = model.fusion.as_json() | {"attention": attention}
+    return Contract(context, run.engine, run.groups, run.specs, ties=model.ties, kernels=kernels)
+
+
+def announce(run: Run, contract: Contract, progress: Progress) -> None:
+    """Add the observers, on rank 0, and tell them how this attempt starts. Collective."""
+    context = run.context
+    context.watchdog.tick("starting", progress.step)
+    if context.env.rank == 0:
+        console = Console()
+        wandb = wandb_observer(
+            context.config.track.wandb,
+            context.folder,
+            context.wandb_run_id,
+            console.on_message,
+            init_timeout_seconds=WANDB_INIT_SECONDS,
+        )
+        for observer in (console, run.metrics, wandb):
+            if observer is not None:
+                context.observers.add(observer)
+    record = RunStart(
+        config=context.config,
+        folder=context.folder,
+        engine=run.engine.kind,
+        world_size=context.env.world_size,
+        device=str(context.device),
+        num_steps=context.shape.num_steps,
+        first_step=progress.step,
+        resumed_from=progress.resumed_from,
+        wandb_run_id=context.wandb_run_id,
+        contract=contract.content,
+        attempt=context.attempt,
+    )
+    on_rank_zero("observers", lambda: context.observers.on_start(record))
+
+
+def _import_adapter(run: Run, prior: ContinueFromConfig) -> int:
+    """Train an existing adapter further: its optimizer's steps so far. The loss with and without it is the evidence."""
+    probed = range(PROBE_BLOCKS)
+    without = run.stream.probe_loss(probed)  # a new adapter adds zero
+    started = start_from(run.engine, prior, run.specs, run.model, run.context.config.optim)
+    evidence = {"description": started.description, "sha256": started.sha256, "optimizer_steps": started.step}
+    losses = {"loss_without": without, "loss_with": run.stream.probe_loss(probed)}
+    _record_evidence(run, prior, evidence | losses)
+    return started.step
+
+
+def _require_prior_adapter(run: Run, standing: Standing) -> None:
+    """A prior adapter under a new one, which still adds zero: the engine's loss must be that of their sum."""
+    config, prior = run.context.config, standing.earlier
+    evidence: dict[str, Any] = on_rank_zero("prior adapter", lambda: standing.proof)
+    loss, expected = run.stream.probe_loss(range(PROBE_BLOCKS)), evidence.get("class_loss", evidence["loss_with"])
+    if not abs(loss - expected) <= REPLAY_TOLERANCE[config.model.weights] * max(1.0, abs(expected)):
+        raise CheckpointError(
+            f"{standing.chosen.path}: the loss with this adapter is {expected:.6f}, the engine's is {loss:.6f}",
+            remedy="this is a defect: the engine does not compute with the adapter",
+        )
+    if config.task != "classify":  # whose new head has no logits without the adapter
+        evidence |= {"share_in_effect": _require_share(run, standing)}
+    done = {"fold": "folded into the base", "stack": "frozen under the new adapter"}[standing.chosen.mode]
+    if (gap := evidence.get("logit_gap_mean")) is not None:
+        done += f" (logits off by {gap:.2e} on average through storing the sum in {config.model.weights})"
+        if gap > evidence["logit_effect_mean"]:
+            LOGGER.warning("folding into %s moves logits by more than the adapter does", config.model.weights)
+    matrices = f"{len(prior.lora)} LoRA pairs and {len(prior.vocabulary)} whole matrices"
+    facts = {
+        "description": f"{prior.folder}: {matrices} {done}",
+        "sha256": prior.sha256,
+        "mode": standing.chosen.mode,
+        "optimizer_steps": 0,
+    }
+    _record_evidence(run, standing.chosen, facts | evidence | {"loss_of_the_engine": loss})
+
+
+def _require_share(run: Run, standing: Standing) -> float | None:
+    """The share of the adapter's effect on logits that the engine shows; None if the effect is below rounding."""
+    blocks = [run.data.loader.batch([position]) for position in range(PROBE_BLOCKS)]
+    logits = [run.engine.logits(first_document(block.input_ids, block.cu_seqlens)) for block in blocks]
+    share: float | None = on_rank_zero("prior adapter", lambda: standing.share_in_effect(torch.cat(logits)))
+    if share is None:
+        LOGGER.warning("%s moves logits by less than rounding: its effect cannot be shown", standing.chosen.path)
+    elif not 0.5 < share < 1.5:
+        raise CheckpointError(
+            f"{standing.chosen.path}: the engine's logits show {share:.2f} of this adapter's effect, not 1",
+            remedy="this is a defect: the engine does not compute with the adapter",
+        )
+    return share
+
+
+def _record_evidence(run: Run, prior: ContinueFromConfig, evidence: dict[str, Any]) -> None:
+    """Print and write to continued.json what shows that the adapter is in effect."""
+    without, with_it = evidence["loss_without"], evidence["loss_with"]
+    if with_it == without:
+        raise CheckpointError(
+            f"{prior.path}: the loss is {without:.6f} with and without this adapter",
+            remedy="its matrices are those of an untrained adapter; use a later checkpoint of it",
+        )
+    losses = f"loss on {PROBE_BLOCKS} blocks without it {without:.4f}, with it {with_it:.4f}"
+    LOGGER.info("%s; %s", evidence["description"], losses)  # rank 0's lines reach the terminal
+    on_rank_zero("continued", lambda: write_object(run.context.folder / CONTINUED, evidence))
