@@ -55,11 +55,7 @@ class MetricsFile:
         )
 
     def on_step(self, record: StepRecord) -> None:
-        row = asdict(record)
-        extra = row.pop("extra")
-        if shadowed := extra.keys() & row.keys():
-            raise ValueError(f"extra metrics {sorted(shadowed)} have the names of standard ones")
-        self._append(METRICS, row | extra)
+        self._append(METRICS, asdict(record))
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         row = asdict(record)

@@ -45,7 +45,6 @@ class StepRecord:
     memory_gib: float  # peak of this rank: CUDA allocated, or resident set on CPU
     attempt: int  # 0 for the first start, +1 with every resume
     spike: bool = False  # the loss was far above the recent ones
-    extra: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

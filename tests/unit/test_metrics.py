@@ -67,7 +67,7 @@ def evaluation(step: int) -> EvaluationRecord:
 def test_one_flat_row_per_step_is_on_disk_at_once(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path)
     file.on_start(start(tmp_path))
-    file.on_step(record(1, extra={"mfu": 0.4}))
+    file.on_step(record(1))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # before close: nothing is buffered
     assert json.loads(lines[0]) == {
         "step": 1,
@@ -85,7 +85,6 @@ def test_one_flat_row_per_step_is_on_disk_at_once(tmp_path: Path) -> None:
         "memory_gib": 1.5,
         "attempt": 0,
         "spike": False,
-        "mfu": 0.4,
     }
     file.close()
 
@@ -118,11 +117,6 @@ def test_non_finite_numbers_are_null_and_named(tmp_path: Path) -> None:
     assert row["grad_norm"] is None
     assert row["lr"] == {"adapter": None}
     assert row["non_finite"] == {"loss": "nan", "grad_norm": "inf", "lr.adapter": "-inf"}
-
-
-def test_an_extra_metric_cannot_shadow_a_standard_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="loss"):
-        MetricsFile(tmp_path).on_step(record(1, extra={"loss": 0.0}))
 
 
 @pytest.mark.parametrize("torn", [b'{"step":3,"lo', b"\x00\x00\x00", '{"a":"é'.encode()[:-1]])
