@@ -1,10 +1,9 @@
-"""Global stream positions -> batches: a pure function, so a resume is one integer on any number of ranks."""
+"""Global stream positions -> batches: a pure function, so that a resume on any number of ranks needs one integer."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -17,28 +16,30 @@ from dist_cpt.data.packing import PackingPlan, pack
 from dist_cpt.data.prepare import Prepared, PreparedSource
 from dist_cpt.data.store import TokenStore
 
-PADDING = -1  # the position of no block: all padding, without any target
+PADDING = -1  # the position of a block of padding, without any target
+
+
+@dataclass(frozen=True)
+class _PackedStore:
+    """The blocks of one source."""
+
+    store: TokenStore
+    plan: PackingPlan
+    overlap_trains: bool  # whether a token in two overlapping pieces is a target in both
 
 
 class BlockLoader:
     """The training stream: position -> source by weight -> epoch -> block by a keyed permutation."""
 
     def __init__(self, prepared: Prepared, seq_len: int, seed: int, pad_id: int) -> None:
-        self.seq_len = seq_len
-        self.seed = seed
-        self.pad_id = pad_id
         self.source_names = [source.name for source in prepared.sources]
-        self._stores = [source.store for source in prepared.sources]
-        self._plans = [pack(source.store.lengths, seq_len, source.stride) for source in prepared.sources]
-        self._repeats = [source.overlap_trains for source in prepared.sources]
-        self.mixture = Mixture([source.weight for source in prepared.sources])
-        # Neighbouring positions share their epoch; a key is derived once, not per block.
-        self._order = lru_cache(maxsize=4 * len(self._stores))(self._new_order)
-
-    @property
-    def num_blocks_by_source(self) -> dict[str, int]:
-        """Blocks in one epoch of each source."""
-        return {name: plan.num_blocks for name, plan in zip(self.source_names, self._plans, strict=True)}
+        self._seq_len = seq_len
+        self._seed = seed
+        self._pad_id = pad_id
+        self._packed = [_pack_source(source, seq_len) for source in prepared.sources]
+        self._mixture = Mixture([source.weight for source in prepared.sources])
+        # Neighbouring positions share their epoch: its keys are derived once, not per block.
+        self._order = lru_cache(maxsize=4 * len(self._packed))(self._new_order)
 
     def describe(self, position: int) -> tuple[str, int, int]:
         """(source, epoch, block within that source) at a position of the stream."""
@@ -46,24 +47,24 @@ class BlockLoader:
         return self.source_names[source], epoch, block
 
     def batch(self, positions: Sequence[int]) -> Batch:
-        """The blocks at these positions of the global stream, in this order; PADDING gives an empty one."""
-        rows = _Rows(len(positions), self.seq_len, self.pad_id, len(self._stores))
+        """The blocks at these positions of the global stream, in this order; PADDING yields an empty block."""
+        builder = _BatchBuilder(len(positions), self._seq_len, self._pad_id, len(self._packed))
         for position in positions:
             if position == PADDING:
-                rows.add_padding()
-                continue
-            source, _, block = self._locate(position)
-            rows.add(self._stores[source], self._plans[source], block, source, self._repeats[source])
-        return rows.batch(positions)
+                builder.add_padding()
+            else:
+                source, _, block = self._locate(position)
+                builder.add(self._packed[source], block, source)
+        return builder.build(positions)
 
     def _locate(self, position: int) -> tuple[int, int, int]:
-        sources, indices = self.mixture(position)
+        sources, indices = self._mixture(position)
         source = int(sources)
-        epoch, index = divmod(int(indices), self._plans[source].num_blocks)
+        epoch, index = divmod(int(indices), self._packed[source].plan.num_blocks)
         return source, epoch, int(self._order(source, epoch)(index))
 
     def _new_order(self, source: int, epoch: int) -> FeistelOrder:
-        return FeistelOrder(self._plans[source].num_blocks, self.seed, self.source_names[source], epoch)
+        return FeistelOrder(self._packed[source].plan.num_blocks, self._seed, self.source_names[source], epoch)
 
 
 class ValidationLoader:
@@ -72,114 +73,101 @@ class ValidationLoader:
     def __init__(self, source: PreparedSource, seq_len: int, pad_id: int, max_blocks: int | None = None) -> None:
         self.name = source.name
         self.role = source.role
-        self.seq_len = seq_len
-        self.pad_id = pad_id
-        self._store = source.store
-        self._plan = pack(source.store.lengths, seq_len, source.stride)
-        self._repeats = source.overlap_trains
-        # Packing puts long documents first; a sample of max_blocks must not be of long documents only.
-        self._order = FeistelOrder(self._plan.num_blocks, 0, source.name)
-        self.num_blocks = min(self._plan.num_blocks, max_blocks or self._plan.num_blocks)
+        self._seq_len = seq_len
+        self._pad_id = pad_id
+        self._packed = _pack_source(source, seq_len)
+        available = self._packed.plan.num_blocks
+        # Packing puts long documents first; a sample of max_blocks should not consist of long documents.
+        self._order = FeistelOrder(available, 0, source.name)
+        self.num_blocks = min(available, max_blocks or available)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The blocks at these indices; one at or above num_blocks is all padding, without any target."""
-        rows = _Rows(len(indices), self.seq_len, self.pad_id, 1)
+        """The blocks at these indices; one at or above num_blocks is padding, without any target."""
+        builder = _BatchBuilder(len(indices), self._seq_len, self._pad_id, 1)
         for index in indices:
             if index < self.num_blocks:
-                rows.add(self._store, self._plan, int(self._order(index)), 0, self._repeats)
+                builder.add(self._packed, int(self._order(index)), 0)
             else:
-                rows.add_padding()
-        return rows.batch(indices)
+                builder.add_padding()
+        return builder.build(indices)
 
 
-def prefetch(
-    make: Callable[[Sequence[int]], Batch], positions: Iterable[Sequence[int]], depth: int = 2
-) -> Iterator[Batch]:
-    """Yield make(p) for each p in order, up to `depth` batches ahead on one thread; errors surface here."""
-    pending: deque[Future[Batch]] = deque()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-    try:
-        for wanted in positions:
-            pending.append(pool.submit(make, wanted))
-            if len(pending) > depth:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _pack_source(source: PreparedSource, seq_len: int) -> _PackedStore:
+    return _PackedStore(source.store, pack(source.store.lengths, seq_len, source.stride), source.overlap_trains)
 
 
-class _Rows:
+class _BatchBuilder:
     """Fills the arrays of a batch block by block. B blocks of L tokens."""
 
     def __init__(self, num_blocks: int, seq_len: int, pad_id: int, num_sources: int) -> None:
-        self.seq_len = seq_len
-        self.input_ids = np.full((num_blocks, seq_len), pad_id, dtype=np.int64)
-        self.labels = np.full((num_blocks, seq_len), IGNORE_INDEX, dtype=np.int64)
-        self.position_ids = np.empty((num_blocks, seq_len), dtype=np.int64)
-        self.ramp = np.arange(seq_len, dtype=np.int64)
-        self.borders = [0]
-        self.tokens_by_source = np.zeros(num_sources, dtype=np.int64)
-        self.num_targets = 0
-        self.row = 0
+        self._seq_len = seq_len
+        self._input_ids = np.full((num_blocks, seq_len), pad_id, dtype=np.int64)
+        self._labels = np.full((num_blocks, seq_len), IGNORE_INDEX, dtype=np.int64)
+        self._position_ids = np.empty((num_blocks, seq_len), dtype=np.int64)
+        self._ramp = np.arange(seq_len, dtype=np.int64)
+        self._borders = [0]
+        self._tokens_by_source = np.zeros(num_sources, dtype=np.int64)
+        self._num_targets = 0
+        self._row = 0
 
-    def add(self, store: TokenStore, plan: PackingPlan, block: int, source: int, repeats: bool) -> None:
-        """One block; `repeats`: what an earlier piece has predicted is a target again."""
+    def add(self, packed: _PackedStore, block: int, source: int) -> None:
+        """Append one block of source number `source`."""
+        store, plan = packed.store, packed.plan
         first, last = plan.block_offsets[block : block + 2].tolist()
-        at = 0
+        filled = 0
         for piece in range(first, last):
             document = plan.piece_document[piece]
             length = int(plan.piece_length[piece])
             start = int(plan.piece_start[piece])
-            # One token more than the piece, where the document goes on: the last target of a split piece.
+            # One token beyond the piece, where the document continues: the last target of a split piece.
             stop = min(start + length + 1, int(store.lengths[document]))
             origin = int(store.starts[document])
             tokens = store.tokens[origin + start : origin + stop]
-            self.input_ids[self.row, at : at + length] = tokens[:length]
-            self.position_ids[self.row, at : at + length] = self.ramp[:length]
-            labels = self.labels[self.row, at : at + length]
+            self._input_ids[self._row, filled : filled + length] = tokens[:length]
+            self._position_ids[self._row, filled : filled + length] = self._ramp[:length]
+            labels = self._labels[self._row, filled : filled + length]
             if store.classes is None:
                 answers = None if store.answers is None else store.answers[origin + start + 1 : origin + stop]
-                self.num_targets += _next_tokens(labels, tokens[1:], answers)
-                if start and plan.overlap and not repeats:
-                    self.num_targets -= int((labels[: plan.overlap] != IGNORE_INDEX).sum())
+                self._num_targets += _set_next_tokens(labels, tokens[1:], answers)
+                if start and plan.overlap and not packed.overlap_trains:  # targets of the previous piece
+                    self._num_targets -= int((labels[: plan.overlap] != IGNORE_INDEX).sum())
                     labels[: plan.overlap] = IGNORE_INDEX
             elif start + length == store.lengths[document]:
                 labels[-1] = store.classes[document]
-                self.num_targets += 1
-            at += length
-            self.borders.append(self.row * self.seq_len + at)
-        self.tokens_by_source[source] += at
-        self._finish_row(at)
+                self._num_targets += 1
+            filled += length
+            self._borders.append(self._row * self._seq_len + filled)
+        self._tokens_by_source[source] += filled
+        self._finish_row(filled)
 
     def add_padding(self) -> None:
         self._finish_row(0)
 
-    def _finish_row(self, at: int) -> None:
-        if at < self.seq_len:
-            self.position_ids[self.row, at:] = self.ramp[: self.seq_len - at]
-            self.borders.append((self.row + 1) * self.seq_len)
-        self.row += 1
+    def _finish_row(self, filled: int) -> None:
+        if filled < self._seq_len:
+            self._position_ids[self._row, filled:] = self._ramp[: self._seq_len - filled]
+            self._borders.append((self._row + 1) * self._seq_len)
+        self._row += 1
 
-    def batch(self, block_ids: Sequence[int]) -> Batch:
-        borders = np.array(self.borders, dtype=np.int32)
+    def build(self, block_ids: Sequence[int]) -> Batch:
+        borders = np.array(self._borders, dtype=np.int32)
         return Batch(
-            torch.from_numpy(self.input_ids),
-            torch.from_numpy(self.labels),
-            torch.from_numpy(self.position_ids),
+            torch.from_numpy(self._input_ids),
+            torch.from_numpy(self._labels),
+            torch.from_numpy(self._position_ids),
             torch.from_numpy(borders),
             int(np.diff(borders).max(initial=0)),
-            self.num_targets,
-            self.tokens_by_source,
+            self._num_targets,
+            self._tokens_by_source,
             tuple(int(b) for b in block_ids),
         )
 
 
-def _next_tokens(labels: np.ndarray, following: np.ndarray, answers: np.ndarray | None) -> int:
-    """Write the targets `following` into `labels`, those alone that are part of an answer; return their number."""
+def _set_next_tokens(labels: np.ndarray, following: np.ndarray, answers: np.ndarray | None) -> int:
+    """Write the targets `following` into `labels`, only those in an answer if given; return their number."""
     if answers is None:
         labels[: len(following)] = following
         return len(following)
-    trains = answers.astype(bool)
-    labels[: len(following)][trains] = following[trains]
-    return int(trains.sum())
+    is_target = answers.astype(bool)
+    labels[: len(following)][is_target] = following[is_target]
+    return int(is_target.sum())

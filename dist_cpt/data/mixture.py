@@ -1,4 +1,4 @@
-"""Which source gives the block at a position of the global stream; weights become exact shares of a cycle."""
+"""Which source the block at a position of the global stream comes from; weights become exact shares of a cycle."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Mixture:
         self.counts = quantise(weights)  # int64 [num_sources]
         self.cycle = int(self.counts.sum())
         self._source = _spread(self.counts.tolist())  # int64 [cycle]
-        self._rank = np.empty_like(self._source)  # how many blocks of the same source came before in the cycle
+        self._rank = np.empty_like(self._source)  # blocks of the same source earlier in the cycle
         for source, count in enumerate(self.counts.tolist()):
             self._rank[self._source == source] = np.arange(count)
 
@@ -38,21 +38,16 @@ class Mixture:
         source = self._source[p % self.cycle]
         return source, (p // self.cycle) * self.counts[source] + self._rank[p % self.cycle]
 
-    def count_until(self, position: int) -> np.ndarray:
-        """Blocks of each source among the first `position` of the stream, int64 [num_sources]."""
-        whole, rest = divmod(position, self.cycle)
-        return whole * self.counts + np.bincount(self._source[:rest], minlength=len(self.counts))
-
 
 def quantise(weights: Sequence[float]) -> np.ndarray:
-    """Blocks of each source in a cycle, int64: exact where the weights' common denominator allows it.
+    """Blocks of each source in a cycle, int64 [num_sources]: exact where the weights' common denominator allows it.
 
-    Otherwise the shortest cycle within SHARE_TOLERANCE of every share, or the closest of MAX_CYCLE blocks.
+    Otherwise the shortest cycle within SHARE_TOLERANCE of every share, or the closest one of MAX_CYCLE blocks.
 
     Raises:
-        ConfigError: a weight is so small that its source would get no block of MAX_CYCLE.
+        ConfigError: a weight is not positive, or too small for one block in MAX_CYCLE.
     """
-    # repr gives the decimal the recipe states: 0.1 is one tenth here, not the nearest binary fraction.
+    # repr is the decimal in the recipe: 0.1 is exactly one tenth, not the nearest binary fraction.
     exact = [Fraction(repr(float(w))) for w in weights]
     if not exact or min(exact) <= 0:
         raise ConfigError(f"data.sources: weights must be positive, got {list(weights)}")
@@ -94,10 +89,9 @@ def _largest_remainder(shares: Sequence[Fraction], cycle: int) -> np.ndarray:
 def _spread(counts: Sequence[int]) -> np.ndarray:
     """The source of every slot of the cycle, int64 [sum(counts)].
 
-    The j-th block (from 0) of a source with c of N slots must lie in [floor(j N / c), ceil((j + 1) N / c)).
-    Those windows say exactly that the source is less than one block ahead or behind at every prefix. Giving
-    each slot to the open window that closes first meets them all: a fluid schedule does, and earliest
-    deadline first is optimal for unit jobs on one machine.
+    The j-th block (from 0) of a source with c of N slots must be in [floor(j N / c), ceil((j + 1) N / c)): then the
+    source is less than one block ahead or behind at every prefix. Giving each slot to the open window that closes
+    first meets all windows: a fluid schedule does, and earliest deadline first is optimal for unit jobs on one machine.
     Source: Baruah et al. 1996, Proportionate Progress; Jackson 1955 for the rule.
     """
     cycle = sum(counts)

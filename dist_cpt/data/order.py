@@ -1,7 +1,7 @@
-"""The order of blocks in an epoch: a keyed permutation that is computed, never stored.
+"""The order of blocks in an epoch: a keyed permutation, computed and never stored.
 
-A balanced Feistel network permutes [0, 4^k) for any round function; walking its cycles until a value
-falls below n restricts it to [0, n).
+A balanced Feistel network permutes [0, 4^k) for any round function; repeating it until the value is below n (cycle
+walking) restricts it to [0, n).
 Source: Black and Rogaway 2002, Ciphers with Arbitrary Finite Domains.
 """
 
@@ -29,12 +29,16 @@ class FeistelOrder:
         self._keys = [np.uint64(int.from_bytes(d[:8], "little")) for d in digests]
 
     def __call__(self, position: np.ndarray | int) -> np.ndarray:
-        """Blocks, int64, of the shape of `position`, whose values lie in [0, num_blocks)."""
+        """Blocks, int64, of the shape of `position`.
+
+        Raises:
+            IndexError: a position outside of [0, num_blocks).
+        """
         positions = np.asarray(position, dtype=np.int64)
         if positions.size and not (positions.min() >= 0 and positions.max() < self.num_blocks):
-            raise IndexError(f"positions must lie in [0, {self.num_blocks})")
+            raise IndexError(f"positions must be in [0, {self.num_blocks})")
         values = self._permute(positions.reshape(-1).astype(np.uint64))
-        # The domain is at most four times num_blocks, so a walk takes four steps on average.
+        # The domain is at most 4 num_blocks, so a walk takes at most four steps on average.
         while (outside := np.flatnonzero(values >= self.num_blocks)).size:
             values[outside] = self._permute(values[outside])
         return values.astype(np.int64).reshape(positions.shape)
@@ -47,7 +51,7 @@ class FeistelOrder:
 
 
 def _mix(values: np.ndarray, key: np.uint64) -> np.ndarray:
-    """A 64-bit hash of (value, key); arrays of uint64 wrap around on every platform.
+    """A 64-bit hash of (value, key); uint64 arrays wrap around on every platform.
 
     Source: Steele et al. 2014, Fast Splittable Pseudorandom Number Generators (the SplitMix64 finaliser).
     """

@@ -1,4 +1,8 @@
-"""Raw text -> token stores on disk: once, atomically, and again only when text or tokenizer change."""
+"""Text files -> token stores on disk: made once, atomically, and again only when the text or the tokenizer changes.
+
+From top to bottom: a recipe becomes a plan of stores; each store is read, encoded and written in one pass, its
+manifest last; then all are opened.
+"""
 
 from __future__ import annotations
 
@@ -8,45 +12,35 @@ import os
 import re
 import secrets
 import shutil
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dist_cpt.config.schema import RunConfig, SourceConfig, ValidationConfig
+from dist_cpt.config.schema import RunConfig, SourceConfig
 from dist_cpt.data.chat import ConversationEncoder, chat_template
 from dist_cpt.data.classes import ExampleEncoder
-from dist_cpt.data.labelled import Labelled, LabelledEncoder
+from dist_cpt.data.encode import Encoded, Encoder, Source, TextEncoder
 from dist_cpt.data.mixture import Mixture
 from dist_cpt.data.packing import pack
-from dist_cpt.data.sources import (
-    Document,
-    ReadCounts,
-    Record,
-    check_budget,
-    find_files,
-    read_documents,
-    read_records,
-    take_bad,
-)
-from dist_cpt.data.store import FORMAT_VERSION, MANIFEST, QUARANTINE, StoreWriter, TokenStore, sync_folder
-from dist_cpt.data.tokenizer import DocumentEncoder, load_tokenizer, tokenizer_hash, vocabulary_size
+from dist_cpt.data.prefetch import prefetch
+from dist_cpt.data.sources import ReadCounts, Record, RecordTally, SourceFiles, check_budget, find_files, read_records
+from dist_cpt.data.store import FORMAT_VERSION, QUARANTINE, StoreWriter, TokenStore
+from dist_cpt.data.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_size
 from dist_cpt.errors import DataError, WriteError
+from dist_cpt.run_folder.json_files import fsync_path
+from dist_cpt.run_folder.names import MANIFEST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Item = TypeVar("Item")
-Done = TypeVar("Done")
-OnProgress = Callable[[str, int], None]  # (source name, documents tokenised so far)
+OnProgress = Callable[[str, int], None]  # (source name, records tokenised so far)
 
-_BATCH_CHARACTERS = 1 << 19  # per call of the tokenizer; bounds memory
-_BATCH_DOCUMENTS = 8192
+BATCH_BYTES = 1 << 19  # of records per call of the tokenizer; bounds memory
+BATCH_RECORDS = 8192
 _MAX_THREADS = 16  # the tokenizer has its own threads; ours overlap reading and conversion with it
 
 
@@ -58,8 +52,8 @@ class PreparedSource:
     weight: float
     role: str  # domain | replay | retention
     store: TokenStore
-    stride: int | None = None  # packing windows: as DataConfig.stride, never None there
-    overlap_trains: bool = True  # else every token is a target once, in the first window that has it
+    stride: int | None = None  # tokens between the starts of two windows; None: best-fit packing
+    overlap_trains: bool = True  # whether a token is a target in every window, or only in the first that has it
 
 
 @dataclass(frozen=True)
@@ -75,79 +69,233 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One store to make or find."""
+class _PlannedStore:
+    """One source or held-out set, its input files, and the folder of its store."""
 
-    source: SourceConfig | ValidationConfig
+    source: Source
     name: str
-    files: list[Path]
-    inputs: list[dict[str, Any]]
-    ignored_files: int
+    files: SourceFiles
+    inputs: list[dict[str, Any]]  # path, bytes and mtime_ns of each file
     folder: Path
 
 
-def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Prepared:
-    """Tokenise every source and held-out set of a resolved recipe into data.cache_dir, or find it there.
+@dataclass(frozen=True)
+class _Plan:
+    """The stores of a recipe, training sources first, and what encodes their records."""
 
-    A finished, unchanged store is reused; a new one appears under its final name only when complete.
+    stores: list[_PlannedStore]
+    encoder: Encoder
+    tokenizer_hash: str
+    vocab_size: int
+
+
+def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Prepared:
+    """Tokenise every source and held-out set of a resolved recipe into data.cache_dir.
+
+    A finished store of unchanged input is reused; a new one gets its final name only when it is complete.
 
     Raises:
-        DataError: missing or empty input, bad records beyond policy or budget, an unusable tokenizer.
+        DataError: missing or empty input, bad records beyond policy or budget, an unusable tokenizer or template.
         WriteError: the cache cannot be written.
     """
-    tokenizer, hash_ = _tokenizer(config)
-    labelled = labelled_encoder(config, tokenizer)
-    encoder = DocumentEncoder(tokenizer) if labelled is None else labelled
-    vocab_size = vocabulary_size(tokenizer)
-    jobs = _jobs(config, hash_, labelled)
-    for job in jobs:
+    plan = _plan(config)
+    for planned in plan.stores:
         try:
-            if _reusable(job, config):
-                continue
-            _make_store(job, config, encoder, hash_, vocab_size, on_progress)
+            if not _is_finished(planned, config):
+                _make_store(planned, plan, config, on_progress)
         except OSError as error:
             raise WriteError(
-                f"cannot write the token store {job.folder}: {error.strerror or error}",
+                f"cannot write the token store {planned.folder}: {error.strerror or error}",
                 remedy="free space or set data.cache_dir",
             ) from error
-    return _open_all(config, jobs, hash_, vocab_size)
+    return _open_stores(plan, config)
 
 
 def open_prepared(config: RunConfig) -> Prepared:
-    """Open what `prepare` made for this resolved recipe, without making anything.
+    """Open the stores that `prepare` made for this resolved recipe.
 
     Raises:
-        DataError: a store is absent, damaged, or made from other text or another tokenizer.
+        DataError: a store is missing, damaged, or made from other text or another tokenizer.
     """
-    tokenizer, hash_ = _tokenizer(config)
-    jobs = _jobs(config, hash_, labelled_encoder(config, tokenizer))
-    return _open_all(config, jobs, hash_, vocabulary_size(tokenizer))
+    return _open_stores(_plan(config), config)
 
 
-def labelled_encoder(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> LabelledEncoder | None:
-    """What makes ids and labels of the recipe's records; None for task cpt, whose text is its own label.
+def _plan(config: RunConfig) -> _Plan:
+    path = config.data.tokenizer or config.model.path
+    assert path is not None  # the schema requires one of them
+    # model.revision is a revision of the model's repository only.
+    tokenizer = load_tokenizer(path, config.model.revision if path == config.model.path else None)
+    encoder = _encoder(config, tokenizer)
+    sha256 = tokenizer_hash(tokenizer)
+    stores = [
+        _plan_store(source, config, encoder, sha256) for source in (*config.data.sources, *config.data.validation)
+    ]
+    return _Plan(stores, encoder, sha256, vocabulary_size(tokenizer))
 
-    Raises:
-        DataError: no chat template for task instruct.
-    """
+
+def _encoder(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Encoder:
     if config.task == "instruct":
         template = chat_template(tokenizer, config.data.chat_template)
         return ConversationEncoder(tokenizer, template, config.data.seq_len)
     if config.classify is not None:
         return ExampleEncoder(tokenizer, config.classify, config.data.seq_len)
-    return None
+    return TextEncoder(tokenizer)
+
+
+def _plan_store(source: Source, config: RunConfig, encoder: Encoder, sha256: str) -> _PlannedStore:
+    if config.data.cache_dir is None:
+        raise ValueError("prepare takes a recipe after resolve_paths")
+    name = source.name or Path(source.path).stem
+    files = find_files(source.path, name)
+    inputs = _input_state(files)
+    key: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer_hash": sha256,
+        "text": source.text,
+        "on_bad_record": config.data.on_bad_record,
+        "inputs": inputs,
+    }
+    if encoder.label_kind is not None:
+        key |= {"task": config.task} | encoder.describe(source)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    folder = Path(config.data.cache_dir) / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-{digest}"
+    return _PlannedStore(source, name, files, inputs, folder)
+
+
+def _input_state(files: SourceFiles) -> list[dict[str, Any]]:
+    states = []
+    for file in files.files:
+        try:
+            stat = file.stat()
+        except OSError as error:
+            raise DataError(f"cannot read {file}: {error.strerror or error}") from error
+        states.append({"path": str(file), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns})
+    return states
+
+
+def _is_finished(planned: _PlannedStore, config: RunConfig) -> bool:
+    if not planned.folder.exists():
+        return False
+    try:
+        counts = TokenStore.open(planned.folder).manifest.counts
+    except DataError:
+        shutil.rmtree(planned.folder)  # damaged; all of it can be made again from the text
+        return False
+    read = ReadCounts(records=counts["records"], bad=counts["bad"], first_bad=counts["first_bad"])
+    check_budget(planned.name, read, config.data.bad_record_budget_fraction)
+    return True
+
+
+def _make_store(planned: _PlannedStore, plan: _Plan, config: RunConfig, on_progress: OnProgress | None) -> None:
+    planned.folder.parent.mkdir(parents=True, exist_ok=True)
+    work = planned.folder.with_name(f"{planned.folder.name}.tmp-{os.getpid()}-{secrets.token_hex(3)}")
+    work.mkdir()
+    try:
+        _write_store(work, planned, plan, config, on_progress)
+        try:
+            work.rename(planned.folder)
+        except OSError:
+            # Another process may have made the same store meanwhile; both have the same tokens.
+            if not (planned.folder / MANIFEST).exists():
+                raise
+        fsync_path(planned.folder.parent)
+    finally:  # also on Ctrl-C; after the rename there is nothing left to remove
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_store(
+    work: Path, planned: _PlannedStore, plan: _Plan, config: RunConfig, on_progress: OnProgress | None
+) -> None:
+    policy = config.data.on_bad_record
+    with ExitStack() as stack:
+        writer = stack.enter_context(closing(StoreWriter(work, plan.vocab_size, plan.encoder.label_kind)))
+        quarantine = None
+        if policy == "quarantine":
+            quarantine = stack.enter_context((work / QUARANTINE).open("w", encoding="ascii"))
+        tally = RecordTally(policy, quarantine)
+        records = read_records(planned.name, planned.files.files, plan.encoder.parser(planned.source), tally)
+        threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS) + 1
+
+        def encode(batch: list[Record[Any]]) -> tuple[int, Encoded]:
+            return len(batch), plan.encoder(batch)
+
+        num_texts = 0
+        batches = prefetch(encode, _batches(records), depth=threads, threads=threads)
+        for num_records, encoded in stack.enter_context(closing(batches)):
+            for record, bad in encoded.rejected:
+                tally.reject(bad, record.where, record.raw)
+            writer.append(encoded.ids, encoded.lengths, encoded.labels)
+            num_texts += num_records - len(encoded.rejected)
+            if on_progress is not None:
+                on_progress(planned.name, num_texts)
+        check_budget(planned.name, tally.counts, config.data.bad_record_budget_fraction)
+        _check_result(planned, tally.counts, writer.num_documents)
+        source = {"name": planned.name, "path": planned.source.path, "text": planned.source.text}
+        source |= {"on_bad_record": policy} | plan.encoder.describe(planned.source)
+        # Texts and documents differ in number where a text has no token, or an EOS in its middle.
+        counts = asdict(tally.counts) | {"ignored_files": planned.files.ignored_files, "texts": num_texts}
+        writer.finish(plan.tokenizer_hash, source, counts, planned.inputs)
+
+
+def _batches(records: Iterator[Record[Any]]) -> Iterator[list[Record[Any]]]:
+    batch: list[Record[Any]] = []
+    num_bytes = 0
+    for record in records:
+        batch.append(record)
+        num_bytes += len(record.raw)
+        if num_bytes >= BATCH_BYTES or len(batch) == BATCH_RECORDS:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _check_result(planned: _PlannedStore, counts: ReadCounts, num_documents: int) -> None:
+    where = f"source {planned.name!r}: {planned.source.path}"
+    if num_documents == 0:
+        raise DataError(
+            f"{where} has no document ({counts.records} records in {len(planned.inputs)} files, {counts.empty} empty, "
+            f"{counts.num_bad} bad)",
+            remedy="check the path and the fields that are read (data.sources[].text, .messages, classify)",
+        )
+    if _input_state(planned.files) != planned.inputs:
+        raise DataError(f"{where} changed while it was read", remedy="prepare again")
+
+
+def _open_stores(plan: _Plan, config: RunConfig) -> Prepared:
+    data = config.data
+    stride = (data.stride or data.seq_len) if data.packing == "windows" else None
+    opened = []
+    for planned in plan.stores:
+        store = TokenStore.open(planned.folder)
+        if (store.manifest.tokenizer_hash, store.manifest.vocab_size) != (plan.tokenizer_hash, plan.vocab_size):
+            raise DataError(
+                f"token store: {planned.folder} was made with another tokenizer",
+                remedy="delete the store's folder and prepare again",
+            )
+        weight, overlap_trains = 1.0, False  # of a held-out set every token is evaluated once
+        if isinstance(planned.source, SourceConfig):
+            weight, overlap_trains = planned.source.weight, data.overlap == "train"
+        opened.append(PreparedSource(planned.name, weight, planned.source.role, store, stride, overlap_trains))
+    sources, validation = opened[: len(data.sources)], opened[len(data.sources) :]
+    content: list[Any] = [plan.tokenizer_hash]
+    content += [[[s.name, s.store.manifest.content_hash] for s in part] for part in (sources, validation)]
+    if stride is not None:  # which tokens a block has
+        content.append(["windows", stride, data.overlap])
+    identity = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return Prepared(sources, validation, plan.tokenizer_hash, plan.vocab_size, identity, data.seq_len)
 
 
 def check_vocabulary(prepared: Prepared, model_vocab_size: int) -> None:
-    """Refuse token ids that the model has no embedding for.
+    """Refuse token ids without a row in the model's embedding.
 
     Raises:
-        DataError: naming the first such id, its document and its source.
+        DataError: names the first such id, its document and its source.
     """
     for source in [*prepared.sources, *prepared.validation]:
-        hit = source.store.find_token_at_least(model_vocab_size)
-        if hit is not None:
-            document, token_id = hit
+        first = source.store.find_token_at_least(model_vocab_size)
+        if first is not None:
+            document, token_id = first
             raise DataError(
                 f"source {source.name!r}, document {document}: token id {token_id} is beyond the model's "
                 f"vocabulary of {model_vocab_size}",
@@ -156,7 +304,7 @@ def check_vocabulary(prepared: Prepared, model_vocab_size: int) -> None:
 
 
 def data_report(prepared: Prepared) -> dict[str, Any]:
-    """What the stores hold, as plain values: per source documents, tokens, blocks, padding, bad records."""
+    """JSON-able counts of the stores: per source documents, tokens, blocks, padding, bad records."""
     shares = Mixture([source.weight for source in prepared.sources])
     training = [_source_report(source, prepared.seq_len) for source in prepared.sources]
     for row, count in zip(training, shares.counts.tolist(), strict=True):
@@ -195,208 +343,3 @@ def _label_report(store: TokenStore) -> dict[str, Any]:
     if store.classes is not None:
         return {"documents_by_class": np.bincount(store.classes).tolist()}
     return {}
-
-
-def _tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerFast, str]:
-    path = config.data.tokenizer or config.model.path
-    assert path is not None  # the schema asks for one of them
-    # A revision names a state of the model's repository, not of another one.
-    tokenizer = load_tokenizer(path, config.model.revision if path == config.model.path else None)
-    return tokenizer, tokenizer_hash(tokenizer)
-
-
-def _jobs(config: RunConfig, hash_: str, labelled: LabelledEncoder | None) -> list[_Job]:
-    if config.data.cache_dir is None:
-        raise ValueError("prepare takes a recipe after resolve_paths")
-    jobs = []
-    for source in [*config.data.sources, *config.data.validation]:
-        name = source.name or Path(source.path).stem
-        found = find_files(source.path, name)
-        inputs = [_input(file) for file in found.files]
-        recipe = {
-            "format_version": FORMAT_VERSION,
-            "tokenizer_hash": hash_,
-            "text": source.text,
-            "on_bad_record": config.data.on_bad_record,
-            "inputs": inputs,
-        }
-        if labelled is not None:
-            recipe |= {"task": config.task, "fields": labelled.fields(source), "labels": labelled.identity}
-        key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-        folder = Path(config.data.cache_dir) / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-{key}"
-        jobs.append(_Job(source, name, found.files, inputs, found.ignored_files, folder))
-    return jobs
-
-
-def _input(file: Path) -> dict[str, Any]:
-    try:
-        state = file.stat()
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror or error}") from error
-    return {"path": str(file), "bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
-
-
-def _reusable(job: _Job, config: RunConfig) -> bool:
-    if not job.folder.exists():
-        return False
-    try:
-        counts = TokenStore.open(job.folder).manifest.counts
-    except DataError:
-        shutil.rmtree(job.folder)  # damaged, and all of it can be made again from the text
-        return False
-    kept = ReadCounts(records=counts["records"], bad=counts["bad"], first_bad=counts["first_bad"])
-    check_budget(job.name, kept, config.data.bad_record_budget_fraction)
-    return True
-
-
-def _make_store(
-    job: _Job,
-    config: RunConfig,
-    encoder: DocumentEncoder | LabelledEncoder,
-    hash_: str,
-    vocab_size: int,
-    on_progress: OnProgress | None,
-) -> None:
-    job.folder.parent.mkdir(parents=True, exist_ok=True)
-    work = job.folder.with_name(f"{job.folder.name}.tmp-{os.getpid()}-{secrets.token_hex(3)}")
-    work.mkdir()
-    try:
-        _fill(work, job, config, encoder, hash_, vocab_size, on_progress)
-        try:
-            work.rename(job.folder)
-        except OSError:
-            # Another process made the same store meanwhile; both hold the same tokens.
-            if not (job.folder / MANIFEST).exists():
-                raise
-        sync_folder(job.folder.parent)
-    finally:  # also on Ctrl-C; after the rename there is nothing left to remove
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _fill(
-    work: Path,
-    job: _Job,
-    config: RunConfig,
-    encoder: DocumentEncoder | LabelledEncoder,
-    hash_: str,
-    vocab_size: int,
-    on_progress: OnProgress | None,
-) -> None:
-    policy = config.data.on_bad_record
-    counts = ReadCounts()
-    with ExitStack() as stack:
-        plain = isinstance(encoder, DocumentEncoder)
-        writer = StoreWriter(work, vocab_size, None if plain else encoder.label_kind)
-        stack.callback(writer.close)
-        quarantine = None
-        if policy == "quarantine":
-            quarantine = stack.enter_context((work / QUARANTINE).open("w", encoding="ascii"))
-        if plain:
-            documents = read_documents(job.source, job.files, policy, counts, quarantine)
-            encoded = stack.enter_context(closing(_encode(_batches(documents), encoder)))
-        else:
-            records = read_records(job.source, job.files, policy, counts, encoder.parser(job.source), quarantine)
-            encoded = stack.enter_context(closing(_encode(_record_batches(records), encoder)))
-        num_texts = 0
-        for texts_of_batch, done in encoded:
-            if isinstance(done, Labelled):
-                for record, why in done.bad:
-                    take_bad(why, record.where, record.raw, policy, counts, quarantine)
-                writer.append(done.ids, done.lengths, done.labels)
-                texts_of_batch -= len(done.bad)
-            else:
-                writer.append(*done)
-            num_texts += texts_of_batch
-            if on_progress is not None:
-                on_progress(job.name, num_texts)
-        check_budget(job.name, counts, config.data.bad_record_budget_fraction)
-        _check_result(job, counts, writer.num_documents)
-        source = {"name": job.name, "path": job.source.path, "text": job.source.text, "on_bad_record": policy}
-        if not plain:
-            source |= {"fields": encoder.fields(job.source), "labels": encoder.identity}
-        # A text without any token, or with an EOS in its middle, makes texts and documents differ in number.
-        extra = {"ignored_files": job.ignored_files, "texts": num_texts}
-        writer.finish(hash_, source, asdict(counts) | extra, job.inputs)
-
-
-def _check_result(job: _Job, counts: ReadCounts, num_documents: int) -> None:
-    if num_documents == 0:
-        raise DataError(
-            f"source {job.name!r}: {job.source.path} holds no document ({counts.records} records in "
-            f"{len(job.files)} files, {counts.empty} empty, {counts.num_bad} bad)",
-            remedy="check the path and the fields that are read (data.sources[].text, .messages, classify)",
-        )
-    if [_input(file) for file in job.files] != job.inputs:
-        raise DataError(f"source {job.name!r}: {job.source.path} changed while it was read", remedy="prepare again")
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for document in documents:
-        batch.append(document.text)
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _record_batches(records: Iterator[Record[Any]]) -> Iterator[list[Record[Any]]]:
-    batch: list[Record[Any]] = []
-    num_bytes = 0
-    for record in records:
-        batch.append(record)
-        num_bytes += len(record.raw)
-        if num_bytes >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
-            yield batch
-            batch, num_bytes = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(
-    batches: Iterator[list[Item]], encoder: Callable[[list[Item]], Done]
-) -> Generator[tuple[int, Done], None, None]:
-    """Yield (number of items, what `encoder` makes of them) in the order of the batches, a few at work at a time."""
-    num_threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS) + 1
-    pending: deque[tuple[int, Future[Done]]] = deque()
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenize")
-    try:
-        for batch in batches:
-            pending.append((len(batch), pool.submit(encoder, batch)))
-            if len(pending) > num_threads:
-                num_items, future = pending.popleft()
-                yield num_items, future.result()
-        while pending:
-            num_items, future = pending.popleft()
-            yield num_items, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _open_all(config: RunConfig, jobs: list[_Job], hash_: str, vocab_size: int) -> Prepared:
-    stride = (config.data.stride or config.data.seq_len) if config.data.packing == "windows" else None
-    opened = []
-    for job in jobs:
-        store = TokenStore.open(job.folder)
-        if store.manifest.tokenizer_hash != hash_ or store.manifest.vocab_size != vocab_size:
-            raise DataError(
-                f"token store: {job.folder} was made with another tokenizer",
-                remedy="delete the store's folder and prepare again",
-            )
-        weight, repeats = 1.0, False  # a held-out token is judged once
-        if isinstance(job.source, SourceConfig):
-            weight, repeats = job.source.weight, config.data.overlap == "train"
-        opened.append(PreparedSource(job.name, weight, job.source.role, store, stride, repeats))
-    split = len(config.data.sources)
-    content = [
-        hash_,
-        [[s.name, s.store.manifest.content_hash] for s in opened[:split]],
-        [[s.name, s.store.manifest.content_hash] for s in opened[split:]],
-    ]
-    if stride is not None:  # which tokens a block holds
-        content.append(["windows", stride, config.data.overlap])
-    identity = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return Prepared(opened[:split], opened[split:], hash_, vocab_size, identity, config.data.seq_len)

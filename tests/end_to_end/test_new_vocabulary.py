@@ -232,10 +232,10 @@ def test_bad_vocabularies_end_before_the_corpus_is_read(bases, made, extended, t
     nothing = tmp_path / "nothing"
     nothing.mkdir()
     cases = [
-        (naked, extended, "must lie in model.path"),
+        (naked, extended, "model.path"),
         (base, nothing, "make it with: dist-cpt tokenizer extend"),
         (base, base, "adds no token"),
-        (base, extended, "holds no focus.safetensors -- make it anew: dist-cpt tokenizer extend --focus"),
+        (base, extended, "dist-cpt tokenizer extend --focus"),
     ]
     for number, (model, new, said) in enumerate(cases):
         init = {"init": "focus"} if "focus" in said else {}

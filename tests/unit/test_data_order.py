@@ -32,7 +32,7 @@ def test_order_seeks_anywhere_and_depends_on_every_part_of_the_key() -> None:
         assert (other(np.arange(n)) == whole).sum() < 10
 
 
-def test_order_is_the_same_everywhere_and_for_ever() -> None:
+def test_order_never_changes() -> None:
     # A run that resumes after an upgrade must read the same stream: these numbers never change.
     assert FeistelOrder(10, 0, "a", 0)(np.arange(10)).tolist() == [4, 3, 0, 2, 1, 7, 9, 8, 6, 5]
     assert FeistelOrder(10**12, 3, "b", 1)(np.arange(3)).tolist() == [164736532731, 509616806884, 415966778413]
@@ -65,7 +65,6 @@ def test_every_prefix_is_within_one_block_of_every_share(weights: list[int]) -> 
     for source in range(len(weights)):
         mine = indices[sources == source]
         assert mine.tolist() == list(range(len(mine)))  # no block of a source skipped, none taken twice
-    assert mixture.count_until(len(sources)).tolist() == counts[-1].tolist()
 
 
 def test_decimal_weights_are_exact() -> None:
@@ -90,5 +89,5 @@ def test_many_sources_come_as_close_as_the_cycle_allows() -> None:
 
 
 def test_a_weight_too_small_for_any_block_is_refused() -> None:
-    with pytest.raises(ConfigError, match="weight 1e-07"):
+    with pytest.raises(ConfigError, match="1e-07"):
         Mixture([1.0, 1e-7])

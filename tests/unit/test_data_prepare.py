@@ -13,9 +13,11 @@ import pytest
 from dist_cpt.config.resolve import resolve_paths
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data import prepare as prepare_module
+from dist_cpt.data.encode import TextEncoder
 from dist_cpt.data.prepare import check_vocabulary, data_report, open_prepared, prepare
+from dist_cpt.data.sources import Record
 from dist_cpt.data.store import TokenStore
-from dist_cpt.data.tokenizer import DocumentEncoder, load_tokenizer, tokenizer_hash, vocabulary_size
+from dist_cpt.data.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_size
 from dist_cpt.errors import DataError, WriteError
 
 TEXTS = ["Die Berufung ist zulässig.", "def f(x):\n    return x\n", "naïve 文字 🙂", "a", "  spaced  "]
@@ -81,33 +83,40 @@ def leftovers(config: RunConfig) -> list[str]:
     return [p.name for p in cache.iterdir() if ".tmp-" in p.name] if cache.exists() else []
 
 
+def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The documents that plain text becomes."""
+    encoded = TextEncoder(tokenizer)([Record(text, "here", text.encode()) for text in texts])
+    assert encoded.labels is None
+    assert not encoded.rejected
+    ends = np.cumsum(encoded.lengths).tolist()
+    assert (ends or [0])[-1] == len(encoded.ids)
+    return [encoded.ids[start:end].tolist() for start, end in zip([0, *ends], ends, strict=False)]
+
+
 # The tokenizer.
 
 
 def test_each_document_ends_with_exactly_one_eos(tokenizer_folder: Path) -> None:
     tokenizer = load_tokenizer(str(tokenizer_folder))
     assert tokenizer("a").input_ids[0] == 2  # this tokenizer adds special tokens of its own when asked
-    ids, lengths = DocumentEncoder(tokenizer)(TEXTS)
-    documents = np.split(ids, np.cumsum(lengths)[:-1])
+    documents = encode(tokenizer, TEXTS)
     assert [tokenizer.decode(d[:-1]) for d in documents] == TEXTS
-    assert [d[:-1].tolist() for d in documents] == [tokenizer.encode(t, add_special_tokens=False) for t in TEXTS]
-    assert all(d[-1] == 0 and (d[:-1] > 2).all() for d in documents)
+    assert [d[:-1] for d in documents] == [tokenizer.encode(t, add_special_tokens=False) for t in TEXTS]
+    assert all(d[-1] == 0 and min(d[:-1]) > 2 for d in documents)
 
 
 def test_an_eos_spelled_out_in_a_text_is_not_doubled(tokenizer_folder: Path) -> None:
     tokenizer = load_tokenizer(str(tokenizer_folder))
-    ids, lengths = DocumentEncoder(tokenizer)(["<eos>", "one<eos>", "two<eos>three", "<eos><eos>four<eos><eos>"])
-    documents = [tokenizer.decode(d) for d in np.split(ids, np.cumsum(lengths)[:-1])]
-    assert documents == ["one<eos>", "two<eos>", "three<eos>", "four<eos>"]
-    ids, lengths = DocumentEncoder(tokenizer)(["<eos>"])
-    assert (len(ids), len(lengths)) == (0, 0)
+    documents = encode(tokenizer, ["<eos>", "one<eos>", "two<eos>three", "<eos><eos>four<eos><eos>"])
+    assert [tokenizer.decode(d) for d in documents] == ["one<eos>", "two<eos>", "three<eos>", "four<eos>"]
+    assert encode(tokenizer, ["<eos>"]) == []
 
 
 def test_hash_is_of_the_content_and_not_of_the_last_call(tokenizer_folder: Path) -> None:
     one, two = load_tokenizer(str(tokenizer_folder)), load_tokenizer(str(tokenizer_folder))
     one(["a", "b c d"], padding=True, truncation=True, max_length=2)
     assert tokenizer_hash(one) == tokenizer_hash(two)
-    assert DocumentEncoder(one)(TEXTS)[0].tolist() == DocumentEncoder(two)(TEXTS)[0].tolist()
+    assert encode(one, TEXTS) == encode(two, TEXTS)
     assert vocabulary_size(two) == len(two)
     two.add_tokens(["zulässig"])
     assert tokenizer_hash(one) != tokenizer_hash(two)
@@ -120,10 +129,10 @@ def test_hash_is_of_the_content_and_not_of_the_last_call(tokenizer_folder: Path)
 def test_unusable_tokenizers_are_named(tokenizer_folder: Path, tmp_path: Path) -> None:
     from transformers import ByT5Tokenizer
 
-    with pytest.raises(DataError, match="absent is not a folder"):
+    with pytest.raises(DataError, match="absent"):
         load_tokenizer(str(tmp_path / "absent"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"cannot load .*empty"):
+    with pytest.raises(DataError, match=r"empty"):
         load_tokenizer(str(tmp_path / "empty"))
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -133,13 +142,13 @@ def test_unusable_tokenizers_are_named(tokenizer_folder: Path, tmp_path: Path) -
     settings.pop("eos_token")
     (broken / "tokenizer_config.json").write_text(json.dumps(settings))
     (broken / "special_tokens_map.json").unlink(missing_ok=True)
-    with pytest.raises(DataError, match="has no EOS token"):
+    with pytest.raises(DataError, match=r"broken.*EOS"):
         load_tokenizer(str(broken))
     (broken / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match=r"cannot load .*broken"):
+    with pytest.raises(DataError, match=r"broken"):
         load_tokenizer(str(broken))
     ByT5Tokenizer().save_pretrained(tmp_path / "slow")
-    with pytest.raises(DataError, match="is a ByT5Tokenizer, not a fast tokenizer"):
+    with pytest.raises(DataError, match=r"slow.*ByT5Tokenizer"):
         load_tokenizer(str(tmp_path / "slow"))
 
 
@@ -150,7 +159,7 @@ def test_stores_hold_the_documents_and_the_second_time_is_free(tokenizer_folder:
     write_jsonl(tmp_path / "corpus.jsonl", [*TEXTS, "  ", "x<eos>y"])
     (tmp_path / "held.md").write_text("held out")
     config = recipe(tmp_path, tokenizer_folder, validation=[{"name": "held", "path": str(tmp_path / "held.md")}])
-    with pytest.raises(DataError, match=r"holds no manifest\.json -- run dist-cpt prepare"):
+    with pytest.raises(DataError, match=r"manifest\.json.*dist-cpt prepare"):
         open_prepared(config)
     progress: list[tuple[str, int]] = []
     prepared = prepare(config, lambda name, done: progress.append((name, done)))
@@ -182,7 +191,7 @@ def test_changed_text_or_tokenizer_is_noticed(tokenizer_folder: Path, tmp_path: 
     config = recipe(tmp_path, tokenizer_folder)
     first = prepare(config)
     os.utime(corpus, ns=(1, 1))  # touched, not changed: made again, the same identity
-    with pytest.raises(DataError, match="holds no manifest"):
+    with pytest.raises(DataError, match=r"manifest\.json"):
         open_prepared(config)
     touched = prepare(config)
     assert touched.sources[0].store.folder != first.sources[0].store.folder
@@ -197,7 +206,7 @@ def test_the_order_of_documents_does_not_depend_on_threads(
     texts = [f"{t} {i}" for i in range(200) for t in TEXTS]
     write_jsonl(tmp_path / "corpus.jsonl", texts)
     one = prepare(recipe(tmp_path, tokenizer_folder, cache_dir=str(tmp_path / "one")))
-    monkeypatch.setattr(prepare_module, "_BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(prepare_module, "BATCH_RECORDS", 3)
     two = prepare(recipe(tmp_path, tokenizer_folder, cache_dir=str(tmp_path / "two")))
     assert one.identity == two.identity
     assert one.sources[0].store.num_documents == len(texts)
@@ -229,7 +238,7 @@ def test_a_damaged_store_is_refused_on_open_and_made_again_by_prepare(tokenizer_
     bin_file = prepared.sources[0].store.folder / "tokens.bin"
     content = bin_file.read_bytes()
     bin_file.write_bytes(content[:-2])
-    with pytest.raises(DataError, match="the manifest says"):
+    with pytest.raises(DataError, match=r"tokens\.bin"):
         open_prepared(config)
     assert prepare(config).identity == prepared.identity
     assert bin_file.read_bytes() == content
@@ -238,10 +247,10 @@ def test_a_damaged_store_is_refused_on_open_and_made_again_by_prepare(tokenizer_
 def test_bad_records_by_policy_and_budget(tokenizer_folder: Path, tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
     corpus.write_bytes(corpus.read_bytes() + b"{broken\n")
-    with pytest.raises(DataError, match=r"corpus\.jsonl:6: not valid JSON"):
+    with pytest.raises(DataError, match=r"corpus\.jsonl:6.*JSON"):
         prepare(recipe(tmp_path, tokenizer_folder))
     config = recipe(tmp_path, tokenizer_folder, on_bad_record="quarantine")
-    with pytest.raises(DataError, match="1 of 6 records are bad"):
+    with pytest.raises(DataError, match=r"1 of 6 .*data.bad_record_budget_fraction"):
         prepare(config)
     assert not leftovers(config)
     config = recipe(tmp_path, tokenizer_folder, on_bad_record="quarantine", bad_record_budget_fraction=0.2)
@@ -250,7 +259,9 @@ def test_bad_records_by_policy_and_budget(tokenizer_folder: Path, tmp_path: Path
     quarantined = (prepared.sources[0].store.folder / "quarantine.jsonl").read_text()
     kept = [json.loads(line) for line in quarantined.splitlines()]
     assert [(k["where"], k["record"]) for k in kept] == [(f"{corpus}:6", "{broken\n")]
-    with pytest.raises(DataError, match="1 of 6 records are bad"):  # the finished store, a stricter budget
+    with pytest.raises(
+        DataError, match=r"1 of 6 .*data.bad_record_budget_fraction"
+    ):  # the finished store, a stricter budget
         prepare(recipe(tmp_path, tokenizer_folder, on_bad_record="quarantine"))
 
 
@@ -258,7 +269,7 @@ def test_bad_records_by_policy_and_budget(tokenizer_folder: Path, tmp_path: Path
 def test_a_corpus_without_documents_is_refused(tokenizer_folder: Path, tmp_path: Path, texts: list[str]) -> None:
     write_jsonl(tmp_path / "corpus.jsonl", texts)
     config = recipe(tmp_path, tokenizer_folder)
-    with pytest.raises(DataError, match=r"source 'corpus': .*corpus\.jsonl holds no document"):
+    with pytest.raises(DataError, match=r"'corpus'.*corpus\.jsonl.*document"):
         prepare(config)
     assert not leftovers(config)
 
@@ -270,18 +281,18 @@ def test_ids_beyond_the_models_vocabulary_are_named(tokenizer_folder: Path, tmp_
     highest = int(store.tokens.max())
     check_vocabulary(prepared, highest + 1)
     document = next(i for i in range(store.num_documents) if highest in store.document(i))
-    with pytest.raises(DataError, match=f"source 'corpus', document {document}: token id {highest} is beyond"):
+    with pytest.raises(DataError, match=f"'corpus', document {document}: token id {highest} "):
         check_vocabulary(prepared, highest)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tokenizer_folder: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
     (tmp_path / "file").write_text("")
-    with pytest.raises(WriteError, match="cannot write the token store"):
+    with pytest.raises(WriteError, match=r"token store.*data.cache_dir"):
         prepare(recipe(tmp_path, tokenizer_folder, cache_dir=str(tmp_path / "file")))
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
-    with pytest.raises(DataError, match="changed while it was read"):
+    with pytest.raises(DataError, match=r"corpus\.jsonl changed"):
         prepare(recipe(tmp_path, tokenizer_folder), lambda *_: os.utime(corpus, ns=(1, 1)))

@@ -14,6 +14,7 @@ from dist_cpt.config.resolve import resolve_paths
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.batch import IGNORE_INDEX
 from dist_cpt.data.loader import BlockLoader
+from dist_cpt.data.packing import pack
 from dist_cpt.data.prepare import data_report, open_prepared, prepare
 from dist_cpt.data.store import TokenStore
 from dist_cpt.data.tokenizer import load_tokenizer
@@ -41,7 +42,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(folder: Path, tokenizer: Path, records: list[Any], **changes: Any) -> RunConfig:
-    """A recipe of task instruct, or of what `changes` say."""
+    """A recipe of task instruct, with `changes`."""
     path = write_jsonl(folder / "records.jsonl", records)
     source = {"path": str(path)} | changes.pop("source", {})
     data = {"seq_len": L, "tokenizer": str(tokenizer), "sources": [source]} | changes.pop("data", {})
@@ -105,9 +106,9 @@ def test_targets_of_a_packed_block_are_answers_and_never_cross_a_border(tmp_path
     config = recipe(tmp_path, tokenizer, [{"messages": talk} for talk in TALKS])
     prepared = prepare(config)
     loader = BlockLoader(prepared, L, 0, 1)
-    found: list[int] = []
+    targets: list[int] = []
     num_targets = 0
-    for position in range(loader.num_blocks_by_source["records"]):
+    for position in range(pack(prepared.sources[0].store.lengths, L).num_blocks):
         batch = loader.batch([position])
         labels = batch.labels[0]
         num_targets += batch.num_targets
@@ -117,11 +118,11 @@ def test_targets_of_a_packed_block_are_answers_and_never_cross_a_border(tmp_path
             for at in range(first, last - 1):
                 if labels[at] != IGNORE_INDEX:
                     assert labels[at] == batch.input_ids[0, at + 1]
-                    found.append(int(labels[at]))
+                    targets.append(int(labels[at]))
     expected = [
         token for talk in TALKS for token, mask in zip(*by_hand(tokenizer, talk, end_trains=True), strict=True) if mask
     ]
-    assert sorted(found) == sorted(expected)
+    assert sorted(targets) == sorted(expected)
     assert num_targets == len(expected)
 
 
@@ -137,10 +138,10 @@ def test_labels_count_in_the_identity_and_damage_is_found(tmp_path, tokenizer) -
     path = first.sources[0].store.folder / "answers.bin"
     content = path.read_bytes()
     path.write_bytes(bytes([1 - content[0]]) + content[1:])
-    with pytest.raises(DataError, match=r"answers\.bin: sha256"):
+    with pytest.raises(DataError, match=r"answers\.bin"):
         TokenStore.open(path.parent, verify=True)
     path.write_bytes(content[:-1])
-    with pytest.raises(DataError, match=r"answers\.bin: .* bytes"):
+    with pytest.raises(DataError, match=r"answers\.bin"):
         open_prepared(one)
 
 
@@ -191,13 +192,13 @@ def test_a_bad_conversation_is_counted_with_its_reason(tmp_path, tokenizer, reco
 def test_templates_that_cannot_be_used_are_one_line(tmp_path, tokenizer) -> None:
     without = write_chat_tokenizer(tmp_path / "bare", ["some text"], template=None)
     records = [{"messages": TALKS[0]}]
-    for given, problem in (
-        (None, "the tokenizer has no chat template"),
+    for template, problem in (
+        (None, "data.chat_template"),
         ("{% for m in messages %}", r"data.chat_template, line 1"),
-        (str(tmp_path / "none.jinja"), r"none.jinja cannot be read"),
+        (str(tmp_path / "none.jinja"), r"none\.jinja"),
     ):
         with pytest.raises(DataError, match=problem) as caught:
-            prepare(recipe(tmp_path, without, records, data={} if given is None else {"chat_template": given}))
+            prepare(recipe(tmp_path, without, records, data={} if template is None else {"chat_template": template}))
         assert "\n" not in str(caught.value)
 
 
@@ -218,7 +219,7 @@ def test_the_last_token_of_each_text_carries_its_class(tmp_path, tokenizer) -> N
     assert data_report(prepared)["sources"][0]["documents_by_class"] == [3, 3, 3]
     loader = BlockLoader(prepared, L, 0, 1)
     seen: list[tuple[tuple[int, ...], int]] = []
-    for position in range(loader.num_blocks_by_source["records"]):
+    for position in range(pack(prepared.sources[0].store.lengths, L).num_blocks):
         batch = loader.batch([position])
         labelled = np.flatnonzero(batch.labels[0] != IGNORE_INDEX)
         assert batch.num_targets == len(labelled)
@@ -265,17 +266,17 @@ def test_a_text_that_its_tokenizer_ends_with_padding_ends_before_it(tmp_path, to
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"task": "cpt", "data": {"chat_template": "{{ x }}"}}, "data.chat_template belongs to task: instruct"),
-        ({"task": "cpt", "source": {"prompt": "q"}}, "belong to task: instruct"),
-        ({"source": {"prompt": "q"}}, "prompt and response are given together"),
-        ({"data": {"packing": "windows"}}, "data.packing windows belongs to task: cpt"),
-        ({"task": "classify"}, "belong together"),
-        ({"classify": {"num_labels": 2}}, "belong together"),
-        ({"optim": {"head_lr": 1.0}}, "optim.head_lr belongs to task: classify"),
-        ({"task": "classify", "classify": {"labels": ["a"]}}, "two or more different names"),
-        ({"task": "classify", "classify": {"labels": ["a", "b"], "num_labels": 2}}, "either labels"),
-        ({"task": "cpt", "data": {"stride": 3}}, "belong to packing: windows"),
-        ({"task": "cpt", "data": {"packing": "windows", "stride": 97}}, "would leave out tokens"),
+        ({"task": "cpt", "data": {"chat_template": "{{ x }}"}}, "data.chat_template.*task: instruct"),
+        ({"task": "cpt", "source": {"prompt": "q"}}, "prompt.*task: instruct"),
+        ({"source": {"prompt": "q"}}, "prompt and response"),
+        ({"data": {"packing": "windows"}}, "data.packing.*task: cpt"),
+        ({"task": "classify"}, "classify"),
+        ({"classify": {"num_labels": 2}}, "classify"),
+        ({"optim": {"head_lr": 1.0}}, "optim.head_lr.*task: classify"),
+        ({"task": "classify", "classify": {"labels": ["a"]}}, "labels"),
+        ({"task": "classify", "classify": {"labels": ["a", "b"], "num_labels": 2}}, "labels"),
+        ({"task": "cpt", "data": {"stride": 3}}, "packing: windows"),
+        ({"task": "cpt", "data": {"packing": "windows", "stride": 97}}, "stride"),
     ],
 )
 def test_settings_of_another_task_are_refused(tmp_path, tokenizer, changes, problem) -> None:

@@ -122,16 +122,16 @@ def test_files_that_do_not_fit_are_refused(written, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / FILE).write_bytes(b"no safetensors")
     cases = [
-        (where, first, size, ("c" * 64, HASHES[1]), "another tokenizer than that of model.path: sha256 aaaaaaaaaaaa"),
-        (where, first, size, (HASHES[0], "c" * 64), "sha256 bbbbbbbbbbbb there, cccccccccccc here"),
-        (where, first + 1, size, HASHES, "rows that do not exist"),
-        (where, first, first, HASHES, "rows that do not exist"),
-        (str(tmp_path), first, size, HASHES, f"holds no {FILE}"),
+        (where, first, size, ("c" * 64, HASHES[1]), r"model\.path.*aaaaaaaaaaaa.*cccccccccccc"),
+        (where, first, size, (HASHES[0], "c" * 64), "bbbbbbbbbbbb.*cccccccccccc"),
+        (where, first + 1, size, HASHES, FILE),
+        (where, first, first, HASHES, FILE),
+        (str(tmp_path), first, size, HASHES, FILE),
         (str(tmp_path / "broken"), first, size, HASHES, "cannot be read"),
     ]
-    for *given, said in cases:
-        with pytest.raises(DataError, match=said) as caught:
-            read_focus(*given)
+    for *arguments, problem in cases:
+        with pytest.raises(DataError, match=problem) as caught:
+            read_focus(*arguments)
         assert "\n" not in str(caught.value)
         assert "dist-cpt tokenizer extend --focus" in str(caught.value)
 
@@ -139,7 +139,7 @@ def test_files_that_do_not_fit_are_refused(written, tmp_path):
 def test_what_the_corpus_must_show(tmp_path):
     usage = np.full(len(OLD + NEW), 100, dtype=np.int64)
     usage[len(OLD) :] = 9
-    with pytest.raises(DataError, match="154 old and 0 new tokens 10 times or more"):
+    with pytest.raises(DataError, match="154 old and 0 new tokens"):
         write_focus(tmp_path, tokenizer(), usage, len(OLD), texts, HASHES)
     assert not list(tmp_path.iterdir())
 
@@ -189,7 +189,7 @@ def test_the_command_writes_what_a_run_reads(monkeypatch, tmp_path):
     content = json.loads((base / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "NFC"}
     (base / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"another tokenizer than that of model\.path"):
+    with pytest.raises(DataError, match=r"model\.path"):
         load_new_vocabulary(config)
 
 

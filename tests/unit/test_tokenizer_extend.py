@@ -37,9 +37,11 @@ def byte_fallback(folder: Path, texts: list[str]) -> Path:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     strip = decoders.Strip(" ", 1, 0)
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
-    given = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=500, special_tokens=given, show_progress=False))
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    )
     tokenizer.pre_tokenizer = None
     tokenizer.add_special_tokens(["<|begin|>", "<|end|>"])
     return write(folder, tokenizer)
@@ -131,17 +133,17 @@ def test_what_cannot_be_extended_is_refused(corpus, tmp_path):
     base = tiny.write_tokenizer(tmp_path / "base", corpus)
     wordpiece = write(tmp_path / "wordpiece", Tokenizer(models.WordPiece({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]")))
     new = tmp_path / "new"
-    with pytest.raises(ConfigError, match="is a WordPiece"):
+    with pytest.raises(ConfigError, match="WordPiece"):
         extend_tokenizer(str(wordpiece), new, lambda: ["text"], num_new=1)
-    with pytest.raises(ConfigError, match="cuts 'two words' into"):
+    with pytest.raises(ConfigError, match="two words"):
         extend_tokenizer(str(base), new, lambda: ["text"], words=["two words"])
-    with pytest.raises(ConfigError, match="base exists"):
+    with pytest.raises(ConfigError, match="base"):
         extend_tokenizer(str(base), base, lambda: ["text"], num_new=1)
-    with pytest.raises(DataError, match="nothing to add"):
+    with pytest.raises(DataError, match="base"):
         extend_tokenizer(str(base), new, lambda: ["a"], num_new=5)
-    with pytest.raises(DataError, match="no document"):
+    with pytest.raises(DataError, match="corpus"):
         extend_tokenizer(str(base), new, list, num_new=5)
-    with pytest.raises(DataError, match="nowhere is not a folder"):
+    with pytest.raises(DataError, match="nowhere"):
         extend_tokenizer(str(tmp_path / "nowhere"), new, lambda: ["text"], num_new=5)
     assert not new.exists()
 

@@ -1,0 +1,92 @@
+"""Records -> documents of token ids: what `prepare` asks of every task's encoder, and the encoder of plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from dist_cpt.config.schema import SourceConfig, ValidationConfig
+from dist_cpt.data.sources import BadRecord, Parse, Record, text_parser
+from dist_cpt.data.store import LabelKind
+from dist_cpt.data.tokenizer import batch_ids, unpadded_copy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Source = SourceConfig | ValidationConfig
+Rejected = list[tuple[Record[Any], BadRecord]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Documents in a row, and the records rejected while encoding."""
+
+    ids: np.ndarray  # int32 [T]
+    lengths: np.ndarray  # int32 [num_documents], their sum is T
+    labels: np.ndarray | None  # int32: [T] or [num_documents], by the encoder's label_kind; None for plain text
+    rejected: Rejected
+
+
+class Encoder(Protocol):
+    """Encodes the records of one task. Safe to call from several threads."""
+
+    label_kind: LabelKind | None
+
+    def describe(self, source: Source) -> dict[str, Any]:
+        """JSON-able: what determines the documents besides text field and tokenizer; part of the store's key."""
+        ...
+
+    def parser(self, source: Source) -> Parse[Any]:
+        """How to read one record of `source`."""
+        ...
+
+    def __call__(self, records: Sequence[Record[Any]]) -> Encoded: ...
+
+
+class TextEncoder:
+    """Plain text; every document ends with exactly one EOS, and the tokenizer's own special tokens are not added.
+
+    An EOS spelled out in a text ends a document there: at the end of a text it is not doubled, in the middle it
+    splits the text in two.
+    """
+
+    label_kind: LabelKind | None = None
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._backend = unpadded_copy(tokenizer.backend_tokenizer)
+        eos_id = tokenizer.eos_token_id
+        assert isinstance(eos_id, int)  # load_tokenizer refuses a tokenizer without one
+        self._eos_id = eos_id
+
+    def describe(self, source: Source) -> dict[str, Any]:
+        return {}
+
+    def parser(self, source: Source) -> Parse[str]:
+        return text_parser(source.text)
+
+    def __call__(self, records: Sequence[Record[str]]) -> Encoded:
+        flat: list[int] = []
+        for document in batch_ids(self._backend, [record.value for record in records]):
+            flat.extend(document)
+            flat.append(self._eos_id)
+        ids = np.array(flat, dtype=np.int32)
+        is_eos = ids == self._eos_id
+        doubled = is_eos.copy()
+        doubled[1:] &= is_eos[:-1]
+        if doubled.any():  # a text that ends with an EOS of its own, or has no token at all
+            ids, is_eos = ids[~doubled], is_eos[~doubled]
+        ends = np.flatnonzero(is_eos)
+        return Encoded(ids, np.diff(ends, prepend=-1).astype(np.int32), None, [])
+
+
+def gather(ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], rejected: Rejected) -> Encoded:
+    """Concatenate documents; `labels` of a document are one value per token, or its class alone."""
+    return Encoded(
+        np.array([token for document in ids for token in document], dtype=np.int32),
+        np.array([len(document) for document in ids], dtype=np.int32),
+        np.array([label for document in labels for label in document], dtype=np.int32),
+        rejected,
+    )
