@@ -17,7 +17,8 @@ from dist_cpt.checkpoint.save import RunCheckpoints
 from dist_cpt.config.resolve import fingerprint
 from dist_cpt.data.batch import Batch
 from dist_cpt.data.chat import chat_template
-from dist_cpt.data.loader import BlockLoader, ValidationLoader, prefetch
+from dist_cpt.data.loader import BlockLoader, ValidationLoader
+from dist_cpt.data.prefetch import prefetch
 from dist_cpt.data.prepare import Prepared, check_vocabulary, open_prepared, prepare
 from dist_cpt.data.tokenizer import load_new_vocabulary, load_tokenizer
 from dist_cpt.engines.build import build_engine
