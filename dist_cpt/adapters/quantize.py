@@ -168,7 +168,7 @@ def nf4_scales(layer: Any) -> Nf4Scales:
     nested = None
     if state.nested:
         nested = NestedScales(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
-    return Nf4Scales(state.absmax, tuple(state.shape), nested, BLOCKSIZE)
+    return Nf4Scales(state.absmax, tuple(state.shape), nested)
 
 
 def weight_elements(parameter: torch.Tensor) -> int:
@@ -313,7 +313,7 @@ def _unpacked(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     state, codes = layer.quant_state, layer.weight.data
     if available(codes):  # one kernel instead of three, the same bits
         scales = nf4_scales(layer)
-        weight = dequantize_nf4(codes, scales.absmax, scales.shape, scales.dtype, nested=scales.nested)
+        weight = dequantize_nf4(codes, scales.absmax, scales.shape, torch.bfloat16, nested=scales.nested)
         return weight.to(dtype)
     from bitsandbytes.functional import dequantize_blockwise
 

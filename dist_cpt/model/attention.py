@@ -1,16 +1,16 @@
-"""Attention over packed blocks that never crosses a document border.
+"""Attention over packed blocks that never crosses document boundaries.
 
 B blocks, L sequence, T = B * L tokens, H heads, K kv heads, N head dim, Q and S blocks of queries and of keys.
 
-Exact ways, chosen by device, dtype and model, never by the data:
+Exact implementations, selected by device, dtype and model, never by the data:
 
-documents           one causal call per document, which skips everything outside the diagonal blocks; the CPU's way
-flash_attention_2   the varlen kernels of the package flash_attn, where it is installed
-varlen              the varlen kernels inside torch: bf16 or fp16, no cap on the scores
-flex                FlexAttention, compiled, with one block mask per batch and window: any dtype, caps too
-mask                a dense mask made once per batch: [B, L, L] booleans, for everything else
+documents           one causal call per document, which skips everything outside the diagonal blocks; for CPUs
+flash_attention_2   the varlen kernels of the package flash_attn, if installed
+varlen              the varlen kernels of torch: bf16 or fp16, no softcap
+flex                FlexAttention, compiled, with one block mask per batch and window: any dtype, with softcap
+mask                a dense mask built once per batch, [B, L, L] booleans: for everything else
 
-A model may cap its scores (Gemma 2) and look back a window only, in some of its layers.
+A model may cap its scores (Gemma 2), and some of its layers may have a sliding window.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from dist_cpt.errors import ConfigError
 
 Choice = Literal["documents", "mask", "flash_attention_2", "varlen", "flex"]
 _REGISTERED_NAME = "dist_cpt_packed"
-_FLEX_BLOCK = 128  # queries and keys of a block of FlexAttention's masks
-_SCORES = 2**20  # capped scores that exist at one time: 4 MiB in fp32, which a cache can hold
-_ROWS = 128  # queries of one call with a window, if the window is shorter
+_FLEX_BLOCK = 128  # queries and keys per block of FlexAttention's masks
+_SCORES = 2**20  # capped scores in memory at once: 4 MiB in fp32, which fits in a cache
+_ROWS = 128  # queries per call with a window, if the window is shorter
 
 
 @dataclass
 class Packing:
-    """Where documents begin and end in one batch, in the form that this way of attention needs."""
+    """The document boundaries of one batch, in the form that the implementation needs."""
 
-    borders: list[int] | None = None  # of the T flattened tokens, for "documents"
-    document_BL: torch.Tensor | None = None  # running document number, for "mask" and "flex"
+    borders: list[int] | None = None  # offsets into the T flattened tokens, for "documents"
+    document_BL: torch.Tensor | None = None  # document index, for "mask" and "flex"
     cu_seqlens: torch.Tensor | None = None  # int32 [documents + 1], for "varlen"
     max_seqlen: int = 0
     flex: bool = False
@@ -52,7 +52,7 @@ class Packing:
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
 
     def mask(self, sliding_window: int | None) -> torch.Tensor:
-        """True where a query may look: same document, not later, at most the window back. Built once."""
+        """True where a query attends: same document, not later, within the window. Built once per batch."""
         if sliding_window not in self.masks:
             assert self.document_BL is not None
             same_BLL = self.document_BL[:, :, None] == self.document_BL[:, None, :]
@@ -62,7 +62,7 @@ class Packing:
         return self.masks[sliding_window]
 
     def block_mask(self, sliding_window: int | None) -> BlockMask:
-        """The same for FlexAttention, with the blocks that hold nothing left out. Built once, without a host sync."""
+        """The same for FlexAttention, without the empty blocks. Built once per batch, without a host sync."""
         if sliding_window not in self.block_masks:
             assert self.document_BL is not None
             self.block_masks[sliding_window] = _block_mask(self.document_BL, sliding_window)
@@ -72,33 +72,33 @@ class Packing:
 def choose(
     device: torch.device, hf_config: Any = None, wanted: str = "auto", dtype: torch.dtype = torch.bfloat16
 ) -> Choice:
-    """The way a model of `hf_config` attends on `device` in `dtype`, as `model.attention` wants it.
+    """The implementation for a model of `hf_config` on `device` in `dtype`; `wanted` is the recipe's `model.attention`.
 
     Raises:
-        ConfigError: the wanted way cannot compute this model here.
+        ConfigError: the wanted implementation cannot compute this model here.
     """
-    for way, why_not in _ways(device, hf_config, dtype).items():
-        if wanted == way and why_not is not None:
+    for choice, why_not in _choices(device, hf_config, dtype).items():
+        if wanted == choice and why_not is not None:
             raise ConfigError(f"model.attention: {wanted}: {why_not}", remedy="use model.attention: auto")
-        if why_not is None and wanted in ("auto", way):
-            return way
+        if why_not is None and wanted in ("auto", choice):
+            return choice
     raise ConfigError(f"model.attention: {wanted} is unknown")
 
 
 def describe(choice: Choice, device: torch.device, hf_config: Any, dtype: torch.dtype) -> str:
-    """The way in use, and what is against each better one."""
-    better = itertools.takewhile(lambda item: item[0] != choice, _ways(device, hf_config, dtype).items())
-    return "; ".join([choice, *(f"not {way}: {why_not or 'the recipe asks for another'}" for way, why_not in better)])
+    """The implementation in use, and why each preferable one is not."""
+    better = itertools.takewhile(lambda item: item[0] != choice, _choices(device, hf_config, dtype).items())
+    return "; ".join([choice, *(f"not {name}: {why_not or 'the recipe asks for another'}" for name, why_not in better)])
 
 
-def _ways(device: torch.device, hf_config: Any, dtype: torch.dtype) -> dict[Choice, str | None]:
-    """Every way, the best first, and what is against it."""
+def _choices(device: torch.device, hf_config: Any, dtype: torch.dtype) -> dict[Choice, str | None]:
+    """All implementations, the best first, each with the reason why it cannot be used, or None."""
     if device.type != "cuda":
         why_not = f"runs on CUDA, not on {device.type}"
         return {"documents": None, "mask": None, "flash_attention_2": why_not, "varlen": why_not, "flex": why_not}
     softcap = getattr(hf_config, "attn_logit_softcapping", None)
     dropout = max(getattr(hf_config, key, None) or 0.0 for key in ("attention_dropout", "attn_pdrop"))
-    capped = None if softcap is None else f"cannot cap scores, this model caps them at {softcap}"
+    capped = None if softcap is None else f"has no softcap, this model has {softcap}"
     dropped = f"has no dropout, this model's attention has {dropout}" if dropout else None
     flash, narrow = _flash_missing(), _why_not_flash_kernel(device, _head_dim(hf_config), dtype)
     if flash is None and softcap is not None:
@@ -107,7 +107,7 @@ def _ways(device: torch.device, hf_config: Any, dtype: torch.dtype) -> dict[Choi
     return {
         "flash_attention_2": flash or narrow,
         "varlen": _varlen_missing() or narrow or _why_not_padded(_head_dim(hf_config)) or capped or dropped,
-        # without caps a mask costs memory only, and nothing has to be compiled
+        # without a softcap, a mask costs only memory and needs no compilation
         **({"mask": None, "flex": flex} if softcap is None else {"flex": flex, "mask": None}),
         "documents": None,
     }
@@ -124,20 +124,20 @@ def _why_not_flash_kernel(device: torch.device, head_dim: int, dtype: torch.dtyp
     if dtype not in (torch.bfloat16, torch.float16):
         return f"computes in bf16 or fp16, not in {dtype}"
     if head_dim > 256:
-        return f"takes heads up to 256 wide, this model's have {head_dim}"
+        return f"supports head dimensions up to 256, this model has {head_dim}"
     if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
         return f"needs compute capability 8.0, not {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
     return None
 
 
 def _why_not_padded(head_dim: int) -> str | None:
-    return f"takes heads of a multiple of 8, this model's have {head_dim}" if head_dim % 8 else None
+    return f"supports head dimensions that are multiples of 8, this model has {head_dim}" if head_dim % 8 else None
 
 
 def _why_not_flex(head_dim: int) -> str | None:
     if not importlib.util.find_spec("triton"):
         return "Triton is not installed"
-    return f"takes heads from 16 wide on, this model's have {head_dim}" if head_dim < 16 else None
+    return f"supports head dimensions from 16, this model has {head_dim}" if head_dim < 16 else None
 
 
 def _flash_missing() -> str | None:
@@ -145,7 +145,7 @@ def _flash_missing() -> str | None:
 
 
 def _flash_caps() -> bool:
-    """Whether the installed flash_attn caps scores; it does from 2.6 on."""
+    """Whether the installed flash_attn supports a softcap (from 2.6)."""
     return "softcap" in _parameters(importlib.import_module("flash_attn").flash_attn_varlen_func)
 
 
@@ -156,7 +156,7 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str]:
 
 @cache
 def _varlen_missing() -> str | None:
-    """Why torch's varlen attention cannot be used, if so; it came in 2.10, windows and scales later."""
+    """Why torch's varlen attention cannot be used, or None; it was added in 2.10, windows and scales later."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -166,7 +166,7 @@ def _varlen_missing() -> str | None:
 
 
 def install(model: Any, choice: Choice) -> None:
-    """Make a transformers model use the packed attention."""
+    """Make a transformers model use the packed attention `choice`."""
     AttentionInterface.register(_REGISTERED_NAME, packed_attention)
     model.set_attn_implementation(choice if choice == "flash_attention_2" else _REGISTERED_NAME)
 
@@ -174,7 +174,7 @@ def install(model: Any, choice: Choice) -> None:
 def packing_arguments(
     choice: Choice, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
 ) -> dict[str, Any]:
-    """Keyword arguments for the backbone; made once per batch, used by every layer."""
+    """Keyword arguments for the backbone, built once per batch and used by every layer."""
     if choice == "flash_attention_2":
         return {
             "cu_seq_lens_q": cu_seqlens,
@@ -205,20 +205,20 @@ def packed_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within documents, [B, L, H, N]; the signature is that of transformers' interface.
+    """Causal attention within documents, [B, L, H, N], with the signature of transformers' attention interface.
 
     Raises:
-        ValueError: a mask came besides the packing, or dropout or a cap where the way has none.
+        ValueError: an attention mask is given, or dropout or a softcap that the implementation does not support.
     """
     if attention_mask is not None:
-        raise ValueError("packed attention takes its borders from the packing, not from an attention mask")
+        raise ValueError("packed attention takes document boundaries from the packing, not from an attention mask")
     heads = query_BHLN, key_BKLN, value_BKLN
     if dropout and (packing.flex or packing.cu_seqlens is not None):
-        way = "flex" if packing.flex else "varlen"
-        raise ValueError(f"attention dropout {dropout}: {way} has none; use model.attention: mask")
+        name = "flex" if packing.flex else "varlen"
+        raise ValueError(f"attention dropout {dropout}: {name} does not support it; use model.attention: mask")
     if packing.cu_seqlens is not None:
         if softcap is not None:
-            raise ValueError(f"scores capped at {softcap}: varlen cannot; use model.attention: flex")
+            raise ValueError(f"softcap {softcap}: varlen does not support it; use model.attention: flex")
         return _varlen(*heads, packing, scaling, sliding_window), None
     if packing.flex:
         return _flex(*heads, packing, scaling, sliding_window, softcap), None
@@ -241,9 +241,9 @@ def _varlen(
     batch, _, length, _ = query_BHLN.shape
     borders = packing.cu_seqlens
     assert borders is not None
-    # Torch 2.11 shares key heads unasked, and knows no such argument.
-    asked = "enable_gqa" in _parameters(varlen_attn)
-    shared: dict[str, Any] = {"enable_gqa": query_BHLN.shape[1] != key_BKLN.shape[1]} if asked else {}
+    # Torch 2.11 shares key heads without this argument.
+    has_argument = "enable_gqa" in _parameters(varlen_attn)
+    shared: dict[str, Any] = {"enable_gqa": query_BHLN.shape[1] != key_BKLN.shape[1]} if has_argument else {}
     query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query_BHLN, key_BKLN, value_BKLN))
     out_THN = varlen_attn(
         query,
@@ -254,7 +254,7 @@ def _varlen(
         packing.max_seqlen,
         packing.max_seqlen,
         scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),  # a token sees itself besides
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),  # without the token itself
         **shared,
     )
     assert isinstance(out_THN, torch.Tensor)
@@ -284,13 +284,13 @@ def _flex(
 
 @cache
 def _compiled_flex() -> Callable[..., torch.Tensor]:
-    # One graph for each shape, and with gradients or without. Past the limit, of 8 by default, torch would run it
-    # uncompiled and hold all scores; under fullgraph that is an error.
+    # One graph per shape, with and without gradients. Beyond the limit, 8 by default, torch would run it uncompiled
+    # and materialise all scores; with fullgraph that is an error.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-@cache  # the same function for the same cap, else it would be compiled for every layer
+@cache  # one function per softcap, else it would be compiled for every layer
 def _cap(softcap: float) -> Callable[..., torch.Tensor]:
     def capped(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         return softcap * torch.tanh(score / softcap)
@@ -299,9 +299,9 @@ def _cap(softcap: float) -> Callable[..., torch.Tensor]:
 
 
 def _block_mask(document_BL: torch.Tensor, sliding_window: int | None) -> BlockMask:
-    """Blocks from the first and last token of each, as documents are in order: no [L, L] tensor is ever made."""
+    """Built from the first and last document of each block, as documents are in order: no [L, L] tensor exists."""
     length, device = document_BL.shape[1], document_BL.device
-    # A tensor, not a number: numbers are compiled in, and layers differ in their windows.
+    # A tensor, not a number: numbers are compiled in, and windows differ between layers.
     window = torch.full((), length if sliding_window is None else sliding_window, dtype=torch.int32, device=device)
 
     def seen(b: torch.Tensor, _h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -312,7 +312,7 @@ def _block_mask(document_BL: torch.Tensor, sliding_window: int | None) -> BlockM
     begin_BQ, end_BQ = document_BL[:, first], document_BL[:, last]
     earlier_QS = first[:, None] > first
     some_BQS = (begin_BQ[:, :, None] == end_BQ[:, None, :]) & earlier_QS & (first[:, None] - last < window)
-    some_BQS = some_BQS | torch.eye(len(first), dtype=torch.bool, device=device)  # a token sees itself
+    some_BQS = some_BQS | torch.eye(len(first), dtype=torch.bool, device=device)  # a token attends to itself
     whole_Q = first + _FLEX_BLOCK <= length
     all_BQS = (end_BQ[:, :, None] == begin_BQ[:, None, :]) & earlier_QS & (last[:, None] - first < window)
     all_BQS = all_BQS & whole_Q[:, None]
@@ -326,7 +326,7 @@ def _block_mask(document_BL: torch.Tensor, sliding_window: int | None) -> BlockM
 
 
 def _listed(blocks_BQS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Number [B, 1, Q] and indices [B, 1, Q, S] of the true ones, these first."""
+    """Number [B, 1, Q] and indices [B, 1, Q, S] of the true blocks, true ones first."""
     blocks_B1QS = blocks_BQS[:, None].to(torch.int32)
     order = blocks_B1QS.argsort(dim=-1, descending=True, stable=True)
     return blocks_B1QS.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()
@@ -334,7 +334,7 @@ def _listed(blocks_BQS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class _Attend:
-    """Causal attention of torch, inside one document or under a mask [B, 1, L, L]."""
+    """Causal attention of torch within one document or under a mask [B, 1, L, L]."""
 
     dropout: float
     scaling: float | None
@@ -363,7 +363,7 @@ class _Attend:
                 outs.append(self._plain(*part, _seen(start, stop, first, window, query_BHLN.device)))
             else:
                 seen = None if mask_B1LL is None else mask_B1LL[:, :, start:stop, first:stop]
-                outs.append(self._kept_small(*part, seen, start, first))
+                outs.append(self._recomputed(*part, seen, start, first))
         return torch.cat(outs, dim=2)
 
     def _rows(self, query_BHLN: torch.Tensor) -> int:
@@ -377,7 +377,7 @@ class _Attend:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         groups = query.shape[1] // key.shape[1]
-        if groups > 1 and not query.is_cpu:  # on CUDA, kernels that take a mask or fp32 do not share key heads
+        if groups > 1 and not query.is_cpu:  # CUDA kernels with a mask or fp32 do not share key heads
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         return F.scaled_dot_product_attention(
             query,
@@ -390,8 +390,8 @@ class _Attend:
             enable_gqa=query.shape[1] != key.shape[1],
         )
 
-    def _kept_small(self, *part: Any) -> Any:
-        """Scores are formed again in the backward pass: kept, they would be H L^2 fp32 numbers in every layer."""
+    def _recomputed(self, *part: Any) -> Any:
+        """Recompute scores in the backward pass; saved, they would be H L^2 fp32 numbers per layer."""
         return checkpoint(self._capped, *part, use_reentrant=False, preserve_rng_state=self.dropout > 0.0)
 
     def _capped(
@@ -403,7 +403,7 @@ class _Attend:
         start: int,
         first: int,
     ) -> torch.Tensor:
-        """Scores in fp32, rounded once at the end; the queries of a group lie below each other, for one key head."""
+        """Scores in fp32, rounded once at the end; the queries of a group are stacked for their key head."""
         assert self.softcap is not None
         batch, heads, rows, head_dim = query.shape
         kv_heads, keys = key.shape[1], key.shape[2]
@@ -423,7 +423,7 @@ def _by_document(
     query_BHLN: torch.Tensor, key_BKLN: torch.Tensor, value_BKLN: torch.Tensor, borders: list[int], attend: _Attend
 ) -> torch.Tensor:
     batch, heads, length, head_dim = query_BHLN.shape
-    if borders == list(range(0, batch * length + 1, length)):  # every block is one document
+    if borders == list(range(0, batch * length + 1, length)):  # each block is one document
         return attend(query_BHLN, key_BKLN, value_BKLN).transpose(1, 2).contiguous()
     sizes = [stop - start for start, stop in itertools.pairwise(borders)]
 
@@ -439,7 +439,7 @@ def _by_document(
 
 
 def _seen(start: int, stop: int, first: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
-    """Which of the keys from `first` to `stop` each query from `start` to `stop` may look at, in one document."""
+    """Which keys from `first` to `stop` the queries from `start` to `stop` attend to, within one document."""
     query, key = torch.arange(start, stop, device=device)[:, None], torch.arange(first, stop, device=device)
     causal = query >= key
     return causal if sliding_window is None else causal & (query - key < sliding_window)

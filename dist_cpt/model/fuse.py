@@ -1,7 +1,7 @@
-"""Which of a model's modules run fused, through the table of architectures; what does not, and why.
+"""Swap a model's modules for fused ones, following the table of architectures, and record which are not and why.
 
-Called once, after the adapter is in place and before an engine wraps the model. Nothing is fused by guess: a class
-is swapped only if it is transformers' own for a model type in `FUSABLE`.
+Called once, after the adapter is in place and before an engine wraps the model. A class is swapped only if it is
+transformers' own for a model type in `FUSABLE`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ OPERATIONS = ("rms_norm", "add_rms_norm", "rope", "qkv", "o", "mlp", "gated", "e
 
 @dataclass
 class Fusion:
-    """What was swapped, and what was left to transformers and torch, by operation."""
+    """The modules that run fused, and those left to transformers and torch, by operation."""
 
-    fused: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # operation -> modules
+    fused: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # operation -> number of modules
     left: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
-    swapped: list[tuple[nn.Module, type]] = field(default_factory=list)  # with the class each had
+    swapped: list[tuple[nn.Module, type]] = field(default_factory=list)  # with their original classes
 
     def add(self, operation: str, reason: str | None) -> bool:
-        """Count one module; whether it is fused, which is so without a reason against it."""
+        """Count one module; returns whether it is fused, which is the case if `reason` is None."""
         if reason is None:
             self.fused[operation] += 1
         else:
@@ -53,24 +53,23 @@ class Fusion:
 
 
 def fuse(model: Any, parts: Parts, kernels: str, device: torch.device) -> Fusion:
-    """Swap the classes of `model`'s modules as `model.kernels` asks; `model` may be under an adapter.
+    """Swap the classes of `model`'s modules as the recipe's `model.kernels` asks; `model` may have an adapter.
 
-    Under "reference" nothing is swapped, under "auto" what can run on `device`, under "triton" all that the model
-    has, and what cannot be fused is an error.
+    "reference" swaps nothing, "auto" what can run on `device`, "triton" everything.
 
     Raises:
-        ConfigError: "triton", and something of the model cannot run fused here.
+        ConfigError: "triton", and a part of the model cannot run fused here.
     """
     fusion = Fusion()
     if kernels == "reference":
         return fusion
     on_device = torch.empty(0, device=device)
     if not available(on_device):
-        why = "Triton is not installed" if device.type == "cuda" else f"kernels run on a GPU, not on {device.type}"
+        reason = "Triton is not installed" if device.type == "cuda" else f"kernels run on a GPU, not on {device.type}"
         if kernels == "triton":
-            raise ConfigError(f"model.kernels: triton: {why}", remedy="use model.kernels: auto or reference")
+            raise ConfigError(f"model.kernels: triton: {reason}", remedy="use model.kernels: auto or reference")
         for operation in OPERATIONS:
-            fusion.left[operation][why] = 1
+            fusion.left[operation][reason] = 1
         return fusion
     _fuse_vocabulary(fusion, parts)
     kind = model.config.model_type
@@ -81,24 +80,24 @@ def fuse(model: Any, parts: Parts, kernels: str, device: torch.device) -> Fusion
     else:
         _fuse_layers(fusion, table, parts)
     if kernels == "triton" and fusion.left:
-        reasons = "; ".join(f"{name}: {why}" for name, whys in fusion.left.items() for why in whys)
+        reasons = "; ".join(f"{name}: {reason}" for name, counts in fusion.left.items() for reason in counts)
         raise ConfigError(
-            f"model.kernels: triton: not everything of this model can be fused: {reasons}",
+            f"model.kernels: triton: parts of this model cannot be fused: {reasons}",
             remedy="use model.kernels: auto",
         )
     return fusion
 
 
 def _fuse_vocabulary(fusion: Fusion, parts: Parts) -> None:
-    fusion.add("linear_cross_entropy", None)  # the head is the loss already, and that one asks for the device itself
+    fusion.add("linear_cross_entropy", None)  # the head already is the loss, which dispatches on the device itself
     embeddings = parts.embeddings
     if not embeddings.weight.requires_grad:
         return
-    why = None
+    reason = None
     if embeddings.max_norm is not None or embeddings.sparse or embeddings.scale_grad_by_freq:
-        why = "max_norm, sparse or scale_grad_by_freq is set"
-    if fusion.add("embedding", why):
-        # Behind the class, so that Gemma's, which multiplies what its parent looked up, keeps doing so.
+        reason = "max_norm, sparse or scale_grad_by_freq is set"
+    if fusion.add("embedding", reason):
+        # After the class in the MRO, so that Gemma's forward, which scales its parent's result, still runs.
         plain = type(embeddings) is nn.Embedding
         fusion.swap(embeddings, FusedEmbedding if plain else _behind(type(embeddings), FusedEmbedding))
 
@@ -112,16 +111,16 @@ def _fuse_layers(fusion: Fusion, table: Fusable, parts: Parts) -> None:
             fusion.swap(norm, _before(FusedNorm, type(norm)))
     rotaries = [m for m in parts.decoder.modules() if _is(m, table, "RotaryEmbedding")]
     attentions = [m for m in parts.decoder.modules() if _is(m, table, "Attention")]
-    # Angles and attention are swapped together: one reads what the other gives.
-    reasons = {why for module in (*rotaries, *attentions) if (why := _foreign(module))}
-    why = "; ".join(sorted(reasons)) or (None if rotaries and attentions else "no rotary attention found")
+    # The rotary module and attention are swapped together: one reads the other's output.
+    reasons = {reason for module in (*rotaries, *attentions) if (reason := _foreign(module))}
+    reason = "; ".join(sorted(reasons)) or (None if rotaries and attentions else "no rotary attention found")
     for attention in attentions:
-        if fusion.add("rope", why):
+        if fusion.add("rope", reason):
             _fuse_attention(fusion, table, attention)
         else:
-            fusion.add("qkv", why)
-            fusion.add("o", why)
-    for rotary in rotaries if why is None else ():
+            fusion.add("qkv", reason)
+            fusion.add("o", reason)
+    for rotary in rotaries if reason is None else ():
         fusion.swap(rotary, _before(FusedRotary, type(rotary)))
     for mlp in (m for m in parts.decoder.modules() if _is(m, table, "MLP")):
         _fuse_mlp(fusion, mlp)
@@ -146,16 +145,16 @@ def _fuse_attention(fusion: Fusion, table: Fusable, attention: Any) -> None:
 
 
 def _fuse_mlp(fusion: Fusion, mlp: Any) -> None:
-    chosen = getattr(mlp.config, "hidden_act", None) or mlp.config.hidden_activation
-    why = _foreign(mlp) or (None if chosen in ACTIVATIONS else f"the activation {chosen} is not implemented")
-    if not fusion.add("gated", why):
-        fusion.add("mlp", why)
+    activation = getattr(mlp.config, "hidden_act", None) or mlp.config.hidden_activation
+    reason = _foreign(mlp) or (None if activation in ACTIVATIONS else f"the activation {activation} is not implemented")
+    if not fusion.add("gated", reason):
+        fusion.add("mlp", reason)
         return
     names = ("gate_up_proj", "down_proj") if hasattr(mlp, "gate_up_proj") else ("gate_proj", "up_proj", "down_proj")
     fused = fusion.add("mlp", _why_not_linear([getattr(mlp, name) for name in names]))
     mlp.fused_projections = frozenset(["mlp"] if fused else [])
     mlp.gathers_at_once = fused
-    mlp.activation = ACTIVATIONS[chosen]
+    mlp.activation = ACTIVATIONS[activation]
     fusion.swap(mlp, _before(FusedMlp, type(mlp)))
 
 
@@ -172,10 +171,7 @@ def _why_not_layer(layer: Any, table: Fusable) -> str | None:
 
 
 def _why_not_linear(modules: Iterable[Any]) -> str | None:
-    for module in modules:
-        if (why := _why_not_one_linear(module)) is not None:
-            return why
-    return None
+    return next((reason for module in modules if (reason := _why_not_one_linear(module))), None)
 
 
 def _why_not_one_linear(module: Any) -> str | None:
@@ -200,7 +196,7 @@ def _is(module: nn.Module, table: Fusable, part: str) -> bool:
 
 
 def _foreign(module: nn.Module) -> str | None:
-    """Why a class is not what its name says: code of another package, or a forward set on the instance."""
+    """Why a module may not compute what its class name suggests: another package's code, or a patched forward."""
     if not type(module).__module__.startswith("transformers.models."):
         return f"{type(module).__name__} is not transformers' own"
     return f"{type(module).__name__} has a forward of its own" if "forward" in vars(module) else None
@@ -208,9 +204,11 @@ def _foreign(module: nn.Module) -> str | None:
 
 @cache
 def _before(mixin: type, original: type) -> type:
+    """A class whose `mixin` overrides `original`."""
     return type(f"Fused{original.__name__}", (mixin, original), {"__module__": __name__})
 
 
 @cache
 def _behind(original: type, mixin: type) -> type:
+    """A class whose `original` overrides `mixin`, and may call it through super()."""
     return type(f"Fused{original.__name__}", (original, mixin), {"__module__": __name__})

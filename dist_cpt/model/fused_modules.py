@@ -1,9 +1,9 @@
-"""What transformers' modules compute, through the fused operations: mixins that go in front of their classes.
+"""Mixins that run transformers' modules on the fused operations.
 
 B batch, L sequence, T = B * L tokens, D model, F ffn, H heads, K kv heads, N head dim.
 
-A module keeps its parameters, its name and its hooks; only its forward changes. A mixin reads parameters of its
-children (the base and adapter matrices of its projections), so a sharding engine must gather all of a module with
+A module keeps its parameters, name and hooks; only its forward changes. A mixin reads parameters of its children
+(the base and adapter matrices of its projections), so a sharding engine must gather all parameters of a module with
 `gathers_at_once` before its forward and its backward.
 """
 
@@ -25,48 +25,48 @@ from dist_cpt.adapters.quantize import nf4_scales
 
 @dataclass(frozen=True)
 class Rotation:
-    """The angles of one batch. No pytree: an engine that casts floating-point arguments leaves it alone."""
+    """The angles of one batch; not a pytree, so engines that cast floating-point arguments do not cast it."""
 
-    cos_TR: torch.Tensor  # fp32, a row per token
+    cos_TR: torch.Tensor  # fp32, one row per token, contiguous
     sin_TR: torch.Tensor
-    row_BL: torch.Tensor  # int64: each token's row
+    row_BL: torch.Tensor  # int64: the row of each token
 
 
 class FusedRotary(nn.Module):
-    """Angles in fp32, where the original rounds them to the dtype of its input."""
+    """Angles in fp32; the original rounds them to the dtype of its input."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Rotation:
         original: Any = super()
         cos_BLN, sin_BLN = original.forward(x.new_empty(0, dtype=torch.float32), *args, **kwargs)
         half = cos_BLN.shape[-1] // 2  # the second half repeats the first
-        cos_TR, sin_TR = (table[..., :half].reshape(-1, half) for table in (cos_BLN, sin_BLN))
+        cos_TR, sin_TR = (table[..., :half].reshape(-1, half).contiguous() for table in (cos_BLN, sin_BLN))
         rows = torch.arange(cos_BLN.shape[:-1].numel(), device=x.device)
         return Rotation(cos_TR, sin_TR, rows.view(cos_BLN.shape[:-1]))
 
 
 class FusedNorm(nn.Module):
-    """RMSNorm, alone or with the addition before it; `casting` is set where the class is swapped."""
+    """RMSNorm, alone or fused with the residual addition; `casting` is set when the class is swapped."""
 
     weight: nn.Parameter
     casting: Literal["llama", "gemma"]
     epsilon: float
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-        """The norm of `x`; with `residual` (the norm of x + residual, x + residual)."""
+        """The norm of `x`; with `residual`: (the norm of x + residual, x + residual)."""
         if residual is None:
             return rms_norm(x, self.weight, self.epsilon, casting=self.casting)
         return add_rms_norm(x, residual, self.weight, self.epsilon, casting=self.casting)
 
 
 class FusedEmbedding(nn.Embedding):
-    """An embedding whose gradient is summed in fp32, in a fixed order."""
+    """An embedding whose gradient is summed in fp32 in a fixed order."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return embedding(input, self.weight, padding_idx=self.padding_idx)
 
 
 class FusedAttention(nn.Module):
-    """Projections of one input in one function, RoPE on queries and keys in one kernel."""
+    """All projections of one input in one function, RoPE on queries and keys in one kernel."""
 
     config: Any
     layer_idx: int
@@ -80,7 +80,7 @@ class FusedAttention(nn.Module):
     o_proj: Any
     q_norm: Any  # Qwen 3 and Gemma 3
     k_norm: Any
-    fused_projections: frozenset[str]  # of qkv and o; the others are called as modules
+    fused_projections: frozenset[str]  # subset of qkv and o; the others are called as modules
     window: int | None
     softcap: float | None
     gathers_at_once: bool
@@ -97,8 +97,8 @@ class FusedAttention(nn.Module):
         query, key, value = self._query_key_value(hidden_states, batch, length)  # [B, L, heads, N]
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
-        turn = position_embeddings
-        query, key = rope(query, key, turn.cos_TR, turn.sin_TR, turn.row_BL)
+        rotation = position_embeddings
+        query, key = rope(query, key, rotation.cos_TR, rotation.sin_TR, rotation.row_BL)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -127,21 +127,21 @@ class FusedAttention(nn.Module):
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         return packed.view(batch, length, -1, self.head_dim).split([heads, kv_heads, kv_heads], dim=2)
 
-    def _project(self, which: str, x: torch.Tensor, *modules: Any) -> tuple[torch.Tensor, ...]:
-        if which not in self.fused_projections:
+    def _project(self, name: str, x: torch.Tensor, *modules: Any) -> tuple[torch.Tensor, ...]:
+        if name not in self.fused_projections:
             return tuple(module(x) for module in modules)
         return lora_linear(x, *map(projection, modules), training=self.training)
 
 
 class FusedMlp(nn.Module):
-    """The gated MLP as one function that keeps the two outputs before the gate, not their product."""
+    """The gated MLP as one function that saves gate and up, but not their product."""
 
     gate_proj: Any
     up_proj: Any
     gate_up_proj: Any  # Phi 3 has this instead of the two
     down_proj: Any
     activation: Any
-    fused_projections: frozenset[str]  # mlp, or nothing: then only the gate is fused
+    fused_projections: frozenset[str]  # mlp, or empty: then only the activation is fused
     gathers_at_once: bool
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -161,7 +161,7 @@ class FusedMlp(nn.Module):
 
 
 class FusedLayer(nn.Module):
-    """A decoder layer that adds attention's output and normalises the sum in one kernel."""
+    """A decoder layer that adds the attention output and normalises the sum in one kernel."""
 
     self_attn: Any
     mlp: Any
@@ -175,13 +175,13 @@ class FusedLayer(nn.Module):
         if not hasattr(self, "pre_feedforward_layernorm"):
             normed, total = self.post_attention_layernorm(attended, residual=hidden_states)
             return total + self.mlp(normed)
-        attended = self.post_attention_layernorm(attended)  # Gemma 2 and 3 normalise what a branch adds as well
+        attended = self.post_attention_layernorm(attended)  # Gemma 2 and 3 also normalise the output of each branch
         normed, total = self.pre_feedforward_layernorm(attended, residual=hidden_states)
         return total + self.post_feedforward_layernorm(self.mlp(normed))
 
 
 def projection(module: Any) -> Projection:
-    """The matrices of a linear layer, plain, packed or under LoRA, as they are at this moment."""
+    """The current matrices of a linear layer: dense or NF4, with or without LoRA."""
     base = getattr(module, "base_layer", module)
     scales = nf4_scales(base) if getattr(base, "quant_state", None) is not None else None
     if base is module or module.disable_adapters or module.merged:

@@ -25,9 +25,9 @@ from dist_cpt.model.attention import choose, install
 from dist_cpt.model.classify import HEAD, ClassHead, as_classifier, write_labels
 from dist_cpt.model.continue_from import ProbeBlock, Standing, stand_on
 from dist_cpt.model.fuse import Fusion, fuse
-from dist_cpt.model.loss import CausalLMForLoss, install_loss_head, install_low_rank_head, prove_parts
+from dist_cpt.model.loss import CausalLMForLoss, install_loss_head, install_low_rank_head
 from dist_cpt.model.safety_checks import code_sha256s, require_code_consent
-from dist_cpt.model.self_check import prove_attention, prove_fusion
+from dist_cpt.model.self_check import self_check_attention, self_check_fusion, self_check_packing
 
 WEIGHTS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _WEIGHTS = "model*.safetensors"  # the names transformers loads
@@ -101,7 +101,7 @@ def load_model(
     softcap = getattr(model.config, "final_logit_softcapping", None)
     install_loss_head(parts.head, use_reference=config.model.kernels == "reference", softcap=softcap)
     if model.config.model_type not in TESTED:
-        prove_parts(model)
+        self_check_packing(model)
     dtype = WEIGHTS_DTYPE[config.model.compute_dtype]
     choice = choose(device, model.config, config.model.attention, dtype)
     standing = None
@@ -131,9 +131,9 @@ def load_model(
     fusion = fuse(model, parts, config.model.kernels, device)
     module = CausalLMForLoss(causal_lm, choice).to(device)
     if device.type == "cuda":
-        prove_attention(module, dtype)
+        self_check_attention(module, dtype)
     if fusion.swapped:
-        prove_fusion(module, fusion.swapped, dtype)
+        self_check_fusion(module, fusion.swapped, dtype)
     prefix = "base_model.model." if adapter_config is not None else ""
     tied = parts.head.weight is parts.embeddings.weight
     return TrainableModel(

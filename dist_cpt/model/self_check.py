@@ -1,7 +1,7 @@
-"""The fused modules against the originals, and the attention against a dense mask, on this device, before training.
+"""Checks of the loaded model on this device before training: packing, attention, kernels and fused modules.
 
-Kernels are compiled for the GPU that is there, by the Triton that is there: neither may be one that was tested. So
-a model whose modules were fused first answers for two short documents with them and without.
+Kernels are compiled for this GPU by the installed Triton, and neither may have been tested before. So a model runs
+two short documents with its fast paths and without, and the results must agree.
 """
 
 from __future__ import annotations
@@ -11,85 +11,136 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from dist_cpt_kernels.self_test import ALLOWED as ALLOWED_OF_A_KERNEL
+from dist_cpt_kernels.self_test import ALLOWED as ALLOWED_FOR_KERNELS
 from dist_cpt_kernels.self_test import self_test
 from torch import nn
 
 from dist_cpt.errors import ConfigError
+from dist_cpt.model.architectures import TESTED
 from dist_cpt.model.attention import install
 from dist_cpt.model.loss import CausalLMForLoss
 
-SIZES = (19, 13)  # of the documents
-# Of a vector's length. Two bf16 runs that round in other places differ by a few hundredths after 80 layers; a wrong
-# sign, a wrong position or a lost term moves either by its own size.
+SIZES = (19, 13)  # tokens of the two documents
+# Relative to a vector's length. Two bf16 runs that round differently are a few hundredths apart after 80 layers; a
+# wrong sign, position or missing term changes either by its own size.
 ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
-def prove_fusion(module: CausalLMForLoss, swapped: Sequence[tuple[nn.Module, type]], dtype: torch.dtype) -> None:
-    """Hold each kernel to its specification, then the whole fused model to the original modules, in `dtype`.
+@torch.no_grad()
+def self_check_packing(model: Any) -> None:
+    """Check an untested architecture: backbone, packed attention and head must give the model's own logits.
 
-    Compared are hidden states and their gradient at the embeddings. `swapped` are modules and the classes they had.
-    Every parameter and class is afterwards as before.
+    Compares the last logits of the second of two packed documents with those of the unmodified model for that
+    document alone. The packed attention stays installed.
 
     Raises:
-        ConfigError: a kernel does not run on this device, or they differ by more than rounding does.
+        ConfigError: they differ, so the model computes something that this package does not.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    ids, position_ids, cu_seqlens = _two_documents(model.config.vocab_size, device)
+    head = model.get_output_embeddings()
+    softcap, head.softcap = head.softcap, None  # the model itself caps the logits of its head
+    expected = model(input_ids=ids[:, SIZES[0] :], use_cache=False).logits[0, -1].float()
+    head.softcap = softcap
+    install(model, "documents")
+    actual = CausalLMForLoss(model, "documents")(ids, position_ids, cu_seqlens, max(SIZES))[0]
+    error = float((actual - expected).abs().max() / expected.abs().max())
+    model.train()
+    # Summation order matters a little; anything missing from attention or head changes logits far more.
+    allowed = 1e-4 if next(model.parameters()).dtype == torch.float32 else 3e-2
+    if not error <= allowed:
+        raise ConfigError(
+            f"model type {model.config.model_type}: packed training would not compute this model: the relative error "
+            f"of a document's logits is {error:.1e}, allowed {allowed:.0e}",
+            remedy=f"use another architecture; tested: {', '.join(TESTED)}",
+        )
+
+
+def self_check_fusion(module: CausalLMForLoss, swapped: Sequence[tuple[nn.Module, type]], dtype: torch.dtype) -> None:
+    """Compare each kernel with its specification, then the fused model with its original modules, in `dtype`.
+
+    The model is compared by its hidden states and their gradient at the embeddings. `swapped` are modules with their
+    original classes. Parameters and classes are restored.
+
+    Raises:
+        ConfigError: a kernel does not run on this device, or results differ by more than rounding.
     """
     try:
         wrong = _wrong_kernels(module, dtype)
-        errors = _errors(module, swapped, dtype)
-    except Exception as error:  # Triton, its compiler and the driver each raise their own
+        with _frozen(module, dtype):
+            fused = _hidden_and_gradient(module)
+            with _original_classes(swapped):
+                original = _hidden_and_gradient(module)
+    except Exception as error:  # Triton, its compiler and the driver raise errors of their own
         raise ConfigError(
             f"model.kernels: the fused modules fail on {_device_name(module)}: {type(error).__name__}: {error}",
             remedy="use model.kernels: reference",
         ) from error
     if wrong:
         raise ConfigError(
-            f"model.kernels: on {_device_name(module)} kernels are further from their specification than "
-            f"{ALLOWED_OF_A_KERNEL[dtype]:.0e}: {', '.join(f'{name} {error:.1e}' for name, error in wrong.items())}",
+            f"model.kernels: on {_device_name(module)} the relative error of kernels exceeds "
+            f"{ALLOWED_FOR_KERNELS[dtype]:.0e}: {', '.join(f'{name} {error:.1e}' for name, error in wrong.items())}",
             remedy="use model.kernels: reference",
         )
-    if not max(errors) <= ALLOWED[dtype]:
-        raise ConfigError(
-            f"model.kernels: on {_device_name(module)} the fused modules differ from the original ones by "
-            f"{errors[0]:.1e} in the hidden states and {errors[1]:.1e} in their gradient, allowed {ALLOWED[dtype]:.0e}",
-            remedy="use model.kernels: reference",
-        )
+    _compare(
+        fused,
+        original,
+        dtype,
+        f"model.kernels: on {_device_name(module)} the fused modules differ from the original ones",
+        "use model.kernels: reference",
+    )
 
 
-def prove_attention(module: CausalLMForLoss, dtype: torch.dtype) -> None:
-    """Hold this device's way of attention to the dense mask, as `prove_fusion` holds modules to others.
+def self_check_attention(module: CausalLMForLoss, dtype: torch.dtype) -> None:
+    """Compare the attention in use with the dense mask, as `self_check_fusion` compares modules.
 
     Raises:
-        ConfigError: it does not run on this device, or they differ by more than rounding does.
+        ConfigError: it does not run on this device, or results differ by more than rounding.
     """
-    chosen = module.attention
+    attention = module.attention
     try:
-        with _one_dtype(module, dtype):
-            found = _answer(module)
+        with _frozen(module, dtype):
+            actual = _hidden_and_gradient(module)
             install(module.hf_model, "mask")
             module.attention = "mask"
-            expected = _answer(module)
-    except Exception as error:  # each way's own compiler raises its own
+            expected = _hidden_and_gradient(module)
+    except Exception as error:  # each implementation's compiler raises errors of its own
         raise ConfigError(
-            f"model.attention: {chosen} fails on {_device_name(module)}: {type(error).__name__}: {error}",
+            f"model.attention: {attention} fails on {_device_name(module)}: {type(error).__name__}: {error}",
             remedy="use model.attention: mask",
         ) from error
     finally:
-        install(module.hf_model, chosen)
-        module.attention = chosen
-    errors = [_relative(a, b) for a, b in zip(found, expected, strict=True)]
+        install(module.hf_model, attention)
+        module.attention = attention
+    _compare(
+        actual,
+        expected,
+        dtype,
+        f"model.attention: on {_device_name(module)} {attention} differs from the dense mask",
+        "use model.attention: mask",
+    )
+
+
+def _compare(
+    actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], dtype: torch.dtype, what: str, remedy: str
+) -> None:
+    errors = [
+        float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b).clamp_min(1e-30))
+        for a, b in zip(actual, expected, strict=True)
+    ]
     if not max(errors) <= ALLOWED[dtype]:
         raise ConfigError(
-            f"model.attention: on {_device_name(module)} {chosen} differs from the dense mask by {errors[0]:.1e} in "
-            f"the hidden states and {errors[1]:.1e} in their gradient, allowed {ALLOWED[dtype]:.0e}",
-            remedy="use model.attention: mask",
+            f"{what}: relative error {errors[0]:.1e} of the hidden states and {errors[1]:.1e} of their gradient, "
+            f"allowed {ALLOWED[dtype]:.0e}",
+            remedy=remedy,
         )
 
 
 def _wrong_kernels(module: CausalLMForLoss, dtype: torch.dtype) -> dict[str, float]:
     config = module.hf_model.config
     heads = config.num_attention_heads
-    found = self_test(
+    errors = self_test(
         next(module.parameters()).device,
         dtype,
         dim=config.hidden_size,
@@ -98,7 +149,7 @@ def _wrong_kernels(module: CausalLMForLoss, dtype: torch.dtype) -> dict[str, flo
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
     )
-    return {name: error for name, error in found.items() if not error <= ALLOWED_OF_A_KERNEL[dtype]}
+    return {name: error for name, error in errors.items() if not error <= ALLOWED_FOR_KERNELS[dtype]}
 
 
 def _device_name(module: nn.Module) -> str:
@@ -106,52 +157,50 @@ def _device_name(module: nn.Module) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def _errors(
-    module: CausalLMForLoss, swapped: Sequence[tuple[nn.Module, type]], dtype: torch.dtype
-) -> tuple[float, float]:
-    with _one_dtype(module, dtype):
-        fused = _answer(module)
-        classes = [type(part) for part, _ in swapped]
-        try:
-            for part, original in swapped:
-                part.__class__ = original
-            expected = _answer(module)
-        finally:
-            for (part, _), fused_class in zip(swapped, classes, strict=True):
-                part.__class__ = fused_class
-    first, second = (_relative(found, truth) for found, truth in zip(fused, expected, strict=True))
-    return first, second
+def _two_documents(vocab: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(input_ids, position_ids [1, L], cu_seqlens int32) of two packed documents of random tokens."""
+    ids = torch.randint(0, vocab, (1, sum(SIZES)), generator=torch.Generator().manual_seed(0)).to(device)
+    position_ids = torch.cat([torch.arange(size) for size in SIZES])[None].to(device)
+    return ids, position_ids, torch.tensor([0, SIZES[0], sum(SIZES)], dtype=torch.int32, device=device)
 
 
-def _answer(module: CausalLMForLoss) -> tuple[torch.Tensor, torch.Tensor]:
+def _hidden_and_gradient(module: CausalLMForLoss) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 hidden states [L, D] and the gradient of their weighted sum with respect to the embeddings."""
     model = module.hf_model
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (1, sum(SIZES)), generator=generator).to(device)
-    positions = torch.cat([torch.arange(size) for size in SIZES])[None].to(device)
-    borders = torch.tensor([0, SIZES[0], sum(SIZES)], dtype=torch.int32, device=device)
+    ids, position_ids, cu_seqlens = _two_documents(model.config.vocab_size, next(model.parameters()).device)
     inputs: list[torch.Tensor] = []
 
-    def watch(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+    def make_leaf(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
         inputs.append(output.detach().requires_grad_())
         return inputs[0]
 
-    hook = model.get_input_embeddings().register_forward_hook(watch)
+    hook = model.get_input_embeddings().register_forward_hook(make_leaf)
     try:
-        hidden = module.hidden(ids, positions, borders, max(SIZES))[0]
+        hidden = module.hidden(ids, position_ids, cu_seqlens, max(SIZES))[0]
     finally:
         hook.remove()
-    weights = torch.randn(hidden.shape, generator=generator).to(hidden)
+    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden)
     (grad,) = torch.autograd.grad((hidden * weights).sum(), inputs)
     return hidden.detach().float(), grad.float()
 
 
 @contextmanager
-def _one_dtype(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Everything frozen, in evaluation mode and in the dtype that engines compute in."""
+def _original_classes(swapped: Sequence[tuple[nn.Module, type]]) -> Iterator[None]:
+    classes = [type(part) for part, _ in swapped]
+    try:
+        for part, original in swapped:
+            part.__class__ = original
+        yield
+    finally:
+        for (part, _), fused_class in zip(swapped, classes, strict=True):
+            part.__class__ = fused_class
+
+
+@contextmanager
+def _frozen(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """All parameters frozen, in evaluation mode and in the compute dtype of engines."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    kept = [parameter.data for parameter in trainable]
+    masters = [parameter.data for parameter in trainable]
     module.eval()
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -160,10 +209,6 @@ def _one_dtype(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         module.train()
-        for parameter, data in zip(trainable, kept, strict=True):
+        for parameter, data in zip(trainable, masters, strict=True):
             parameter.data = data
             parameter.requires_grad_(True)
-
-
-def _relative(found: torch.Tensor, truth: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(found - truth) / torch.linalg.vector_norm(truth).clamp_min(1e-30))

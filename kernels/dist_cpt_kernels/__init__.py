@@ -1,10 +1,10 @@
-"""Fused operations of training, each beside its plain specification in `dist_cpt_kernels.reference`."""
+"""Fused training operations, each with a specification in plain torch in `dist_cpt_kernels.reference`."""
 
 from __future__ import annotations
 
 from dist_cpt_kernels.adamw import adamw_, clip, sum_of_squares
 from dist_cpt_kernels.cross_entropy import cross_entropy
-from dist_cpt_kernels.embedding import RowGradient, embedding, embedding_gradient, embedding_gradient_rows
+from dist_cpt_kernels.embedding import embedding, embedding_gradient
 from dist_cpt_kernels.gated import gated, gated_gradients
 from dist_cpt_kernels.linear_cross_entropy import linear_cross_entropy
 from dist_cpt_kernels.lora_linear import lora_linear, lora_mlp
@@ -17,7 +17,6 @@ __all__ = [
     "NestedScales",
     "Nf4Scales",
     "Projection",
-    "RowGradient",
     "adamw_",
     "add_rms_norm",
     "clip",
@@ -25,7 +24,6 @@ __all__ = [
     "dequantize_nf4",
     "embedding",
     "embedding_gradient",
-    "embedding_gradient_rows",
     "gated",
     "gated_gradients",
     "linear_cross_entropy",

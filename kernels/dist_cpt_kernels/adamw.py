@@ -1,10 +1,10 @@
-"""AdamW over many tensors in one launch, and their gradient norm: nothing in between is read by the host.
+"""AdamW over many tensors in one launch, and their gradient norm, without a host sync in between.
 
-The norm, the clip factor and the decision to skip stay on the device, so a step is a few launches without a
-sync. A table of addresses says which program works on which piece of which tensor.
+The norm, the clip factor and the decision to skip stay on the device. A table of addresses maps each program to a
+piece of a tensor.
 
-Sums of squares are taken in fp32 within a piece and in fp64, in a fixed order, over the pieces: two runs give the
-same bits, and a non-finite gradient gives a non-finite norm.
+Squares are summed in fp32 within a piece, and in fp64 and a fixed order over the pieces: the result is
+deterministic, and a non-finite gradient gives a non-finite norm.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dist_cpt_kernels import reference
 from dist_cpt_kernels.dispatch import available, jit, tl
 from dist_cpt_kernels.rounding import rounded
 
-PIECE = 16384  # elements of one program
-BLOCK = 1024  # of them at once: 16 bytes of each tensor for each of 256 threads
-NORM_BLOCK = 2048  # the same for bf16 alone
+PIECE = 16384  # elements per program
+BLOCK = 1024  # elements per iteration: 16 bytes per tensor for each of 256 threads
+NORM_BLOCK = 2048  # the same for bf16 only
 NUM_WARPS = 8
 
 
@@ -39,16 +39,16 @@ def adamw_(
     skip: torch.Tensor | None = None,
     copies: Sequence[torch.Tensor] | None = None,
 ) -> None:
-    """One AdamW update in place of fp32 `params` and moments from `grads`, fp32 or bf16, all of one dtype.
+    """One AdamW update in place of fp32 `params` and moments; `grads` are all fp32 or all bf16.
 
-    `step` is the number of this update, from 1, on the host or as one element on the device. Every gradient is
-    multiplied by `grad_factor` (one fp32 element on the device) first. If `skip` (one element on the device) is
-    not zero, nothing is written, so the caller raises a `step` on the device by `1 - skip`. `copies` (bf16 or
-    fp16, all of one dtype) receive the new params, rounded. Every tensor is contiguous.
+    `step` counts updates from 1, on the host or as one element on the device. Gradients are multiplied by
+    `grad_factor` (one fp32 element on the device). If `skip` (one element on the device) is not zero, nothing is
+    written; the caller then increments a `step` on the device by `1 - skip`. `copies`, all of one dtype, receive the
+    new params, rounded. All tensors are contiguous.
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, algorithm 2, with bias correction.
 
     Raises:
-        ValueError: lists that do not fit together, or tensors of another dtype or not contiguous.
+        ValueError: lists do not match, or a tensor has an unexpected dtype or is not contiguous.
     """
     lists = [list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(copies or ())]
     if not lists[0]:
@@ -92,22 +92,22 @@ def adamw_(
             PIECE=PIECE,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
-            enable_fp_fusion=False,  # only the fused multiply-adds written out: the same bits on every GPU
+            enable_fp_fusion=False,  # only the explicit fused multiply-adds: the same bits on every GPU
         )
 
 
 def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """fp64 []: the sum of all elements' squares of contiguous bf16, fp16 or fp32 `tensors` on one device.
+    """fp64 []: the sum of squares over all elements of contiguous bf16, fp16 or fp32 `tensors` on one device.
 
-    The same bits every time. A non-finite element makes it non-finite; so does an fp32 element above 1.8e19.
+    Deterministic. Non-finite if an element is, or if an fp32 element exceeds 1.8e19.
 
     Raises:
-        ValueError: no tensor, or one that is not contiguous.
+        ValueError: no tensors, or one is not contiguous.
     """
     if not tensors:
-        raise ValueError("at least one tensor expected, got none")
+        raise ValueError("tensors: expected at least one, got none")
     if not all(tensor.is_contiguous() for tensor in tensors):
-        raise ValueError("contiguous tensors expected")
+        raise ValueError("tensors: expected contiguous tensors")
     if not available(tensors[0]):
         return reference.sum_of_squares(tensors)
     launches = [
@@ -139,7 +139,7 @@ def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 def clip(sum_of_squares: torch.Tensor, max_norm: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(norm fp32 [], factor fp32 [], skip int32 []) of the global `sum_of_squares`, all on its device.
 
-    factor = min(1, max_norm / (norm + 1e-6)), 1 without a limit; skip is 1 where the norm is not finite.
+    factor = min(1, max_norm / (norm + 1e-6)), 1 without a limit; skip is 1 if the norm is not finite.
     """
     norm = sum_of_squares.sqrt()
     factor = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp_max(1.0)
@@ -149,7 +149,7 @@ def clip(sum_of_squares: torch.Tensor, max_norm: float | None) -> tuple[torch.Te
 def _corrections(
     step: int | torch.Tensor, lr: float, betas: tuple[float, float]
 ) -> tuple[float, float] | tuple[torch.Tensor, torch.Tensor]:
-    """(lr / (1 - beta1^step), sqrt(1 - beta2^step)), computed in fp64, where `step` lies."""
+    """(lr / (1 - beta1^step), sqrt(1 - beta2^step)), computed in fp64 on the device of `step`."""
     if isinstance(step, torch.Tensor):
         exponent = step.reshape(()).double()
         return (lr / (1 - betas[0] ** exponent)).float(), (1 - betas[1] ** exponent).sqrt().float()
@@ -163,16 +163,16 @@ def _check(lists: list[list[torch.Tensor]]) -> None:
         named["copies"] = copies
     for name, tensors in named.items():
         if [tensor.numel() for tensor in tensors] != [tensor.numel() for tensor in params]:
-            raise ValueError(f"{name}: as many elements as in params expected, in each tensor")
+            raise ValueError(f"{name}: expected tensors with as many elements as params")
         if not all(tensor.is_contiguous() for tensor in tensors):
-            raise ValueError(f"{name}: contiguous tensors expected")
+            raise ValueError(f"{name}: expected contiguous tensors")
         dtypes = {tensor.dtype for tensor in tensors}
         if len(dtypes) > 1 or (name in ("params", "exp_avgs", "exp_avg_sqs") and dtypes != {torch.float32}):
-            raise ValueError(f"{name}: one dtype expected, fp32 for params and moments, got {sorted(map(str, dtypes))}")
+            raise ValueError(f"{name}: expected one dtype, fp32 for params and moments, got {sorted(map(str, dtypes))}")
 
 
 class _Launch:
-    """Which program works on what: addresses int64 [lists, tensors], pieces int64 [P, 3] (tensor, start, count)."""
+    """The work of each program: addresses int64 [lists, tensors], pieces int64 [P, 3] (tensor, start, count)."""
 
     def __init__(self, lists: list[list[torch.Tensor]]) -> None:
         self.lists = lists
@@ -186,7 +186,7 @@ class _Launch:
 
 @lru_cache(maxsize=64)
 def _on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """int64 on `device`; pinned on the way, as a copy from pageable memory is a host sync."""
+    """int64 on `device`, through pinned memory: a copy from pageable memory is a host sync."""
     table = torch.tensor(numbers, dtype=torch.int64)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
@@ -224,8 +224,8 @@ def adamw_kernel(
     PIECE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program, one piece. Pointers that are None switch their part off; `*_like` give a dtype."""
-    if skip_ptr is not None:  # noqa: SIM102 - with `and` a pointer that is None would be read
+    """One program updates one piece. A None pointer skips its part; `*_like` give a dtype."""
+    if skip_ptr is not None:  # noqa: SIM102 - with `and` a None pointer would be read
         if tl.load(skip_ptr) != 0:
             return
     factor = 1.0
@@ -242,7 +242,7 @@ def adamw_kernel(
     copy = None
     if copy_like is not None:
         copy = _address(addresses_ptr + 4 * num_tensors + tensor, start, copy_like.dtype, ALIGNED)
-    whole = tl.where(count == PIECE, count, 0)  # masks would hide that a vector lies inside
+    whole = tl.where(count == PIECE, count, 0)  # without masks, loads are vectorised
     for first in range(0, whole, BLOCK):
         index = first + tl.arange(0, BLOCK)
         _update(
@@ -265,10 +265,10 @@ def _piece(pieces_ptr):
 
 @jit
 def _address(entry, start, kind: tl.constexpr, ALIGNED: tl.constexpr):
-    """Element `start` of the tensor whose address lies at `entry`."""
+    """A pointer to element `start` of the tensor whose address is stored at `entry`."""
     first = tl.load(entry).to(kind)
     if ALIGNED:
-        # a piece starts at a multiple of PIECE, so it is aligned as the tensor's first element is
+        # a piece starts at a multiple of PIECE, so it is as aligned as the tensor
         return tl.multiple_of(first + start, 16)
     return first + start
 
@@ -278,7 +278,7 @@ def _update(
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, copy_ptr, index, mask,
     factor, step_size, denominator, decay, weight1, beta2, weight2, eps,
 ):  # fmt: skip
-    """The multiply-adds, divisions and roots that torch's fused AdamW has on a CPU, each rounded once."""
+    """The multiply-adds, divisions and roots of torch's fused AdamW on a CPU, each rounded once."""
     g = tl.load(grad_ptr + index, mask=mask).to(tl.float32) * factor
     m = tl.load(exp_avg_ptr + index, mask=mask)
     v = tl.load(exp_avg_sq_ptr + index, mask=mask)
@@ -297,7 +297,7 @@ def _update(
 def sum_squares_kernel(
     addresses_ptr, pieces_ptr, like, partial_ptr, ALIGNED: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program, one piece: the sum of its squares in fp32."""
+    """One program sums the squares of one piece in fp32."""
     tensor, start, count = _piece(pieces_ptr)
     x_ptr = _address(addresses_ptr + tensor, start, like.dtype, ALIGNED)
     total = tl.zeros([BLOCK], tl.float32)
@@ -315,7 +315,7 @@ def sum_squares_kernel(
 
 @jit
 def add_up_kernel(partial_ptr, out_ptr, num_partial, BLOCK: tl.constexpr):
-    """One program: the sum of all partial sums in fp64, always in the same order."""
+    """One program adds all partial sums in fp64, in a fixed order."""
     total = tl.zeros([BLOCK], tl.float64)
     for first in range(0, num_partial, BLOCK):
         index = first + tl.arange(0, BLOCK)

@@ -2,10 +2,10 @@
 
 T tokens, V vocab.
 
-A row keeps its largest logit m and the sum s of exp(z - m) over all classes **but the true one**. So
-p_y - 1 = -s / (s + exp(z_y - m)) keeps its digits however sure the model is, where a rounded p_y minus one
-loses them, and the loss is (m - z_y) + log1p(...), a sum of two numbers that are not negative. Everything is
-computed in fp32 and rounded once, at the store.
+Per row the kernel keeps the largest logit m and the sum s of exp(z - m) over all classes **except the true one**.
+Thus p_y - 1 = -s / (s + exp(z_y - m)) keeps its precision however confident the model is, where a rounded p_y minus
+one would lose it, and the loss is (m - z_y) + log1p(...), a sum of two non-negative numbers. All arithmetic is fp32,
+rounded once at the store.
 Source: Milakov and Gimelshein, Online normalizer calculation for softmax, algorithm 3.
 """
 
@@ -17,18 +17,18 @@ from typing import Any
 import torch
 
 from dist_cpt_kernels import reference
-from dist_cpt_kernels.dispatch import available, jit, tl
+from dist_cpt_kernels.dispatch import can_fuse, jit, tl
 from dist_cpt_kernels.rounding import rounded
 
-BLOCK = 8192  # logits of a row held at once: 16 for each of 512 threads, so that no register spills
+BLOCK = 8192  # logits per iteration: 16 for each of 512 threads, so that no register spills
 NUM_WARPS = 16
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a row's loss is made of: loss = (1 - e) nll + e mean(-log p) + z_loss * logsumexp(z)^2.
+    """The terms of a row's loss: (1 - e) nll + e mean(-log p) + z_loss * logsumexp(z)^2.
 
-    e is `label_smoothing`, and z = softcap * tanh(logits / softcap) where `softcap` is given.
+    e is `label_smoothing`, and z = softcap * tanh(logits / softcap) if `softcap` is set.
     Source: z-loss, Chowdhery et al., PaLM, section 5; softcap, Gemma 2, section 2.
     """
 
@@ -39,11 +39,11 @@ class Terms:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+            raise ValueError(f"label_smoothing: expected a value in [0, 1), got {self.label_smoothing}")
         if self.z_loss < 0.0:
-            raise ValueError(f"z_loss must not be negative, got {self.z_loss}")
+            raise ValueError(f"z_loss: expected a value >= 0, got {self.z_loss}")
         if self.softcap is not None and self.softcap <= 0.0:
-            raise ValueError(f"softcap must be positive or None, got {self.softcap}")
+            raise ValueError(f"softcap: expected a positive value or None, got {self.softcap}")
 
 
 def cross_entropy(
@@ -57,18 +57,21 @@ def cross_entropy(
     softcap: float | None = None,
     overwrite_logits: bool = False,
 ) -> torch.Tensor:
-    """scale * loss of every token, fp32 [T], of `logits` [T, V] and `labels` int64 [T].
+    """scale * loss of each token, fp32 [T], of `logits` [T, V] and `labels` int64 [T].
 
-    Rows with `ignore_index` have loss and gradient 0; a label outside [0, V) has loss and gradient NaN on a GPU.
-    `scale` is a number or a tensor of one element, which is not read by the host. With `overwrite_logits` the
-    backward pass writes the gradient over the logits: only for a caller that owns them and reads them no more.
-    Logits of any row stride; made contiguous where their last stride is not 1.
+    Rows with `ignore_index` have zero loss and gradient; a label outside [0, V) gives NaN on a GPU. `scale` is a
+    number or a one-element tensor, which causes no host sync. With `overwrite_logits` the backward pass stores the
+    gradient in the logits: only for a caller that owns them and does not read them again.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or (on the CPU) a label outside [0, V).
+        ValueError: shapes or dtypes do not match, or (on the CPU) a label is outside [0, V).
     """
     terms = Terms(ignore_index, label_smoothing, z_loss, softcap)
-    check_labels(logits, labels, ignore_index)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"expected logits [T, V] and labels int64 [T], got {[*logits.shape]} and {labels.dtype} {[*labels.shape]}"
+        )
+    check_range(labels, logits.shape[1], ignore_index)
     if not can_fuse(logits):
         return reference.cross_entropy(
             logits,
@@ -82,11 +85,6 @@ def cross_entropy(
     return _CrossEntropy.apply(logits, labels, as_scalar(scale, logits.device), terms, overwrite_logits)
 
 
-def can_fuse(logits: torch.Tensor) -> bool:
-    """Whether the kernel takes these logits: it computes in fp32, so fp64 is left to the reference."""
-    return available(logits) and logits.dtype in (torch.bfloat16, torch.float16, torch.float32)
-
-
 def as_scalar(value: float | torch.Tensor, device: torch.device) -> torch.Tensor:
     """`value` as one fp32 element on `device`, without a host sync."""
     if isinstance(value, torch.Tensor):
@@ -94,21 +92,16 @@ def as_scalar(value: float | torch.Tensor, device: torch.device) -> torch.Tensor
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
-def check_labels(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> None:
-    """Shapes and dtypes, and on the CPU the labels' range: reading it from a GPU would be a host sync."""
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(
-            f"logits [T, V] and labels int64 [T] expected, got {[*logits.shape]} and {labels.dtype} {[*labels.shape]}"
-        )
-    check_range(labels, logits.shape[1], ignore_index)
-
-
 def check_range(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
-    """Raises ValueError on the CPU if a label is neither `ignore_index` nor in [0, vocab)."""
+    """Check labels on the CPU; on a GPU that would be a host sync.
+
+    Raises:
+        ValueError: a label is neither `ignore_index` nor in [0, vocab).
+    """
     if labels.device.type == "cpu" and labels.numel():
         outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
         if bool(outside.any()):
-            raise ValueError(f"label {int(labels[outside][0])} lies outside the head's {vocab} rows")
+            raise ValueError(f"labels: expected 0 to {vocab - 1} or {ignore_index}, got {int(labels[outside][0])}")
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -116,7 +109,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor, terms: Terms, overwrite: bool
     ) -> torch.Tensor:
-        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        logits, labels = logits.contiguous(), labels.contiguous()
         losses = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
         sums = torch.empty((2, *labels.shape), dtype=torch.float32, device=logits.device)
         _launch(logits, labels, losses, sums, scale, None, None, terms)
@@ -128,16 +121,16 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, labels, sums, scale = ctx.saved_tensors
         grad = logits if ctx.overwrite else torch.empty_like(logits)
-        _launch(logits, labels, None, sums, scale, grad_outputs[0], grad, ctx.terms)
+        _launch(logits, labels, None, sums, scale, grad_outputs[0].contiguous(), grad, ctx.terms)
         return grad, None, None, None, None
 
 
 def cross_entropy_in_place(
     logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, scale: torch.Tensor, terms: Terms, want_grad: bool
 ) -> None:
-    """Write every row's unscaled loss to `losses` fp32 [T], and with `want_grad` scale * d loss over `logits`.
+    """Store each row's unscaled loss in `losses` fp32 [T], and with `want_grad` scale * its gradient in `logits`.
 
-    One launch: the second reading of a row finds most of it in the cache. `logits` [T, V], last stride 1.
+    One launch: the second read of a row finds most of it in the cache. `logits` [T, V] and `labels` are contiguous.
     """
     _launch(logits, labels, losses, None, scale, None, logits if want_grad else None, terms)
 
@@ -152,23 +145,19 @@ def _launch(
     grad: torch.Tensor | None,
     terms: Terms,
 ) -> None:
-    """Losses without sums go unscaled, as in a fused call; sums without losses are read, not written."""
+    """Without `sums` the losses are unscaled, as in a fused call; without `losses` the sums are read, not written."""
     if not labels.numel():
         return
     softcap = 1.0 if terms.softcap is None else terms.softcap
     share = terms.label_smoothing / logits.shape[1]
     cross_entropy_kernel[(labels.shape[0],)](
         logits,
-        logits.stride(0),
         labels,
-        labels.stride(0),
         losses,
         sums,
         scale,
         upstream,
-        0 if upstream is None else upstream.stride(0),
         grad,
-        0 if grad is None else grad.stride(0),
         labels.shape[0],
         logits.shape[1],
         terms.ignore_index,
@@ -190,16 +179,12 @@ def _launch(
 @jit
 def cross_entropy_kernel(
     logits_ptr,
-    logits_stride,
     labels_ptr,
-    labels_stride,
     losses_ptr,
     sums_ptr,
     scale_ptr,
     upstream_ptr,
-    upstream_stride,
     grad_ptr,
-    grad_stride,
     num_tokens,
     vocab,
     ignore_index,
@@ -215,10 +200,10 @@ def cross_entropy_kernel(
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program, one row. Pointers that are None switch their part off."""
+    """One program computes one row. A None pointer skips its part."""
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * logits_stride
-    label = tl.load(labels_ptr + row * labels_stride)
+    logits_ptr += row * vocab
+    label = tl.load(labels_ptr + row)
     kept = label != ignore_index
     inside = (label >= 0) & (label < vocab)
     x_true = tl.load(logits_ptr + label, mask=inside, other=float("nan")).to(tl.float32)
@@ -251,21 +236,21 @@ def cross_entropy_kernel(
 
     if grad_ptr is not None:
         if upstream_ptr is not None:
-            scale *= tl.load(upstream_ptr + row * upstream_stride)
+            scale *= tl.load(upstream_ptr + row)
         p_true = tl.div_rn(e_true, total)
-        # p - 1 + e - e / V, by whichever form of p - 1 rounds less
+        # p - 1 + e - e / V, using the form of p - 1 that rounds less
         d_true = tl.where(p_true < 0.5, p_true - true_share, (1.0 - true_share) - tl.div_rn(others, total))
         d_true += 2.0 * z_loss * lse * p_true
         p_factor = tl.div_rn(1.0 + 2.0 * z_loss * lse, total)
-        grad_ptr += row * grad_stride
+        grad_ptr += row * vocab
         if READ_SUMS:
-            tl.debug_barrier()  # grad may lie over logits: every warp has read the true class by now
+            tl.debug_barrier()  # grad may alias logits: every warp has read the true class by now
         for start in range(0, vocab, BLOCK):
             index = start + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + index, mask=index < length, other=0.0).to(tl.float32)
             z, slope = _capped(x, softcap, inverse_softcap, SOFTCAP)
             d = tl.where(index == label, d_true, tl.exp(z - top) * p_factor - share) * slope * scale
-            # where, not a product: an ignored row may hold anything
+            # where, not a product: an ignored row may contain NaN
             d = rounded(tl.where(kept, d, 0.0), grad_ptr.dtype.element_ty)
             tl.store(grad_ptr + index, d, mask=index < vocab)
 
@@ -283,7 +268,7 @@ def _row_sums(
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(largest logit, sum of exp(z - largest) but for the true class, mean of z)."""
+    """(largest logit, sum of exp(z - largest) without the true class, mean of z)."""
     top = z_true
     others = tl.zeros([BLOCK], tl.float32)
     values = tl.zeros([BLOCK], tl.float32)
@@ -296,7 +281,7 @@ def _row_sums(
             values += tl.where(other_class, z, 0.0)
         z = tl.where(other_class, z, float("-inf"))
         new_top = tl.maximum(top, tl.max(z, 0))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing finite so far: -inf minus itself is NaN
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # no finite logit so far: -inf - -inf is NaN
         others = others * tl.exp(top - base) + tl.exp(z - base)
         top = new_top
     return top, tl.sum(others, 0), (tl.sum(values, 0) + z_true) / vocab
@@ -304,10 +289,10 @@ def _row_sums(
 
 @jit
 def _capped(x, softcap, inverse_softcap, SOFTCAP: tl.constexpr):
-    """(softcap * tanh(x / softcap), its slope), or (x, 1).
+    """(softcap * tanh(x / softcap), its derivative), or (x, 1).
 
-    Near zero by a polynomial, elsewhere and for the slope by e = exp(-2 |u|): the slope 4 e / (1 + e)^2 keeps
-    its digits where 1 - tanh(u)^2 has none.
+    A polynomial near zero; elsewhere and for the derivative e = exp(-2 |u|), since 4 e / (1 + e)^2 keeps its
+    precision where 1 - tanh(u)^2 loses it.
     Source: the coefficients are those of tanhf in the Cephes library.
     """
     slope = 1.0
@@ -316,7 +301,7 @@ def _capped(x, softcap, inverse_softcap, SOFTCAP: tl.constexpr):
         size = tl.abs(u)
         e = tl.exp(-2.0 * size)
         far = 1.0 - 2.0 * e / (1.0 + e)
-        w = tl.minimum(u * u, 1.0)  # beyond the polynomial's range it must not overflow
+        w = tl.minimum(u * u, 1.0)  # must not overflow outside the polynomial's range
         poly = -5.70498872745e-3 * w + 2.06390887954e-2
         poly = poly * w - 5.37397155531e-2
         poly = poly * w + 1.33314422036e-1
@@ -329,7 +314,7 @@ def _capped(x, softcap, inverse_softcap, SOFTCAP: tl.constexpr):
 
 @jit
 def _log1p(x):
-    """log(1 + x) for x >= 0: up to 1 by the series of 2 atanh(x / (2 + x)), whose ninth term is below fp32."""
+    """log(1 + x) for x >= 0; below 1 by the series of 2 atanh(x / (2 + x)), whose ninth term is below fp32."""
     q = x / (2.0 + x)
     w = q * q
     series = 1.0 / 15.0 + w / 17.0

@@ -1,4 +1,4 @@
-"""Where a kernel can run, and the one place that imports Triton: without it the torch references still work."""
+"""Where a kernel can run, and the one place that imports Triton: without it the torch reference runs instead."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ else:
     except ImportError:
         triton = tl = None
 
-# Triton decides so when a kernel is decorated, its own library's when it is imported: the first import counts.
+# Triton reads the variable when it is first imported, so later changes to it have no effect.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Interpreted kernels are far slower than torch, so tensors on the CPU go there only where a test asks for it.
+# Set by tests only: interpreted kernels are far slower than torch on a CPU.
 interpret_cpu_tensors = False
+# All kernels compute in fp32, so fp64 is left to the reference.
+DTYPES = (torch.bfloat16, torch.float32)
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """triton.jit, launched on its arguments' device; without Triton, what raises ImportError when it is launched."""
+    """triton.jit that launches on the device of its arguments; without Triton, a launch raises ImportError."""
     if tl is None:
         return _Missing(function.__name__)
     kernel = triton.jit(function)
@@ -35,12 +37,17 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 def available(tensor: torch.Tensor) -> bool:
-    """Whether kernels take this tensor: on a GPU, or in a test on the CPU, in Triton's interpreter."""
+    """Whether kernels run on the device of `tensor`: a GPU, or under test the CPU through Triton's interpreter."""
     return tl is not None and (tensor.is_cuda or (interpret_cpu_tensors and tensor.device.type == "cpu"))
 
 
+def can_fuse(*tensors: torch.Tensor) -> bool:
+    """Whether kernels run on the device of the first of `tensors` and support the dtypes of all of them."""
+    return available(tensors[0]) and all(tensor.dtype in DTYPES for tensor in tensors)
+
+
 def _on_their_device(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, with the stream of that one, wherever the tensors are."""
+    """Triton launches on the current device and its stream, wherever the tensors are."""
 
     def run_there(*args: Any, **kwargs: Any) -> Any:
         device = next((arg.device for arg in args if isinstance(arg, torch.Tensor)), None)
@@ -60,4 +67,4 @@ class _Missing:
         raise ImportError(f"the kernel {self.name} needs Triton, which is not installed: pip install triton")
 
 
-__all__ = ["INTERPRETED", "available", "jit", "tl"]
+__all__ = ["INTERPRETED", "available", "can_fuse", "jit", "tl"]

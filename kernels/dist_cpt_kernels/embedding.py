@@ -1,34 +1,26 @@
-"""Rows of a table by token id, and the gradient of the table: sorted, summed in fp32, the same bits every time.
+"""Embedding lookup, and the gradient of the table: sorted, summed in fp32, deterministic.
 
-T tokens, V vocab, D model, S tokens of one tile.
+T tokens, V vocab, D model.
 
-The ids are sorted (stable), so equal ids lie in one run. A first kernel sums each run within a tile of S sorted
-tokens; a run that crosses tiles leaves one partial sum in each, and a second kernel adds those in order. One
-frequent token is thus spread over many programs, and no sum depends on which program came first.
+The ids are sorted (stably), so that equal ids form one run. A first kernel sums each run within a tile of sorted
+tokens; a run that crosses tiles leaves a partial sum in each, and a second kernel adds these in order. A frequent
+token is thus spread over many programs, and no sum depends on the order in which programs run.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from dist_cpt_kernels import reference
-from dist_cpt_kernels.dispatch import available, jit, tl
+from dist_cpt_kernels.dispatch import can_fuse, jit, tl
 from dist_cpt_kernels.rounding import rounded
 
 TILE_TOKENS = 32
-BLOCK = 512  # columns of one program
+BLOCK = 512  # columns per program
 NUM_WARPS = 2
-
-
-class RowGradient(NamedTuple):
-    """The rows of a table's gradient that are not zero; entries from `num_rows` on are padding."""
-
-    ids: torch.Tensor  # int64 [T], ascending, -1 as padding
-    rows: torch.Tensor  # fp32 [T, D], 0 as padding
-    num_rows: torch.Tensor  # int64 [], on the device: reading it is a host sync
 
 
 def embedding(ids: torch.Tensor, weight: torch.Tensor, *, padding_idx: int | None = None) -> torch.Tensor:
@@ -66,10 +58,10 @@ def embedding_gradient(
 ) -> torch.Tensor:
     """The dense gradient [V, D] in `dtype` from `grad` [..., D] of the gathered rows and `ids` int64 [...].
 
-    Summed in fp32 in the order of the tokens, rounded once. Any strides; made contiguous.
+    Summed in fp32 in the order of the tokens, rounded once.
     """
     grad, ids = grad.reshape(-1, grad.shape[-1]), ids.flatten()
-    if not _can_fuse(grad):
+    if not can_fuse(grad):
         return reference.embedding_gradient(grad, ids, num_embeddings, dtype=dtype, padding_idx=padding_idx)
     places, order = torch.sort(ids, stable=True)
     if padding_idx is not None:
@@ -79,34 +71,8 @@ def embedding_gradient(
     return out
 
 
-def embedding_gradient_rows(grad: torch.Tensor, ids: torch.Tensor, *, padding_idx: int | None = None) -> RowGradient:
-    """As `embedding_gradient`, but only the rows that occur: T of them at most, never [V, D]. No host sync."""
-    grad, ids = grad.reshape(-1, grad.shape[-1]), ids.flatten()
-    sorted_ids, order = torch.sort(ids, stable=True)
-    starts = torch.ones_like(sorted_ids)
-    starts[1:] = sorted_ids[1:] != sorted_ids[:-1]
-    if padding_idx is not None:
-        starts[sorted_ids == padding_idx] = 0
-    places = starts.cumsum(0) - 1
-    if padding_idx is not None:
-        places = torch.where(sorted_ids == padding_idx, -1, places)
-    spare = places.where(places >= 0, len(ids))  # one more entry takes the padding id, and is cut off
-    row_ids = ids.new_full((len(ids) + 1,), -1).scatter_(0, spare, sorted_ids)[:-1]
-    rows = torch.zeros(grad.shape, dtype=torch.float32, device=grad.device)
-    if _can_fuse(grad):
-        _sum_runs(grad, order, places, rows)
-    else:
-        kept = (places >= 0).unsqueeze(1)
-        rows.index_add_(0, places.clamp_min(0), torch.where(kept, grad[order].float(), 0.0))
-    return RowGradient(row_ids, rows, starts.sum())
-
-
-def _can_fuse(grad: torch.Tensor) -> bool:
-    return available(grad) and grad.dtype in (torch.bfloat16, torch.float16, torch.float32)
-
-
 def _sum_runs(grad: torch.Tensor, order: torch.Tensor, places: torch.Tensor, out: torch.Tensor) -> None:
-    """out[p] = sum of grad[order[i]] over the run of `places` equal to p; a negative place is left out."""
+    """out[p] = sum of grad[order[i]] over the run of `places` equal to p; negative places are skipped."""
     num_tokens, dim = grad.shape
     if not grad.numel():
         return
@@ -126,7 +92,7 @@ def _sum_runs(grad: torch.Tensor, order: torch.Tensor, places: torch.Tensor, out
 def sum_runs_kernel(
     grad_ptr, order_ptr, places_ptr, out_ptr, parts_ptr, num_tokens, dim, TILE_TOKENS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Sum the runs of one tile: a whole run to `out`, one that came in to parts[0], one that goes on to parts[1]."""
+    """Sum the runs of one tile: whole ones to `out`, one of the previous tile to parts[0], an open one to parts[1]."""
     tile = tl.program_id(0).to(tl.int64)
     num_tiles = tl.num_programs(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -135,29 +101,29 @@ def sum_runs_kernel(
     end = tl.minimum(first + TILE_TOKENS, num_tokens)
     place = tl.load(places_ptr + first)
     before = tl.load(places_ptr + first - 1, mask=first > 0, other=-2)
-    came_in, began_here = before == place, before != place
+    carried_in, starts_here = before == place, before != place
     total = tl.zeros([BLOCK], tl.float32)
     for token in range(first, end):
         source = tl.load(order_ptr + token)
         total += tl.load(grad_ptr + source * dim + column, mask=inside, other=0.0).to(tl.float32)
         following = tl.load(places_ptr + token + 1, mask=token + 1 < num_tokens, other=-2)
-        goes_on, ends = following == place, following != place
+        continues, ends = following == place, following != place
         last = token + 1 == end
-        # masks, not branches: Triton 3.6 fails to compile these stores behind an `if` in a loop
-        came = column < tl.where(came_in & (last | ends), dim, 0)
-        tl.store(parts_ptr + tile * dim + column, total, mask=came)
-        leaves = column < tl.where(began_here & goes_on & last, dim, 0)
-        tl.store(parts_ptr + (num_tiles + tile) * dim + column, total, mask=leaves)
-        whole = column < tl.where(began_here & ends & (place >= 0), dim, 0)
+        # masks, not branches: Triton 3.6 cannot compile these stores behind an `if` in a loop
+        carried = column < tl.where(carried_in & (last | ends), dim, 0)
+        tl.store(parts_ptr + tile * dim + column, total, mask=carried)
+        carried_out = column < tl.where(starts_here & continues & last, dim, 0)
+        tl.store(parts_ptr + (num_tiles + tile) * dim + column, total, mask=carried_out)
+        whole = column < tl.where(starts_here & ends & (place >= 0), dim, 0)
         tl.store(out_ptr + place * dim + column, rounded(total, out_ptr.dtype.element_ty), mask=whole)
-        total = tl.where(goes_on, total, 0.0)
-        came_in, began_here = came_in & goes_on, began_here | ends
+        total = tl.where(continues, total, 0.0)
+        carried_in, starts_here = carried_in & continues, starts_here | ends
         place = following
 
 
 @jit
 def join_runs_kernel(places_ptr, out_ptr, parts_ptr, num_tokens, dim, TILE_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """Where a run begins in this tile and goes on in the next: add its parts in order."""
+    """Add the partial sums, in order, of a run that starts in this tile and continues in the next."""
     tile = tl.program_id(0).to(tl.int64)
     num_tiles = tl.num_programs(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -165,16 +131,16 @@ def join_runs_kernel(places_ptr, out_ptr, parts_ptr, num_tokens, dim, TILE_TOKEN
     first = tile * TILE_TOKENS
     token = first + TILE_TOKENS
     place = tl.load(places_ptr + token - 1, mask=token < num_tokens, other=-1)
-    goes_on = tl.load(places_ptr + token, mask=token < num_tokens, other=-2) == place
-    began_here = tl.load(places_ptr + first - 1, mask=first > 0, other=-2) != place
-    goes_on = goes_on & began_here & (place >= 0)
-    begins = column < tl.where(goes_on, dim, 0)
+    continues = tl.load(places_ptr + token, mask=token < num_tokens, other=-2) == place
+    starts_here = tl.load(places_ptr + first - 1, mask=first > 0, other=-2) != place
+    continues = continues & starts_here & (place >= 0)
+    begins = column < tl.where(continues, dim, 0)
     end = tile + 1
-    while goes_on:  # scalars alone: Triton 3.6 fails to compile a `while` that carries a block
+    while continues:  # scalars only: Triton 3.6 cannot compile a `while` that carries a block
         end += 1
-        # the next tile's first token alone says whether the run came into it
+        # the run continues into the next tile if that tile's first token belongs to it
         token = end * TILE_TOKENS
-        goes_on = tl.load(places_ptr + token, mask=token < num_tokens, other=-2) == place
+        continues = tl.load(places_ptr + token, mask=token < num_tokens, other=-2) == place
     total = tl.load(parts_ptr + (num_tiles + tile) * dim + column, mask=begins, other=0.0)
     for part in range(tile + 1, end):
         total += tl.load(parts_ptr + part * dim + column, mask=inside, other=0.0)

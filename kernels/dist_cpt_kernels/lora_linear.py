@@ -1,15 +1,14 @@
-"""Linear layers under LoRA with their backward pass by hand: several of one input, or a whole gated MLP.
+"""Linear layers under LoRA with a hand-written backward pass: several of one input, or a whole gated MLP.
 
-T tokens, I in, O out, R rank, S the ranks of a group together; D model, F ffn.
+T tokens, I in, O out, R rank, S sum of the ranks of a group; D model, F ffn.
 
-y = x W^T + b + scaling (drop(x) A^T) B^T. GEMMs are cuBLAS's. Next to W those of an adapter have few FLOPs and as
-many bytes, so each tensor of T rows is read and written as seldom as can be: adapters that see the same input form
-a group, their A one matrix [S, I], whose product with x and whose share of dx are one GEMM each; the other half is
-added to y in place; and scaling rides on a GEMM, where it costs no rounding.
+y = x W^T + b + scaling (drop(x) A^T) B^T, with cuBLAS GEMMs. Compared to W, an adapter's GEMMs have few FLOPs but as
+many bytes, so tensors with T rows are read and written as rarely as possible: adapters with the same input form a
+group whose A are concatenated to [S, I], with one GEMM for x A^T and one for its part of dx; the B product is added
+to y in place; and the scaling is part of a GEMM, where it causes no rounding.
 
-Kept for the backward pass: the parameters themselves (an engine that shards refills them), x, drop(x) A^T (S columns,
-a hundredth of x, that would cost a pass over x again), and a mask of one byte an element where dropout is on. A
-packed W is decoded for each product and never kept.
+Saved for the backward pass: the parameters themselves (a sharding engine refills them), x, drop(x) A^T (S columns, a
+hundredth of x), and a dropout mask of one byte per element. An NF4 W is decoded for each product and never saved.
 Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, section 4.1.
 """
 
@@ -17,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -31,11 +30,11 @@ def lora_linear(x: torch.Tensor, *projections: Projection, training: bool = True
     """y_i = x W_i^T + b_i + scaling_i (drop_i(x) A_i^T) B_i^T [..., O_i] for each projection of `x` [..., I].
 
     All floating-point tensors have the dtype of `x`. Dropout draws from torch's generator in the order of the
-    projections, and only if `training`. Gradients are formed for what requires them, the base weight's too. `x` is
-    not overwritten. Differentiable once.
+    projections, and only if `training`. Gradients are computed for all tensors that require them, including base
+    weights. Differentiable once.
 
     Raises:
-        ValueError: shapes, dtypes or a dropout that do not fit; autocast is on.
+        ValueError: shapes or dtypes do not match, a dropout outside [0, 1], or autocast is enabled.
     """
     names = [f"projection {i}" for i in range(len(projections))]
     _check(x, dict(zip(names, projections, strict=True)))
@@ -48,25 +47,24 @@ def lora_mlp(
     gate: Projection,
     up: Projection,
     down: Projection,
-    activation: Activation | Literal["gelu"] = "silu",
+    activation: Activation = "silu",
     training: bool = True,
 ) -> torch.Tensor:
     """down(activation(gate(x)) * up(x)) [..., D], each a projection as in `lora_linear`, for `x` [..., D].
 
-    Of what lies between, gate(x) and up(x) are kept, and their product is formed again; "gelu" is "gelu_exact".
+    Of the intermediate tensors, gate(x) and up(x) are saved; their product is recomputed.
 
     Raises:
-        ValueError: shapes, dtypes, an activation or a dropout that do not fit; autocast is on.
+        ValueError: shapes or dtypes do not match, an unknown activation, a dropout outside [0, 1], or autocast.
     """
-    exact: Activation = "gelu_exact" if activation == "gelu" else activation
-    if exact not in ACTIVATIONS:
-        raise ValueError(f"activation: gelu, {', '.join(ACTIVATIONS)} expected, got {activation!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected {', '.join(ACTIVATIONS)}, got {activation!r}")
     _check(x, {"gate": gate, "up": up})
     if gate.shape[0] != up.shape[0]:
-        raise ValueError(f"gate and up of one width expected, got {gate.shape[0]} and {up.shape[0]}")
+        raise ValueError(f"gate and up: expected the same width, got {gate.shape[0]} and {up.shape[0]}")
     _check(x.new_empty(0, gate.shape[0]), {"down": down})
     settings, tensors = _for_autograd((gate, up, down), training)
-    return _LoraMlp.apply(x, exact, settings, *tensors)
+    return _LoraMlp.apply(x, activation, settings, *tensors)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -75,7 +73,7 @@ class _LoraLinear(torch.autograd.Function):
         layers = _layers(settings, tensors, ctx.needs_input_grad[2:])
         outs, kept = _project(x, layers)
         need_x = ctx.needs_input_grad[0]
-        ctx.set_materialize_grads(False)  # an output that nobody used has no gradient, not one of zeros
+        ctx.set_materialize_grads(False)  # an unused output has no gradient instead of zeros
         ctx.settings, ctx.x_shape = settings, x.shape
         ctx.save_for_backward(
             x if _need_input(layers) else None, *_parameters_for(layers, need_x), *_for_backward(kept, layers, need_x)
@@ -142,7 +140,7 @@ class _LoraMlp(torch.autograd.Function):
         inner = _inner_gradients(grads, last, need_product)
         if need_product:
             dproduct = _input_gradient(grads, inner, last, kept_last)
-            # Nobody else has these three; but with retain_graph a later backward reads gate and up again.
+            # All three are ours, but with retain_graph a later backward reads gate and up again.
             overwrite = not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
             dgate, dup, product = gated_gradients(
                 dproduct, _rows(gate), _rows(up), ctx.activation, want_value=want_product, overwrite=overwrite
@@ -160,24 +158,24 @@ class _LoraMlp(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Setting:
-    """What of a projection is no tensor that autograd follows."""
+    """The settings of a projection, without the tensors that autograd tracks."""
 
     rank: int  # 0: no adapter
     scaling: float
-    dropout: float  # 0 outside of training
+    dropout: float  # 0 in evaluation
     scales: Nf4Scales | None
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A projection inside of a function: in the backward pass with those tensors only that it needs there."""
+    """A projection inside an autograd function; in the backward pass, tensors that it does not read are None."""
 
     setting: _Setting
     weight: Any
     bias: Any
     A: Any
     B: Any
-    needs: Sequence[bool]  # a gradient, of these four
+    needs: Sequence[bool]  # which of these four need a gradient
 
 
 def _for_autograd(projections: Sequence[Projection], training: bool) -> tuple[tuple[_Setting, ...], list[Any]]:
@@ -216,30 +214,30 @@ def _parameters_for(layers: Sequence[_Layer], need_x: bool) -> list[Any]:
 
 
 def _groups(layers: Sequence[_Layer]) -> list[list[int]]:
-    """The layers whose adapters see the same input: all without dropout, and each with dropout by itself."""
+    """The layers whose adapters have the same input: all those without dropout; each one with dropout alone."""
     adapted = [i for i, layer in enumerate(layers) if layer.setting.rank]
     same = [i for i in adapted if not layers[i].setting.dropout]
     return ([same] if same else []) + [[i] for i in adapted if layers[i].setting.dropout]
 
 
-# What the forward pass of a group leaves: drop(x) A^T [T, S] and the mask of the dropout [T, I].
-_Kept = tuple[Any, Any]
+# Per group: drop(x) A^T [T, S] and the dropout mask [T, I].
+_Saved = tuple[Any, Any]
 
 
-def _project(x: torch.Tensor, layers: Sequence[_Layer]) -> tuple[list[torch.Tensor], list[_Kept]]:
-    """(each output [..., O], what each group leaves)."""
+def _project(x: torch.Tensor, layers: Sequence[_Layer]) -> tuple[list[torch.Tensor], list[_Saved]]:
+    """(each output [..., O], the tensors to save of each group)."""
     x_TI = _rows(x)
     outs: list[torch.Tensor] = []
     for layer in layers:
         weight_OI = _dense(layer, x.dtype)
-        out = x.new_empty((*x.shape[:-1], weight_OI.shape[0]))  # no view: a caller may change it in place
+        out = x.new_empty((*x.shape[:-1], weight_OI.shape[0]))  # not a view: a caller may modify it in place
         if layer.bias is None:
             torch.mm(x_TI, weight_OI.T, out=_rows(out))
         else:
             torch.addmm(layer.bias, x_TI, weight_OI.T, out=_rows(out))
         del weight_OI  # before the next one is decoded
         outs.append(out)
-    kept: list[_Kept] = []
+    kept: list[_Saved] = []
     for group in _groups(layers):
         dropped_TI, mask_TI = x_TI, None
         if dropout := layers[group[0]].setting.dropout:
@@ -251,24 +249,24 @@ def _project(x: torch.Tensor, layers: Sequence[_Layer]) -> tuple[list[torch.Tens
     return outs, kept
 
 
-def _for_backward(kept: Sequence[_Kept], layers: Sequence[_Layer], need_x: bool) -> list[Any]:
-    """Of what the groups leave, what the backward pass reads: two for each."""
-    found: list[Any] = []
+def _for_backward(kept: Sequence[_Saved], layers: Sequence[_Layer], need_x: bool) -> list[Any]:
+    """The tensors of the groups that the backward pass reads: two per group."""
+    saved: list[Any] = []
     for group, (inner_TS, mask_TI) in zip(_groups(layers), kept, strict=True):
-        found.append(inner_TS if any(layers[i].needs[3] for i in group) else None)
-        found.append(mask_TI if need_x or any(layers[i].needs[2] for i in group) else None)
-    return found
+        saved.append(inner_TS if any(layers[i].needs[3] for i in group) else None)
+        saved.append(mask_TI if need_x or any(layers[i].needs[2] for i in group) else None)
+    return saved
 
 
 def _inner_gradients(
     grads: Sequence[torch.Tensor | None], layers: Sequence[_Layer], need_x: bool
 ) -> list[torch.Tensor | None]:
-    """For each group scaling dy B, the gradient of drop(x) A^T [T, S]; None where nothing needs it."""
-    found: list[torch.Tensor | None] = []
+    """scaling dy B, the gradient of drop(x) A^T [T, S], of each group; None if unused."""
+    inner: list[torch.Tensor | None] = []
     for group in _groups(layers):
         given = [grad for i in group if (grad := grads[i]) is not None]
         if not given or not (need_x or any(layers[i].needs[2] for i in group)):
-            found.append(None)
+            inner.append(None)
             continue
         inner_TS = given[0].new_empty((given[0].shape[0], sum(layers[i].setting.rank for i in group)))
         for i, inner_TR in _split(inner_TS, layers, group):
@@ -277,8 +275,8 @@ def _inner_gradients(
                 inner_TR.zero_()
             else:
                 inner_TR.addmm_(grad_TO, layers[i].B, beta=0, alpha=layers[i].setting.scaling)
-        found.append(inner_TS)
-    return found
+        inner.append(inner_TS)
+    return inner
 
 
 def _input_gradient(
@@ -287,7 +285,7 @@ def _input_gradient(
     layers: Sequence[_Layer],
     kept: Sequence[Any],
 ) -> torch.Tensor:
-    """dx [T, I] = sum of dy W and, through the mask, of (scaling dy B) A."""
+    """dx [T, I]: the sum of dy W and, through the dropout mask, of (scaling dy B) A."""
     dx: Any = None
     for grad_TO, layer in zip(grads, layers, strict=True):
         if grad_TO is None:
@@ -303,7 +301,7 @@ def _input_gradient(
             dx.addmm_(inner_TS, _stacked_A(layers, group))
         else:
             layer = layers[group[0]]
-            dx.addcmul_(inner_TS @ layer.A, mask_TI, value=_growth(layer))
+            dx.addcmul_(inner_TS @ layer.A, mask_TI, value=_dropout_scale(layer))
     return dx
 
 
@@ -314,34 +312,34 @@ def _parameter_gradients(
     layers: Sequence[_Layer],
     kept: Sequence[Any],
 ) -> list[torch.Tensor | None]:
-    """Those of weight, bias, A and B of each layer that are needed, else None."""
+    """The gradients of weight, bias, A and B of each layer, None where not needed."""
     x_TI: Any = None if x is None else _rows(x)
-    found: list[torch.Tensor | None] = [None] * (4 * len(layers))
+    gradients: list[torch.Tensor | None] = [None] * (4 * len(layers))
     for i, (grad_TO, layer) in enumerate(zip(grads, layers, strict=True)):
         if grad_TO is not None and layer.needs[0]:
-            found[4 * i] = grad_TO.T @ x_TI
+            gradients[4 * i] = grad_TO.T @ x_TI
         if grad_TO is not None and layer.needs[1]:
-            found[4 * i + 1] = grad_TO.sum(0)
+            gradients[4 * i + 1] = grad_TO.sum(0)
     for group, dinner_TS, inner_TS, mask_TI in zip(_groups(layers), inner, kept[::2], kept[1::2], strict=True):
         if dinner_TS is not None and any(layers[i].needs[2] for i in group):
             dropped_TI = x_TI
-            if mask_TI is not None:  # in one pass as the forward pass made it
-                dropped_TI = torch.ops.aten.native_dropout_backward(x_TI, mask_TI, _growth(layers[group[0]]))
+            if mask_TI is not None:  # one pass, the same as in the forward pass
+                dropped_TI = torch.ops.aten.native_dropout_backward(x_TI, mask_TI, _dropout_scale(layers[group[0]]))
             dA_SI = dinner_TS.T @ dropped_TI
             for i, dA_RI in _split(dA_SI, layers, group, dim=0):
-                found[4 * i + 2] = dA_RI if layers[i].needs[2] and grads[i] is not None else None
+                gradients[4 * i + 2] = dA_RI if layers[i].needs[2] and grads[i] is not None else None
         if inner_TS is None:
             continue
         for i, inner_TR in _split(inner_TS, layers, group):
             grad_TO = grads[i]
             if grad_TO is not None and layers[i].needs[3]:
                 dB_OR = grad_TO.new_empty((grad_TO.shape[1], inner_TR.shape[1]))
-                found[4 * i + 3] = dB_OR.addmm_(grad_TO.T, inner_TR, beta=0, alpha=layers[i].setting.scaling)
-    return found
+                gradients[4 * i + 3] = dB_OR.addmm_(grad_TO.T, inner_TR, beta=0, alpha=layers[i].setting.scaling)
+    return gradients
 
 
-def _growth(layer: _Layer) -> float:
-    """What dropout multiplies the elements with that it keeps."""
+def _dropout_scale(layer: _Layer) -> float:
+    """The factor of the elements that dropout keeps."""
     return 0.0 if layer.setting.dropout == 1.0 else 1.0 / (1.0 - layer.setting.dropout)
 
 
@@ -350,46 +348,44 @@ def _dense(layer: _Layer, dtype: torch.dtype) -> torch.Tensor:
     scales = layer.setting.scales
     if scales is None:
         return layer.weight
-    return dequantize_nf4(
-        layer.weight, scales.absmax, scales.shape, scales.dtype, nested=scales.nested, block=scales.block
-    ).to(dtype)
+    return dequantize_nf4(layer.weight, scales.absmax, scales.shape, torch.bfloat16, nested=scales.nested).to(dtype)
 
 
 def _stacked_A(layers: Sequence[_Layer], group: Sequence[int]) -> torch.Tensor:
-    """[S, I]: the A of a group, one below the other."""
+    """The A of a group, concatenated to [S, I]."""
     return layers[group[0]].A if len(group) == 1 else torch.cat([layers[i].A for i in group])
 
 
 def _split(
     tensor: torch.Tensor, layers: Sequence[_Layer], group: Sequence[int], dim: int = 1
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(layer, its share of S) for each layer of the group."""
+    """(index of the layer, its slice of S) for each layer of the group."""
     return zip(group, tensor.split([layers[i].setting.rank for i in group], dim), strict=True)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """[..., I] as [T, I]: a view where it can be one."""
+    """[..., I] as [T, I]: a view if possible."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _check(x: torch.Tensor, projections: dict[str, Projection]) -> None:
     if torch.is_autocast_enabled(x.device.type):
-        raise ValueError("autocast is on: these functions compute in the dtype of x, so cast beforehand")
+        raise ValueError("autocast is enabled: these functions compute in the dtype of x, so cast it before the call")
     for name, p in projections.items():
         floating = {"lora_A": p.lora_A, "lora_B": p.lora_B, "bias": p.bias}
         if p.scales is None:
             floating["weight"] = p.weight
         other = [f"{key} {t.dtype}" for key, t in floating.items() if t is not None and t.dtype != x.dtype]
         if other:
-            raise ValueError(f"{name}: {x.dtype} as x expected, got {', '.join(other)}")
+            raise ValueError(f"{name}: expected {x.dtype} as x, got {', '.join(other)}")
         if (p.lora_A is None) != (p.lora_B is None):
-            raise ValueError(f"{name}: lora_A and lora_B expected, or neither")
+            raise ValueError(f"{name}: expected both lora_A and lora_B, or neither")
         if not 0.0 <= p.dropout <= 1.0:
-            raise ValueError(f"{name}: a dropout from 0 to 1 expected, got {p.dropout}")
+            raise ValueError(f"{name}: expected a dropout from 0 to 1, got {p.dropout}")
         out, width = p.shape[0], x.shape[-1] if x.ndim else 0
         rank = 0 if p.lora_A is None else p.lora_A.shape[0]
         expected = {"weight": (out, width), "bias": (out,), "lora_A": (rank, width), "lora_B": (out, rank)}
         shapes = {key: tuple(t.shape) for key, t in floating.items() if t is not None} | {"weight": p.shape}
-        wrong = [f"{key} {[*found]}" for key, found in shapes.items() if found != expected[key]]
+        wrong = [f"{key} {[*actual]}" for key, actual in shapes.items() if actual != expected[key]]
         if wrong:
-            raise ValueError(f"{name}: does not fit x {[*x.shape]} and {out} outputs: {', '.join(wrong)}")
+            raise ValueError(f"{name}: does not match x {[*x.shape]} and {out} outputs: {', '.join(wrong)}")

@@ -1,8 +1,8 @@
-"""NF4 codes back to numbers in one kernel, the nested scales decoded on the way.
+"""NF4 dequantisation in one kernel, including the nested scales.
 
-Two codes lie in a byte, the first in the high half. A block of 64 elements shares one scale, itself a code:
-scale = code_map[code] * absmax2 + offset, with one absmax2 for 256 scales. Every product and sum is rounded to
-fp32 by itself, never fused, so the result equals bitsandbytes' bit for bit.
+A byte holds two codes, the first in the high half. A block of 64 elements shares one scale, itself a code:
+scale = code_map[code] * absmax2 + offset, with one absmax2 per 256 scales. Every product and sum is rounded to
+fp32 on its own, never fused, so the result is bit-identical to that of bitsandbytes.
 Source: Dettmers et al., QLoRA, sections 2 and 3 (the 16 levels: appendix E).
 """
 
@@ -15,11 +15,12 @@ from functools import cache
 import torch
 
 from dist_cpt_kernels import reference
-from dist_cpt_kernels.dispatch import available, jit, tl
+from dist_cpt_kernels.dispatch import DTYPES, available, jit, tl
 from dist_cpt_kernels.projection import NestedScales
 from dist_cpt_kernels.rounding import rounded
 
-TILE = 4096  # elements of one program: 16 bytes of codes for each thread
+BLOCK = 64  # elements per scale
+TILE = 4096  # elements per program: 16 bytes of codes per thread
 NUM_WARPS = 4
 
 
@@ -30,23 +31,19 @@ def dequantize_nf4(
     dtype: torch.dtype,
     *,
     nested: NestedScales | None = None,
-    block: int = 64,
-    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The tensor of `shape` in `dtype` (bf16, fp16 or fp32) that `packed` uint8, two codes a byte, stands for.
+    """Decode `packed` uint8, two codes per byte, to a tensor of `shape` in `dtype` (bf16 or fp32).
 
-    `absmax` holds one scale for `block` elements: fp32, or uint8 codes with `nested`. Written to `out`, contiguous
-    and of that shape and dtype, if given. Not differentiable: a quantised weight has no gradient.
+    `absmax` has one scale per 64 elements: fp32, or uint8 codes with `nested`. Not differentiable, as a quantised
+    weight has no gradient.
 
     Raises:
-        ValueError: tensors that do not fit together.
+        ValueError: shapes or dtypes do not match.
     """
-    _check(packed, absmax, shape, dtype, nested, block, out)
+    _check(packed, absmax, shape, dtype, nested)
     if not available(packed):
-        values = reference.dequantize_nf4(packed, absmax, shape, dtype, nested=nested, block=block)
-        return values if out is None else out.copy_(values)
-    if out is None:
-        out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
+        return reference.dequantize_nf4(packed, absmax, shape, dtype, nested=nested)
+    out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
     num_elements = out.numel()
     if num_elements:
         dequantize_nf4_kernel[(-(-num_elements // TILE),)](
@@ -59,7 +56,7 @@ def dequantize_nf4(
             out,
             num_elements,
             packed.numel(),
-            BLOCK=block,
+            BLOCK=BLOCK,
             NESTED_BLOCK=256 if nested is None else nested.block,
             TILE=TILE,
             num_warps=NUM_WARPS,
@@ -74,33 +71,21 @@ def _levels(device: torch.device) -> torch.Tensor:
 
 
 def _check(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    nested: NestedScales | None,
-    block: int,
-    out: torch.Tensor | None,
+    packed: torch.Tensor, absmax: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, nested: NestedScales | None
 ) -> None:
     num_elements = math.prod(shape)
-    num_scales = -(-num_elements // block)
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"dtype bf16, fp16 or fp32 expected, got {dtype}")
-    if packed.dtype != torch.uint8 or not packed.is_contiguous() or packed.numel() != -(-num_elements // 2):
-        raise ValueError(
-            f"packed: {-(-num_elements // 2)} contiguous uint8 expected, got {packed.dtype} {[*packed.shape]}"
-        )
-    if block < 32 or block > TILE or block & (block - 1):
-        raise ValueError(f"block: a power of two from 32 to {TILE} expected, got {block}")
+    num_bytes, num_scales = -(-num_elements // 2), -(-num_elements // BLOCK)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected bf16 or fp32, got {dtype}")
+    if packed.dtype != torch.uint8 or not packed.is_contiguous() or packed.numel() != num_bytes:
+        raise ValueError(f"packed: expected {num_bytes} contiguous uint8, got {packed.dtype} {[*packed.shape]}")
     scale_dtype = torch.float32 if nested is None else torch.uint8
     if absmax.dtype != scale_dtype or absmax.numel() != num_scales or not absmax.is_contiguous():
-        raise ValueError(f"absmax: {num_scales} {scale_dtype} expected, got {absmax.numel()} {absmax.dtype}")
+        raise ValueError(f"absmax: expected {num_scales} {scale_dtype}, got {absmax.numel()} {absmax.dtype}")
     if nested is not None:
-        wanted, found = (256, -(-num_scales // nested.block)), (nested.code_map.numel(), nested.absmax.numel())
-        if wanted != found:
-            raise ValueError(f"nested: a map of {wanted[0]} and {wanted[1]} scales expected, got {found}")
-    if out is not None and (out.shape != torch.Size(shape) or out.dtype != dtype or not out.is_contiguous()):
-        raise ValueError(f"out: contiguous {dtype} {[*shape]} expected, got {out.dtype} {[*out.shape]}")
+        expected, actual = (256, -(-num_scales // nested.block)), (nested.code_map.numel(), nested.absmax.numel())
+        if expected != actual:
+            raise ValueError(f"nested: expected a map of {expected[0]} and {expected[1]} scales, got {actual}")
 
 
 @jit
@@ -118,7 +103,7 @@ def dequantize_nf4_kernel(
     NESTED_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program decodes TILE elements, a row of its tile being one block with its scale."""
+    """One program decodes TILE elements; each row of its tile is one block with its scale."""
     ROWS: tl.constexpr = TILE // BLOCK
     BYTES: tl.constexpr = BLOCK // 2
     tile = tl.program_id(0).to(tl.int64)

@@ -1,4 +1,4 @@
-"""One linear layer as the kernels take it: a plain or NF4 weight, and its adapter."""
+"""One linear layer as the kernels take it: a dense or NF4 weight, and its adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class NestedScales(NamedTuple):
-    """How the scales themselves are stored."""
+    """Double quantisation: how the scales of NF4 blocks are stored as 8-bit codes."""
 
     code_map: torch.Tensor  # fp32 [256]
     absmax: torch.Tensor  # fp32 [ceil(number of scales / block)]
@@ -19,25 +19,23 @@ class NestedScales(NamedTuple):
 
 @dataclass(frozen=True)
 class Nf4Scales:
-    """What turns NF4 codes into a weight of `shape`, rounded to `dtype`."""
+    """The scales of an NF4 weight of `shape`, which decodes to bf16."""
 
-    absmax: torch.Tensor  # fp32, or uint8 with `nested`: one for `block` elements
+    absmax: torch.Tensor  # one per 64 elements: fp32, or uint8 codes with `nested`
     shape: tuple[int, int]  # [O, I]
     nested: NestedScales | None = None
-    block: int = 64
-    dtype: torch.dtype = torch.bfloat16  # before the weight is cast to the dtype of its input
 
 
 @dataclass(frozen=True)
 class Projection:
-    """The matrices of one linear layer, whole, as they are at the moment of the call."""
+    """The matrices of one linear layer, unsharded, at the moment of the call."""
 
-    weight: torch.Tensor  # [O, I], or with `scales` uint8 codes of NF4, two in a byte
+    weight: torch.Tensor  # [O, I], or with `scales` uint8 NF4 codes, two per byte
     bias: torch.Tensor | None = None  # [O]
     lora_A: torch.Tensor | None = None  # [R, I]; None: no adapter
     lora_B: torch.Tensor | None = None  # [O, R]
-    scaling: float = 1.0  # alpha / R, rank-stabilised alpha / sqrt(R)
-    dropout: float = 0.0  # of the adapter's input alone
+    scaling: float = 1.0  # alpha / R, or alpha / sqrt(R) if rank-stabilised
+    dropout: float = 0.0  # of the adapter's input only
     scales: Nf4Scales | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""What each operation means, in plain torch and without a thought for speed or memory.
+"""The specification of each operation in plain torch, without regard to speed or memory.
 
 T tokens, D model, V vocab; B batch, L sequence, H heads, N head dim, P positions, F ffn.
 """
@@ -15,7 +15,7 @@ from dist_cpt_kernels.projection import Projection
 
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float, *, casting: str = "llama") -> torch.Tensor:
-    """x / sqrt(mean over D of x^2 + eps), in at least fp32, and times the weight; [..., D] in the dtype of `x`.
+    """x / sqrt(mean over D of x^2 + eps) in at least fp32, times the weight; [..., D] in the dtype of `x`.
 
     "llama": rounded to that dtype, then times weight. "gemma": times (1 + weight) in at least fp32, then rounded.
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, equation 4.
@@ -36,24 +36,14 @@ def add_rms_norm(
 
 
 def rope(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cos_PR: torch.Tensor,
-    sin_PR: torch.Tensor,
-    position_ids: torch.Tensor | None = None,
-    *,
-    heads_first: bool = False,
+    q: torch.Tensor, k: torch.Tensor, cos_PR: torch.Tensor, sin_PR: torch.Tensor, position_ids_BL: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`q` and `k` [..., L, H, N], or with `heads_first` [..., H, L, N], rotated by the angles of their positions.
+    """`q` and `k` [B, L, H, N] rotated by the angles of their positions, in at least fp32, rounded once.
 
-    Of N, the first 2 R rotate, i with i + R; the rest stays. `position_ids` [B, L], [1, L] or [L], default 0 to
-    L - 1. In at least fp32, rounded once.
+    The first 2 R of N rotate, i with i + R; the rest is unchanged.
     Source: Su et al., RoFormer, section 3.2.2, in the half-split order of GPT-NeoX.
     """
-    if position_ids is None:
-        position_ids = torch.arange(q.shape[-2 if heads_first else -3], device=q.device)
-    heads_dim = -3 if heads_first else -2
-    cos, sin = (table[position_ids].unsqueeze(heads_dim) for table in (cos_PR, sin_PR))
+    cos, sin = (table[position_ids_BL].unsqueeze(-2) for table in (cos_PR, sin_PR))
     half = cos.shape[-1]
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
@@ -86,7 +76,7 @@ def cross_entropy(
 ) -> torch.Tensor:
     """scale * ((1 - e) nll + e mean over V of -log p + z_loss * logsumexp(z)^2) [T], 0 for ignored tokens.
 
-    In at least fp32; e is `label_smoothing`, z = softcap * tanh(logits / softcap) where `softcap` is given.
+    In at least fp32; e is `label_smoothing`, z = softcap * tanh(logits / softcap) if `softcap` is set.
     """
     z_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     if softcap is not None:
@@ -110,10 +100,10 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale * loss_sum, loss_sum detached), loss_sum = sum of `cross_entropy` over the kept tokens.
+    """(scale * loss_sum, loss_sum detached), loss_sum = sum of `cross_entropy` over the tokens that are not ignored.
 
-    Logits = hidden @ weight.T in the inputs' common dtype, everything after it in at least fp32. Differentiable
-    by autograd; materialises the full logits [T, V].
+    Logits = hidden @ weight.T in the dtype of `hidden`, everything after it in at least fp32. Materialises the full
+    logits [T, V].
     """
     logits_TV = hidden_TD @ weight_VD.to(hidden_TD.dtype).T
     loss_sum = cross_entropy(
@@ -155,11 +145,10 @@ def dequantize_nf4(
     dtype: torch.dtype,
     *,
     nested: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int] | None = None,
-    block: int = 64,
 ) -> torch.Tensor:
-    """level[code] * scale in fp32, rounded to `dtype`; the first code of a byte is its high half.
+    """level[code] * scale in fp32, rounded to `dtype`; a scale per 64 codes, the first code in a byte's high half.
 
-    `nested` (code map, absmax2, offset, its block): scale = map[absmax] * absmax2 + offset, each step in fp32.
+    `nested` (code map, absmax2, offset, scales per absmax2): scale = map[absmax] * absmax2 + offset, each step in fp32.
     """
     num_elements = math.prod(shape)
     if nested is not None:
@@ -167,11 +156,11 @@ def dequantize_nf4(
         absmax = code_map[absmax.int()] * absmax2.repeat_interleave(nested_block)[: absmax.numel()] + offset
     codes = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), dim=1).flatten()[:num_elements]
     levels = torch.tensor(NF4_LEVELS, device=packed.device)[codes.int()]
-    return (levels * absmax.repeat_interleave(block)[:num_elements]).to(dtype).view(*shape)
+    return (levels * absmax.repeat_interleave(64)[:num_elements]).to(dtype).view(*shape)
 
 
 def lora_linear(x: torch.Tensor, *projections: Projection, training: bool = True) -> tuple[torch.Tensor, ...]:
-    """x W^T + b + scaling (dropout(x) A^T) B^T [..., O] for each projection, every product and sum rounded by itself.
+    """x W^T + b + scaling (dropout(x) A^T) B^T [..., O] for each projection; each product and sum is rounded.
 
     Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, section 4.1.
     """
@@ -179,8 +168,7 @@ def lora_linear(x: torch.Tensor, *projections: Projection, training: bool = True
     for p in projections:
         weight = p.weight
         if p.scales is not None:
-            nested, block = p.scales.nested, p.scales.block
-            weight = dequantize_nf4(weight, p.scales.absmax, p.shape, p.scales.dtype, nested=nested, block=block)
+            weight = dequantize_nf4(weight, p.scales.absmax, p.shape, torch.bfloat16, nested=p.scales.nested)
         out = F.linear(x, weight.to(x.dtype), p.bias)
         if p.lora_A is not None and p.lora_B is not None:
             out = out + F.linear(F.linear(F.dropout(x, p.dropout, training), p.lora_A), p.lora_B) * p.scaling
@@ -196,7 +184,7 @@ def lora_mlp(
     activation: str = "silu",
     training: bool = True,
 ) -> torch.Tensor:
-    """down(activation(gate(x)) * up(x)) [..., D]; "silu", "gelu_tanh", "gelu" or, the same, "gelu_exact"."""
+    """down(activation(gate(x)) * up(x)) [..., D]; "silu", "gelu_tanh" or "gelu_exact"."""
     gate_out, up_out = lora_linear(x, gate, up, training=training)
     if activation == "silu":
         activated = F.silu(gate_out)
@@ -213,7 +201,7 @@ def embedding_gradient(
     dtype: torch.dtype = torch.float32,
     padding_idx: int | None = None,
 ) -> torch.Tensor:
-    """[V, D] in `dtype`: row v is the sum, in at least fp32, of the rows of `grad` whose id is v."""
+    """[V, D] in `dtype`: row v is the sum, in at least fp32, of the rows of `grad` with id v."""
     grad_TD = grad_TD.to(torch.promote_types(grad_TD.dtype, torch.float32))
     table_VD = grad_TD.new_zeros((num_embeddings, grad_TD.shape[1])).index_add_(0, ids_T, grad_TD)
     if padding_idx is not None:
@@ -238,7 +226,7 @@ def adamw_(
 ) -> None:
     """m += (1 - b1)(g - m); v = b2 v + (1 - b2) g^2; p = decay p - step_size m / (sqrt(v) / denominator + eps).
 
-    In the dtype of `params`, in place, and nothing where `skip` is not zero; `copies` receive the new params.
+    In place, in the dtype of `params`; nothing changes if `skip` is not zero. `copies` receive the new params.
     """
     for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         grad = grad.to(param.dtype)

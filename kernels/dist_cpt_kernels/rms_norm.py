@@ -1,11 +1,11 @@
-"""RMSNorm, alone and with the addition to the residual stream before it: each tensor is read and written once.
+"""RMSNorm, alone and fused with the residual addition before it: each tensor is read and written once.
 
 T rows, D model.
 
-Two castings are in use. Llama rounds the normalised row to the model's dtype and multiplies by the weight; Gemma
-multiplies by (1 + weight) in fp32 and rounds last. In the backward pass a program walks over many rows and keeps
-its share of the weight's gradient in fp32; a second kernel adds the shares in a fixed order, so the bits are the
-same every time. How many programs there are depends on the GPU alone.
+Two castings exist. Llama rounds the normalised row to the model's dtype and multiplies by the weight; Gemma
+multiplies by (1 + weight) in fp32 and rounds last. In the backward pass each program walks over many rows and
+accumulates a partial sum of the weight's gradient in fp32; a second kernel adds these in a fixed order, so results
+are bit-identical between runs. The number of programs depends on the GPU model only.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from dist_cpt_kernels import reference
-from dist_cpt_kernels.dispatch import available, jit, tl
+from dist_cpt_kernels.dispatch import can_fuse, jit, tl
 from dist_cpt_kernels.rounding import rounded
 
 Casting = Literal["llama", "gemma"]
 
-MAX_DIM = 16384  # one program holds a whole row: of a longer one, registers spill
-MAX_SHARED_DIM = 8192  # and of a longer one than this with its share of the weight's gradient beside it
-TILE = 1024  # elements of one program where rows are short, as those of one head are
-PARTS, PART_COLUMNS = 16, 64  # of one step of the second stage
-SHARE_ROWS, SHARE_COLUMNS = 8, 512  # of one step where the shares have a kernel of their own
+MAX_DIM = 16384  # one program holds a whole row; registers spill beyond this
+MAX_SHARED_DIM = 8192  # the same, with a partial weight gradient beside the row
+TILE = 1024  # elements per program for short rows, such as those of one head
+PARTS, PART_COLUMNS = 16, 64  # per iteration of the second stage
+SHARE_ROWS, SHARE_COLUMNS = 8, 512  # per iteration of the separate weight-gradient kernel
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, casting: Casting = "llama") -> torch.Tensor:
     """x / sqrt(mean of x^2 + eps) times `weight` [D], or (1 + weight) for "gemma": [..., D] in the dtype of `x`.
 
-    `x` of any strides; made contiguous where its rows do not lie at one distance. The gradient of `weight` is
-    summed in fp32, the same bits every time, rounded once to its dtype, and left out for a frozen weight.
+    The gradient of `weight` is summed in fp32, deterministically, rounded once to its dtype, and skipped for a
+    frozen weight.
 
     Raises:
-        ValueError: shapes, dtypes or a casting that do not fit.
+        ValueError: shapes or dtypes do not match, or an unknown casting.
     """
     _check(x, None, weight, casting)
-    if not _can_fuse(x, weight):
+    if not _fits(x, weight):
         return reference.rms_norm(x, weight, eps, casting=casting)
     return _RmsNorm.apply(x, None, weight, eps, casting == "gemma")[0]
 
@@ -49,31 +49,29 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(`rms_norm` of x + residual, x + residual), both [..., D] in the dtype of `x` and `residual`.
 
-    The sum is rounded to that dtype before it is normalised, as where the two are separate. The backward pass takes
-    both gradients; those of `x` and `residual` are one tensor. Strides and `weight` as in `rms_norm`.
+    The sum is rounded to that dtype before it is normalised, as in the unfused composition. `x` and `residual`
+    share one gradient tensor.
 
     Raises:
-        ValueError: shapes, dtypes or a casting that do not fit.
+        ValueError: shapes or dtypes do not match, or an unknown casting.
     """
     _check(x, residual, weight, casting)
-    if not _can_fuse(x, weight):
+    if not _fits(x, weight):
         return reference.add_rms_norm(x, residual, weight, eps, casting=casting)
     return _RmsNorm.apply(x, residual, weight, eps, casting == "gemma")
 
 
 def _check(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, casting: str) -> None:
     if casting not in ("llama", "gemma"):
-        raise ValueError(f"casting: llama or gemma expected, got {casting!r}")
+        raise ValueError(f"casting: expected llama or gemma, got {casting!r}")
     if not x.ndim or weight.shape != x.shape[-1:]:
-        raise ValueError(f"x [..., D] and weight [D] expected, got {[*x.shape]} and {[*weight.shape]}")
+        raise ValueError(f"x and weight: expected [..., D] and [D], got {[*x.shape]} and {[*weight.shape]}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(f"residual: {x.dtype} {[*x.shape]} as x expected, got {residual.dtype} {[*residual.shape]}")
+        raise ValueError(f"residual: expected {x.dtype} {[*x.shape]} as x, got {residual.dtype} {[*residual.shape]}")
 
 
-def _can_fuse(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """fp64 and rows too long for one program are left to the reference."""
-    narrow = (torch.bfloat16, torch.float16, torch.float32)
-    return available(x) and x.dtype in narrow and weight.dtype in narrow and x.shape[-1] <= MAX_DIM
+def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return can_fuse(x, weight) and x.shape[-1] <= MAX_DIM
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -82,19 +80,16 @@ class _RmsNorm(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, gemma: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.set_materialize_grads(False)
-        x_TD, weight = _rows(x), weight.contiguous()
-        num_rows, dim = x_TD.shape
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        total = None if residual is None else torch.empty_like(out)
+        x, weight, dim = x.contiguous(), weight.contiguous(), x.shape[-1]
+        num_rows = x.shape[:-1].numel()
+        out = torch.empty_like(x)
+        total = None if residual is None else torch.empty_like(x)
         rstd_T = torch.empty(num_rows, dtype=torch.float32, device=x.device)
         if x.numel():
-            residual_TD = None if residual is None else _rows(residual)
             rows, block, warps = tile(dim)
             rms_norm_kernel[(-(-num_rows // rows),)](
-                x_TD,
-                x_TD.stride(0),
-                residual_TD,
-                0 if residual_TD is None else residual_TD.stride(0),
+                x,
+                None if residual is None else residual.contiguous(),
                 weight,
                 out,
                 total,
@@ -119,19 +114,14 @@ class _RmsNorm(torch.autograd.Function):
         grad, grad_total = grad_outputs
         x, weight, rstd_T = ctx.saved_tensors
         want_x, want_weight = ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2]
-        if grad is None:  # nobody used the normalised rows
+        if grad is None:  # the normalised rows were not used
             return grad_total, grad_total if ctx.added else None, None, None, None
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if want_x else None
+        dx = torch.empty_like(x) if want_x else None
         dweight = torch.zeros_like(weight) if want_weight else None
         if x.numel():
-            _launch_backward(_rows(grad), grad_total, _rows(x), weight, rstd_T, dx, dweight, ctx.gemma)
+            grad_total = None if grad_total is None else grad_total.contiguous()
+            _launch_backward(grad.contiguous(), grad_total, x, weight, rstd_T, dx, dweight, ctx.gemma)
         return dx, dx if ctx.added else None, dweight, None, None
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """[T, D] with a last stride of 1: a view where the strides allow it."""
-    x_TD = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
-    return x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
 
 
 def tile(dim: int) -> tuple[int, int, int]:
@@ -142,31 +132,27 @@ def tile(dim: int) -> tuple[int, int, int]:
 
 
 def _launch_backward(
-    grad_TD: torch.Tensor,
+    grad: torch.Tensor,
     grad_total: torch.Tensor | None,
-    x_TD: torch.Tensor,
+    x: torch.Tensor,
     weight: torch.Tensor,
     rstd_T: torch.Tensor,
     dx: torch.Tensor | None,
     dweight: torch.Tensor | None,
     gemma: bool,
 ) -> None:
-    num_rows, dim = x_TD.shape
-    grad_total_TD = None if grad_total is None else _rows(grad_total)
+    num_rows, dim = len(rstd_T), x.shape[-1]
     rows, block, warps = tile(dim)
     num_tiles = -(-num_rows // rows)
     num_programs, parts, together = num_tiles, None, block <= MAX_SHARED_DIM
     if dweight is not None and together:
-        num_programs = min(num_tiles, _num_programs(x_TD.device))
-        parts = torch.empty((num_programs, dim), dtype=torch.float32, device=x_TD.device)
+        num_programs = min(num_tiles, _num_programs(x.device))
+        parts = torch.empty((num_programs, dim), dtype=torch.float32, device=x.device)
     if dx is not None or parts is not None:
         rms_norm_backward_kernel[(num_programs,)](
-            grad_TD,
-            grad_TD.stride(0),
-            grad_total_TD,
-            0 if grad_total_TD is None else grad_total_TD.stride(0),
-            x_TD,
-            x_TD.stride(0),
+            grad,
+            grad_total,
+            x,
             weight,
             rstd_T,
             dx,
@@ -179,47 +165,35 @@ def _launch_backward(
             num_warps=warps,
         )
     if dweight is not None and not together:
-        parts = _weight_shares(grad_TD, x_TD, rstd_T)
+        parts = _weight_shares(grad, x, rstd_T)
     if parts is not None:
         add_parts_kernel[(-(-dim // PART_COLUMNS),)](
             parts, dweight, len(parts), dim, PARTS=PARTS, BLOCK=PART_COLUMNS, num_warps=4
         )
 
 
-def _weight_shares(grad_TD: torch.Tensor, x_TD: torch.Tensor, rstd_T: torch.Tensor) -> torch.Tensor:
-    """fp32 [shares, D]: x and its gradient are read once more."""
-    num_rows, dim = x_TD.shape
+def _weight_shares(grad: torch.Tensor, x: torch.Tensor, rstd_T: torch.Tensor) -> torch.Tensor:
+    """Partial sums of the weight's gradient, fp32 [shares, D], from another read of x and its gradient."""
+    num_rows, dim = len(rstd_T), x.shape[-1]
     num_columns = -(-dim // SHARE_COLUMNS)
-    num_shares = min(-(-num_rows // SHARE_ROWS), max(1, _num_programs(x_TD.device) // num_columns))
-    parts = torch.empty((num_shares, dim), dtype=torch.float32, device=x_TD.device)
+    num_shares = min(-(-num_rows // SHARE_ROWS), max(1, _num_programs(x.device) // num_columns))
+    parts = torch.empty((num_shares, dim), dtype=torch.float32, device=x.device)
     weight_shares_kernel[(num_shares, num_columns)](
-        grad_TD,
-        grad_TD.stride(0),
-        x_TD,
-        x_TD.stride(0),
-        rstd_T,
-        parts,
-        num_rows,
-        dim,
-        ROWS=SHARE_ROWS,
-        BLOCK=SHARE_COLUMNS,
-        num_warps=4,
+        grad, x, rstd_T, parts, num_rows, dim, ROWS=SHARE_ROWS, BLOCK=SHARE_COLUMNS, num_warps=4
     )
     return parts
 
 
 @cache
 def _num_programs(device: torch.device) -> int:
-    """Two for each multiprocessor, so that one computes while the other waits for memory."""
+    """Two per multiprocessor, so that one computes while the other waits for memory."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 5
 
 
 @jit
 def rms_norm_kernel(
     x_ptr,
-    x_stride,
     residual_ptr,
-    residual_stride,
     weight_ptr,
     out_ptr,
     total_ptr,
@@ -231,14 +205,14 @@ def rms_norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program, ROWS rows. With a residual, the sum goes to `total` and is what is normalised."""
+    """One program normalises ROWS rows; with a residual, their sum, which is stored to `total`."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < num_rows)[:, None] & (column < dim)
-    x = tl.load(x_ptr + row[:, None] * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     place = row[:, None] * dim + column
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if residual_ptr is not None:
-        x += tl.load(residual_ptr + row[:, None] * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+        x += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
         total = rounded(x, total_ptr.dtype.element_ty)
         tl.store(total_ptr + place, total, mask=inside)
         x = total.to(tl.float32)
@@ -256,11 +230,8 @@ def rms_norm_kernel(
 @jit
 def rms_norm_backward_kernel(
     grad_ptr,
-    grad_stride,
     grad_total_ptr,
-    grad_total_stride,
     x_ptr,
-    x_stride,
     weight_ptr,
     rstd_ptr,
     dx_ptr,
@@ -271,10 +242,9 @@ def rms_norm_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program p takes tiles p, p + programs, ...: dx of each, and to parts[p] its share of the weight's gradient.
+    """Program p computes dx of tiles p, p + programs, ..., and stores its partial weight gradient to parts[p].
 
-    dx = rstd (w dy - n mean(w dy n)) + the gradient of the sum, n the normalised row. Pointers that are None
-    switch their part off.
+    dx = rstd (w dy - n mean(w dy n)) + the gradient of the sum, n the normalised row. A None pointer skips its part.
     """
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)[None, :]
@@ -282,8 +252,9 @@ def rms_norm_backward_kernel(
     for step in range(program, tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         row = tl.cast(step, tl.int64) * ROWS + tl.arange(0, ROWS)
         inside = (row < num_rows)[:, None] & (column < dim)
-        x = tl.load(x_ptr + row[:, None] * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + row[:, None] * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
+        place = row[:, None] * dim + column
+        x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=row < num_rows, other=0.0)[:, None]
         normed = x * rstd
         if parts_ptr is not None:
@@ -295,9 +266,9 @@ def rms_norm_backward_kernel(
             grad *= weight
             dx = (grad - normed * (tl.sum(grad * normed, 1) / dim)[:, None]) * rstd
             if grad_total_ptr is not None:
-                other = tl.load(grad_total_ptr + row[:, None] * grad_total_stride + column, mask=inside, other=0.0)
+                other = tl.load(grad_total_ptr + place, mask=inside, other=0.0)
                 dx += other.to(tl.float32)
-            tl.store(dx_ptr + row[:, None] * dim + column, rounded(dx, dx_ptr.dtype.element_ty), mask=inside)
+            tl.store(dx_ptr + place, rounded(dx, dx_ptr.dtype.element_ty), mask=inside)
     if parts_ptr is not None:
         share = tl.expand_dims(tl.sum(dweight, 0), 0)
         tl.store(parts_ptr + tl.cast(program, tl.int64) * dim + column, share, mask=column < dim)
@@ -306,9 +277,7 @@ def rms_norm_backward_kernel(
 @jit
 def weight_shares_kernel(
     grad_ptr,
-    grad_stride,
     x_ptr,
-    x_stride,
     rstd_ptr,
     parts_ptr,
     num_rows,
@@ -316,15 +285,16 @@ def weight_shares_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """As the kernel above with nothing but the weight's gradient, of BLOCK columns."""
+    """The partial weight gradient of the kernel above alone, for BLOCK columns."""
     share = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     dweight = tl.zeros([ROWS, BLOCK], tl.float32)
     for step in range(share, tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         row = tl.cast(step, tl.int64) * ROWS + tl.arange(0, ROWS)
         inside = (row < num_rows)[:, None] & (column < dim)
-        x = tl.load(x_ptr + row[:, None] * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + row[:, None] * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
+        place = row[:, None] * dim + column
+        x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
         dweight += grad * x * tl.load(rstd_ptr + row, mask=row < num_rows, other=0.0)[:, None]
     total = tl.expand_dims(tl.sum(dweight, 0), 0)
     tl.store(parts_ptr + tl.cast(share, tl.int64) * dim + column, total, mask=column < dim)
@@ -332,7 +302,7 @@ def weight_shares_kernel(
 
 @jit
 def add_parts_kernel(parts_ptr, out_ptr, num_parts, dim, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """One program adds up all rows of `parts` in BLOCK columns, in a fixed order."""
+    """One program sums BLOCK columns over all rows of `parts`, in a fixed order."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([PARTS, BLOCK], tl.float32)
     for first in range(0, num_parts, PARTS):

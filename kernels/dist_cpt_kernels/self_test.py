@@ -1,4 +1,4 @@
-"""Do the kernels compute on this device what the specification says? A second's work before a run of days.
+"""Compare the kernels with their specification on this device: a second of work before a run of days.
 
 T tokens, D model, F ffn, H heads, K kv heads, N head dim.
 """
@@ -20,8 +20,8 @@ from dist_cpt_kernels.rope import rope, rope_tables
 
 TOKENS = 67
 VOCAB = 1031
-# Of a vector's length: what one rounding to the dtype leaves, and a few more on the way.
-ALLOWED = {torch.float32: 2.0**-18, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
+# Relative to a vector's length: one rounding to the dtype at the end, and a few on the way.
+ALLOWED = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-6}
 
 Function = Callable[..., torch.Tensor | Sequence[torch.Tensor]]
 
@@ -30,9 +30,9 @@ Function = Callable[..., torch.Tensor | Sequence[torch.Tensor]]
 def self_test(
     device: torch.device, dtype: torch.dtype, *, dim: int, ffn: int, heads: int, kv_heads: int, head_dim: int
 ) -> dict[str, float]:
-    """The relative error of each operation in `dtype` at these sizes, the worst of its outputs and gradients.
+    """The largest relative error over the outputs and gradients of each operation in `dtype` (fp32 or bf16).
 
-    Against the specification in fp64 of the same inputs, normal numbers. At most `ALLOWED[dtype]` where all is well.
+    Compared with the specification in fp64 on the same normally distributed inputs; expected below `ALLOWED[dtype]`.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -41,6 +41,7 @@ def self_test(
 
     cos, sin = rope_tables(10000.0 ** -(torch.arange(head_dim // 2) / (head_dim // 2)), TOKENS)
     cos, sin = cos.to(device), sin.to(device)
+    positions = torch.arange(TOKENS, device=device)[None]
     ids, labels = (torch.randint(0, VOCAB, (TOKENS,), generator=generator).to(device) for _ in range(2))
     x, residual, weight = normal(TOKENS, dim), normal(TOKENS, dim), normal(dim)
     query, key = normal(1, TOKENS, heads, head_dim), normal(1, TOKENS, kv_heads, head_dim)
@@ -48,8 +49,8 @@ def self_test(
     table = normal(VOCAB, dim)
     cases: dict[str, tuple[Function, Function, tuple[torch.Tensor, ...]]] = {
         "rope": (
-            lambda q, k: rope(q, k, cos, sin),
-            lambda q, k: reference.rope(q, k, cos.double(), sin.double()),
+            lambda q, k: rope(q, k, cos, sin, positions),
+            lambda q, k: reference.rope(q, k, cos.double(), sin.double(), positions),
             (query, key),
         ),
         "embedding": (lambda w: embedding(ids, w), lambda w: w[ids], (table,)),
@@ -61,21 +62,21 @@ def self_test(
     }
     for casting in ("llama", "gemma"):
         settings: dict[str, Any] = {"eps": 1e-6, "casting": casting}
-        for name, kernel, truth, inputs in (
+        for name, kernel, spec, inputs in (
             ("rms_norm", rms_norm, reference.rms_norm, (x, weight)),
             ("add_rms_norm", add_rms_norm, reference.add_rms_norm, (x, residual, weight)),
         ):
-            cases[f"{name} {casting}"] = (partial(kernel, **settings), partial(truth, **settings), inputs)
+            cases[f"{name} {casting}"] = (partial(kernel, **settings), partial(spec, **settings), inputs)
     for activation in ACTIVATIONS:
         settings = {"activation": activation}
         cases[f"gated {activation}"] = (partial(gated, **settings), partial(reference.gated, **settings), (gate, up))
     return {name: _error(*case) for name, case in cases.items()}
 
 
-def _error(function: Function, truth: Function, inputs: Sequence[torch.Tensor]) -> float:
-    found = _outputs_and_gradients(function, inputs)
-    expected = _outputs_and_gradients(truth, [x.double() for x in inputs])
-    errors = [_relative(a, b) for a, b in zip(found, expected, strict=True)]
+def _error(function: Function, spec: Function, inputs: Sequence[torch.Tensor]) -> float:
+    actual = _outputs_and_gradients(function, inputs)
+    expected = _outputs_and_gradients(spec, [x.double() for x in inputs])
+    errors = [_relative(a, b) for a, b in zip(actual, expected, strict=True)]
     return max(errors, key=lambda error: error if error == error else float("inf"))
 
 
@@ -89,5 +90,5 @@ def _outputs_and_gradients(function: Function, inputs: Sequence[torch.Tensor]) -
     return [*(out.detach() for out in outputs), *grads]
 
 
-def _relative(found: torch.Tensor, truth: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(found.double() - truth) / torch.linalg.vector_norm(truth))  # host sync
+def _relative(actual: torch.Tensor, spec: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(actual.double() - spec) / torch.linalg.vector_norm(spec))  # host sync
