@@ -1,4 +1,4 @@
-"""This process among others, read from what its launcher put into the environment. Torch-free."""
+"""Rank, world size and rendezvous of this process, read from its launcher's environment variables. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from dist_cpt.errors import ConfigError
 
-# Slurm numbers the steps that are no real ones (batch script, external, interactive) from the top of uint32.
+# Slurm numbers its special steps (batch script, extern, interactive) from the top of uint32.
 _FIRST_SPECIAL_STEP = 2**32 - 16
 
 
 @dataclass(frozen=True)
 class ProcessEnv:
-    """Place of this process in the job; `master` is (host, port) where several ranks meet."""
+    """This process's place in the job; `master` is the (host, port) of the rendezvous, None for a single rank."""
 
     rank: int
     local_rank: int
@@ -26,10 +26,10 @@ class ProcessEnv:
 
 
 def process_env(environ: Mapping[str, str] = os.environ) -> ProcessEnv:
-    """Read torchrun's variables (accelerate and deepspeed set the same), else srun's, else be alone.
+    """Read torchrun's variables (accelerate and deepspeed set the same), else srun's; without either a world of one.
 
     Raises:
-        ConfigError: the variables are half set, not integers, or contradict each other.
+        ConfigError: the variables are incomplete, not integers, or contradict each other.
     """
     if any(key in environ for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         return _checked(_from_variables(environ))
@@ -47,7 +47,7 @@ def _from_variables(environ: Mapping[str, str]) -> ProcessEnv:
             remedy="start with torchrun, srun, accelerate or deepspeed, or unset all of them to run alone",
         )
     world_size = _integer(environ, "WORLD_SIZE")
-    local_key = "LOCAL_SIZE" if "LOCAL_SIZE" in environ else "LOCAL_WORLD_SIZE"  # deepspeed says LOCAL_SIZE
+    local_key = "LOCAL_SIZE" if "LOCAL_SIZE" in environ else "LOCAL_WORLD_SIZE"  # deepspeed sets LOCAL_SIZE
     return ProcessEnv(
         _integer(environ, "RANK"),
         _integer(environ, "LOCAL_RANK"),
@@ -77,7 +77,7 @@ def _master(environ: Mapping[str, str]) -> tuple[str, int]:
 
 
 def _in_srun_step(environ: Mapping[str, str]) -> bool:
-    """Whether srun started this process as one of several; a batch script or an interactive shell is alone."""
+    """Whether srun started this process as one of several tasks; not for a batch script or an interactive shell."""
     if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
         return False
     if _integer(environ, "SLURM_STEP_ID") >= _FIRST_SPECIAL_STEP:
@@ -86,7 +86,7 @@ def _in_srun_step(environ: Mapping[str, str]) -> bool:
 
 
 def _srun_tasks(environ: Mapping[str, str]) -> int:
-    # SLURM_NTASKS may be the job's number where the step has another.
+    # SLURM_NTASKS may be the job's task count, which can differ from the step's.
     return _integer(environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS")
 
 
@@ -111,9 +111,9 @@ def _srun_local_tasks(environ: Mapping[str, str], world_size: int) -> int:
     if "SLURM_NTASKS_PER_NODE" in environ:
         return _integer(environ, "SLURM_NTASKS_PER_NODE")
     raise ConfigError(
-        f"srun started {world_size} tasks, but neither SLURM_STEP_TASKS_PER_NODE nor SLURM_NTASKS_PER_NODE "
-        "says how many of them are on this node",
-        remedy="give srun --ntasks-per-node",
+        f"srun started {world_size} tasks, but the number on this node is unknown: neither "
+        "SLURM_STEP_TASKS_PER_NODE nor SLURM_NTASKS_PER_NODE is set",
+        remedy="pass --ntasks-per-node to srun",
     )
 
 
@@ -123,31 +123,55 @@ def _tasks_per_node(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if match is None:
-            raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}, expected a form like 2(x3),1")
+            raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE is {text!r}, expected the form 2(x3),1")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
 
 def _srun_master(environ: Mapping[str, str]) -> tuple[str, int]:
-    host = environ.get("MASTER_ADDR") or first_host(environ)
-    if environ.get("MASTER_PORT"):
-        return host, _integer(environ, "MASTER_PORT")
-    # Two steps of one job may overlap, two jobs may share a node, and a start before a requeue may live on somewhere.
-    starts = _integer(environ, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environ else 0
-    job, step = _integer(environ, "SLURM_JOB_ID"), _integer(environ, "SLURM_STEP_ID")
-    return host, 20000 + (job * 7 + step + starts * 1009) % 20000
-
-
-def first_host(environ: Mapping[str, str]) -> str:
-    """First host of a Slurm list such as `gpu[003-007,9],login1`."""
-    hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
-    match = re.match(r"([A-Za-z0-9._-]+)(?:\[(\d+)[^\]]*\]([A-Za-z0-9._-]*))?", hosts)
-    if match is None:
+    hosts = [environ["MASTER_ADDR"]] if environ.get("MASTER_ADDR") else slurm_hosts(environ)
+    if not hosts:
         raise ConfigError(
-            f"cannot read rank 0's host from SLURM_STEP_NODELIST {hosts!r}",
+            "rank 0's host is unknown: SLURM_STEP_NODELIST is not set",
             remedy="export MASTER_ADDR (rank 0's host) and MASTER_PORT before srun",
         )
-    return match[1] + (match[2] or "") + (match[3] or "")
+    if environ.get("MASTER_PORT"):
+        return hosts[0], _integer(environ, "MASTER_PORT")
+    # Steps of one job may overlap, jobs may share a node, and ranks from before a requeue may still be running.
+    starts = _integer(environ, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environ else 0
+    job, step = _integer(environ, "SLURM_JOB_ID"), _integer(environ, "SLURM_STEP_ID")
+    return hosts[0], 20000 + (job * 7 + step + starts * 1009) % 20000
+
+
+def slurm_hosts(environ: Mapping[str, str]) -> list[str]:
+    """All hosts of this Slurm step, else of the job, in order; empty outside of Slurm."""
+    hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    return expand_hosts(hosts) if hosts else []
+
+
+def expand_hosts(text: str) -> list[str]:
+    """`gpu[003-005,9],login1` -> gpu003, gpu004, gpu005, gpu9, login1.
+
+    Raises:
+        ConfigError: not a Slurm host list.
+    """
+    items = re.findall(r"(?:[^,\[\]]|\[[0-9,-]+\])+", text)
+    hosts = [host for item in items for host in _expand(item)]
+    if ",".join(items) != text or not hosts or not all(re.fullmatch(r"[A-Za-z0-9._-]+", host) for host in hosts):
+        raise ConfigError(f"{text!r} is not a Slurm host list")
+    return hosts
+
+
+def _expand(item: str) -> list[str]:
+    match = re.search(r"\[([0-9,-]+)\]", item)
+    if match is None:
+        return [item]
+    numbers: list[str] = []
+    for part in match[1].split(","):
+        first, _, last = part.partition("-")
+        numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last or first) + 1)]
+    head, tail = item[: match.start()], item[match.end() :]
+    return [host for number in numbers for host in _expand(head + number + tail)]
 
 
 def _integer(environ: Mapping[str, str], key: str) -> int:
@@ -155,7 +179,7 @@ def _integer(environ: Mapping[str, str], key: str) -> int:
         return int(environ[key])
     except KeyError:
         raise ConfigError(
-            f"{key} is not set, though other variables of its launcher are", remedy="start with torchrun or srun"
+            f"{key} is not set, but other variables of its launcher are", remedy="start with torchrun or srun"
         ) from None
     except ValueError:
         raise ConfigError(f"{key} is {environ[key]!r}, expected an integer") from None

@@ -1,13 +1,13 @@
-"""What happened to a run under its scheduler, start by start, and what to do after the next ending. Pure decisions.
+"""The starts of a run under its scheduler, and what to do after each ending.
 
-`launches.jsonl` in the run folder has a row when the ranks are started and one when they have ended.
-`bad_nodes.json` counts how often a node was the first to fail; whoever trusts a node again removes it there.
+`launches.jsonl` in the run folder has a row for every start of the ranks and for every end. `bad_nodes.json` counts
+how often a node was the first to fail; remove a node's entry to trust it again.
 """
 
 from __future__ import annotations
 
 import json
-import os
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,13 +23,12 @@ from dist_cpt.errors import (
     EXIT_NUMERICS,
     EXIT_STOPPED,
 )
-from dist_cpt_launch.time_limit import read_jsonl
+from dist_cpt.run_folder.json_files import read_complete_rows, read_object, write_object
+from dist_cpt.run_folder.names import BAD_NODES, LAUNCHES
 
-LAUNCHES = "launches.jsonl"
-BAD_NODES = "bad_nodes.json"
-EARLY_SECONDS = 90.0  # Slurm may send the signal before the limit up to 60 s too early
-STRIKES = 2  # so often may a node be the first to fail before it is left out
-# The same again would end the same way.
+EARLY_SECONDS = 90.0  # Slurm may send the signal before the limit up to 60 s early
+STRIKES = 2  # first failures after which a node is excluded
+# Another start would end the same way.
 FINAL = (EXIT_CONFIG, EXIT_DATA, EXIT_NODE, EXIT_NUMERICS, EXIT_CANNOT_WRITE, EXIT_CHECKPOINT)
 
 Action = Literal["done", "requeue", "restart", "leave", "give up"]
@@ -40,18 +39,18 @@ class Ending:
     """How one start of the ranks ended."""
 
     code: int  # the run's own exit code
-    limit: bool  # this job was told that its time is nearly over
-    terminated: bool  # this job was told to end: cancelled, or about to be preempted
-    state: str | None  # of the job, as squeue names it; None where squeue does not answer
+    near_limit: bool  # the job was signalled that its time is nearly over
+    terminated: bool  # the job got SIGTERM: cancelled, or about to be preempted
+    state: str | None  # the job's, by squeue; None if squeue does not answer
     seconds_left: float | None  # None: unknown, and a stop signal then counts as that of the limit
-    tries: int  # starts from the newest checkpoint, this one included; those that were preempted do not count
-    resumable: bool  # there is a checkpoint
+    tries: int  # starts from the newest checkpoint, this one included, preempted ones excluded
+    resumable: bool  # a checkpoint exists
     newly_bad: bool = False  # a node has just reached its last strike
 
-    def preempted(self, lead_seconds: float) -> bool:
-        """Whether the run stopped for another job: it was told to, and the limit is not near."""
-        early = self.seconds_left is not None and self.seconds_left > lead_seconds + EARLY_SECONDS
-        return self.code == EXIT_STOPPED and (not self.limit or early)
+    def preempted(self, save_before_limit: float) -> bool:
+        """Whether the run stopped for another job: it was told to stop, far from the limit."""
+        early = self.seconds_left is not None and self.seconds_left > save_before_limit + EARLY_SECONDS
+        return self.code == EXIT_STOPPED and (not self.near_limit or early)
 
 
 @dataclass(frozen=True)
@@ -60,98 +59,100 @@ class Decision:
 
     action: Action
     reason: str
+    continues: bool = False  # another start of the ranks follows
 
 
-def decide(end: Ending, *, max_restarts: int, lead_seconds: float) -> Decision:
-    """After the ranks have ended: done, the same nodes again, the queue again, or nothing more."""
+def decide(end: Ending, *, max_restarts: int, save_before_limit: float) -> Decision:
+    """The next action after an ending: finish, restart on the same nodes, requeue, or give up."""
     if end.code == EXIT_DONE:
         return Decision("done", "the run is complete")
     if end.state not in (None, "RUNNING"):
         return Decision("leave", f"the job is {end.state}: cancelled, or requeued by Slurm itself")
-    if end.state is None and end.terminated and not end.limit:
-        return Decision("leave", "the job was told to end, and squeue does not say why: taken as cancelled")
-    if end.preempted(lead_seconds):
-        return Decision("requeue", "the ranks were told to stop and saved: preempted")
-    # A rank that finds no GPU on its node has code 64 as well; with a checkpoint the recipe is known to be good.
+    if end.state is None and end.terminated and not end.near_limit:
+        return Decision("leave", "the job got SIGTERM and squeue does not answer: treated as cancelled")
+    if end.preempted(save_before_limit):
+        return Decision("requeue", "preempted: the ranks stopped and saved", continues=True)
+    # A rank without a GPU on its node exits with 64 too; after a checkpoint the recipe is known to be valid.
     if end.code in FINAL and not (end.code == EXIT_CONFIG and end.resumable):
-        return Decision("give up", f"exit code {end.code}: the same again would end the same way")
+        return Decision("give up", f"exit code {end.code} is final: another start would end the same way")
     if end.tries > max_restarts:
-        return Decision("give up", f"{end.tries} starts from the same checkpoint, none made a newer one")
+        return Decision("give up", f"{end.tries} starts from the same checkpoint, none reached a newer one")
     if end.code == EXIT_STOPPED:
-        return Decision("requeue", "the time limit is near, the run has saved")
-    if end.limit:
-        return Decision("requeue", f"the time limit came before the save was done (exit code {end.code})")
+        return Decision("requeue", "the time limit is near, the run has saved", continues=True)
+    if end.near_limit:
+        return Decision("requeue", f"the time limit came before the save was complete ({end.code})", continues=True)
     if end.newly_bad:
-        return Decision("requeue", f"exit code {end.code}, on other nodes")
-    if end.seconds_left is not None and end.seconds_left < 2 * lead_seconds:
-        return Decision("requeue", f"exit code {end.code}, and only {end.seconds_left:.0f} s are left")
-    return Decision("restart", f"exit code {end.code}")
+        return Decision("requeue", f"exit code {end.code}: continuing on other nodes", continues=True)
+    if end.seconds_left is not None and end.seconds_left < 2 * save_before_limit:
+        reason = f"exit code {end.code}, and only {end.seconds_left:.0f} s are left"
+        return Decision("requeue", reason, continues=True)
+    return Decision("restart", f"exit code {end.code}", continues=True)
 
 
-class Record:
+class LaunchRecord:
     """launches.jsonl and bad_nodes.json of one run folder."""
 
     def __init__(self, run_folder: Path, job: str) -> None:
         self.run_folder = run_folder
-        self.job = job  # of a chain of jobs: the first one
+        self.job = job  # the first job of a chain
 
     def started(self, step: int, **fields: Any) -> None:
-        """The ranks are about to start from the checkpoint of `step`, -1 for none."""
+        """Record that the ranks are about to start from the checkpoint of `step`, -1 for none."""
         self._append({"kind": "start", "job": self.job, "checkpoint_step": step, **fields})
 
     def ended(self, step: int, decision: Decision, **fields: Any) -> None:
-        """The ranks have ended, the newest checkpoint is of `step`."""
+        """Record that the ranks have ended; the newest checkpoint is that of `step`."""
         row = {"kind": "end", "job": self.job, "checkpoint_step": step}
-        self._append({**row, "action": decision.action, "reason": decision.reason, **fields})
+        row |= {"action": decision.action, "reason": decision.reason, "goes_on": decision.continues}
+        self._append(row | fields)
 
     def tries(self, step: int) -> int:
-        """Starts of this job from the checkpoint of `step`; one that was preempted does not count."""
-        count, open_start = 0, False
-        for row in read_jsonl(self.run_folder / LAUNCHES):
+        """Starts of this job from the checkpoint of `step`, without those that were preempted."""
+        count, from_step = 0, False
+        for row in self._rows():
             if row.get("job") != self.job:
                 continue
             if row.get("kind") == "start":
-                open_start = row.get("checkpoint_step") == step
-                count = count + 1 if open_start else 0
-            elif row.get("kind") == "end" and open_start and row.get("preempted"):
+                from_step = row.get("checkpoint_step") == step
+                count = count + 1 if from_step else 0
+            elif row.get("kind") == "end" and from_step and row.get("preempted"):
                 count -= 1
         return count
 
     def cancelled(self, job: str) -> bool:
-        """Whether the last row of a job says that it must not go on."""
-        rows = self._of(job)
+        """Whether a job's last row is an end after which nothing follows."""
+        rows = self._rows_of(job)
         return bool(rows) and rows[-1].get("kind") == "end" and not rows[-1].get("goes_on")
 
     def successor(self, job: str) -> str | None:
         """The next job of the chain, if an earlier start of this job has queued one."""
-        return next((row["successor"] for row in reversed(self._of(job)) if row.get("successor")), None)
+        return next((row["successor"] for row in reversed(self._rows_of(job)) if row.get("successor")), None)
 
     def bad_nodes(self) -> set[str]:
-        """Nodes that are left out from now on."""
+        """Nodes that are excluded from now on."""
         return {node for node, reasons in self._strikes().items() if len(reasons) >= STRIKES}
 
     def strike(self, node: str, reason: str, *, count: int = 1) -> bool:
         """Count a failure of a node; whether it has just become a bad one."""
-        known = self._strikes()
-        before = len(known.get(node, []))
-        known.setdefault(node, []).extend([f"{_now()} job {self.job}: {reason}"] * count)
-        path = self.run_folder / BAD_NODES
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-        return before < STRIKES <= len(known[node])
+        strikes = self._strikes()
+        before = strikes.get(node, [])
+        strikes[node] = [*before, *[f"{_now()} job {self.job}: {reason}"] * count]
+        write_object(self.run_folder / BAD_NODES, strikes)
+        return len(before) < STRIKES <= len(strikes[node])
 
     def _strikes(self) -> dict[str, list[str]]:
-        try:
-            content = json.loads((self.run_folder / BAD_NODES).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        if not isinstance(content, dict):
-            return {}
-        return {str(node): list(reasons) for node, reasons in content.items() if isinstance(reasons, list)}
+        with suppress(OSError):
+            content = read_object(self.run_folder / BAD_NODES)
+            return {node: reasons for node, reasons in content.items() if isinstance(reasons, list)}
+        return {}
 
-    def _of(self, job: str) -> list[dict[str, Any]]:
-        return [row for row in read_jsonl(self.run_folder / LAUNCHES) if row.get("slurm_job") == job]
+    def _rows(self) -> list[dict[str, Any]]:
+        with suppress(OSError):
+            return read_complete_rows(self.run_folder / LAUNCHES)[0]
+        return []
+
+    def _rows_of(self, job: str) -> list[dict[str, Any]]:
+        return [row for row in self._rows() if row.get("slurm_job") == job]
 
     def _append(self, row: dict[str, Any]) -> None:
         self.run_folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A recipe, or several, as one call of sbatch with slurm/train.sbatch. Renders names, never the value of a variable."""
+"""Recipes as one call of sbatch on slurm/train.sbatch. Renders names of variables, never their values."""
 
 from __future__ import annotations
 
@@ -7,110 +7,87 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from dist_cpt.config.resolve import run_folder, step_shape
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import EXIT_DONE, ConfigError, WriteError
-from dist_cpt_launch.batch_job import slurm_seconds
-from dist_cpt_launch.nodes import usable_nodes
-from dist_cpt_launch.plan import LaunchPlan
-from dist_cpt_launch.secret_values import require_no_secrets
-from dist_cpt_launch.time_limit import DEFAULT_LEAD_SECONDS, lead_seconds
+from dist_cpt.run_folder.names import LOGS
+from dist_cpt.runtime.secret_values import require_no_secrets
+from dist_cpt_launch.launch_plan import LaunchOptions, LaunchPlan, usable_nodes
+from dist_cpt_launch.time_limit import save_before_limit, slurm_seconds
 
 RequeueBy = Literal["requeue", "chain", "exit"]
-REQUEUE_BY = get_args(RequeueBy)
+DEFAULT_MAX_RESTARTS = 3
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.,:=/@+-]*"  # partitions, accounts, GPU types, gres
-_TIME = r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+|\d+-\d+:\d\d|\d+-\d+:\d\d:\d\d"
-
-
-@dataclass(frozen=True)
-class SlurmOptions:
-    """What to ask Slurm for; None leaves it to the site's defaults."""
-
-    nodes: int = 1
-    min_nodes: int | None = None  # start with as few as these, up to `nodes`
-    procs_per_node: int = 1
-    time: str | None = None
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    gres: str | None = None
-    gpus_per_node: str | None = None
-    cpus_per_task: int | None = None
-    lead_seconds: int | None = None  # None: measured in the run folder
-    max_restarts: int = 3
-    requeue_by: RequeueBy = "requeue"
-    at_once: int | None = None  # of an array
-    preflight: bool = True
-    more: tuple[str, ...] = ()  # further options of sbatch
-    srun: tuple[str, ...] = ()  # further options of srun
 
 
 def slurm_plan(
-    recipes: Sequence[tuple[RunConfig, Path]], overrides: Sequence[str], options: SlurmOptions, *, folder: Path
+    recipes: Sequence[tuple[RunConfig, Path]], overrides: Sequence[str], options: LaunchOptions, *, folder: Path
 ) -> LaunchPlan:
-    """One job, or an array with one task per recipe; submitted from `folder`, as relative paths mean.
+    """One job, or an array with one task per recipe, submitted from `folder`.
 
     Raises:
-        ConfigError: the batch does not divide over the ranks, or an option has no form that Slurm takes.
+        ConfigError: the batch does not divide over the ranks, or Slurm cannot take an option.
     """
-    _check(options)
+    ranks = options.procs_per_node or ranks_per_node(options.gpus_per_node, options.gres)
+    _check(options, len(recipes))
     for config, _ in recipes:
         if options.min_nodes is None:
-            step_shape(config, options.nodes * options.procs_per_node)
-        usable_nodes(config, options.nodes, options.procs_per_node)
+            step_shape(config, options.nodes * ranks)
+        usable_nodes(config, options.nodes, ranks)
     single = len(recipes) == 1
     config = recipes[0][0]
-    log = run_folder(config) / "logs" / "slurm.log" if single else Path(config.output_dir) / f"{config.name}-%A_%a.log"
-    argv = ["--parsable", f"--job-name={config.name}", f"--chdir={_plain(folder, 'the current folder')}"]
-    argv += [f"--output={_pattern(log) if single else _pattern(log.parent) + '/' + log.name}", "--open-mode=append"]
-    argv += ["--export=ALL", *_asked(options, lead=max(_lead(config, options) for config, _ in recipes))]
-    submit = shlex.join(argv[1:])
+    logs = run_folder(config) / LOGS if single else Path(config.output_dir)
+    log = _log_pattern(logs) + ("/slurm.log" if single else f"/{config.name}-%A_%a.log")
+    argv = ["--parsable", f"--job-name={config.name}", f"--chdir={_one_line(folder, 'the current folder')}"]
+    argv += [f"--output={log}", "--open-mode=append", "--export=ALL"]
+    argv += _resources(options, ranks, max(_save_before_limit(config, options) for config, _ in recipes))
+    next_job = shlex.join(argv[1:])
     if not single:
-        argv.append(f"--array=0-{len(recipes) - 1}" + (f"%{options.at_once}" if options.at_once else ""))
-    arguments = [f"--python={sys.executable}", f"--procs-per-node={options.procs_per_node}"]
-    arguments += [f"--max-restarts={options.max_restarts}", f"--requeue-by={options.requeue_by}"]
-    arguments += [] if options.lead_seconds is None else [f"--lead={options.lead_seconds}"]
-    arguments += [f"--submit={submit}"] if options.requeue_by == "chain" else []
-    arguments += [] if options.preflight else ["--no-preflight"]
+        argv.append(f"--array=0-{len(recipes) - 1}" + (f"%{options.max_running}" if options.max_running else ""))
+    arguments = [f"--python={sys.executable}", f"--procs-per-node={ranks}"]
+    max_restarts = DEFAULT_MAX_RESTARTS if options.max_restarts is None else options.max_restarts
+    arguments += [f"--max-restarts={max_restarts}", f"--requeue-by={options.requeue_by or 'requeue'}"]
+    arguments += [f"--save-before-limit={options.save_before_limit}"] if options.save_before_limit else []
+    arguments += [f"--submit={next_job}"] if options.requeue_by == "chain" else []
+    arguments += ["--no-preflight"] if options.preflight is False else []
     arguments += [f"--srun={item}" for item in options.srun]
     arguments += [f"--set={item}" for item in overrides]
-    arguments += [_plain(path.absolute(), "the recipe's path") for _, path in recipes]
+    arguments += [_one_line(path.absolute(), "the recipe's path") for _, path in recipes]
     call = ("sbatch", *argv, str(batch_script()), *arguments)
     require_no_secrets(call, "the call of sbatch")
-    return LaunchPlan(call, {}, run_folder(config), log.parent)
+    return LaunchPlan(call, {}, run_folder(config), logs)
 
 
 def ranks_per_node(gpus_per_node: str | None, gres: str | None) -> int:
-    """One for each GPU that is asked for: `8`, `h100:8`, `gpu:8`, `gpu:h100:8,...`; without any, one."""
-    kinds = (gpus_per_node or "").split(",") + [item for item in (gres or "").split(",") if item.startswith("gpu")]
-    counts = [int(kind.rpartition(":")[2]) for kind in kinds if re.fullmatch(r"(.+:)?\d+", kind)]
+    """One rank per requested GPU (`8`, `h100:8`, `gpu:8`, `gpu:h100:8,...`), else one."""
+    requests = (gpus_per_node or "").split(",") + [item for item in (gres or "").split(",") if item.startswith("gpu")]
+    counts = [int(item.rpartition(":")[2]) for item in requests if re.fullmatch(r"(.+:)?\d+", item)]
     return max(sum(counts), 1)
 
 
 def submit(plan: LaunchPlan) -> int:
-    """Hand the plan to sbatch; print the job's number. Returns an exit code.
+    """Hand the plan to sbatch and print the job's number; 0.
 
     Raises:
-        ConfigError: there is no sbatch here, or Slurm refuses the job.
-        WriteError: the folder of the log cannot be made.
+        ConfigError: sbatch is missing or refuses the job.
+        WriteError: the log folder cannot be created.
     """
     assert plan.log_folder is not None
     try:
         plan.log_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WriteError(f"{plan.log_folder} cannot be made: {error.strerror}") from error
+        raise WriteError(f"{plan.log_folder} cannot be created: {error.strerror}") from error
     try:
         done = subprocess.run(plan.argv, capture_output=True, text=True, errors="replace", check=False)
     except FileNotFoundError:
         raise ConfigError(
-            "there is no sbatch on this host", remedy="launch from a login node of the cluster, or look with --dry-run"
+            "sbatch is not installed on this host", remedy="launch from a login node of the cluster, or use --dry-run"
         ) from None
     if done.returncode != 0:
-        raise ConfigError(f"sbatch refuses the job: {' '.join(done.stderr.split())}")
+        raise ConfigError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
     sys.stderr.write(done.stderr)
     print(f"job {done.stdout.strip().split(';')[0]}, log in {plan.log_folder}")
     return EXIT_DONE
@@ -123,13 +100,12 @@ def batch_script() -> Path:
     return installed if installed.is_file() else here.parents[1] / "slurm" / "train.sbatch"
 
 
-def _asked(options: SlurmOptions, *, lead: int) -> list[str]:
-    """The options of sbatch for what is asked of Slurm."""
-    nodes = str(options.nodes) if options.min_nodes is None else f"{options.min_nodes}-{options.nodes}"
-    given = {
-        "nodes": nodes,
-        # With a range of nodes, sbatch makes of one task per node as many tasks as the smallest number of nodes.
-        "ntasks-per-node": None if options.min_nodes and options.procs_per_node == 1 else options.procs_per_node,
+def _resources(options: LaunchOptions, ranks: int, signal_seconds: int) -> list[str]:
+    """sbatch's options for nodes, time, signal and requeueing."""
+    requested = {
+        "nodes": str(options.nodes) if options.min_nodes is None else f"{options.min_nodes}-{options.nodes}",
+        # With a range of nodes and one task per node, sbatch derives the task count from the smallest number of nodes.
+        "ntasks-per-node": None if options.min_nodes and ranks == 1 else ranks,
         "cpus-per-task": options.cpus_per_task,
         "gpus-per-node": options.gpus_per_node,
         "gres": options.gres,
@@ -137,62 +113,53 @@ def _asked(options: SlurmOptions, *, lead: int) -> list[str]:
         "partition": options.partition,
         "account": options.account,
         "qos": options.qos,
-        "signal": f"B:USR1@{lead}",
+        "signal": f"B:USR1@{signal_seconds}",
     }
-    argv = [f"--{key}={value}" for key, value in given.items() if value is not None]
-    argv.append("--no-requeue" if options.requeue_by == "chain" else "--requeue")
-    return [*argv, *options.more]
+    argv = [f"--{key}={value}" for key, value in requested.items() if value is not None]
+    return [*argv, "--no-requeue" if options.requeue_by == "chain" else "--requeue", *options.sbatch]
 
 
-def _lead(config: RunConfig, options: SlurmOptions) -> int:
-    """Seconds before the limit at which Slurm signals; at most half of the time, where that is known."""
-    lead = options.lead_seconds or lead_seconds(run_folder(config)) or DEFAULT_LEAD_SECONDS
-    limit = _minutes_form(options.time)
-    return max(1, min(lead, int(limit / 2))) if limit else lead
+def _save_before_limit(config: RunConfig, options: LaunchOptions) -> int:
+    """Seconds before the limit at which Slurm signals; at most half of the time limit, if that is known."""
+    seconds = options.save_before_limit or save_before_limit(run_folder(config))
+    limit = slurm_seconds(options.time or "")
+    return max(1, min(seconds, int(limit / 2))) if limit else seconds
 
 
-def _minutes_form(text: str | None) -> float | None:
-    """Seconds of a time limit in any of sbatch's forms. Source: sbatch(1), --time."""
-    if text is None:
-        return None
-    days, dash, rest = text.rpartition("-")
-    parts = rest.split(":")
-    if dash:
-        hours, minutes, seconds = (int(part) for part in [*parts, "0", "0"][:3])
-        return 86400.0 * int(days) + 3600 * hours + 60 * minutes + seconds
-    return 60.0 * int(parts[0]) if len(parts) == 1 else slurm_seconds(rest)
-
-
-def _check(options: SlurmOptions) -> None:
+def _check(options: LaunchOptions, num_recipes: int) -> None:
     for name in ("partition", "account", "qos", "gres", "gpus_per_node"):
         value = getattr(options, name)
         if value is not None and not re.fullmatch(_NAME, value):
-            raise ConfigError(f"--{name.replace('_', '-')} {value!r} is no name that Slurm knows")
-    if options.time is not None and not re.fullmatch(_TIME, options.time):
+            raise ConfigError(f"--{name.replace('_', '-')} {value!r} is not a valid Slurm name")
+    if options.time is not None and slurm_seconds(options.time) is None:
         raise ConfigError(f"--time {options.time!r}: expected minutes, hours:minutes:seconds or days-hours")
     if options.min_nodes is not None and not 1 <= options.min_nodes <= options.nodes:
         raise ConfigError(f"--min-nodes {options.min_nodes} is not between 1 and --nodes {options.nodes}")
-    for item in (*options.more, *options.srun):
-        if not re.match(r"-", item):
-            raise ConfigError(f"{item!r} is no option of sbatch or srun", remedy="write it as --name=value")
+    if options.max_running is not None and num_recipes == 1:
+        raise ConfigError("--max-running needs several recipes: one recipe is not an array")
+    if options.requeue_by not in (None, *get_args(RequeueBy)):
+        raise ConfigError(f"--requeue-by {options.requeue_by}: expected {', '.join(get_args(RequeueBy))}")
+    for item in (*options.sbatch, *options.srun):
+        if not item.startswith("-"):
+            raise ConfigError(f"{item!r} is not an option of sbatch or srun", remedy="write it as --name=value")
         if re.match(r"--export=.*=", item):
             raise ConfigError(
-                "--export with a value would show it to everybody who lists the job",
+                "--export with a value would show the value to everyone who lists the job",
                 remedy="export the variable in this shell; jobs get the whole environment",
             )
-        _plain(item, "an option")
+        _one_line(item, "an option")
 
 
-def _plain(text: object, what: str) -> str:
-    """The text, if Slurm can carry it on one line."""
+def _one_line(text: object, what: str) -> str:
+    """The text, which must fit on one line of Slurm's."""
     if re.search(r"[\x00-\x1f\x7f]", str(text)):
-        raise ConfigError(f"{what} {str(text)!r} holds a control character, which Slurm does not carry")
+        raise ConfigError(f"{what} {str(text)!r} contains a control character, which Slurm cannot pass on")
     return str(text)
 
 
-def _pattern(path: Path) -> str:
-    """A path as one of sbatch's file name patterns, none of which it shall expand. Source: sbatch(1)."""
-    text = _plain(path, "the log's path")
+def _log_pattern(folder: Path) -> str:
+    """A folder as part of sbatch's file name pattern, with nothing in it to expand. Source: sbatch(1)."""
+    text = _one_line(folder, "the log's path")
     if "\\" in text:
-        raise ConfigError(f"the log's path {text!r} holds a backslash, which Slurm takes for itself")
+        raise ConfigError(f"the log's path {text!r} contains a backslash, which Slurm removes from file names")
     return text.replace("%", "%%")

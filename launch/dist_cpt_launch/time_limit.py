@@ -1,68 +1,70 @@
-"""How long before the end of its time a run must be told, from what its steps and saves took so far."""
+"""Time limits: Slurm's notation, and how long before a limit a run must be told to stop and save."""
 
 from __future__ import annotations
 
-import json
-from collections import deque
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-DEFAULT_LEAD_SECONDS = 300  # before anything was measured
-MARGIN_SECONDS = 90  # Slurm may signal up to 60 s late or early; the ranks close W&B, write exit.json and the report
-STEPS = 256  # the last ones count
-TAIL_BYTES = 1 << 18  # of metrics.jsonl: more than STEPS rows
+from dist_cpt.run_folder.checkpoints import published, step_of
+from dist_cpt.run_folder.json_files import read_complete_rows
+from dist_cpt.run_folder.names import EVALUATIONS, EVENTS, MANIFEST, METRICS
+
+DEFAULT_SAVE_SECONDS = 300  # before a save was measured
+MARGIN_SECONDS = 90  # Slurm signals up to 60 s early or late; the ranks also close W&B and write exit.json, the report
+NUM_STEPS = 256  # the most recent ones
+TAIL_BYTES = 1 << 18  # of metrics.jsonl: more than NUM_STEPS rows
 
 
-def lead_seconds(run_folder: Path) -> int:
-    """Seconds between the stop signal and the end of a save: a step, an evaluation, two saves, and a margin.
+def slurm_seconds(text: str) -> float | None:
+    """Seconds of `MINUTES`, `MM:SS`, `HH:MM:SS`, `D-HH`, `D-HH:MM` or `D-HH:MM:SS`; None for anything else.
 
-    Two saves, because one may be in the making when the signal comes. The slowest of each that the run folder
-    knows counts. Before the first step there is a default; before the first save, in the place of saves and margin.
+    Source: sbatch(1), --time.
     """
-    rows = list(deque(read_jsonl(run_folder / "metrics.jsonl", TAIL_BYTES), maxlen=STEPS))
-    steps = _numbers(rows, "step_seconds")
-    events = (row for row in read_jsonl(run_folder / "events.jsonl") if row.get("kind") == "checkpoint")
-    saves = _numbers(events, "seconds")
-    if not steps:
-        return DEFAULT_LEAD_SECONDS
-    saving = MARGIN_SECONDS + 2 * max(saves) if saves else DEFAULT_LEAD_SECONDS
-    return round(max(steps) + evaluation_seconds(run_folder, rows) + saving)
+    if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", text):
+        return None
+    days, dash, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return float(86400 * int(days or 0) + sum(part * unit for part, unit in zip(parts, units, strict=False)))
 
 
-def evaluation_seconds(run_folder: Path, rows: list[dict[str, Any]]) -> float:
-    """An upper bound of one evaluation of all sets: its tokens at the speed of training, which does more per token."""
-    tokens: dict[str, float] = {}
-    for row in read_jsonl(run_folder / "evaluations.jsonl"):
-        for count in _numbers([row], "num_tokens"):
-            tokens[str(row.get("name"))] = count
-    speeds = [speed for speed in _numbers(rows, "tokens_per_second") if speed > 0]
-    return sum(tokens.values()) / min(speeds) if speeds else 0.0
+def save_before_limit(run_folder: Path) -> int:
+    """Seconds from the stop signal to the end of a save: a step, an evaluation, two saves, and a margin.
+
+    Two saves, since one may be in progress when the signal arrives. Steps and saves count with their slowest
+    measured time; before the first step or save a default is used.
+    """
+    steps = _rows(run_folder / METRICS, TAIL_BYTES)[-NUM_STEPS:]
+    step_seconds = _numbers(steps, "step_seconds")
+    if not step_seconds:
+        return DEFAULT_SAVE_SECONDS
+    events = _rows(run_folder / EVENTS)
+    saves = _numbers((event for event in events if event.get("kind") == "checkpoint"), "seconds")
+    saving = MARGIN_SECONDS + 2 * max(saves) if saves else DEFAULT_SAVE_SECONDS
+    return round(max(step_seconds) + _evaluation_seconds(run_folder, steps) + saving)
 
 
 def newest_step(run_folder: Path) -> int:
     """The step of the newest published checkpoint; -1 if there is none."""
-    found = run_folder.glob("checkpoints/step-*/manifest.json")
-    return max((int(path.parent.name[5:]) for path in found if path.parent.name[5:].isdigit()), default=-1)
+    return next((step_of(path) for path in published(run_folder) if (path / MANIFEST).exists()), -1)
 
 
-def read_jsonl(path: Path, tail_bytes: int | None = None) -> Iterator[dict[str, Any]]:
-    """The objects of a .jsonl file, or in its end; lines that are none, and a file that is absent, are passed over."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0 if tail_bytes is None else max(size - tail_bytes, 0))
-            lines = file.read().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            yield row
+def _evaluation_seconds(run_folder: Path, steps: list[dict[str, Any]]) -> float:
+    """An upper bound: the held-out tokens at the slowest training speed, which does more work per token."""
+    speeds = [speed for speed in _numbers(steps, "tokens_per_second") if speed > 0]
+    rows = _rows(run_folder / EVALUATIONS)
+    num_tokens = {str(row.get("name")): count for row in rows for count in _numbers([row], "num_tokens")}
+    return sum(num_tokens.values()) / min(speeds) if speeds else 0.0
 
 
-def _numbers(rows: Any, key: str) -> list[float]:
+def _rows(path: Path, tail_bytes: int | None = None) -> list[dict[str, Any]]:
+    with suppress(OSError):
+        return read_complete_rows(path, tail_bytes)[0]
+    return []
+
+
+def _numbers(rows: Iterable[dict[str, Any]], key: str) -> list[float]:
     return [float(row[key]) for row in rows if isinstance(row.get(key), int | float)]

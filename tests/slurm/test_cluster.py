@@ -27,7 +27,7 @@ def test_two_nodes_with_two_ranks_each_run_to_the_end(cluster, made, tmp_path):
 
 def test_the_signal_before_the_limit_saves_and_requeues(cluster, made, tmp_path):
     one = case(cluster, made, tmp_path, steps=180)
-    one.launch("--time=1", "--lead=20", DIST_CPT_FAULT="step:attempt0:slow")  # 40 s are too few, on any host
+    one.launch("--time=1", "--save-before-limit=20", DIST_CPT_FAULT="step:attempt0:slow")  # 40 s are too few, on any host
     one.finish(timeout_seconds=230)
     one.complete()
     ended = one.launches("end")

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from dist_cpt_launch.kubernetes import KINDS, ClusterSettings, Kind, apply, kubernetes_plan, load_settings, object_name
+from dist_cpt_launch.kubernetes import KINDS, Kind, apply, kubernetes_plan, object_name
+from dist_cpt_launch.kubernetes_settings import ClusterSettings, load_settings
 from kubeflow_trainer_api.models.io_k8s_api_core_v1_config_map import IoK8sApiCoreV1ConfigMap
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
@@ -95,7 +96,7 @@ def require_known(model: Any, value: Any, where: str = "") -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_manifest_is_the_golden_one_and_fits_the_published_models(recipe, kind: Kind):
     plan = kubernetes_plan(recipe, ["seed=3"], settings(), kind=kind, nodes=2, procs_per_node=8)
-    shown = plan.shown()
+    shown = plan.manifest()
     path = GOLDEN / f"kubernetes_{kind}.yaml"
     if os.environ.get("DIST_CPT_WRITE_GOLDEN"):
         path.write_text(shown)
@@ -119,7 +120,7 @@ def test_the_models_would_notice_a_wrong_key(recipe):
         JobsetV1alpha2JobSet.from_dict(document)
 
 
-def test_the_grace_is_the_measured_lead(recipe, tmp_path):
+def test_the_grace_period_is_the_measured_time_to_save(recipe, tmp_path):
     run = tmp_path / "runs/llama3-8b-legal"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"step": 1, "step_seconds": 20.0, "tokens_per_second": 100.0}\n')
@@ -160,7 +161,7 @@ def test_hostile_values_stay_values(recipe):
     hostile = ["$(WANDB_API_KEY)", "a b", "x: {y: [", "ünïcödé ☃", "--- !!python/object", "line\nbreak", "'\"`${HOME}"]
     overrides = [f"data.cache_dir={json.dumps(text)}" for text in hostile]
     plan = kubernetes_plan(recipe, overrides, settings(env={"MOTTO": "$(HF_TOKEN)"}), kind="jobset", procs_per_node=8)
-    documents = list(yaml.safe_load_all(plan.shown()))
+    documents = list(yaml.safe_load_all(plan.manifest()))
     container = pod_of(documents)["containers"][0]
     given = [item for item in container["args"] if item.startswith("data.cache_dir=")]
     # Kubernetes turns $$ into $ and puts nothing in.
@@ -187,34 +188,34 @@ def test_names_fit_kubernetes_and_stay_apart(name, expected):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "named"),
     [
         ({"image": "a b"}, "image"),
         ({"image": "x\n"}, "image"),
         ({"volumes": []}, "volumes"),
-        ({"volumes": [{"claim": "a", "path": "/data/../etc"}]}, "cannot be mounted"),
-        ({"volumes": [{"claim": "a", "path": "/data", "read_only": True}]}, "must be writable"),
+        ({"volumes": [{"claim": "a", "path": "/data/../etc"}]}, "/data/../etc"),
+        ({"volumes": [{"claim": "a", "path": "/data", "read_only": True}]}, "volumes"),
         ({"namespace": "a; rm -rf /"}, "namespace"),
-        ({"env": {"WANDB_API_KEY": "1234"}}, "WANDB_API_KEY looks like a secret"),
-        ({"env": {"PET_NNODES": "1"}}, "PET_NNODES is set for each pod"),
-        ({"env": {"A=B": "1"}}, "no name of an environment variable"),
+        ({"env": {"WANDB_API_KEY": "1234"}}, "WANDB_API_KEY"),
+        ({"env": {"PET_NNODES": "1"}}, "PET_NNODES"),
+        ({"env": {"A=B": "1"}}, "A=B"),
         ({"secrets": {"HF_TOKEN": "hf_abcdefgh"}}, "secrets.HF_TOKEN"),
         ({"wandb_key": "1234"}, "wandb_key"),
     ],
 )
-def test_settings_that_do_not_fit_are_one_line(tmp_path, changes, said):
+def test_settings_that_do_not_fit_are_one_line(tmp_path, changes, named):
     path = tmp_path / "cluster.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(SETTINGS) | changes))
     with pytest.raises(ConfigError) as error:
         load_settings(path)
-    assert said in str(error.value)
+    assert named in str(error.value)
     assert "\n" not in str(error.value)
     assert "hf_abcdefgh" not in str(error.value)
 
 
-def test_a_run_folder_that_would_end_with_the_pod_is_refused(recipe):
+def test_a_run_folder_outside_of_the_volumes_is_refused(recipe):
     for folder in ("/tmp/runs", "/models/runs", "../runs"):
-        with pytest.raises(ConfigError, match="would end with the pod"):
+        with pytest.raises(ConfigError, match="output_dir"):
             kubernetes_plan(recipe, [f"output_dir={folder}"], settings(), procs_per_node=8)
     plan = kubernetes_plan(recipe, ["output_dir=/data/elsewhere"], settings(), procs_per_node=8)
     assert "--run-folder=/data/elsewhere/llama3-8b-legal" in pod_of(list(plan.documents))["initContainers"][0]["args"]
@@ -226,10 +227,10 @@ def test_the_value_of_a_secret_is_refused_wherever_it_stands(recipe, monkeypatch
         (["data.cache_dir=sentinel-0123456789"], {}),
         ([], {"env": {"A": "sentinel-0123456789"}}),
     ):
-        with pytest.raises(ConfigError, match="the value of MY_API_KEY") as error:
+        with pytest.raises(ConfigError, match="MY_API_KEY") as error:
             kubernetes_plan(recipe, overrides, settings(**changes), procs_per_node=8)
         assert "sentinel" not in str(error.value)
-    with pytest.raises(ConfigError, match="URL with a password"):
+    with pytest.raises(ConfigError, match="URL"):
         kubernetes_plan(recipe, ["data.cache_dir=https://me:hunter2@example.org/x"], settings(), procs_per_node=8)
 
 
@@ -264,27 +265,27 @@ def test_dry_run_prints_what_kubectl_gets(recipe, cluster, tmp_path, monkeypatch
 
 def test_no_kubectl_is_one_line(recipe, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ConfigError, match="kubectl is not on PATH"):
+    with pytest.raises(ConfigError, match="kubectl"):
         apply(kubernetes_plan(recipe, [], settings(), procs_per_node=8))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "named"),
     [
         (["--on", "kubernetes"], "--cluster FILE"),
         (["--on", "kubernetes", "--cluster", "cluster.yaml", "--kind", "pod"], "--kind pod"),
         (["--on", "kubernetes", "--cluster", "cluster.yaml", "--partition", "x"], "--partition"),
-        (["--on", "kubernetes", "--cluster", "cluster.yaml", "--procs-per-node", "3"], "does not divide"),
-        (["--on", "local", "--kind", "jobset"], "only --on kubernetes"),
+        (["--on", "kubernetes", "--cluster", "cluster.yaml", "--procs-per-node", "3"], "batch.global_tokens"),
+        (["--on", "local", "--kind", "jobset"], "--kind"),
         (["--on", "kubernetes", "--cluster", "cluster.yaml", "--max-restarts", "3"], "--max-restarts"),
         (["--on", "kubernetes", "--cluster", "cluster.yaml", "--requeue-by", "exit"], "--requeue-by"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(recipe, cluster, arguments, said):
+def test_options_that_do_not_fit_are_refused(recipe, cluster, arguments, named):
     ended = command("launch", recipe, *arguments)
     assert ended.code == 64
     assert len(ended.said) == 1
-    assert said in ended.said[0]
+    assert named in ended.said[0]
 
 
 def test_the_settings_in_the_document_are_the_ones_that_exist():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,18 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dist_cpt_launch.preflight import (
-    Place,
-    gpu_state,
-    main,
-    preflight,
-    read_gpus,
-    read_reports,
-    this_place,
-)
-from dist_cpt_launch.preflight_report import Limits, NodeReport, judge, verdict_text
+from dist_cpt_launch.node_checks import gpu_state, read_gpus
+from dist_cpt_launch.preflight import Place, main, preflight, read_node_reports, this_place
+from dist_cpt_launch.preflight_report import Limits, NodeReport, combine, report_text
 
-from dist_cpt.errors import EXIT_CANNOT_WRITE, EXIT_NODE, ConfigError
+from dist_cpt.errors import EXIT_CANNOT_WRITE, EXIT_CONFIG, EXIT_NODE, ConfigError
 
 FAST = Limits(write_mb_per_s=0.001, write_mib=1, timeout_seconds=0.5)
 
@@ -33,10 +27,17 @@ def node(name: str, **changes: Any) -> NodeReport:
 
 
 def failing(*reports: NodeReport, num_nodes: int | None = None, names: tuple[str, ...] = ()) -> dict[str, list[str]]:
-    verdict = judge({one.node: one for one in reports}, num_nodes or len(reports), Limits(), names)
-    found = {name: one["reasons"] for name, one in verdict["nodes"].items() if not one["ok"]}
-    assert verdict["ok"] == (not found and not verdict["reasons"])
-    return found | ({"": verdict["reasons"]} if verdict["reasons"] else {})
+    combined = combine({one.node: one for one in reports}, num_nodes or len(reports), Limits(), names)
+    reasons = {name: one["reasons"] for name, one in combined["nodes"].items() if not one["ok"]}
+    assert combined["ok"] == (not reasons and not combined["reasons"])
+    return reasons | ({"": combined["reasons"]} if combined["reasons"] else {})
+
+
+def only(failures: dict[str, list[str]], name: str) -> str:
+    """The one reason of the one node (or of none, "") that failed."""
+    assert list(failures) == [name]
+    (reason,) = failures[name]
+    return reason
 
 
 def test_four_fit_nodes():
@@ -45,8 +46,8 @@ def test_four_fit_nodes():
 
 def test_the_odd_version_is_the_one_at_fault():
     odd = node("n3", versions={"torch": "2.12"})
-    assert failing(node("n1"), node("n2"), odd) == {"n3": ["torch 2.12, the others have 2.13"]}
-    assert failing(node("n1"), odd) == {"": ["torch differs: n1 2.13, n3 2.12"]}  # of two nobody can say who is wrong
+    assert only(failing(node("n1"), node("n2"), odd), "n3").startswith("torch 2.12")
+    assert only(failing(node("n1"), odd), "").startswith("torch ")  # of two, either could be wrong
 
 
 def test_a_slow_node_is_named():
@@ -54,32 +55,32 @@ def test_a_slow_node_is_named():
     assert list(failing(node("n1"), slow, node("n3"))) == ["n2"]
     # Nodes 1 and 2 share a bad pair; node 1 is fast with its other neighbour, so node 2 is the slow one.
     pairs = [{"1": 10.0}, {"0": 10.0, "2": 1.0}, {"1": 1.0, "3": 1.0}, {"2": 1.0, "4": 10.0}, {"3": 10.0}]
-    found = failing(*(node(f"n{i}", pairs=one) for i, one in enumerate(pairs)))
-    assert found == {"n2": ["slow network: 1 GB/s with its best neighbour, the median node has 10"]}
+    reason = only(failing(*(node(f"n{i}", pairs=one) for i, one in enumerate(pairs))), "n2")
+    assert re.search(r"network: 1 GB/s.* 10$", reason)
     assert failing(node("n0", pairs={"1": 1.0}), node("n1", pairs={"0": 1.0})) == {}  # of two, neither is the slow one
 
 
 def test_a_silent_node_is_named_where_the_names_are_known():
-    assert failing(node("n1"), num_nodes=2, names=("n1", "n2")) == {"n2": ["did not report within 120 s"]}
-    assert failing(node("n1"), num_nodes=2) == {"": ["1 of 2 nodes did not report"]}
+    assert "120 s" in only(failing(node("n1"), num_nodes=2, names=("n1", "n2")), "n2")
+    assert "1 of 2 nodes" in only(failing(node("n1"), num_nodes=2), "")
 
 
 def test_a_node_that_vanishes_in_the_middle_is_named():
-    gone = node("n2", stage="", finished=False)  # its processes for the link check may have lived on
-    assert failing(node("n1"), gone) == {"n2": ["did not come to the end of the checks"]}
+    gone = node("n2", stage="", finished=False)  # the processes of its link check may still run
+    assert only(failing(node("n1"), gone), "n2")
 
 
 def test_who_is_cut_off():
-    lost = {"stage": "started", "cut_off": "n0:2000 cannot be reached (no answer)"}
+    lost = {"stage": "started", "cut_off": "n0:2000 is unreachable (no answer)"}
     first, fine = node("n0", stage="started"), node("n1", stage="started", index=1)
-    assert failing(first, fine, node("n2", index=2, **lost)) == {"n2": ["n0:2000 cannot be reached (no answer)"]}
+    assert only(failing(first, fine, node("n2", index=2, **lost)), "n2") == lost["cut_off"]
     both = [node("n1", index=1, **lost), node("n2", index=2, **lost)]
-    assert failing(first, *both) == {"n0": ["no other node reaches it: n0:2000 cannot be reached (no answer)"]}
+    assert lost["cut_off"] in only(failing(first, *both), "n0")
 
 
 def test_an_all_reduce_that_never_ends_is_nobodys_in_particular():
-    found = failing(node("n1", stage="computed"), node("n2", stage="met"))
-    assert found == {"": ["the all-reduce did not end within 120 s (last stage of n1: computed, n2: met)"]}
+    reason = only(failing(node("n1", stage="computed"), node("n2", stage="met")), "")
+    assert re.search(r"all-reduce .*120 s .*n1: computed, n2: met", reason)
 
 
 TABLE = """0, NVIDIA H100 80GB HBM3, 570.86.15, 81559, 4, 0
@@ -93,38 +94,36 @@ TABLE = """0, NVIDIA H100 80GB HBM3, 570.86.15, 81559, 4, 0
 def test_gpus_that_are_busy_or_broken():
     gpus, problems = read_gpus(TABLE, None)
     assert len(gpus) == 5
-    assert [problem.split(":")[0].split(" is")[0] for problem in problems] == ["GPU 1", "GPU 2", "GPU 4"]
-    assert problems[:2] == [
-        "GPU 1: 40000 of 81559 MiB are in use by another process",
-        "GPU 2: 3 uncorrected ECC errors",
-    ]
+    assert [problem[:5] for problem in problems] == ["GPU 1", "GPU 2", "GPU 4"]
+    assert "40000 of 81559 MiB" in problems[0]
+    assert "3 uncorrected ECC errors" in problems[1]
     assert read_gpus(TABLE, "0,3") == ([gpus[0], gpus[3]], [])
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("script", "problem"),
     [
-        ("echo 'NVIDIA-SMI has failed because it could not communicate with the driver'; exit 9", "nvidia-smi fails"),
+        ("echo 'NVIDIA-SMI has failed because it could not communicate with the driver'; exit 9", "nvidia-smi"),
         ("echo '0, H100, 570, 80000, 4, 0'", None),
     ],
 )
-def test_the_tool_itself(tmp_path, monkeypatch, script, said):
+def test_the_tool_itself(tmp_path, monkeypatch, script, problem):
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     gpus, problems = gpu_state()
-    assert [problem.split(":")[0] for problem in problems] == ([said] if said else [])
-    assert len(gpus) == (0 if said else 1)
+    assert [found.split()[0] for found in problems] == ([problem] if problem else [])
+    assert len(gpus) == (0 if problem else 1)
 
 
 def test_one_node_alone(tmp_path, capsys):
     arguments = ["--run-folder", str(tmp_path), "--node", "n1", "--write-mib", "1", "--write-mb-per-s", "0.001"]
     assert main(arguments) == 0
-    assert capsys.readouterr().out == "preflight: 1 nodes are fit\n"
-    verdict = json.loads((tmp_path / "preflight/alone.json").read_text())
-    assert (verdict["ok"], verdict["nodes"]) == (True, {"n1": {"ok": True, "reasons": []}})
-    report = verdict["reports"]["n1"]
+    assert capsys.readouterr().out.startswith("preflight: 1 nodes")
+    written = json.loads((tmp_path / "preflight/alone.json").read_text())
+    assert (written["ok"], written["nodes"]) == (True, {"n1": {"ok": True, "reasons": []}})
+    report = written["reports"]["n1"]
     assert report["write_mb_per_s"] > 0
     assert abs(report["skew_seconds"]) < 5
     assert report["versions"]["torch"].startswith("2.")
@@ -134,17 +133,25 @@ def test_one_node_alone(tmp_path, capsys):
 def test_a_slow_disk_and_missing_gpus(tmp_path, capsys):
     arguments = ["--run-folder", str(tmp_path), "--write-mib", "1", "--gpus", "8", "--node", "n1"]
     assert main([*arguments, "--write-mb-per-s", "1e9"]) == EXIT_NODE
-    said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith("preflight: node n1: writes ")
-    assert said[1] == "preflight: node n1: 0 GPUs visible, 8 expected"
-    assert said[2].startswith("dist-cpt: n1: the nodes of this job are not all fit")
+    disk, gpus, error = capsys.readouterr().err.splitlines()
+    assert re.match(r"preflight: node n1: .* MB/s", disk)
+    assert re.match(r"preflight: node n1: 0 GPUs .*8", gpus)
+    assert re.match(r"dist-cpt: n1: .*preflight/alone\.json", error)
+
+
+def test_a_wrong_option_is_one_line(tmp_path, capsys):
+    assert main(["--run-folder", str(tmp_path), "--bogus"]) == EXIT_CONFIG
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--bogus" in line
 
 
 def test_a_clock_that_is_off(tmp_path, monkeypatch):
     now = time.time
-    monkeypatch.setattr("dist_cpt_launch.preflight.time.time", lambda: now() + 60)
-    verdict = preflight(tmp_path, "a", Place("n1", 0, 1, "localhost"), limits=FAST, collective=False)
-    assert verdict["nodes"]["n1"]["reasons"][0].startswith("its clock is +60.0 s off")
+    monkeypatch.setattr("dist_cpt_launch.node_checks.time.time", lambda: now() + 60)
+    report = preflight(tmp_path, "a", Place("n1", 0, 1, "localhost"), limits=FAST, collective=False)
+    (reason,) = report["nodes"]["n1"]["reasons"]
+    assert "clock" in reason
+    assert "+60.0 s" in reason
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, capsys):
@@ -155,10 +162,11 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
 
 def test_the_others_do_not_wait_for_a_dead_node_and_a_late_one_hears_of_it(tmp_path):
     names = ("n1", "n2")
-    verdict = preflight(tmp_path, "7", Place("n1", 0, 2, "localhost", names), limits=FAST)
-    assert verdict["nodes"]["n2"] == {"ok": False, "reasons": ["did not report within 0.5 s"]}
+    report = preflight(tmp_path, "7", Place("n1", 0, 2, "localhost", names), limits=FAST)
+    assert not report["nodes"]["n2"]["ok"]
+    assert "0.5 s" in report["nodes"]["n2"]["reasons"][0]
     late = preflight(tmp_path, "7", Place("n2", 1, 2, "localhost", names), limits=FAST)
-    assert late == verdict
+    assert late == report
 
 
 def test_two_nodes_measure_what_is_between_them(tmp_path):
@@ -170,10 +178,10 @@ def test_two_nodes_measure_what_is_between_them(tmp_path):
         )
         for index in range(2)
     ]
-    said = [one.communicate(timeout=120)[0].decode() for one in nodes]
-    assert [one.returncode for one in nodes] == [0, 0], said
-    assert said[0].startswith("preflight: 2 nodes are fit, all-reduce ")
-    reports = read_reports(tmp_path / "preflight/7")
+    output = [one.communicate(timeout=120)[0].decode() for one in nodes]
+    assert [one.returncode for one in nodes] == [0, 0], output
+    assert re.match(r"preflight: 2 nodes .* GB/s", output[0])
+    reports = read_node_reports(tmp_path / "preflight/7")
     assert all(report.stage == "done" and report.matmul_seconds for report in reports.values())
     assert reports["n0"].pairs.keys() == {"1"}
     assert reports["n1"].all_reduce_gb_per_s is not None
@@ -184,14 +192,14 @@ def test_where_this_node_is():
     assert this_place(slurm) == Place("n3", 1, 2, "n2", ("n2", "n3"))
     assert this_place(slurm | {"MASTER_ADDR": "10.0.0.2"}).master == "10.0.0.2"
     assert this_place({}, node="a").num_nodes == 1
-    with pytest.raises(ConfigError, match="which one this is"):
-        this_place({}, nodes=2)
-    with pytest.raises(ConfigError, match="where they meet"):
-        this_place({}, nodes=2, index=1)
-    with pytest.raises(ConfigError, match="letters"):
+    with pytest.raises(ConfigError, match="--node-index"):
+        this_place({}, num_nodes=2)
+    with pytest.raises(ConfigError, match="--master"):
+        this_place({}, num_nodes=2, index=1)
+    with pytest.raises(ConfigError, match=r"\.\./\.\./etc"):
         this_place({}, node="../../etc")
 
 
 def test_the_text_names_nodes(tmp_path: Path):
-    verdict = judge({"n1": node("n1", problems=["broken"])}, 1, Limits())
-    assert verdict_text(verdict) == "preflight: node n1: broken"
+    report = combine({"n1": node("n1", problems=["broken"])}, 1, Limits())
+    assert report_text(report) == "preflight: node n1: broken"
