@@ -1,4 +1,4 @@
-"""The embedded default: a corpus that every machine has, a tiny base model, and the whole story on it.
+"""The embedded example: a corpus that every machine has, a tiny base model, and a whole run on it.
 
 Old domain: Python's English documentation (`pydoc_data.topics`). New domain: the standard library's source
 code. A tokenizer and a small Llama learn the old domain, then the base is adapted to the new one with LoRA
@@ -25,6 +25,8 @@ from typing import Any
 import yaml
 
 from dist_cpt.errors import EXIT_STOPPED, ConfigError, DataError, DistCptError, WriteError
+from dist_cpt.run_folder.json_files import read_complete_rows, read_object, read_rows
+from dist_cpt.run_folder.names import CERTIFICATE, EVALUATIONS, EVENTS, METRICS, REPORT
 
 VOCAB_SIZE = 2048
 SEQ_LEN = 256
@@ -39,7 +41,7 @@ def run_demo(out: Path, base_tokens: int = BASE_TOKENS, cpt_tokens: int = CPT_TO
     """Make corpus, base model, run, merged model, report.html and summary.json in `out`; return 0.
 
     Raises:
-        DistCptError: a step ended with an unexpected exit code, or its result does not hold.
+        DistCptError: a step ended with an unexpected exit code, or its result is wrong.
     """
     started = time.monotonic()
     _new_folder(out)
@@ -72,7 +74,7 @@ def run_demo(out: Path, base_tokens: int = BASE_TOKENS, cpt_tokens: int = CPT_TO
     _command(environment, "generate", str(out / "merged-model"), "--prompt", PROMPT, "--max-new-tokens", "60",
              "--temperature", "0.8", "--top-k", "40")
     # fmt: on
-    for name in ("report.html", "metrics.jsonl", "certificate.json"):
+    for name in (REPORT, METRICS, CERTIFICATE):
         shutil.copyfile(run / name, out / name)
     summary = _summary(run, out, time.monotonic() - started)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -84,12 +86,12 @@ def _new_folder(out: Path) -> None:
     if out.exists() and any(out.iterdir()):
         if not (out / "code.yaml").is_file():
             raise ConfigError(f"--out {out} is not empty and not a demo folder", remedy="give a new folder")
-        print(f"{out} holds an earlier demo: it is replaced")
+        print(f"{out} contains an earlier demo, which is replaced")
         shutil.rmtree(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WriteError(f"--out {out} cannot be made: {error.strerror}") from error
+        raise WriteError(f"--out {out} cannot be created: {error.strerror}") from error
 
 
 def _environment() -> dict[str, str]:
@@ -261,25 +263,15 @@ def _stopped_half_way(environment: dict[str, str], recipe: Path, run: Path, half
 
 
 def _last_step(run: Path) -> int:
-    rows = _rows(run / "metrics.jsonl")
+    rows, _ = read_complete_rows(run / METRICS)
     return rows[-1]["step"] if rows else 0
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # the last line may be half written
-            rows.append(json.loads(line))
-    return rows
-
-
 def _summary(run: Path, out: Path, seconds: float) -> dict[str, Any]:
-    steps = [row["step"] for row in _rows(run / "metrics.jsonl")]
+    steps = [row["step"] for row in read_rows(run / METRICS)]
     if steps != list(range(1, len(steps) + 1)):
-        raise DistCptError(f"demo: {run / 'metrics.jsonl'} is not continuous across the stop")
-    evaluations = _rows(run / "evaluations.jsonl")
+        raise DistCptError(f"demo: {run / METRICS} is not continuous across the stop")
+    evaluations = read_rows(run / EVALUATIONS)
     domains: dict[str, Any] = {}
     for row in evaluations:
         if row["step"] in (0, steps[-1]):
@@ -289,17 +281,17 @@ def _summary(run: Path, out: Path, seconds: float) -> dict[str, Any]:
         values["change_fraction"] = values["perplexity_after"] / values["perplexity_before"] - 1.0
     attempts = [
         {"engine": row["engine"], "world_size": row["world_size"], "first_step": row["first_step"]}
-        for row in _rows(run / "events.jsonl")
+        for row in read_rows(run / EVENTS)
         if row["kind"] in ("start", "resume")
     ]
-    certificate = json.loads((run / "certificate.json").read_text(encoding="utf-8"))
+    certificate = read_object(run / CERTIFICATE)
     return {
         "domains": domains,
         "steps": steps[-1],
         "attempts": attempts,
         "certificate": certificate["verdict"],
         "seconds": round(seconds, 1),
-        "report": str((out / "report.html").absolute()),
+        "report": str((out / REPORT).absolute()),
     }
 
 

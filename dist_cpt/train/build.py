@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_cpt.adapters.pissa import PISSA, begin_with_pissa, copy_initial
-from dist_cpt.adapters.prior_adapter import open_earlier
+from dist_cpt.adapters.prior_adapter import open_prior_adapter
 from dist_cpt.adapters.quantize import QUANTISED, require_bitsandbytes
 from dist_cpt.checkpoint.save import RunCheckpoints
 from dist_cpt.config.resolve import fingerprint
@@ -22,7 +22,7 @@ from dist_cpt.data.prefetch import prefetch
 from dist_cpt.data.prepare import Prepared, check_vocabulary, open_prepared, prepare
 from dist_cpt.data.tokenizer import load_new_vocabulary, load_tokenizer
 from dist_cpt.engines.build import build_engine
-from dist_cpt.engines.engine import Engine
+from dist_cpt.engines.engine import InspectableEngine
 from dist_cpt.errors import Stopped
 from dist_cpt.health.stragglers import ComputeClock, StragglerWatch, timed_modules
 from dist_cpt.model.continue_from import ProbeBlock
@@ -67,7 +67,7 @@ class Run:
     model: TrainableModel
     groups: list[ParamGroup]
     specs: list[TensorSpec]  # every trainable tensor with its full shape; the engine may shard it
-    engine: Engine
+    engine: InspectableEngine
     stream: Stream
     schedule: dict[str, Any]  # as checkpoints record it
     identity: Identity
@@ -216,7 +216,7 @@ def _check_starting_point(context: RunContext) -> None:
     if config.task == "cpt":
         require_base_checkpoint(config.model, _load_tokenizer(context))
     if prior is not None and prior.mode != "train":
-        open_earlier(Path(prior.path))
+        open_prior_adapter(Path(prior.path))
 
 
 def _prepare(context: RunContext) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dist_cpt.config.schema import RunConfig
-from dist_cpt.engines.engine import Engine
+from dist_cpt.engines.engine import InspectableEngine
 from dist_cpt.errors import NumericsError
 from dist_cpt.optim.groups import ParamGroup, state_dtype
 from dist_cpt.run_folder.json_files import write_object
@@ -34,7 +34,7 @@ class Contract:
     def __init__(
         self,
         context: RunContext,
-        engine: Engine,
+        engine: InspectableEngine,
         groups: Sequence[ParamGroup],
         specs: Sequence[TensorSpec],
         *,
