@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 def checkpoint_layers(layers: Sequence[nn.Module]) -> None:
-    """Make every layer keep only its inputs; the loss and the gradients stay bitwise the same.
+    """Make every layer keep only its inputs; loss and gradients are bitwise the same.
 
-    Only the layer's `forward` is replaced, so that no parameter changes its name and hooks of a sharding
-    engine stay around the recomputation. The random state is kept: dropout draws the same mask again.
+    Only the layer's `forward` is replaced: parameter names do not change, and the hooks of a sharding engine run
+    around the recomputation. Dropout draws the same mask again.
     """
     for layer in layers:
         layer.forward = _recomputed(layer, layer.forward)

@@ -9,7 +9,7 @@ from torch import nn
 
 from dist_cpt.config.schema import EngineConfig, RunConfig
 from dist_cpt.engines.activation_checkpoint import checkpoint_layers
-from dist_cpt.engines.engine import Engine
+from dist_cpt.engines.engine import InspectableEngine
 from dist_cpt.optim.groups import ParamGroup
 from dist_cpt.runtime.collectives import world_size
 
@@ -21,34 +21,34 @@ def build_engine(
     layers: Sequence[nn.Module],
     config: RunConfig,
     device: torch.device,
-) -> Engine:
-    """The engine of `config.engine` around `module`, which it takes over.
+) -> InspectableEngine:
+    """The engine of `config.engine` around `module`, which it takes over. Collective.
 
-    `trainable` are the module's fp32 parameters that train, by canonical name; `groups` name each of them
-    once; `layers` are the decoder layers, the units of sharding and of recomputation. Collective.
+    `trainable` are the module's trainable fp32 parameters by canonical name; `groups` list each of them once; `layers`
+    are the decoder layers, the units of sharding and of recomputation.
 
     Raises:
         MissingExtraError: engine.kind is zero and deepspeed is not installed.
-        ConfigError: the engine does not fit this world size or the installed deepspeed.
+        ConfigError: the engine does not fit the world size or the installed deepspeed.
     """
     if config.engine.activation_checkpointing == "full":
         checkpoint_layers(layers)
-    engine = resolve_auto(config.engine, world_size())
-    if engine.kind == "single":
+    config = config.model_copy(update={"engine": resolve_auto(config.engine, world_size())})
+    if config.engine.kind == "single":
         from dist_cpt.engines.single import SingleEngine
 
         return SingleEngine(module, trainable, groups, config, device)
-    if engine.kind == "fsdp":
+    if config.engine.kind == "fsdp":
         from dist_cpt.engines.fsdp2 import Fsdp2Engine
 
-        return Fsdp2Engine(module, trainable, groups, layers, config, engine, device)
+        return Fsdp2Engine(module, trainable, groups, layers, config, device)
     from dist_cpt.engines.zero import ZeroEngine
 
-    return ZeroEngine(module, trainable, groups, config, engine, device)
+    return ZeroEngine(module, trainable, groups, config, device)
 
 
 def resolve_auto(engine: EngineConfig, ranks: int) -> EngineConfig:
-    """`engine` with kind, stage and shard decided: auto is single on one rank and fsdp full on several."""
+    """`engine` with kind, stage and shard set: auto is single on one rank and fsdp full on several."""
     if engine.kind == "auto":
         return engine.model_copy(update={"kind": "single"} if ranks == 1 else {"kind": "fsdp", "shard": "full"})
     if engine.kind == "fsdp" and engine.shard is None:

@@ -1,8 +1,7 @@
-"""The seam between the loop and whoever owns sharding, reduction, clipping and the optimizer step.
+"""The seam between the training loop and sharding, reduction, clipping and the optimizer step.
 
-The loop hands over micro-batches and learning rates; every engine hides its own gradient scaling. The
-training state crosses this seam by canonical name, as flat fp32 values on the CPU, one tensor at a time,
-so that any engine at any world size can read what another has written.
+The loop passes micro-batches and learning rates; every engine hides its own gradient scaling. The training state
+crosses the seam by canonical name (`dist_cpt.training_state`), so that any engine reads what another has written.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, Ow
 
 @dataclass(frozen=True)
 class GradStats:
-    """What one optimizer step did: the global gradient norm before clipping, and whether it was skipped."""
+    """One optimizer step: the global gradient norm before clipping, and whether the update was skipped."""
 
     grad_norm: float
-    skipped: bool  # non-finite on some rank: nothing moved, moments and step counter as before
+    skipped: bool  # non-finite on some rank: masters, moments and step counter are unchanged
 
 
 class Engine(Protocol):
@@ -31,24 +30,22 @@ class Engine(Protocol):
     kind: str  # as in the recipe and in manifests: "single", "fsdp-full", "zero-3" ...
 
     def accumulate(self, batch: Batch, num_tokens: int, last: bool) -> torch.Tensor:
-        """Forward and backward of one micro-batch.
+        """Forward and backward of one micro-batch; the local loss sum, fp32 [], detached, without a host sync.
 
-        `num_tokens` is the number of target tokens of the whole optimizer step over all ranks and
-        micro-batches; the gradient that `step` sees is that of (sum of token losses) / num_tokens.
-        `last` marks the last micro-batch of the step. Returns the local loss sum, fp32, detached, on the
-        device, without a host sync.
+        `num_tokens` are the target tokens of the whole optimizer step, over all ranks and micro-batches: `step`
+        sees the gradient of (sum of token losses) / num_tokens. `last` marks the step's last micro-batch.
         """
         ...
 
     def step(self, lrs: Mapping[str, float]) -> GradStats:
-        """Clip by the global norm and update with `lrs` (learning rate by group name); then zero gradients.
+        """Clip by the global norm, update with `lrs` (learning rate by group name), and drop the gradients.
 
-        A gradient that is not finite on any rank skips the update on all of them.
+        A gradient that is non-finite on any rank skips the update on all of them.
         """
         ...
 
     def evaluate(self, batch: Batch) -> torch.Tensor:
-        """Local loss sum of a micro-batch without gradients, dropout off; fp32, detached."""
+        """The local loss sum without gradients or dropout, fp32 [], detached."""
         ...
 
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -56,40 +53,44 @@ class Engine(Protocol):
         ...
 
     def discard(self) -> None:
-        """Drop the accumulated gradients: a step whose update is not wanted. Nothing moves, nothing counts."""
+        """Drop the accumulated gradients: no update, and the step counter is unchanged."""
         ...
 
     def export_state(self, owner_of: OwnerOf, kinds: Sequence[StateKind] = STATE_KINDS) -> Iterator[ExportedTensor]:
-        """Yield every trainable tensor's `kinds`, in the groups' order, whole on its owner."""
+        """Yield every trainable tensor's `kinds`, in the groups' order, whole on its owner's CPU."""
         ...
 
     def snapshot(self) -> ExportState:
-        """Copy this rank's part of the state to the CPU; the result exports the copies, also on another thread.
+        """Copy this rank's part of the state to the CPU; the result exports the copies, on any thread.
 
-        At most one snapshot is in use at a time: the next one overwrites its copies.
+        The next snapshot overwrites the copies, so only one may be in use.
         """
         ...
 
     def import_state(self, read: ReadState, step: int) -> None:
-        """Replace masters, moments and the optimizer's step counter, and refresh every compute copy."""
+        """Replace masters, moments and the optimizer's step counter, and refresh the compute copies."""
         ...
 
-    def gradient_probe(self) -> dict[str, tuple[float, float]]:
-        """(norm, max abs) of the gradient last given to `step`, by canonical name, global over ranks.
+    def close(self) -> None:
+        """Release the engine's resources; the process group stays."""
+        ...
 
-        Valid after `accumulate(..., last=True)` and before `step`. Raises nothing on non-finite values.
+
+class InspectableEngine(Engine, Protocol):
+    """What only checks and measurements read."""
+
+    def gradient_probe(self) -> dict[str, tuple[float, float]]:
+        """(norm, max abs) of the gradient that `step` would apply, by canonical name, global over ranks.
+
+        Valid between `accumulate(..., last=True)` and `step`; non-finite values are returned, not raised.
         """
         ...
 
     def frozen_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, local storage) of every tensor that does not train, as this rank holds it between steps."""
+        """(name, this rank's storage between steps) of every tensor that does not train."""
         ...
 
     def sharded_bytes(self) -> dict[str, int]:
-        """Bytes of persistent tensors this rank holds: `trainable` (compute copies), `frozen`, `optimizer`
-        (masters and moments); measured from the tensors' local storages."""
-        ...
-
-    def close(self) -> None:
-        """Release what the engine holds; the process group stays."""
+        """Bytes of this rank's storages between steps: `trainable` (compute copies), `frozen`, `optimizer` (masters
+        and moments)."""
         ...

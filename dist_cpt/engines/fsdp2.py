@@ -1,23 +1,21 @@
-"""FSDP2: `fully_shard` over all tensors, over a node's ranks, or over the trainable tensors alone.
+"""FSDP2: `fully_shard` over all tensors, over a node's ranks, or over the trainable tensors only.
 
-full        every tensor is cut over all ranks (its first dimension).
-hybrid      cut over `dp_shard` ranks, repeated over the others (mesh dp_replicate x dp_shard).
-trainable   the trainable tensors are cut over all ranks, the frozen base stays whole on each.
+full        every tensor is sharded over all ranks, along its first dimension.
+hybrid      sharded over `dp_shard` ranks, replicated over the others (mesh dp_replicate x dp_shard).
+trainable   the trainable tensors are sharded over all ranks, the frozen base is whole on each.
 
-The decoder layers are the units; the embeddings, the head and the last norm form the root unit, so that a
-tied or directly read output matrix is whole wherever the loss needs it.
+The decoder layers are the units; embeddings, head and last norm form the root unit, so that a tied output matrix is
+whole wherever the loss needs it.
 
-Accumulation: every micro-batch is reduced into fp32 shards, G reduce-scatters per step instead of one. The
-alternative, holding back the reduction until the last micro-batch, keeps a full fp32 gradient on each rank:
-4 bytes per trainable element, 32 GB for 8B parameters. Under hybrid the all-reduce between the shard groups
-waits for the last micro-batch, since it works on shards and holds nothing more.
+Accumulation: every micro-batch is reduced into fp32 shards. Reducing only the last one would keep a full fp32 gradient
+on each rank: 4 bytes per trainable element, 32 GB for 8B parameters. Under hybrid the all-reduce between shard groups
+waits for the last micro-batch: it works on shards and costs no memory.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -26,17 +24,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from dist_cpt.adapters.quantize import quantisation_state
 from dist_cpt.config.schema import EngineConfig, RunConfig
 from dist_cpt.data.batch import Batch
 from dist_cpt.engines.engine import GradStats
-from dist_cpt.engines.forward import inference, last_logits, scaled_loss
-from dist_cpt.engines.slices import SlicedState, clip_factor, global_norm, probe, storage_bytes
+from dist_cpt.engines.forward import Forward
+from dist_cpt.engines.slices import SlicedState, clip_factor, frozen_tensors, global_norm, probe, storage_bytes
 from dist_cpt.errors import ConfigError
 from dist_cpt.optim.groups import ParamGroup, eight_bit_names
 from dist_cpt.optim.optimizer import AdamW
 from dist_cpt.runtime.env import process_env
-from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, OwnerOf, ReadState, StateKind
+from dist_cpt.training_state import ReadState
 
 
 class Fsdp2Engine:
@@ -49,9 +46,9 @@ class Fsdp2Engine:
         groups: Sequence[ParamGroup],
         layers: Sequence[nn.Module],
         config: RunConfig,
-        engine: EngineConfig,
         device: torch.device,
     ) -> None:
+        engine = config.engine
         self.kind = f"fsdp-{engine.shard}"
         self._device = device
         self._groups = list(groups)
@@ -61,7 +58,7 @@ class Fsdp2Engine:
         self._replicas = mesh.size(0) if self._hybrid else 1
         path_of = {id(parameter): path for path, parameter in module.named_parameters()}
         paths = {name: path_of[id(trainable[name])] for group in groups for name in group.names}
-        self._units = _shard(module, layers, mesh, config, engine, device)
+        self._units = _shard(module, layers, mesh, config, device)
         self._module = module.train()
         # Sharding replaces the parameters, so they are looked up again by path.
         self._parameters = {name: module.get_parameter(path) for name, path in paths.items()}
@@ -75,11 +72,14 @@ class Fsdp2Engine:
             device,
             primary=not self._hybrid or mesh.get_local_rank(0) == 0,
         )
+        self.export_state = self._state.export
+        self.snapshot = self._state.snapshot
+        self._forward = Forward(self._module, device)
 
     def accumulate(self, batch: Batch, num_tokens: int, last: bool) -> torch.Tensor:
         if self._hybrid:
             self._units[0].set_requires_all_reduce(last)  # the root sets all units
-        loss, loss_sum = scaled_loss(self._module, batch.to(self._device), 1.0 / num_tokens)
+        loss, loss_sum = self._forward.loss(batch, 1.0 / num_tokens)
         loss.backward()
         return loss_sum
 
@@ -100,18 +100,16 @@ class Fsdp2Engine:
             parameter.grad = None
 
     def evaluate(self, batch: Batch) -> torch.Tensor:
-        with self._inference():
-            return scaled_loss(self._module, batch.to(self._device), 1.0)[1]
+        try:
+            return self._forward.evaluate(batch)
+        finally:
+            self._reshard()
 
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        with self._inference():
-            return last_logits(self._module, input_ids.to(self._device))
-
-    def export_state(self, owner_of: OwnerOf, kinds: Sequence[StateKind] = STATE_KINDS) -> Iterator[ExportedTensor]:
-        return self._state.export(owner_of, kinds)
-
-    def snapshot(self) -> ExportState:
-        return self._state.snapshot()
+        try:
+            return self._forward.logits(input_ids)
+        finally:
+            self._reshard()
 
     def import_state(self, read: ReadState, step: int) -> None:
         self._state.import_(read)
@@ -121,14 +119,10 @@ class Fsdp2Engine:
         return probe({name: self._grad(name) for name in self._parameters}, self._device, self._replicas)
 
     def frozen_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        training = {id(parameter) for parameter in self._parameters.values()}
-        for name, parameter in self._module.named_parameters():
-            if id(parameter) not in training:
-                yield name, _local(parameter)
-        yield from quantisation_state(self._module)
+        return frozen_tensors(self._module, self._parameters.values(), _local)
 
     def sharded_bytes(self) -> dict[str, int]:
-        # The compute copies live from gather to reshard only; the shards are the masters, counted as trainable.
+        # The compute copies exist from gather to reshard only; the shards are the masters, counted as trainable.
         seen: set[int] = set()
         return {
             "trainable": storage_bytes(self._adam.masters.values(), seen),
@@ -139,16 +133,10 @@ class Fsdp2Engine:
     def close(self) -> None:
         self.discard()
 
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        """A forward without a backward leaves units gathered, and the next forward would use those copies even
-        if an import has changed the shards since: reshard them all."""
-        try:
-            with inference(self._module):
-                yield
-        finally:
-            for unit in self._units:
-                unit.reshard()
+    def _reshard(self) -> None:
+        """A forward without a backward leaves units gathered: the next one would use them even after an import."""
+        for unit in self._units:
+            unit.reshard()
 
     def _grad(self, name: str) -> torch.Tensor | None:
         grad = self._parameters[name].grad
@@ -156,12 +144,9 @@ class Fsdp2Engine:
 
     def _update(self, grads: Mapping[str, torch.Tensor | None], lrs: Mapping[str, float]) -> None:
         for group in self._groups:
-            held = [name for name in group.names if self._adam.masters[name].numel()]
-            given = [grads[name] for name in held]
-            zeroed = [
-                torch.zeros_like(self._adam.masters[n]) if g is None else g for n, g in zip(held, given, strict=True)
-            ]
-            self._adam.update(held, zeroed, lrs[group.name], group.weight_decay)
+            masters = {name: self._adam.masters[name] for name in group.names if self._adam.masters[name].numel()}
+            whole = [torch.zeros_like(m) if (grad := grads[name]) is None else grad for name, m in masters.items()]
+            self._adam.update(list(masters), whole, lrs[group.name], group.weight_decay)
         self._adam.steps += 1
 
 
@@ -188,16 +173,15 @@ def _shard(
     layers: Sequence[nn.Module],
     mesh: DeviceMesh,
     config: RunConfig,
-    engine: EngineConfig,
     device: torch.device,
 ) -> list[FSDPModule]:
     """Apply fully_shard to each layer and the root; the units, root first."""
+    engine = config.engine
     compute = torch.bfloat16 if config.model.compute_dtype == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     ignored = {p for p in module.parameters() if not p.requires_grad} if engine.shard == "trainable" else None
-    if ignored:
-        for parameter in ignored:
-            parameter.data = parameter.data.to(device)
+    for parameter in ignored or ():
+        parameter.data = parameter.data.to(device)
     for layer in layers:
         fully_shard(
             layer,
@@ -206,29 +190,29 @@ def _shard(
             mp_policy=policy,
             ignored_params=ignored,
         )
-    # The root is needed again first thing in backward: freeing it in between would only gather it twice.
+    # Backward needs the root first: freeing it in between would only gather it twice.
     fully_shard(module, mesh=mesh, reshard_after_forward=False, mp_policy=policy, ignored_params=ignored)
     units: list[FSDPModule] = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
     for unit in units:
-        # A plain sum: the loss is already divided by the tokens of the whole step. Without the second line
-        # gloo refuses the factor; with it alone torch still divides by the ranks.
+        # A plain sum: the loss is already divided by the tokens of the whole step. gloo refuses the factor without
+        # the second line; with the second line alone torch still divides by the ranks.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     return units
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard, sharing memory with the DTensor; the tensor itself where nothing is sharded."""
+    """This rank's shard, sharing memory with the DTensor; a plain tensor itself."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _range(parameter: torch.Tensor, mesh: DeviceMesh) -> tuple[int, int]:
-    """Elements of the flattened tensor in this rank's shard: ceil(rows / ranks) rows each, the last ones less."""
+    """Elements of the flattened tensor in this rank's shard: ceil(rows / ranks) rows, fewer on the last ranks."""
     row = parameter.numel() // parameter.shape[0]
     ranks, index = mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1)
     rows = -(-parameter.shape[0] // ranks)
     start = min(index * rows, parameter.shape[0])
     stop = min(start + rows, parameter.shape[0])
     local = _local(parameter)
-    assert local.numel() == (stop - start) * row, "a shard is not a run of whole rows"
+    assert local.numel() == (stop - start) * row, "a shard is not a range of whole rows"
     return start * row, stop * row

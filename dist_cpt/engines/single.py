@@ -1,9 +1,8 @@
 """One process, nothing sharded: fp32 masters beside the copies that compute.
 
-Where a gradient lives: backward yields it in the compute dtype. The first micro-batch's gradient is kept as
-it is; the second turns it into an fp32 sum that the others are added to. A step of one micro-batch thus holds
-2 bytes per trainable element in bf16, a longer one 4, and rounding happens once per micro-batch, never in the
-sum. The norm and the update widen a slice at a time.
+Backward yields gradients in the compute dtype. The first micro-batch's gradient is kept as it is; the second turns it
+into an fp32 sum. A bf16 step of one micro-batch thus needs 2 bytes per trainable element, a longer one 4, and rounds
+once per micro-batch, never in the sum. The norm and the update convert a slice at a time to fp32.
 """
 
 from __future__ import annotations
@@ -14,19 +13,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from dist_cpt.adapters.quantize import quantisation_state
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.batch import Batch
 from dist_cpt.engines.engine import GradStats
-from dist_cpt.engines.forward import inference, last_logits, scaled_loss
-from dist_cpt.engines.slices import SlicedState, clip_factor, global_norm, probe, storage_bytes
+from dist_cpt.engines.forward import Forward
+from dist_cpt.engines.slices import SlicedState, clip_factor, frozen_tensors, global_norm, probe, storage_bytes
 from dist_cpt.errors import ConfigError
 from dist_cpt.optim.groups import ParamGroup, eight_bit_names
 from dist_cpt.optim.optimizer import AdamW
 from dist_cpt.runtime.collectives import world_size
-from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, OwnerOf, ReadState, StateKind
+from dist_cpt.training_state import ReadState
 
-# Of one call of the optimizer: bounds the fp32 copies of bf16 gradients. On a GPU a short call is all launch.
+# Per call of the optimizer: bounds the fp32 copies of bf16 gradients. On a GPU small calls cost only launches.
 UPDATE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
@@ -51,7 +49,7 @@ class SingleEngine:
         self._max_norm = config.optim.max_grad_norm
         self._update_elements = UPDATE_ELEMENTS[device.type]
         self._parameters = {name: trainable[name] for group in groups for name in group.names}
-        # In fp32 the master computes itself: the same tensor, no copy.
+        # In fp32 the master and the compute copy are the same tensor.
         masters = {name: p.data for name, p in self._parameters.items()}
         self._adam = AdamW(masters, config.optim, eight_bit_names(groups, config.optim))
         if config.model.compute_dtype == "bf16":
@@ -66,9 +64,14 @@ class SingleEngine:
             self._adam.write,
             device,
         )
+        self.export_state = self._state.export
+        self.snapshot = self._state.snapshot
+        self._forward = Forward(self._module, device)
+        self.evaluate = self._forward.evaluate
+        self.logits = self._forward.logits
 
     def accumulate(self, batch: Batch, num_tokens: int, last: bool) -> torch.Tensor:
-        loss, loss_sum = scaled_loss(self._module, batch.to(self._device), 1.0 / num_tokens)
+        loss, loss_sum = self._forward.loss(batch, 1.0 / num_tokens)
         loss.backward()
         return loss_sum
 
@@ -93,20 +96,6 @@ class SingleEngine:
     def discard(self) -> None:
         self._grads.clear()
 
-    def evaluate(self, batch: Batch) -> torch.Tensor:
-        with inference(self._module):
-            return scaled_loss(self._module, batch.to(self._device), 1.0)[1]
-
-    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        with inference(self._module):
-            return last_logits(self._module, input_ids.to(self._device))
-
-    def export_state(self, owner_of: OwnerOf, kinds: Sequence[StateKind] = STATE_KINDS) -> Iterator[ExportedTensor]:
-        return self._state.export(owner_of, kinds)
-
-    def snapshot(self) -> ExportState:
-        return self._state.snapshot()
-
     def import_state(self, read: ReadState, step: int) -> None:
         self._state.import_(read)
         self._adam.steps = step
@@ -116,11 +105,7 @@ class SingleEngine:
         return probe({name: self._grads.get(name) for name in self._parameters}, self._device)
 
     def frozen_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        training = {id(parameter) for parameter in self._parameters.values()}
-        for name, parameter in self._module.named_parameters():
-            if id(parameter) not in training:
-                yield name, parameter.data
-        yield from quantisation_state(self._module)
+        return frozen_tensors(self._module, self._parameters.values())
 
     def sharded_bytes(self) -> dict[str, int]:
         seen: set[int] = set()
@@ -150,21 +135,21 @@ class SingleEngine:
         return keep
 
     def _fp32_gradient(self, name: str, factor: float) -> torch.Tensor:
-        """The clipped gradient of `name`, taken out of what is kept; zeros if nothing reached the tensor."""
+        """The clipped gradient of `name`, which is dropped here; zeros if backward did not reach the tensor."""
         grad = self._grads.pop(name, None)
         if grad is None:
             return torch.zeros_like(self._adam.masters[name])
         return grad.float().mul_(factor) if factor < 1.0 else grad.float()
 
     def _update_in_slices(self, name: str, factor: float, lr: float, weight_decay: float) -> None:
-        """The update of one large tensor: an fp32 copy of its whole gradient would raise the peak."""
+        """Update one large tensor; an fp32 copy of its whole gradient would raise peak memory."""
         grad = self._grads.pop(name, None)
         if grad is None:
             grad = torch.zeros_like(self._adam.masters[name])
-        wide = torch.empty(self._update_elements, device=grad.device)
+        buffer = torch.empty(self._update_elements, device=grad.device)
         start = 0
         for piece in grad.reshape(-1).split(self._update_elements):
-            fp32 = piece if piece.dtype == torch.float32 else wide[: piece.numel()].copy_(piece)
+            fp32 = piece if piece.dtype == torch.float32 else buffer[: piece.numel()].copy_(piece)
             if factor < 1.0:
                 fp32.mul_(factor)
             self._adam.update_slice(name, start, fp32, lr, weight_decay)
@@ -178,7 +163,7 @@ class SingleEngine:
 
 
 def _portions(names: Sequence[str], parameters: Mapping[str, nn.Parameter], most: int) -> Iterator[list[str]]:
-    """`names` in runs of at most `most` elements, a larger tensor alone."""
+    """`names` in runs of at most `most` elements; a larger tensor is a run of its own."""
     portion: list[str] = []
     elements = 0
     for name in names:

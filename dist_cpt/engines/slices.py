@@ -1,9 +1,9 @@
 """The training state as flat slices: which part of each tensor a rank holds, and how the parts travel.
 
-An engine says once which elements of every flattened tensor this rank holds and how its parts are read and
-written. Export sends the parts of one tensor to its owner; import reads and writes local parts alone, so
-that no collective stands between two reads and a rank that fails cannot leave the others waiting. A snapshot
-copies this rank's parts to the CPU; it can be exported from another thread while training goes on.
+An engine states once which elements of every flattened tensor this rank holds, and how they are read and written.
+Export sends the parts of one tensor to its owner; import touches local parts only, so that no collective comes between
+two reads and a rank that fails does not leave the others waiting. A snapshot copies this rank's parts to the CPU, to be
+exported from another thread while training continues.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from dist_cpt.adapters.quantize import quantisation_state
 from dist_cpt.errors import CheckpointError
 from dist_cpt.runtime.collectives import agree, current_group, gather_json, rank, world_size
-from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, ReadState, StateKind
+from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, OwnerOf, ReadState, StateKind
 
 NORM_ELEMENTS = 1 << 16  # of one fp32 sum of squares
 
@@ -29,7 +31,7 @@ Layout = Mapping[str, Sequence[tuple[int, int, int]]]  # name -> (rank, start, s
 class SlicedState:
     """`ranges[name]` = (start, stop) of this rank in the flattened tensor; the ranks' ranges tile it.
 
-    `primary` is False on a rank whose ranges repeat those of another one: it imports but never sends.
+    `primary` is False on a rank whose ranges repeat those of another: it imports but never sends. Collective.
     """
 
     def __init__(
@@ -54,23 +56,21 @@ class SlicedState:
             for i, name in enumerate(shapes)
         }
         for name, shape in self.shapes.items():
-            held = sum(stop - start for _, start, stop in self._layout[name])
-            assert held == shape.numel(), f"{name}: ranks hold {held} of {shape.numel()} elements"
+            covered = sum(stop - start for _, start, stop in self._layout[name])
+            assert covered == shape.numel(), f"{name}: the ranks' parts cover {covered} of {shape.numel()} elements"
 
-    def export(
-        self, owner_of: Callable[[StateKind, str], int], kinds: Sequence[StateKind] = STATE_KINDS
-    ) -> Iterator[ExportedTensor]:
-        """Every tensor of `kinds`, whole on its owner's CPU, one at a time. Collective."""
-        return _export(self.shapes, self._layout, self._read, self._device, owner_of, kinds)
+    def export(self, owner_of: OwnerOf, kinds: Sequence[StateKind] = STATE_KINDS) -> Iterator[ExportedTensor]:
+        """Yield every tensor of `kinds`, whole on its owner's CPU. Collective."""
+        return self._export(self._read, self._device, owner_of, kinds)
 
     def snapshot(self) -> ExportState:
-        """Copy what this rank would send to the CPU, and return an `export` of the copies.
+        """Copy the parts this rank sends to the CPU (pinned for a GPU), and return an `export` of the copies.
 
-        The copies are made once and written again by the next snapshot, so the export must have ended by then.
-        On a GPU they are pinned. The export may run on another thread, over that thread's process group.
+        The next snapshot overwrites them, so the export must have ended by then. It may run on another thread, over
+        that thread's process group.
         """
         for name, parts in self._layout.items():
-            if all(holder != rank() for holder, _, _ in parts):
+            if all(sender != rank() for sender, _, _ in parts):
                 continue
             for kind in STATE_KINDS:
                 values = self._read(kind, name)
@@ -81,17 +81,13 @@ class SlicedState:
                 copy.copy_(values, non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()  # host sync: the step that follows overwrites
-
-        def read(kind: StateKind, name: str) -> torch.Tensor:
-            return self._copies[kind, name]
-
-        return partial(_export, self.shapes, self._layout, read, torch.device("cpu"))
+        return partial(self._export, lambda kind, name: self._copies[kind, name], torch.device("cpu"))
 
     def import_(self, read: ReadState) -> None:
         """Overwrite this rank's part of every tensor.
 
         Raises:
-            CheckpointError: `read` failed on some rank; on all of them, and the state is then undefined.
+            CheckpointError: on all ranks if `read` failed on one; the state is then undefined.
         """
         error: CheckpointError | None = None
         try:
@@ -115,20 +111,14 @@ class SlicedState:
                     )
                 self._write(kind, name, values.reshape(-1))
 
-
-def _export(
-    shapes: Mapping[str, torch.Size],
-    layout: Layout,
-    read: Read,
-    device: torch.device,
-    owner_of: Callable[[StateKind, str], int],
-    kinds: Sequence[StateKind] = STATE_KINDS,
-) -> Iterator[ExportedTensor]:
-    for kind in kinds:
-        for name, shape in shapes.items():
-            local = partial(read, kind, name)
-            whole = _assemble(shape.numel(), layout[name], local, device, owner_of(kind, name))
-            yield ExportedTensor(kind, name, None if whole is None else whole.view(shape))
+    def _export(
+        self, read: Read, device: torch.device, owner_of: OwnerOf, kinds: Sequence[StateKind] = STATE_KINDS
+    ) -> Iterator[ExportedTensor]:
+        for kind in kinds:
+            for name, shape in self.shapes.items():
+                local = partial(read, kind, name)
+                whole = _assemble(shape.numel(), self._layout[name], local, device, owner_of(kind, name))
+                yield ExportedTensor(kind, name, None if whole is None else whole.view(shape))
 
 
 def _assemble(
@@ -138,17 +128,16 @@ def _assemble(
     device: torch.device,
     owner: int,
 ) -> torch.Tensor | None:
-    """The flat tensor on its owner's CPU; parts travel over tensors on `device`."""
+    """The flat tensor on its owner's CPU; parts are sent as tensors on `device`."""
     me = rank()
     whole = torch.empty(num_elements, dtype=torch.float32) if me == owner else None
-    for holder, start, stop in parts:
-        if holder == owner:
-            if whole is not None:
-                whole[start:stop].copy_(local())
-        elif me == holder:
-            dist.send(local().contiguous(), owner, group=current_group())
+    for sender, start, stop in parts:
+        if whole is not None and sender == owner:
+            whole[start:stop].copy_(local())
         elif whole is not None:
-            _receive(whole[start:stop], holder, device)
+            _receive(whole[start:stop], sender, device)
+        elif me == sender:
+            dist.send(local().contiguous(), owner, group=current_group())
     return whole
 
 
@@ -161,30 +150,24 @@ def _receive(part: torch.Tensor, source: int, device: torch.device) -> None:
     part.copy_(staged)
 
 
-def local_sums(grads: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
-    """Sum of squares of each tensor, fp64 [] on its device; 0 for None. No host sync.
-
-    The squares are summed in fp32 within slices of NORM_ELEMENTS, and in fp64 across slices and tensors.
-    """
-    return [torch.zeros((), dtype=torch.float64) if grad is None else _sum_of_squares(grad) for grad in grads]
-
-
 def global_norm(grads: Iterable[torch.Tensor], device: torch.device, replicas: int = 1) -> float:
-    """Euclidean norm over all tensors of all ranks, each counted `replicas` times; the same value everywhere."""
+    """Euclidean norm over all tensors of all ranks, where each is counted `replicas` times; the same on every rank."""
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for square in local_sums(grads):
-        total += square
+    for grad in grads:
+        total += _sum_of_squares(grad)
     if world_size() > 1:
         dist.all_reduce(total)
-    return math.sqrt(total.item() / replicas)  # host sync: the step is skipped or not from this value
+    return math.sqrt(total.item() / replicas)  # host sync: whether the step is skipped depends on this value
 
 
 def probe(
     grads: Mapping[str, torch.Tensor | None], device: torch.device, replicas: int = 1
 ) -> dict[str, tuple[float, float]]:
-    """(norm, max abs) by name over all ranks; a NaN shows as norm NaN and max infinity. Collective."""
-    squares = torch.stack([square.to(device) for square in local_sums(grads.values())])
-    largest = torch.stack([_largest(grad).to(device) for grad in grads.values()])
+    """(norm, max abs) by name over all ranks; a NaN gives norm NaN and max infinity. Collective."""
+    nothing = torch.zeros(0, device=device)
+    local = [nothing if grad is None else grad for grad in grads.values()]
+    squares = torch.stack([_sum_of_squares(grad).to(device) for grad in local])
+    largest = torch.stack([_largest(grad).to(device) for grad in local])
     if world_size() > 1:
         dist.all_reduce(squares)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -193,8 +176,21 @@ def probe(
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
-    """What every gradient is multiplied with. Source: torch.nn.utils.clip_grad_norm_, the same constant."""
+    """The factor of every gradient. Source: torch.nn.utils.clip_grad_norm_, the same constant."""
     return min(1.0, max_norm / (norm + 1e-6))
+
+
+def frozen_tensors(
+    module: nn.Module,
+    trained: Iterable[torch.Tensor],
+    local: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter.data,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, this rank's storage) of every parameter that is not in `trained`, and of every quantisation scale."""
+    ids = {id(parameter) for parameter in trained}
+    for name, parameter in module.named_parameters():
+        if id(parameter) not in ids:
+            yield name, local(parameter)
+    yield from quantisation_state(module)
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor], seen: set[int]) -> int:
@@ -209,7 +205,7 @@ def storage_bytes(tensors: Iterable[torch.Tensor], seen: set[int]) -> int:
 
 
 def _sum_of_squares(grad: torch.Tensor) -> torch.Tensor:
-    """fp64 [] over fp32 norms of slices: one fp32 sum over 2e6 elements on the CPU reads 1e-4 low."""
+    """fp64 [] over fp32 norms of slices: one fp32 sum over 2e6 elements on the CPU is 1e-4 too low. No host sync."""
     flat = grad.detach().reshape(-1)
     rows = flat.numel() // NORM_ELEMENTS
     whole, rest = flat.split([rows * NORM_ELEMENTS, flat.numel() - rows * NORM_ELEMENTS])
@@ -219,8 +215,8 @@ def _sum_of_squares(grad: torch.Tensor) -> torch.Tensor:
     return torch.cat([norms, last[None]]).double().square().sum()
 
 
-def _largest(grad: torch.Tensor | None) -> torch.Tensor:
-    if grad is None or grad.numel() == 0:
+def _largest(grad: torch.Tensor) -> torch.Tensor:
+    if grad.numel() == 0:
         return torch.zeros((), dtype=torch.float32)
-    # MAX reductions may drop a NaN
+    # MAX reductions may drop a NaN.
     return grad.detach().abs().amax().float().nan_to_num(nan=math.inf, posinf=math.inf)
