@@ -222,9 +222,10 @@ def status(
     json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Show where a run is: step, speed, goodput, restarts, checkpoint, heartbeats."""
-    from dist_cpt_launch.status import as_text, find_run, show_status
+    from dist_cpt_launch.status import find_run, show_status
+    from dist_cpt_launch.status_text import as_text
 
-    show_status(find_run(run), lambda found: json.dumps(found.as_json()) if json_ else as_text(found), watch)
+    show_status(find_run(run), lambda status: json.dumps(status.as_json()) if json_ else as_text(status), watch)
 
 
 @app.command(
@@ -261,21 +262,21 @@ def verify(
     if (path / CHECKPOINTS).is_dir():
         from dist_cpt.run_folder.audit import record_problems
 
-        verdicts = verify_run(path)
+        checked = verify_run(path)
         record = record_problems(path)
     else:
-        verdicts = {path.name: verify_checkpoint(path)}
-    for name, problems in verdicts.items():
-        print(printable(f"{name}: {'holds' if not problems else 'DOES NOT HOLD: ' + '; '.join(problems)}"))
+        checked = {path.name: verify_checkpoint(path)}
+    for name, problems in checked.items():
+        print(printable(f"{name}: {'valid' if not problems else 'DAMAGED: ' + '; '.join(problems)}"))
     for problem in record:
         print(printable(f"record: {problem}"))
     if (path / CHECKPOINTS).is_dir() and not record:
-        print("record: holds")
-    broken = [name for name, problems in verdicts.items() if problems]
-    if broken:
-        raise CheckpointError(f"{len(broken)} of {len(verdicts)} checkpoints do not hold: {', '.join(broken)}")
+        print("record: valid")
+    damaged = [name for name, problems in checked.items() if problems]
+    if damaged:
+        raise CheckpointError(f"{len(damaged)} of {len(checked)} checkpoints are damaged: {', '.join(damaged)}")
     if record:
-        raise CheckpointError(f"the checkpoints of {path} hold, its record does not ({len(record)} findings)")
+        raise CheckpointError(f"the checkpoints of {path} are valid, but its record has {len(record)} problems")
 
 
 @app.command(rich_help_panel=LOOK)
@@ -284,14 +285,13 @@ def inspect(
     json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Show what is inside: step, groups, sizes, identities, lineage. Reads no tensor."""
-    from dist_cpt.checkpoint.inspect import inspect_path
-    from dist_cpt.checkpoint.inspect_text import as_text
+    from dist_cpt.checkpoint.inspect import as_text, inspect_path
     from dist_cpt.errors import printable
 
     content = inspect_path(Path(os.path.abspath(path)))
     print(json.dumps(content, indent=1) if json_ else as_text(content))
-    if content.get("problem"):  # of one checkpoint; a run shows the newest that holds
-        raise CheckpointError(printable(f"{path} does not hold: {content['problem']}"))
+    if content.get("problem"):  # of one checkpoint; a run shows its newest valid one
+        raise CheckpointError(printable(f"{path} is damaged: {content['problem']}"))
 
 
 @app.command(rich_help_panel=AFTER)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from dist_cpt.checkpoint.save import CheckpointInfo, RunCheckpoints, save
 from dist_cpt.run_folder.manifest import Identity
 from dist_cpt.run_folder.train_state import Probe, Randomness, TrainState
 from dist_cpt.runtime.collectives import rank, world_size
-from dist_cpt.training_state import STATE_KINDS, StateKind, TensorSpec
+from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, OwnerOf, StateKind, TensorSpec
 
 LORA_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 LORA_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
@@ -36,13 +36,6 @@ FULL_SPECS = (
 IDENTITY = Identity({"path": "/base", "sha256": "b" * 64}, {"sha256": "d" * 64}, "f" * 64, "fsdp-full")
 
 
-@dataclass(frozen=True)
-class Exported:
-    kind: StateKind
-    name: str
-    values: torch.Tensor | None
-
-
 def expected(seed: int, kind: str, spec: TensorSpec) -> torch.Tensor:
     """The full tensor of a state, a function of its seed alone."""
     generator = torch.Generator().manual_seed(hash((seed, STATE_KINDS.index(kind), len(spec.name), *spec.shape)))
@@ -58,13 +51,13 @@ class ShardedState:
             (kind, spec.name): self._slice(expected(seed, kind, spec)) for spec in specs for kind in STATE_KINDS
         }
 
-    def export_state(self, owner_of: Callable[[StateKind, str], int]) -> Iterator[Exported]:
+    def export_state(self, owner_of: OwnerOf, kinds: Sequence[StateKind] = STATE_KINDS) -> Iterator[ExportedTensor]:
         for spec in self.specs:
-            for kind in STATE_KINDS:
+            for kind in kinds:
                 full = self.parts[kind, spec.name].clone()
                 if world_size() > 1:
                     dist.all_reduce(full)
-                yield Exported(kind, spec.name, full if owner_of(kind, spec.name) == rank() else None)
+                yield ExportedTensor(kind, spec.name, full if owner_of(kind, spec.name) == rank() else None)
 
     def import_state(self, checkpoint: LoadedCheckpoint) -> None:
         for spec in self.specs:
@@ -97,6 +90,7 @@ def train_state(step: int, attempt: int = 0) -> TrainState:
         schedule={"kind": "cosine"},
         wandb_run_id="run7",
         attempt=attempt,
+        optimizer_steps=step,
         next_block_ids=tuple(range(8 * step, 8 * step + 8)),
         probe=Probe(block_ids=(0, 1), loss=1 / 3),
     )
@@ -110,21 +104,29 @@ def write_model_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
 
 
-def save_step(run_folder: Path, step: int, *, attempt: int = 0, **changes: Any) -> CheckpointInfo:
-    """Save a whole state whose values are a function of the step (or of `seed`)."""
-    seed = changes.pop("seed", step)
-    specs = changes.pop("specs", SPECS)
-    state, trial = changes.pop("state", train_state(step, attempt)), changes.pop("trial", False)
-    export = changes.pop("export", None) or ShardedState(seed, specs).export_state
-    if fault := changes.pop("fault", None):
-        changes["fault"] = lambda point, step: fault(point.partition(".")[2])
-    shared: dict[str, Any] = {
-        "specs": specs,
-        "adapter": specs is not FULL_SPECS,
-        "identity": IDENTITY,
-        "sidecars": [write_model_config if specs is FULL_SPECS else write_adapter_config],
-    }
-    return save(RunCheckpoints(run_folder, **(shared | changes)), export, state, trial=trial)
+def save_step(
+    run_folder: Path,
+    step: int,
+    *,
+    attempt: int = 0,
+    seed: int | None = None,
+    state: TrainState | None = None,
+    export: ExportState | None = None,
+    trial: bool = False,
+    **changes: Any,
+) -> CheckpointInfo:
+    """Save a whole state whose values are a function of the step (or of `seed`); `changes` are of `RunCheckpoints`."""
+    specs = changes.get("specs", SPECS)
+    full = specs is FULL_SPECS
+    run = RunCheckpoints(
+        folder=run_folder,
+        specs=specs,
+        identity=IDENTITY,
+        adapter=not full,
+        sidecars=[write_model_config if full else write_adapter_config],
+    )
+    export = export or ShardedState(step if seed is None else seed, specs).export_state
+    return save(replace(run, **changes), export, state or train_state(step, attempt), trial=trial)
 
 
 def matches(checkpoint: LoadedCheckpoint, seed: int, specs: tuple[TensorSpec, ...] = SPECS) -> bool:

@@ -1,4 +1,4 @@
-"""One save on a thread of its own, beside training."""
+"""A save on its own thread, beside training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dist_cpt.runtime.collectives import over_group, world_size
 
 
 class BackgroundSave:
-    """At most one save at a time, over a gloo group that no other thread uses. Making it is collective."""
+    """At most one save at a time, over a gloo group that no other thread uses. Its constructor is collective."""
 
     def __init__(self, timeout_seconds: float) -> None:
         self._group: Any = None
@@ -27,12 +27,12 @@ class BackgroundSave:
 
     @property
     def running(self) -> bool:
-        """Whether a save was started whose end nobody has collected yet."""
+        """Whether a save was started and not collected yet."""
         return self._thread is not None
 
     @property
     def ended(self) -> bool:
-        """Whether this rank's part of it is over, well or not."""
+        """Whether this rank's part of it is over, with or without an error."""
         return self._thread is not None and not self._thread.is_alive()
 
     @property
@@ -41,14 +41,14 @@ class BackgroundSave:
         return self.ended and self._error is not None
 
     def start(self, work: Callable[[], CheckpointInfo]) -> None:
-        """Run `work` on the thread; the one before must have been collected."""
-        assert self._thread is None, "the save before was not collected"
+        """Run `work` on the thread; the previous save must have been collected."""
+        assert self._thread is None, "the previous save was not collected"
 
         def run() -> None:
             try:
                 with over_group(self._group):
                     self._result = work()
-            except BaseException as error:  # handed over by collect
+            except BaseException as error:  # raised by collect
                 self._error = error
 
         self._result, self._error = None, None
@@ -60,7 +60,7 @@ class BackgroundSave:
 
         Raises:
             DistCptError: what the save raised.
-            CheckpointError: it did not end in time; nothing of it is published by this rank.
+            CheckpointError: it did not end in time; this rank publishes nothing of it.
         """
         assert self._thread is not None, "no save was started"
         self._thread.join(timeout_seconds)

@@ -1,25 +1,26 @@
-"""What is inside a checkpoint, or in all checkpoints of a run? Reads JSON only: no tensor, no torch."""
+"""The content of a checkpoint, or of all checkpoints of a run, as JSON or as text. Reads no tensor. Torch-free."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dist_cpt.checkpoint.quick_check import outline_problems
-from dist_cpt.errors import CheckpointError, ConfigError
+from dist_cpt.checkpoint.quick_check import quick_check, summary
+from dist_cpt.errors import CheckpointError, ConfigError, printable
 from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state, superseded
 from dist_cpt.run_folder.json_files import strict_json
 from dist_cpt.run_folder.manifest import Manifest
-from dist_cpt.run_folder.names import MANIFEST
+from dist_cpt.run_folder.names import CERTIFICATE, CHECKPOINTS, MANIFEST, RECIPE, SUPERSEDED
 from dist_cpt.run_folder.train_state import TrainState
 from dist_cpt.training_state import STATE_KINDS
 
 _FP32_BYTES = 4
+_SHAPES_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -44,42 +45,42 @@ def inspect_path(path: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: the path is neither.
-        CheckpointError: a checkpoint that cannot be read, or a run without one that holds in outline.
+        CheckpointError: a checkpoint that cannot be read, or a run without one that passes `quick_check`.
     """
     if (path / MANIFEST).exists() or (path.name.startswith("step-") and path.is_dir()):
         return _checkpoint(_open(path), _family(_run_of(path)))
-    if (path / "recipe.yaml").exists() or (path / "checkpoints").is_dir():
+    if (path / RECIPE).exists() or (path / CHECKPOINTS).is_dir():
         return _run(path)
     raise ConfigError(f"{path} is neither a run folder nor a checkpoint", remedy="give a run folder or a checkpoint")
 
 
 def _run(run_folder: Path) -> dict[str, Any]:
-    found = [*published(run_folder), *superseded(run_folder)]
-    if not found:
-        raise CheckpointError(f"{run_folder} holds no checkpoint")
+    paths = [*published(run_folder), *superseded(run_folder)]
+    if not paths:
+        raise CheckpointError(f"{run_folder} has no checkpoint")
     family = _family(run_folder)
-    rows = [_row(path, family) for path in found]
-    whole = [path for path, row in zip(found, rows, strict=True) if row["problem"] is None and path in family.by_path]
-    if not whole:
+    rows = [_row(path, family) for path in paths]
+    valid = [path for path, row in zip(paths, rows, strict=True) if row["problem"] is None and path in family.by_path]
+    if not valid:
         raise CheckpointError(
-            f"no checkpoint in {run_folder} holds: " + "; ".join(f"{row['name']}: {row['problem']}" for row in rows),
+            f"no valid checkpoint in {run_folder}: " + "; ".join(f"{row['name']}: {row['problem']}" for row in rows),
             remedy="restore the folder from a copy, or start again under another name",
         )
     return {
         "kind": "run",
         "path": str(run_folder),
         "checkpoints": rows,
-        "newest": _checkpoint(family.by_path[whole[0]], family),
+        "newest": _checkpoint(family.by_path[valid[0]], family),
     }
 
 
 def _row(path: Path, family: _Family) -> dict[str, Any]:
-    """One checkpoint of a run in short; what a damaged one does not tell is null."""
+    """One checkpoint of a run in short; what cannot be read of a damaged one is null."""
     one = family.by_path.get(path)
     parent = family.by_state.get(one.state.parent or "") if one else None
     return {
         "name": path.name,
-        "superseded": path.parent.name == "superseded",
+        "superseded": path.parent.name == SUPERSEDED,
         "step": one.manifest.step if one else None,
         "saved": one.saved if one else None,
         "num_bytes": one.num_bytes if one else None,
@@ -172,8 +173,8 @@ def _lineage(one: _Opened, siblings: Mapping[str, _Opened]) -> tuple[list[_Opene
 
 
 def _certificate(run_folder: Path | None) -> dict[str, Any] | None:
-    """Verdict of the run's latest resume; None if it was never resumed, or the checkpoint lies alone."""
-    path = run_folder / "certificate.json" if run_folder else None
+    """The certificate of the run's latest resume; None if it was never resumed, or the checkpoint is a copy."""
+    path = run_folder / CERTIFICATE if run_folder else None
     if path is None or not path.is_file():
         return None
     try:
@@ -207,11 +208,148 @@ def _family(run_folder: Path | None) -> _Family:
 
 def _run_of(checkpoint: Path) -> Path | None:
     parent = checkpoint.resolve().parent
-    parent = parent.parent if parent.name == "superseded" else parent
-    return parent.parent if parent.name == "checkpoints" else None
+    parent = parent.parent if parent.name == SUPERSEDED else parent
+    return parent.parent if parent.name == CHECKPOINTS else None
 
 
 def _problem(path: Path) -> str | None:
-    problems = outline_problems(path)
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return problems[0] + more if problems else None
+    problems = quick_check(path)
+    return summary(problems) if problems else None
+
+
+def as_text(content: Mapping[str, Any]) -> str:
+    """The object from `inspect_path` as plain text in aligned columns."""
+    lines: list[str] = []
+    if content["kind"] == "run":
+        lines += [f"{content['path']}: {len(content['checkpoints'])} checkpoints", *_run_table(content), ""]
+        content = content["newest"]
+    lines += [content["path"], *_facts(content), "", *_group_table(content), "", *_file_table(content)]
+    return "\n".join(printable(line) for line in lines)
+
+
+def _run_table(content: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for row in content["checkpoints"]:
+        parent = "start" if row["parent"] is None else f"step {row['parent_step']}"
+        parent = "pruned" if row["parent"] is not None and row["parent_step"] is None else parent
+        known = row["step"] is not None
+        rows.append(
+            [
+                row["name"] + (" (superseded)" if row["superseded"] else ""),
+                row["saved"] or "",
+                _size(row["num_bytes"]) if known else "",
+                f"{row['attempt']}" if known else "",
+                parent if known else "",
+                _validity(row["problem"]),
+            ]
+        )
+    return _table(["checkpoint", "saved", ">size", ">attempt", "parent", "check"], rows)
+
+
+def _facts(content: Mapping[str, Any]) -> list[str]:
+    by, base, data = content["saved_by"], content["base"], content["data"]
+    steps = " <- ".join(f"step {link['step']} (attempt {link['attempt']})" for link in content["lineage"])
+    certificate = content["certificate"]
+    windows = ", ".join(f"{start} to {stop - 1}" for start, stop in content["skipped_windows"])
+    per_parameter = content["bytes_per_parameter"]
+    facts = [
+        ("check", _validity(content["problem"])),
+        ("step", f"{content['step']:,} ({content['skipped_steps']:,} skipped)"),
+        ("position", f"{content['position']:,} packed blocks" + (f", without {windows}" if windows else "")),
+        ("tokens", f"{content['tokens']:,} targets; read " + _pairs(content["tokens_by_source"])),
+        ("saved", f"{content['saved']} by {by['engine']} on {_ranks(by['world_size'])}, attempt {by['attempt']}"),
+        ("versions", _pairs(by["versions"])),
+        (
+            "parameters",
+            f"{content['num_parameters']:,} trained, " + ("adapter" if content["adapter"] else "whole model"),
+        ),
+        ("size", f"{_size(content['num_bytes'])}, {per_parameter or 0:.2f} bytes per trained parameter"),
+        ("base", _pairs(base)),
+        ("data", _pairs(data)),
+        ("recipe", content["recipe"][:12]),
+        ("schedule", _pairs(content["schedule"])),
+        ("W&B run", content["wandb_run_id"]),
+        ("probe loss", f"{content['probe_loss']} nats"),
+        ("state", content["state_sha256"][:12]),
+        ("lineage", f"{steps} <- {content['origin']}"),
+        ("certificate", _certificate_words(certificate)),
+    ]
+    return [f"  {name:<13}{value}" for name, value in facts]
+
+
+def _validity(problem: str | None) -> str:
+    return "valid" if problem is None else f"DAMAGED: {problem}"
+
+
+def _ranks(world_size: int) -> str:
+    return "1 rank" if world_size == 1 else f"{world_size:,} ranks"
+
+
+def _certificate_words(certificate: Mapping[str, Any] | None) -> str:
+    if certificate is None:
+        return "none: the run has not been resumed"
+    if certificate["verdict"] == "unreadable":
+        return "unreadable"
+    failed = f" ({certificate['failed']})" if certificate.get("failed") else ""
+    return f"{certificate['verdict']}{failed}: step {certificate['step']} restored by attempt {certificate['attempt']}"
+
+
+def _group_table(content: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for group in content["groups"]:
+        shapes = [shape if count == 1 else f"{count} of {shape}" for shape, count in group["shapes"].items()]
+        rest = len(shapes) - _SHAPES_SHOWN
+        rows.append(
+            [
+                group["name"],
+                f"{group['num_tensors']:,}",
+                f"{group['num_parameters']:,}",
+                ", ".join(group["compute_dtypes"]),
+                _size(group["master_bytes"]),
+                _size(group["moment_bytes"]),
+                ", ".join(shapes[:_SHAPES_SHOWN]) + (f", {rest} more shapes" if rest > 0 else ""),
+            ]
+        )
+    return _table(["group", ">tensors", ">parameters", "computes in", ">master", ">moments", "shapes"], rows)
+
+
+def _file_table(content: Mapping[str, Any]) -> list[str]:
+    rows = [[file["name"], f"{file['num_bytes']:,}", file["sha256"][:12]] for file in content["files"]]
+    return _table(["file", ">bytes", "sha256"], rows)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned columns; those whose head starts with > are aligned to the right."""
+    right = [head.startswith(">") for head in heads]
+    cells = [[head.lstrip(">") for head in heads], *rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(heads))]
+    return [
+        "  " + "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in cells
+    ]
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    """`a 1, b x`; hashes cut to 12 digits, empty values left out."""
+    shown = []
+    for key, value in values.items():
+        if value is None or value in ({}, []):
+            continue
+        text = (
+            f"{value:,}"
+            if type(value) is int
+            else ", ".join(map(str, value))
+            if isinstance(value, list)
+            else f"{value}"
+        )
+        shown.append(f"{key} {text[:12] if key in ('sha256', 'identity') else text}")
+    return ", ".join(shown)
+
+
+def _size(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -1,4 +1,4 @@
-"""Find the newest checkpoint that holds, and read from it what each rank needs."""
+"""Find the newest valid checkpoint, and read from it what each rank needs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dist_cpt.checkpoint.quick_check import summary
 from dist_cpt.checkpoint.safetensors_stream import TensorFile
 from dist_cpt.checkpoint.verify import verify_checkpoint, verify_together
 from dist_cpt.errors import CheckpointError
@@ -35,7 +36,7 @@ class LoadedCheckpoint:
         """
         entry = self._entries.get(name)
         if entry is None or kind not in entry.file:
-            raise CheckpointError(f"{self.path.name} holds no {kind} of {name}")
+            raise CheckpointError(f"{self.path.name} has no {kind} of {name}")
         file_name = entry.file[kind]
         if file_name not in self._files:
             self._files[file_name] = TensorFile(self.path / file_name)
@@ -55,61 +56,48 @@ class LoadedCheckpoint:
 
 
 def newest_valid(run_folder: Path, up_to_step: int | None = None) -> tuple[Path | None, list[tuple[str, str]]]:
-    """The newest checkpoint whose every byte holds, and (name, reason) of newer ones that do not. Collective.
+    """The newest checkpoint that passes `verify_together`, and (name, problem) of newer ones that do not. Collective.
 
-    With `up_to_step` only those of that step or earlier. Rank 0 lists the candidates; all ranks share the
-    reading. (None, []) when the run has none yet. A checkpoint that was moved aside comes last: it is all there
-    is if a crash hit that very moment.
+    With `up_to_step` only those of that step or earlier. (None, []) when the run has none yet. Checkpoints that were
+    moved aside come last: one may be all there is, if a crash hit the moment between the two renames.
 
     Raises:
-        CheckpointError: there are checkpoints, but none holds.
+        CheckpointError: there are checkpoints, but none is valid.
     """
+    listed = [*published(run_folder), *superseded(run_folder)] if rank() == 0 else []
     names: list[str] = broadcast_json(
-        [
-            str(path.relative_to(run_folder))
-            for path in (*published(run_folder), *superseded(run_folder))
-            if up_to_step is None or step_of(path) <= up_to_step
-        ]
-        if rank() == 0
-        else None
+        [str(path.relative_to(run_folder)) for path in listed if up_to_step is None or step_of(path) <= up_to_step]
     )
     skipped: list[tuple[str, str]] = []
     for name in names:
         problems = verify_together(run_folder / name)
         if not problems:
             return run_folder / name, skipped
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        skipped.append((Path(name).name, problems[0] + more))
+        skipped.append((Path(name).name, summary(problems)))
     if skipped:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped)
         error = CheckpointError(
-            f"no checkpoint in {run_folder} holds: {reasons}",
+            f"no valid checkpoint in {run_folder}: {'; '.join(f'{name}: {problem}' for name, problem in skipped)}",
             remedy="restore the folder from a copy, or start again under another name",
         )
-        error.agreed = True  # all ranks read the same verdicts
+        error.agreed = True  # all ranks have the same problems
         raise error
     return None, []
 
 
 def load(path: Path, *, verified: bool = False) -> LoadedCheckpoint:
-    """Open a checkpoint after checking every byte of it, unless `newest_valid` has just done so.
-
-    Not collective: a rank that calls it alone checks everything itself.
+    """Open a checkpoint after `verify_checkpoint`, unless `newest_valid` has just verified it. Not collective.
 
     Raises:
-        CheckpointError: it does not hold; names the first problem.
+        CheckpointError: it is damaged; names the first problem.
     """
     problems = [] if verified else verify_checkpoint(path)
     if problems:
-        raise CheckpointError(
-            f"{path}: {problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""),
-            remedy="use another checkpoint of the run",
-        )
+        raise CheckpointError(f"{path}: {summary(problems)}", remedy="use another checkpoint of the run")
     return LoadedCheckpoint(path)
 
 
 def require_fit(manifest: Manifest, specs: Sequence[TensorSpec], identity: Identity) -> None:
-    """Refuse a checkpoint of other tensors, another base or other data than this run's.
+    """Refuse a checkpoint with other tensors, another base or other data than this run.
 
     Raises:
         CheckpointError: names the first difference.
@@ -126,12 +114,12 @@ def require_fit(manifest: Manifest, specs: Sequence[TensorSpec], identity: Ident
                 remedy="resume with the same model, rank and vocabulary",
             )
     if list(saved) != list(here):
-        raise CheckpointError(f"step {manifest.step}: the tensors are the same, but in another order")
+        raise CheckpointError(f"step {manifest.step}: the checkpoint has the same tensors in another order")
     for what, recorded, current in (("base", manifest.base, identity.base), ("data", manifest.data, identity.data)):
         for key in sorted((recorded.keys() | current.keys()) - {"path"}):  # a moved folder is the same folder
             if recorded.get(key) != current.get(key):
                 raise CheckpointError(
-                    f"step {manifest.step}: {what}.{key} was {recorded.get(key)!r} when it was saved, "
-                    f"now it is {current.get(key)!r}",
-                    remedy=f"give the run the {what} it was started with",
+                    f"step {manifest.step}: {what}.{key} is {recorded.get(key)!r} in the checkpoint, "
+                    f"{current.get(key)!r} here",
+                    remedy=f"resume with the {what} the run was started with",
                 )

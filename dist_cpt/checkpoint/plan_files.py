@@ -15,7 +15,7 @@ Owners = dict[TensorKey, int]
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A tensor file, the rank that writes it, and for each key of the file the tensor it holds."""
+    """A tensor file, the rank that writes it, and the tensor under each key of the file."""
 
     name: str
     owner: int
@@ -23,9 +23,9 @@ class PlannedFile:
 
 
 def owners(specs: Sequence[TensorSpec], world_size: int, adapter: bool) -> Owners:
-    """The rank that writes each tensor: an adapter's masters rank 0 (one file), the rest balanced by bytes.
+    """The rank that writes each tensor: rank 0 for an adapter's masters (one file), the rest balanced by bytes.
 
-    Greedy, largest first to the least loaded rank; the same answer on every rank.
+    Greedy, largest first to the least loaded rank; the same result on every rank.
     """
     load = [0] * world_size
     placed: Owners = {}
@@ -61,8 +61,9 @@ def plan_files(
                     model.setdefault(rank, {})[key] = (kind, spec.name)
             else:
                 optimizer.setdefault(rank, {})[f"{kind}.{spec.name}"] = (kind, spec.name)
-    stem = None if adapter else "model"
-    return [*_numbered(stem, model), *_numbered("optimizer", optimizer)]
+    if adapter:
+        return [PlannedFile(ADAPTER_WEIGHTS, 0, model[0]), *_numbered("optimizer", optimizer)]
+    return [*_numbered("model", model), *_numbered("optimizer", optimizer)]
 
 
 def model_index(files: Iterable[PlannedFile], specs: Sequence[TensorSpec]) -> bytes:
@@ -73,13 +74,8 @@ def model_index(files: Iterable[PlannedFile], specs: Sequence[TensorSpec]) -> by
     return canonical_json({"metadata": metadata, "weight_map": weight_map})
 
 
-def _numbered(stem: str | None, by_rank: dict[int, dict[str, TensorKey]]) -> list[PlannedFile]:
-    count = len(by_rank)
+def _numbered(stem: str, by_rank: dict[int, dict[str, TensorKey]]) -> list[PlannedFile]:
     return [
-        PlannedFile(
-            ADAPTER_WEIGHTS if stem is None else f"{stem}-{number:05d}-of-{count:05d}.safetensors",
-            rank,
-            by_rank[rank],
-        )
+        PlannedFile(f"{stem}-{number:05d}-of-{len(by_rank):05d}.safetensors", rank, by_rank[rank])
         for number, rank in enumerate(sorted(by_rank), start=1)
     ]

@@ -1,4 +1,4 @@
-"""What can be seen of a checkpoint folder without reading its tensors. Torch-free."""
+"""A check of a checkpoint folder that does not read its tensors. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,25 +8,38 @@ from pathlib import Path
 from dist_cpt.errors import CheckpointError
 from dist_cpt.run_folder.checkpoints import read_manifest, read_state, step_name
 from dist_cpt.run_folder.manifest import Manifest, state_digest
-from dist_cpt.run_folder.names import ADAPTER_WEIGHTS, INITIAL_ADAPTER, MANIFEST, MODEL_INDEX, STATE
+from dist_cpt.run_folder.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    INITIAL_ADAPTER,
+    MANIFEST,
+    MODEL_CONFIG,
+    MODEL_INDEX,
+    STATE,
+)
 from dist_cpt.training_state import STATE_KINDS
 
 # First bytes of a pickle (protocols 2 to 5) and of torch's zip archive around one.
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
 
-def outline_problems(path: Path) -> list[str]:
-    """What can be seen without reading the tensors: the manifest, names, sizes, extra or missing files."""
+def quick_check(path: Path) -> list[str]:
+    """The problems visible without reading tensors: in the manifest, names, sizes, extra or missing files."""
     try:
-        return _outline_problems(path, read_manifest(path))
+        return _problems(path, read_manifest(path))
     except CheckpointError as error:
         return [error.message]
-    except OSError as error:  # it may be pruned while we look
+    except OSError as error:  # it may be pruned meanwhile
         return [f"{path.name} cannot be read ({error.strerror})"]
 
 
-def _outline_problems(path: Path, manifest: Manifest) -> list[str]:
-    problems = _structure_problems(manifest)
+def summary(problems: list[str]) -> str:
+    """The first problem, and how many more there are."""
+    return problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+
+
+def _problems(path: Path, manifest: Manifest) -> list[str]:
+    problems = _manifest_problems(manifest)
     if path.name.split(".")[0] != step_name(manifest.step):
         problems.append(f"{MANIFEST} is of step {manifest.step}, but the folder is {path.name}")
     for name, entry in manifest.files.items():
@@ -39,15 +52,14 @@ def _outline_problems(path: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def _structure_problems(manifest: Manifest) -> list[str]:
-    """Whether the manifest is complete in itself."""
+def _manifest_problems(manifest: Manifest) -> list[str]:
     problems = []
     names = manifest.names()
     if not names:
         problems.append(f"{MANIFEST} lists no tensors")
     problems += [f"{MANIFEST} lists tensor {name} twice" for name in {n for n in names if names.count(n) > 1}]
-    needed = [STATE, *([ADAPTER_WEIGHTS, "adapter_config.json"] if manifest.adapter else [MODEL_INDEX, "config.json"])]
-    problems += [f"{MANIFEST} lists no {name}" for name in needed if name not in manifest.files]
+    needed = (STATE, *((ADAPTER_WEIGHTS, ADAPTER_CONFIG) if manifest.adapter else (MODEL_INDEX, MODEL_CONFIG)))
+    problems += [f"{MANIFEST} does not list {name}" for name in needed if name not in manifest.files]
     for tensor in manifest.tensors:
         for kind in STATE_KINDS:
             if kind not in tensor.sha256 or tensor.file.get(kind) not in manifest.files:
@@ -56,8 +68,8 @@ def _structure_problems(manifest: Manifest) -> list[str]:
         if name not in names:
             problems.append(f"{MANIFEST}: {alias} is an alias of {name}, which is not listed")
     if len(set(names)) == len(names):
-        listed = {name for tensor in manifest.tensors for name in tensor.file.values()}
-        stray = {name for name in manifest.files if name.endswith(".safetensors")} - listed - {INITIAL_ADAPTER}
+        with_tensors = {name for tensor in manifest.tensors for name in tensor.file.values()} | {INITIAL_ADAPTER}
+        stray = {name for name in manifest.files if name.endswith(".safetensors")} - with_tensors
         problems += [f"{MANIFEST} lists {name} without a tensor in it" for name in sorted(stray)]
     return problems
 

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest that are whole, and never none."""
+"""Which checkpoints are kept: the newest valid ones, and never none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import time
 from pathlib import Path
 
-from dist_cpt.checkpoint.quick_check import outline_problems
+from dist_cpt.checkpoint.quick_check import quick_check
 from dist_cpt.run_folder.checkpoints import checkpoints_folder, published, step_name, superseded, superseded_folder
 from dist_cpt.run_folder.json_files import fsync_path
 
@@ -17,15 +17,15 @@ LOGGER = logging.getLogger("dist_cpt")
 
 
 def prune(run_folder: Path, newest: Path, keep: int) -> list[str]:
-    """Remove all but the `keep` newest whole checkpoints up to `newest`, which was just published.
+    """Remove all but the `keep` newest valid checkpoints up to `newest`, which was just published.
 
-    Only what is older than the last one kept goes, so a damaged folder never counts as one of them, and
-    `newest`, whose every byte was re-read, always stays. Returns the names of the removed ones.
+    Only checkpoints older than the last one kept are removed, so a damaged one never counts as kept, and `newest`,
+    whose every byte was re-read, always stays. Returns the names of the removed ones.
     """
-    up_to_here = [path for path in published(run_folder) if path.name <= newest.name]
-    whole = [path for path in up_to_here if path == newest or not outline_problems(path)]
-    old = [path for path in up_to_here if path.name < whole[keep - 1].name] if len(whole) >= keep else []
-    # Of those moved aside the last one stays, for whoever wants to know what happened.
+    up_to_newest = [path for path in published(run_folder) if path.name <= newest.name]
+    valid = [path for path in up_to_newest if path == newest or not quick_check(path)]
+    old = [path for path in up_to_newest if path.name < valid[keep - 1].name] if len(valid) >= keep else []
+    # The last one moved aside stays, so that what happened can be looked up.
     old += sorted(superseded(run_folder), key=lambda path: path.lstat().st_mtime)[:-1]
     for path in old:
         # The new name first: a half-deleted folder must not look like a published one.
@@ -36,10 +36,9 @@ def prune(run_folder: Path, newest: Path, keep: int) -> list[str]:
 
 
 def set_aside_after(run_folder: Path, step: int) -> list[str]:
-    """Move published checkpoints of later steps than `step`, from which the run goes on, to `superseded/`.
+    """Move published checkpoints after `step`, from which the run continues, to `superseded/`; returns their names.
 
-    They are damaged, or of a line that was given up: the next start must not prefer them. Returns their names;
-    rank 0 only.
+    They are damaged or were rolled back: the next start must not prefer them. Rank 0 only.
     """
     aside = superseded_folder(run_folder)
     moved = []
@@ -54,8 +53,8 @@ def set_aside_after(run_folder: Path, step: int) -> list[str]:
     return moved
 
 
-def bring_back(run_folder: Path, restored: Path, step: int) -> None:
-    """Publish a checkpoint again that had been moved aside, now that the run goes on from it; rank 0 only."""
+def reinstate(run_folder: Path, restored: Path, step: int) -> None:
+    """Publish a checkpoint that had been moved aside again, now that the run continues from it. Rank 0 only."""
     final = checkpoints_folder(run_folder) / step_name(step)
     if restored != final and not os.path.lexists(final):
         os.rename(restored, final)
@@ -63,9 +62,9 @@ def bring_back(run_folder: Path, restored: Path, step: int) -> None:
 
 
 def remove_stale_staging(run_folder: Path, older_than_seconds: float) -> list[str]:
-    """Remove `.tmp` folders that nobody has written to for so long; rank 0, at the start of an attempt.
+    """Remove `.tmp` folders unchanged for so long; returns their names. Rank 0, at the start of an attempt.
 
-    An older attempt may still be alive somewhere, and its save with it: give it the time.
+    An older attempt, and its save, may still be alive on another host.
     """
     folders = [checkpoints_folder(run_folder), superseded_folder(run_folder)]
     removed = []
@@ -77,13 +76,13 @@ def remove_stale_staging(run_folder: Path, older_than_seconds: float) -> list[st
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder of ours if it is there; a failure is logged, because it harms no checkpoint."""
+    """Delete a staging folder if it exists; a failure is logged, because it harms no checkpoint."""
     try:
         shutil.rmtree(path)
     except FileNotFoundError:
         return
     except OSError as error:
-        LOGGER.warning("could not remove %s: %s", path, error.strerror)
+        LOGGER.warning("cannot remove %s: %s", path, error.strerror)
 
 
 def _last_change(path: Path) -> float:
@@ -91,6 +90,6 @@ def _last_change(path: Path) -> float:
     for child in path.rglob("*"):
         try:
             times.append(child.lstat().st_mtime)
-        except FileNotFoundError:  # its owner is at work
+        except FileNotFoundError:  # its owner is writing
             return time.time()
     return max(times)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from dist_cpt.checkpoint.certificate import ReplayedLoss, certify
 from dist_cpt.checkpoint.load import LoadedCheckpoint, load, newest_valid, require_fit
 from dist_cpt.checkpoint.plan_files import owners
-from dist_cpt.checkpoint.retention import bring_back, remove_stale_staging, set_aside_after
-from dist_cpt.checkpoint.verify import certify
+from dist_cpt.checkpoint.retention import reinstate, remove_stale_staging, set_aside_after
 from dist_cpt.errors import CheckpointError, NumericsError
 from dist_cpt.optim.eight_bit import within_half_step
 from dist_cpt.optim.groups import eight_bit_names
@@ -115,7 +115,7 @@ def _leave_behind(run: Run, restored: Path, step: int) -> None:
     folder = run.context.folder
     for name in set_aside_after(folder, step):
         LOGGER.warning("%s does not descend from %s and was moved to superseded/", name, restored.name)
-    bring_back(folder, restored, step)
+    reinstate(folder, restored, step)
     run.metrics.close()
     rewind(folder, step)
 
@@ -128,12 +128,11 @@ def _certify(run: Run, checkpoint: LoadedCheckpoint) -> None:
     certificate = certify(
         checkpoint.manifest,
         run.engine.export_state(lambda kind, name: placed[kind, name]),
-        next_block_ids=run.stream.next_block_ids(progress_of(state, checkpoint.path.name, ())),
-        recorded_block_ids=state.next_block_ids,
-        replayed_loss=run.stream.probe_loss(state.probe.block_ids),
-        recorded_loss=state.probe.loss,
-        tolerance=REPLAY_TOLERANCE[config.model.weights] * max(1.0, abs(state.probe.loss)),
         facts={
+            "next_block_ids": (
+                list(state.next_block_ids),
+                list(run.stream.next_block_ids(progress_of(state, checkpoint.path.name, ()))),
+            ),
             "random": ([state.random.seed, state.random.step], [seed, state.step]),
             "random_of_every_rank": (
                 [list(draws) for draws in state.random.next_draws],
@@ -141,7 +140,12 @@ def _certify(run: Run, checkpoint: LoadedCheckpoint) -> None:
             ),
             "schedule": (state.schedule, run.schedule),
         },
-        approximate=_requantised(run, checkpoint),
+        loss=ReplayedLoss(
+            recorded=state.probe.loss,
+            replayed=run.stream.probe_loss(state.probe.block_ids),
+            tolerance=REPLAY_TOLERANCE[config.model.weights] * max(1.0, abs(state.probe.loss)),
+        ),
+        tolerates=_requantised(run, checkpoint),
     )
     certificate |= {
         "attempt": context.attempt,

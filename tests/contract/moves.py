@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from dist_cpt.checkpoint.certificate import ReplayedLoss, certify
 from dist_cpt.checkpoint.load import load, newest_valid, require_fit
 from dist_cpt.checkpoint.plan_files import owners
 from dist_cpt.checkpoint.save import RunCheckpoints, save
-from dist_cpt.checkpoint.verify import certify
 from dist_cpt.engines.engine import Engine
 from dist_cpt.optim.eight_bit import within_half_step
 from dist_cpt.optim.groups import ParamGroup
@@ -21,14 +22,51 @@ from dist_cpt.run_folder.train_state import Probe, Randomness, TrainState
 from dist_cpt.runtime.collectives import broadcast_json
 from dist_cpt.training_state import StateKind, TensorSpec
 from tests.contract.cases import on_rank_0, running, train
+from tests.contract.engines import ENGINES, WORLDS
 from tests.contract.model import FULL
 
 BEFORE, AFTER = 3, 5  # steps before the move and after it
+Cell = tuple[str, int]
+CELLS: list[Cell] = [(engine, ranks) for engine in ENGINES for ranks in WORLDS[engine]]
+# and what limits how far a loss may be off: the order of fp32 sums, bf16 products, 8-bit moments in other blocks
+VARIANTS = {"lora-only": "fp32", "lora": "fp32", "nf4": "nf4", "full": "fp32", "8bit": "8bit"}
 IDENTITY = Identity({"path": "base"}, {"sha256": "0" * 64}, "0" * 64, "engine")
 
 
+def name_of(cell: Cell) -> str:
+    """`zero-3 x 4`."""
+    return f"{cell[0]} x {cell[1]}"
+
+
+def move_all(pool: Callable[[int], Any], base: str, variant: str, cells: list[Cell], folder: Path) -> dict[Any, Any]:
+    """{(origin, target): (failed checks, relative loss difference, relative norm difference, master drift)}."""
+    options = {"base": base, "variant": variant, "weights": "nf4" if variant == "nf4" else "fp32"}
+    unbroken = {
+        (engine, ranks): pool(ranks).run(
+            "tests.contract.moves:leave", engine=ENGINES[engine], folder=str(folder / f"{engine}-{ranks}"), **options
+        )[0]
+        for engine, ranks in cells
+    }
+    folders = {f"{engine} {ranks}": str(folder / f"{engine}-{ranks}") for engine, ranks in cells}
+    results: dict[Any, Any] = {}
+    for engine, ranks in cells:
+        [arrived, *_] = pool(ranks).run(
+            "tests.contract.moves:arrive", engine=ENGINES[engine], folders=folders, **options
+        )
+        for origin in cells:
+            failed, numbers, drift = arrived[f"{origin[0]} {origin[1]}"]
+            loss, norm = (difference(numbers[i::2], unbroken[origin][i::2]) for i in (0, 1))
+            results[origin, (engine, ranks)] = failed, loss, norm, drift
+    return results
+
+
+def difference(got: list[float], want: list[float]) -> float:
+    """Largest relative difference."""
+    return max(abs(a - b) / abs(b) for a, b in zip(got, want, strict=True))
+
+
 def leave(base: str, engine: dict[str, Any], variant: str, weights: str, folder: str) -> Any:
-    """Train, save, and go on unbroken: (losses and gradient norms of the later steps), with the end saved as well."""
+    """Train, save, train on and save the end: the losses and gradient norms of the later steps."""
     with running(base, engine, variant, weights) as (built, groups):
         train(built, groups, 1, BEFORE)
         _save(built, groups, variant, Path(folder), BEFORE)
@@ -105,12 +143,9 @@ def _certify(
     return certify(
         checkpoint.manifest,
         engine.export_state(lambda kind, name: placed[kind, name]),
-        next_block_ids=(),
-        recorded_block_ids=(),
-        replayed_loss=0.0,
-        recorded_loss=0.0,
-        tolerance=0.0,
-        approximate=close if variant == "8bit" and not same_place else None,
+        facts={},
+        loss=ReplayedLoss(recorded=0.0, replayed=0.0, tolerance=0.0),
+        tolerates=close if variant == "8bit" and not same_place else None,
     )
 
 
@@ -130,6 +165,6 @@ def _drift(engine: Engine, folder: Path) -> float:
             unbroken = after.read("master", tensor.name, 0, size)
             moved = float((unbroken - before.read("master", tensor.name, 0, size)).abs().max())
             worst = max(worst, float((flat - unbroken).abs().max()) / moved if moved else math.inf)
-    answer = torch.tensor([worst], dtype=torch.float64)
-    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
-    return float(answer)
+    over_ranks = torch.tensor([worst], dtype=torch.float64)
+    dist.all_reduce(over_ranks, op=dist.ReduceOp.MAX)
+    return float(over_ranks)

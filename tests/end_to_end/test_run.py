@@ -62,7 +62,7 @@ def test_a_run_leaves_what_it_promises(made, tmp_path):
 
 def test_ten_and_ten_is_twenty_bit_for_bit(made, tmp_path):
     """Stop, resume, finish: parameters, moments, learning rates and block ids as in the unbroken run."""
-    from dist_cpt.checkpoint.verify import read_manifest
+    from dist_cpt.run_folder.checkpoints import read_manifest
 
     twenty = {"tokens": 20 * 8 * tiny.SEQ_LEN}
     values = tiny.recipe(*made, tmp_path / "unbroken", train=twenty, checkpoint={"every_steps": 10})

@@ -73,7 +73,7 @@ def instruct_recipe(base: Path, conversations: dict[str, Any], folder: Path, ste
 
 
 def same_end(folders: list[Path], step: str) -> None:
-    from dist_cpt.checkpoint.verify import read_manifest
+    from dist_cpt.run_folder.checkpoints import read_manifest
 
     first, second = (read_manifest(folder / "checkpoints" / step) for folder in folders)
     assert first.tensors == second.tensors

@@ -12,7 +12,7 @@ import torch
 
 from dist_cpt.adapters.lora import canonical_key, canonical_name
 from dist_cpt.adapters.pissa import INITIAL, principal_part
-from dist_cpt.checkpoint.verify import read_manifest, verify_checkpoint
+from dist_cpt.checkpoint.verify import verify_checkpoint
 from dist_cpt.config.load import build
 from dist_cpt.errors import EXIT_CONFIG, ConfigError
 from dist_cpt.export.formats import export_peft
@@ -20,6 +20,7 @@ from dist_cpt.export.merge import merge
 from dist_cpt.export.sweep import sweep
 from dist_cpt.optim.groups import param_groups, state_dtype
 from dist_cpt.optim.schedule import learning_rates
+from dist_cpt.run_folder.checkpoints import read_manifest
 from dist_cpt.run_folder.names import INITIAL_ADAPTER
 from tests import tiny
 from tests.command import command

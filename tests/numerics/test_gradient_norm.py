@@ -31,7 +31,7 @@ def test_updating_in_slices_changes_no_bit(tmp_path, monkeypatch):
     losses = [[row["loss"] for row in rows(tmp_path / how / "tiny/metrics.jsonl")] for how in ("whole", "slices")]
     assert losses[0] == losses[1]
 
-    from dist_cpt.checkpoint.verify import read_manifest
+    from dist_cpt.run_folder.checkpoints import read_manifest
 
     states = [read_manifest(tmp_path / how / "tiny/checkpoints/step-00000012") for how in ("whole", "slices")]
     assert states[0].tensors == states[1].tensors

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from dist_cpt.checkpoint.certificate import ReplayedLoss, certify
 from dist_cpt.checkpoint.load import load
-from dist_cpt.checkpoint.verify import certify, verify_run
+from dist_cpt.checkpoint.verify import verify_run
 from dist_cpt.errors import CheckpointError
 from dist_cpt.run_folder.manifest import Manifest
+from dist_cpt.run_folder.names import STATE
 from dist_cpt.training_state import STATE_KINDS
 from tests.checkpoint_state import LORA_A, SPECS, ShardedState, save_step
 
@@ -21,13 +23,10 @@ def manifest(tmp_path: Path) -> Manifest:
 
 
 def certificate(manifest: Manifest, state: ShardedState, **changes: Any) -> dict[str, Any]:
+    facts = {"next_block_ids": ([40, 41], [40, 41]), "schedule": ({"kind": "cosine"}, {"kind": "cosine"})}
     arguments: dict[str, Any] = {
-        "next_block_ids": (40, 41),
-        "recorded_block_ids": (40, 41),
-        "replayed_loss": 2.0,
-        "recorded_loss": 2.0,
-        "tolerance": 1e-5,
-        "facts": {"schedule": ({"kind": "cosine"}, {"kind": "cosine"}), "random": ([7, 5], [7, 5])},
+        "facts": facts | {"random": ([7, 5], [7, 5])} | changes.pop("facts", {}),
+        "loss": ReplayedLoss(2.0, changes.pop("replayed_loss", 2.0), tolerance=1e-5),
     }
     return certify(manifest, state.export_state(lambda kind, name: 0), **(arguments | changes))
 
@@ -43,7 +42,7 @@ def test_the_same_state_passes_every_check(manifest: Manifest) -> None:
         "random",
         "replayed_loss",
     ]
-    assert result["checks"][1]["detail"] == "3 of 3 bit-identical"
+    assert result["checks"][1]["detail"].startswith("3 of 3 ")
 
 
 @pytest.mark.parametrize("kind", STATE_KINDS)
@@ -54,27 +53,27 @@ def test_one_bit_of_one_tensor_fails_its_check(manifest: Manifest, kind: Any) ->
     result = certificate(manifest, state)
     assert (result["verdict"], result["failed"]) == ("fail", [kind])
     detail = next(check["detail"] for check in result["checks"] if check["name"] == kind)
-    assert detail == f"1 of 3 differ, first {LORA_A}"
+    assert LORA_A in detail
 
 
-def test_a_tensor_that_may_differ_is_asked_about_and_counted(manifest: Manifest) -> None:
-    """Only where the hash differs; and an answer of no fails as ever."""
+def test_a_tensor_that_may_differ_is_counted(manifest: Manifest) -> None:
+    """`tolerates` is called only where the hash differs; a tensor it does not tolerate fails."""
     state = ShardedState(5)
-    asked: list[tuple[str, str]] = []
+    differing: list[tuple[str, str]] = []
     for kind, name in (("exp_avg", LORA_A), ("exp_avg_sq", LORA_A), ("master", LORA_A)):
         state.parts[kind, name][0, 0] += 1.0
 
-    def approximate(kind: str, name: str, values: torch.Tensor) -> bool:
+    def tolerates(kind: str, name: str, values: torch.Tensor) -> bool:
         assert torch.equal(values, state.parts[kind, name])
-        asked.append((kind, name))
+        differing.append((kind, name))
         return kind == "exp_avg"
 
-    result = certificate(manifest, state, approximate=approximate)
+    result = certificate(manifest, state, tolerates=tolerates)
     details = {check["name"]: check["detail"] for check in result["checks"]}
-    assert sorted(asked) == [("exp_avg", LORA_A), ("exp_avg_sq", LORA_A), ("master", LORA_A)]
+    assert sorted(differing) == [("exp_avg", LORA_A), ("exp_avg_sq", LORA_A), ("master", LORA_A)]
     assert result["failed"] == ["master", "exp_avg_sq"]
-    assert details["exp_avg"] == "2 of 3 bit-identical, 1 within a step of 8 bit"
-    assert details["exp_avg_sq"] == f"1 of 3 differ, first {LORA_A}"
+    assert details["exp_avg"].startswith("2 of 3 ")
+    assert LORA_A in details["exp_avg_sq"]
 
 
 def test_lost_moments_fail_though_the_loss_agrees(manifest: Manifest) -> None:
@@ -95,9 +94,9 @@ def test_a_missing_or_reordered_tensor_fails_by_name(manifest: Manifest) -> None
 @pytest.mark.parametrize(
     ("changes", "failed"),
     [
-        ({"next_block_ids": (40, 42)}, "next_block_ids"),
-        ({"next_block_ids": (41, 40)}, "next_block_ids"),
-        ({"next_block_ids": tuple(range(20)), "recorded_block_ids": tuple(range(1, 21))}, "next_block_ids"),
+        ({"facts": {"next_block_ids": ([40, 41], [40, 42])}}, "next_block_ids"),
+        ({"facts": {"next_block_ids": ([40, 41], [41, 40])}}, "next_block_ids"),
+        ({"facts": {"next_block_ids": (list(range(20)), list(range(1, 21)))}}, "next_block_ids"),
         ({"replayed_loss": 2.0001}, "replayed_loss"),
         ({"replayed_loss": float("nan")}, "replayed_loss"),
         ({"facts": {"random": ([7, 5], [7, 6])}}, "random"),
@@ -108,8 +107,11 @@ def test_other_data_another_loss_or_other_facts_fail(manifest: Manifest, changes
 
 
 def test_a_run_is_verified_checkpoint_by_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no checkpoints"):
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
         verify_run(tmp_path)
     good, bad = (save_step(tmp_path, step).path for step in (1, 2))
-    (bad / "state.json").unlink()
-    assert verify_run(tmp_path) == {bad.name: ["state.json is missing"], good.name: []}
+    (bad / STATE).unlink()
+    problems = verify_run(tmp_path)
+    assert list(problems) == [bad.name, good.name]
+    assert problems[good.name] == []
+    assert [problem.split()[0] for problem in problems[bad.name]] == [STATE]

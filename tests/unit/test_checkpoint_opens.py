@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from dist_cpt.training_state import STATE_KINDS, TensorSpec
-from tests.checkpoint_state import Exported, save_step
+from dist_cpt.training_state import STATE_KINDS, ExportedTensor, TensorSpec
+from tests.checkpoint_state import save_step
 
 # peft 0.21.2 reads a name that transformers 5.23 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -19,10 +19,12 @@ IDS = torch.arange(12).view(1, 12)
 
 
 def export_of(state: Mapping[str, torch.Tensor]) -> Any:
-    def export(owner_of: Any) -> Iterator[Exported]:
+    def export(owner_of: Any) -> Iterator[ExportedTensor]:
         for name, tensor in state.items():
             for kind in STATE_KINDS:
-                yield Exported(kind, name, tensor.detach().float() if kind == "master" else torch.zeros(tensor.shape))
+                yield ExportedTensor(
+                    kind, name, tensor.detach().float() if kind == "master" else torch.zeros(tensor.shape)
+                )
 
     return export
 

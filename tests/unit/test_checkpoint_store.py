@@ -21,7 +21,7 @@ from dist_cpt.checkpoint.verify import verify_checkpoint
 from dist_cpt.errors import CheckpointError, NumericsError, WriteError
 from dist_cpt.run_folder.checkpoints import published, superseded
 from dist_cpt.run_folder.manifest import Identity
-from dist_cpt.training_state import TensorSpec
+from dist_cpt.training_state import ExportedTensor, TensorSpec
 from tests.checkpoint_state import (
     EMBED,
     FULL_SPECS,
@@ -29,7 +29,6 @@ from tests.checkpoint_state import (
     IDENTITY,
     LORA_A,
     SPECS,
-    Exported,
     ShardedState,
     matches,
     save_step,
@@ -75,8 +74,13 @@ def test_an_alias_is_written_under_both_keys(tmp_path: Path) -> None:
 
 def test_the_points_of_the_protocol_come_in_order(tmp_path: Path) -> None:
     seen: list[str] = []
-    save_step(tmp_path, 1, fault=seen.append)
-    assert list(dict.fromkeys(seen)) == [point for point in SAVE_POINTS if point != "aside"]
+    save_step(tmp_path, 1, fault=lambda point, step: seen.append(point))
+    assert list(dict.fromkeys(seen)) == [f"save.{point}" for point in SAVE_POINTS if point != "aside"]
+    seen.clear()
+    save_step(tmp_path, 2, trial=True, fault=lambda point, step: seen.append(point))
+    assert list(dict.fromkeys(seen)) == [f"trial.{point}" for point in SAVE_POINTS[: SAVE_POINTS.index("manifest")]]
+    assert [path.name for path in published(tmp_path)] == ["step-00000001"]
+    assert leftovers(tmp_path) == []
 
 
 def other_adapter_config(folder: Path) -> None:
@@ -134,10 +138,13 @@ def test_extra_files_and_renamed_folders_are_noticed(tmp_path: Path) -> None:
     path = save_step(tmp_path, 10).path
     (path / "more").mkdir()
     (path / "more" / "extra.bin").write_bytes(b"x")
-    assert verify_checkpoint(path) == ["more/extra.bin is not in manifest.json"]
+    (problem,) = verify_checkpoint(path)
+    assert problem.startswith("more/extra.bin ")
     shutil.rmtree(path / "more")
     path.rename(path.with_name("step-00000011"))
-    assert "of step 10, but the folder is step-00000011" in verify_checkpoint(path.with_name("step-00000011"))[0]
+    (problem,) = verify_checkpoint(path.with_name("step-00000011"))
+    assert "step 10" in problem
+    assert "step-00000011" in problem
 
 
 def test_a_whole_run_without_a_good_checkpoint_says_why_for_each(tmp_path: Path) -> None:
@@ -147,7 +154,7 @@ def test_a_whole_run_without_a_good_checkpoint_says_why_for_each(tmp_path: Path)
         (path / "manifest.json").unlink()
     (tmp_path / "checkpoints" / "step-00000030.attempt-0-aa.tmp").mkdir()
     (tmp_path / "checkpoints" / "notes").mkdir()
-    with pytest.raises(CheckpointError, match=r"step-00000020: manifest.json is missing.*step-00000010: manifest"):
+    with pytest.raises(CheckpointError, match=r"step-00000020: manifest\.json .*step-00000010: manifest\.json "):
         newest_valid(tmp_path)
 
 
@@ -156,7 +163,7 @@ def test_a_state_that_is_not_finite_is_never_published(tmp_path: Path, value: fl
     save_step(tmp_path, 10)
     state = ShardedState(20)
     state.parts["exp_avg_sq", LORA_A][2, 3] = value
-    with pytest.raises(NumericsError, match=rf"{LORA_A}: holds values that are not finite"):
+    with pytest.raises(NumericsError, match=LORA_A):
         save_step(tmp_path, 20, export=state.export_state)
     assert [path.name for path in published(tmp_path)] == ["step-00000010"]
     assert leftovers(tmp_path) == []
@@ -164,15 +171,16 @@ def test_a_state_that_is_not_finite_is_never_published(tmp_path: Path, value: fl
 
 def test_an_export_that_differs_from_the_declared_tensors_is_refused(tmp_path: Path) -> None:
     whole = list(ShardedState(1).export_state(lambda kind, name: 0))
-    wrong: dict[str, list[Exported]] = {
-        "declared, but not exported": whole[:-1],
-        "exported, but not declared": [*whole, Exported("master", "other", torch.zeros(2))],
-        "did not arrive at its owner": [Exported("master", LORA_A, None), *whole[1:]],
-        "twice": [whole[0], *whole],
-        "expected fp32": [Exported("master", LORA_A, torch.zeros(0)), *whole[1:]],
-    }
-    for message, exported in wrong.items():
-        with pytest.raises(CheckpointError, match=message):
+    last = f"{whole[-1].kind}.{whole[-1].name}"
+    wrong: list[tuple[str, list[ExportedTensor]]] = [
+        (last, whole[:-1]),
+        ("master.other", [*whole, ExportedTensor("master", "other", torch.zeros(2))]),
+        (f"master.{LORA_A} .*rank 0", [ExportedTensor("master", LORA_A, None), *whole[1:]]),
+        (whole[0].name, [whole[0], *whole]),
+        (rf"{LORA_A}.*fp32 \[4, 32\]", [ExportedTensor("master", LORA_A, torch.zeros(0)), *whole[1:]]),
+    ]
+    for named, exported in wrong:
+        with pytest.raises(CheckpointError, match=named):
             save_step(tmp_path, 1, export=lambda owner_of, exported=exported: exported)
         assert published(tmp_path) == []
         assert leftovers(tmp_path) == []
@@ -191,7 +199,7 @@ def test_a_failing_or_missing_sidecar_publishes_nothing(tmp_path: Path) -> None:
         save_step(tmp_path, 1, sidecars=[write_adapter_config, fails])
     with pytest.raises(WriteError, match="os error 28"):
         save_step(tmp_path, 1, sidecars=[write_adapter_config, full])
-    with pytest.raises(CheckpointError, match=r"lists no adapter_config\.json"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
         save_step(tmp_path, 1, sidecars=[])
     assert published(tmp_path) == []
     assert leftovers(tmp_path) == []
@@ -205,7 +213,7 @@ def test_a_pickle_is_refused_and_a_checkpoint_holds_none(tmp_path: Path) -> None
     def pickled(folder: Path) -> None:
         (folder / "training_args.bin").write_bytes(pickle.dumps(Canary()))
 
-    with pytest.raises(CheckpointError, match=r"training_args\.bin looks like a pickle"):
+    with pytest.raises(CheckpointError, match=r"training_args\.bin"):
         save_step(tmp_path, 1, sidecars=[write_adapter_config, pickled])
     path = save_step(tmp_path, 1).path
     for file in path.rglob("*"):
@@ -229,7 +237,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_keeps_the_previous_checkpoint(small_disk: Path) -> None:
     kept = save_step(small_disk, 10).path
     (small_disk / "ballast").write_bytes(b"x" * 180 * 1024)
-    with pytest.raises(WriteError, match=r"step 20 in .*No space left on device.*step-00000010 is kept") as caught:
+    with pytest.raises(WriteError, match=r"step 20 .*ENOSPC.*step-00000010") as caught:
         save_step(small_disk, 20)
     assert caught.value.exit_code == 73
     assert leftovers(small_disk) == []
@@ -241,7 +249,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(small_disk: Path) -> None:
 def test_a_read_only_disk_is_named(small_disk: Path) -> None:
     save_step(small_disk, 10)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(WriteError, match=r"Read-only file system \(EROFS\).*step-00000010 is kept"):
+    with pytest.raises(WriteError, match=r"EROFS.*step-00000010"):
         save_step(small_disk, 20)
 
 
@@ -250,7 +258,7 @@ def test_a_file_size_limit_is_a_write_error(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
     try:
-        with pytest.raises(WriteError, match=r"\(EFBIG\)"):
+        with pytest.raises(WriteError, match="EFBIG"):
             save_step(tmp_path, 20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -260,7 +268,7 @@ def test_a_file_size_limit_is_a_write_error(tmp_path: Path) -> None:
 
 def test_a_file_in_the_place_of_the_folder_is_a_write_error(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
-    with pytest.raises(WriteError, match=rf"{tmp_path}/checkpoints.*no earlier checkpoint exists"):
+    with pytest.raises(WriteError, match=f"{tmp_path}/checkpoints"):
         save_step(tmp_path, 10)
 
 
@@ -280,11 +288,11 @@ def test_quota_and_disk_errors_are_write_errors(tmp_path: Path, code: int, monke
 
 
 def test_bytes_that_read_back_differently_are_not_published(tmp_path: Path) -> None:
-    def disturb(point: str) -> None:
-        if point == "written":
+    def disturb(point: str, step: int) -> None:
+        if point == "save.written":
             flip(next(tmp_path.rglob("optimizer-*.safetensors")), -1)
 
-    with pytest.raises(WriteError, match="reads back differently"):
+    with pytest.raises(WriteError, match=r"optimizer-00001-of-00001\.safetensors"):
         save_step(tmp_path, 10, fault=disturb)
     assert published(tmp_path) == []
     assert leftovers(tmp_path) == []
@@ -296,8 +304,8 @@ def test_old_checkpoints_go_only_after_a_new_one_is_published(tmp_path: Path) ->
 
     before_publishing: list[list[str]] = []
 
-    def look(point: str) -> None:
-        if point == "manifest":
+    def look(point: str, step: int) -> None:
+        if point == "save.manifest":
             before_publishing.append(names())
 
     for step in (1, 2, 3, 4):
@@ -355,8 +363,8 @@ def test_a_crash_between_the_two_renames_still_finds_the_one_moved_aside(tmp_pat
     class Crash(BaseException):
         pass
 
-    def crash(point: str) -> None:
-        if point == "aside":
+    def crash(point: str, step: int) -> None:
+        if point == "save.aside":
             raise Crash
 
     with pytest.raises(Crash):
@@ -387,12 +395,12 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path: Path) -> No
         manifest = checkpoint.manifest
     moved = Identity({"path": "/moved", "sha256": "b" * 64}, IDENTITY.data, "other", "zero-3")
     require_fit(manifest, SPECS, moved)
-    with pytest.raises(CheckpointError, match=rf"{LORA_A} is in the checkpoint, but does not train here"):
+    with pytest.raises(CheckpointError, match=LORA_A):
         require_fit(manifest, SPECS[1:], IDENTITY)
-    with pytest.raises(CheckpointError, match="another order"):
+    with pytest.raises(CheckpointError, match="step 10: "):
         require_fit(manifest, SPECS[::-1], IDENTITY)
     wide = TensorSpec(EMBED, (64, 32), "bfloat16", "embeddings")
-    with pytest.raises(CheckpointError, match=r"\[61, 32\] in the checkpoint, \[64, 32\] here"):
+    with pytest.raises(CheckpointError, match=r"\[61, 32\].*\[64, 32\]"):
         require_fit(manifest, (*SPECS[:2], wide), IDENTITY)
     with pytest.raises(CheckpointError, match=r"base\.sha256"):
         require_fit(manifest, SPECS, Identity({"path": "/base", "sha256": "c"}, IDENTITY.data, "", ""))
@@ -405,5 +413,5 @@ def test_reading_a_slice_touches_no_other_tensor(tmp_path: Path) -> None:
     with load(path) as checkpoint:
         read = checkpoint.read("exp_avg", EMBED, 32, 64)
         assert torch.equal(read, checkpoint.read("exp_avg", EMBED, 0, math.prod((61, 32)))[32:64])
-        with pytest.raises(CheckpointError, match="holds no exp_avg of nothing"):
+        with pytest.raises(CheckpointError, match="exp_avg of nothing"):
             checkpoint.read("exp_avg", "nothing", 0, 1)
