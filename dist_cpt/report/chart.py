@@ -1,16 +1,13 @@
-"""A line chart over optimizer steps as inline SVG: readable without scripts, colours from the page's CSS."""
+"""The geometry of a line chart over optimizer steps; `templates/chart.html` draws it as inline SVG."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
+from dataclasses import dataclass, replace
 
 Point = tuple[float, float | None]  # (step, value); None is a gap
 
-WIDTH, HEIGHT = 560.0, 270.0
-LEFT, RIGHT, TOP, BOTTOM = 58.0, 14.0, 46.0, 30.0  # px around the plot; the top holds the attempts' labels
 _LABEL_ROWS = 3
 _LABEL_ROW_PX = 13.0
 _LABEL_PX_PER_CHARACTER = 5.9
@@ -18,14 +15,33 @@ _MAX_POINTS = 1000
 
 
 @dataclass(frozen=True)
+class Plot:
+    """The view box and the plot inside it, px; the attempts' labels are above the plot."""
+
+    width: float = 560.0
+    height: float = 270.0
+    left: float = 58.0
+    right: float = 546.0
+    top: float = 46.0
+    bottom: float = 240.0
+
+
+PLOT = Plot()
+
+
+@dataclass(frozen=True)
 class Series:
-    """One line; `color` is a number into the page's palette."""
+    """One line; `color` is an index into the page's palette."""
 
     name: str
     points: Sequence[Point]
     color: int
     style: str = "line"  # line | faint | dashed
     dots: bool = False
+
+    @property
+    def css(self) -> str:
+        return f"{self.style} c{self.color % 8}"
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,44 @@ class Mark:
     step: float
     label: str
     line: bool = True
+
+
+@dataclass(frozen=True)
+class PlacedMark:
+    """A mark in px. A label for which there is no room has no `label_y` and is the line's tooltip only."""
+
+    label: str
+    line: bool
+    x: float
+    top: float
+    label_x: float
+    label_y: float | None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Everything that is drawn, in px; the ranges are in steps and values."""
+
+    plot: Plot
+    top: float  # of the view box: no empty label rows above the plot
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    log: bool
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    marks: list[PlacedMark]
+    lines: list[tuple[Series, list[tuple[float, float]]]]  # consecutive points without a gap
+    crosses: list[tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart with its caption; `drawing` is None without a value to draw."""
+
+    title: str
+    unit: str
+    legend: Sequence[Series]
+    drawing: Drawing | None
 
 
 def line_chart(
@@ -47,36 +101,37 @@ def line_chart(
     unit: str = "",
     log: bool = False,
     from_zero: bool = False,
-) -> str:
-    """A <figure> with legend and SVG; `crosses` are (step, text) marked on the axis, `unit` names the values.
+) -> Chart:
+    """Lay out a chart; `crosses` are (step, text) marked on the axis, `unit` is the unit of the values.
 
-    Values that are None or not finite are gaps; on a logarithmic axis so are values that are not positive.
+    Values that are None or not finite are gaps, and on a logarithmic axis values that are not positive.
     """
-    shown = [Series(s.name, downsample(_drawable(s.points, log)), s.color, s.style, s.dots) for s in series]
-    values = [y for s in shown for _, y in s.points if y is not None]
-    heading = f"<figcaption>{escape(title)}{f' <small>{escape(unit)}</small>' if unit else ''}</figcaption>"
+    drawn = [replace(s, points=downsample(_drawable(s.points, log))) for s in series]
+    values = [y for s in drawn for _, y in s.points if y is not None]
     if not values:
-        return f'<figure class="chart">{heading}<p class="none">no values recorded</p></figure>'
-    low, high, ticks = _axis(min(values), max(values), log, from_zero)
+        return Chart(title, unit, series, None)
+    low, high, y_ticks = _y_axis(min(values), max(values), log, from_zero)
     scale = _Scale(x_range, (low, high), log)
-    labels, num_rows = _marks(scale, marks)
-    top = TOP - 6 - _LABEL_ROW_PX * num_rows  # no empty rows above the plot
-    parts = [
-        f'<svg viewBox="0 {top:g} {WIDTH:g} {HEIGHT - top:g}" role="img" aria-label="{escape(title)}" '
-        f'data-x="{x_range[0]:g} {x_range[1]:g}" data-y="{low!r} {high!r}"{" data-log" if log else ""}>',
-        _grid(scale, x_range, ticks),
-        labels,
-        *(_line(scale, s) for s in shown),
-        *(_cross(scale, step, text) for step, text in crosses),
-        '<line class="guide" y1="46" y2="240" hidden></line></svg>',
-    ]
-    return f'<figure class="chart">{heading}{_legend(series)}{"".join(parts)}</figure>'
+    placed, num_rows = _place_marks(scale, marks)
+    drawing = Drawing(
+        plot=PLOT,
+        top=PLOT.top - 6 - _LABEL_ROW_PX * num_rows,
+        x_range=x_range,
+        y_range=(low, high),
+        log=log,
+        x_ticks=[(scale.x(step), short_number(step)) for step in _x_ticks(*x_range)],
+        y_ticks=[(scale.y(value), short_number(value)) for value in y_ticks],
+        marks=placed,
+        lines=[(s, points) for s in drawn for points in _without_gaps(scale, s.points)],
+        crosses=[(scale.x(step), text) for step, text in crosses],
+    )
+    return Chart(title, unit, series, drawing)
 
 
 def downsample(points: Sequence[Point], max_points: int = _MAX_POINTS) -> list[Point]:
-    """At most about `max_points` of the points: of each stretch its lowest and its highest, in order.
+    """At most about `max_points` of the points: the lowest and the highest of each bucket, in order.
 
-    Nothing that stands out is lost. Gaps survive only while nothing has to be left out.
+    Every extreme is kept. Gaps survive only where nothing has to be dropped.
     """
     if len(points) <= max_points:
         return list(points)
@@ -127,29 +182,39 @@ class _Scale:
     def x(self, step: float) -> float:
         low, high = self.x_range
         share = (step - low) / (high - low) if high > low else 0.5
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
+        return PLOT.left + share * (PLOT.right - PLOT.left)
 
     def y(self, value: float) -> float:
         low, high = self.y_range
         share = math.log(value / low) / math.log(high / low) if self.log else (value - low) / (high - low)
-        return HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP)
+        return PLOT.bottom - share * (PLOT.bottom - PLOT.top)
 
 
 def _drawable(points: Sequence[Point], log: bool) -> list[Point]:
-    def keep(value: float | None) -> bool:
+    def is_drawable(value: float | None) -> bool:
         return value is not None and math.isfinite(value) and abs(value) < 1e300 and (value > 0 or not log)
 
-    return [(x, y if keep(y) else None) for x, y in points]
+    return [(x, y if is_drawable(y) else None) for x, y in points]
 
 
-def _axis(low: float, high: float, log: bool, from_zero: bool) -> tuple[float, float, list[float]]:
-    """Axis limits and tick values that take in [low, high]."""
+def _without_gaps(scale: _Scale, points: Sequence[Point]) -> list[list[tuple[float, float]]]:
+    lines: list[list[tuple[float, float]]] = [[]]
+    for step, value in points:
+        if value is None:
+            lines.append([])
+        else:
+            lines[-1].append((scale.x(step), scale.y(value)))
+    return lines
+
+
+def _y_axis(low: float, high: float, log: bool, from_zero: bool) -> tuple[float, float, list[float]]:
+    """Axis limits that include [low, high], and tick values."""
     if log:
         low, high = (low / 1.1, high * 1.1) if high > low else (low / 2, high * 2)
         ticks = _log_ticks(low, high)
-        if len(ticks) >= 3:
-            return low, high, ticks
-        return low, high, [t for t in _linear_ticks(low, high) if low <= t <= high]
+        if len(ticks) < 3:
+            ticks = [t for t in _linear_ticks(low, high) if low <= t <= high]
+        return low, high, ticks
     if from_zero:
         low = min(low, 0.0)
     if high <= low:
@@ -159,8 +224,13 @@ def _axis(low: float, high: float, log: bool, from_zero: bool) -> tuple[float, f
     step = ticks[1] - ticks[0]
     margin = 0.04 * (high - low)
     bottom = max(low - margin, math.floor(low / step) * step)
-    top = min(high + margin, math.ceil(high / step) * step)
-    return bottom, max(top, high), [t for t in ticks if bottom - 1e-9 * step <= t <= max(top, high) + 1e-9 * step]
+    top = max(min(high + margin, math.ceil(high / step) * step), high)
+    return bottom, top, [t for t in ticks if bottom - 1e-9 * step <= t <= top + 1e-9 * step]
+
+
+def _x_ticks(low: float, high: float) -> list[float]:
+    """Whole steps."""
+    return [t for t in _linear_ticks(low, high, 6) if low <= t <= high and t == int(t)] if high > low else [low]
 
 
 def _linear_ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -175,84 +245,23 @@ def _log_ticks(low: float, high: float) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     decades = last - first
     factors = (1, 2, 5) if decades <= 3 else (1,)
-    every = max(1, decades // 6)
-    ticks = [float(f"{f}e{e}") for e in range(first, last + 1, every) for f in factors]
+    ticks = [float(f"{f}e{e}") for e in range(first, last + 1, max(1, decades // 6)) for f in factors]
     return [t for t in ticks if low <= t <= high]
 
 
-def _grid(scale: _Scale, x_range: tuple[float, float], ticks: Sequence[float]) -> str:
-    parts = []
-    for tick in ticks:
-        y = scale.y(tick)
-        parts.append(f'<line class="grid" x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{LEFT - 7:g}" y="{y + 4:.1f}" text-anchor="end">{short_number(tick)}</text>'
-        )
-    baseline = HEIGHT - BOTTOM
-    parts.append(f'<line class="axis" x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{baseline:g}" y2="{baseline:g}"/>')
-    low, high = x_range
-    steps = [t for t in _linear_ticks(low, high, 6) if low <= t <= high and t == int(t)] if high > low else [low]
-    for tick in steps:
-        x = scale.x(tick)
-        anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{baseline + 17:g}" text-anchor="{anchor}">{short_number(tick)}</text>'
-        )
-    return "".join(parts)
-
-
-def _marks(scale: _Scale, marks: Sequence[Mark]) -> tuple[str, int]:
-    """Lines with labels in up to three rows above the plot, and how many rows they take.
-
-    A label that fits nowhere stays as the line's tooltip.
-    """
-    ends = [LEFT - 4.0] * _LABEL_ROWS  # right end of what stands in each row
-    parts = []
+def _place_marks(scale: _Scale, marks: Sequence[Mark]) -> tuple[list[PlacedMark], int]:
+    """Marks with their labels in up to three rows above the plot, and the number of rows in use."""
+    ends = [PLOT.left - 4.0] * _LABEL_ROWS  # right end of the last label of each row
+    placed = []
     for mark in marks:
         x = scale.x(mark.step)
         width = len(mark.label) * _LABEL_PX_PER_CHARACTER + 8
-        start = max(min(x + 3, WIDTH - RIGHT - width + 8), LEFT - 4)
+        start = max(min(x + 3, PLOT.right - width + 8), PLOT.left - 4)
         row = next((r for r, end in enumerate(ends) if start >= end), None)
-        if mark.line:
-            top = TOP if row is None else TOP - 2 - _LABEL_ROW_PX * (row + 1)
-            parts.append(
-                f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{top:g}" y2="{HEIGHT - BOTTOM:g}">'
-                f"<title>{escape(mark.label)}</title></line>"
-            )
-        if row is not None:
-            ends[row] = start + width
-            parts.append(
-                f'<text class="label" x="{start:.1f}" y="{TOP - 6 - _LABEL_ROW_PX * row:g}">{escape(mark.label)}</text>'
-            )
-    return "".join(parts), sum(end > LEFT for end in ends)
-
-
-def _line(scale: _Scale, series: Series) -> str:
-    css = f"s {series.style} c{series.color % 8}"
-    stretches: list[list[tuple[float, float]]] = [[]]
-    for step, value in series.points:
-        if value is None:
-            stretches.append([])
+        if row is None:
+            placed.append(PlacedMark(mark.label, mark.line, x, PLOT.top, start, None))
         else:
-            stretches[-1].append((scale.x(step), scale.y(value)))
-    parts = []
-    for stretch in stretches:
-        if len(stretch) > 1:
-            points = " ".join(f"{x:.2f},{y:.2f}" for x, y in stretch)
-            parts.append(f'<polyline class="{css}" data-name="{escape(series.name)}" points="{points}"/>')
-        if series.dots or len(stretch) == 1:
-            dot = f'<circle class="{css}" r="3.2" data-name="{escape(series.name)}"'
-            parts += [f'{dot} cx="{x:.2f}" cy="{y:.2f}"/>' for x, y in stretch]
-    return "".join(parts)
-
-
-def _cross(scale: _Scale, step: float, text: str) -> str:
-    x, y = scale.x(step), HEIGHT - BOTTOM - 7
-    return f'<path class="cross" d="M{x - 4:.1f} {y - 4:g}l8 8m0 -8l-8 8"><title>{escape(text)}</title></path>'
-
-
-def _legend(series: Sequence[Series]) -> str:
-    if len(series) < 2:
-        return ""
-    items = (f'<li class="{s.style} c{s.color % 8}">{escape(s.name)}</li>' for s in series)
-    return f'<ul class="legend">{"".join(items)}</ul>'
+            ends[row] = start + width
+            above = PLOT.top - _LABEL_ROW_PX * row
+            placed.append(PlacedMark(mark.label, mark.line, x, above - 2 - _LABEL_ROW_PX, start, above - 6))
+    return placed, sum(end > PLOT.left for end in ends)

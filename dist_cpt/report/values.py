@@ -1,4 +1,4 @@
-"""Numbers and times of a run as a person reads them, and wrong types as absent ones."""
+"""Numbers and times of a run as a person reads them; values of a wrong type count as absent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def number(value: Any) -> str:
-    """A number for people: four significant digits, thousands apart; 'not recorded' if absent."""
+    """A number with four significant digits and thousands separators; 'not recorded' if absent."""
     if isinstance(value, bool) or value is None:
         return "not recorded"
     if isinstance(value, int):
@@ -32,24 +32,19 @@ def real(value: Any) -> float | None:
     return float(value)
 
 
-def integer(value: Any, otherwise: int) -> int:
-    """An int, or `otherwise` for everything else."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else otherwise
+def integer(value: Any) -> int | None:
+    """An int, or None for everything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def items(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     """A list, or an empty one for everything else."""
     return value if isinstance(value, list) else []
 
 
-def relative_change(before: Any, after: Any) -> tuple[str, str]:
-    """Relative change of a perplexity as text, and its CSS class: down is good."""
-    first, last = real(before), real(after)
-    if first is None or last is None or first <= 0:
-        return "not comparable", "warn"
-    change = last / first - 1
-    css = "good" if change <= 0 else "bad" if change > 0.02 else "warn"
-    return f"{change:+.1%}".replace("-", "−"), css
+def mappings(value: Any) -> list[dict[str, Any]]:
+    """The dictionaries in a list; empty for everything else."""
+    return [item for item in as_list(value) if isinstance(item, dict)]
 
 
 def duration(seconds: float) -> str:
@@ -63,6 +58,6 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
-def clock(text: str) -> str:
+def clock(value: Any) -> str:
     """Date and time to the second, without the T."""
-    return text[:19].replace("T", " ")
+    return str(value or "")[:19].replace("T", " ")

@@ -1,18 +1,21 @@
-"""What a run folder holds, read so that a report of a crashed or half-written run still comes out."""
+"""What a run folder contains, readable also while the run is in progress or after a crash."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dist_cpt.run_folder import names
+from dist_cpt.run_folder.json_files import read_rows_leniently
+
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The parsed files of one run folder; absent ones are empty, unreadable ones are named in `problems`."""
+    """The parsed files of one run folder; absent ones are empty, damaged ones are listed in `problems`."""
 
     folder: Path
     recipe_text: str
@@ -26,44 +29,33 @@ class RunFiles:
     exit: dict[str, Any]
     sample: dict[str, Any]
     checkpoints: list[str]
-    problems: list[str] = field(default_factory=list)
+    problems: list[str]
 
 
 def read_run(folder: Path) -> RunFiles:
     """Read every file of a run folder that the report shows."""
     problems: list[str] = []
-    text = _text(folder / "recipe.yaml", problems)
+    text = _text(folder / names.RECIPE, problems)
     try:
-        recipe = yaml.safe_load(text) if text else {}
+        recipe = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
-        recipe = {}
-        problems.append(f"recipe.yaml: {' '.join(str(error).split())[:200]}")
-    saved = folder / "checkpoints"
+        recipe = None
+        problems.append(f"{names.RECIPE}: {' '.join(str(error).split())[:200]}")
     return RunFiles(
         folder=folder,
         recipe_text=text,
         recipe=recipe if isinstance(recipe, dict) else {},
-        steps=_rows(folder / "metrics.jsonl", problems),
-        rewound=_rows(folder / "metrics.rewound.jsonl", problems),
-        evaluations=_rows(folder / "evaluations.jsonl", problems),
-        events=_rows(folder / "events.jsonl", problems),
-        contract=object_or_problem(folder / "contract.json", problems),
-        certificate=object_or_problem(folder / "certificate.json", problems),
-        exit=object_or_problem(folder / "exit.json", problems),
-        sample=object_or_problem(folder / "sample.json", problems),
-        checkpoints=sorted(p.name for p in saved.iterdir() if (p / "manifest.json").exists()) if saved.is_dir() else [],
+        steps=_rows(folder / names.METRICS, problems),
+        rewound=_rows(folder / names.METRICS_REWOUND, problems),
+        evaluations=_rows(folder / names.EVALUATIONS, problems),
+        events=_rows(folder / names.EVENTS, problems),
+        contract=object_or_problem(folder / names.CONTRACT, problems),
+        certificate=object_or_problem(folder / names.CERTIFICATE, problems),
+        exit=object_or_problem(folder / names.EXIT, problems),
+        sample=object_or_problem(folder / names.SAMPLE, problems),
+        checkpoints=sorted(path.parent.name for path in (folder / names.CHECKPOINTS).glob(f"*/{names.MANIFEST}")),
         problems=problems,
     )
-
-
-def _text(path: Path, problems: list[str]) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        problems.append(f"{path.name}: {error.strerror}")
-        return ""
 
 
 def object_or_problem(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -79,20 +71,23 @@ def object_or_problem(path: Path, problems: list[str]) -> dict[str, Any]:
     return value
 
 
+def _text(path: Path, problems: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        problems.append(f"{path.name}: {error.strerror}")
+        return ""
+
+
 def _rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    broken: list[int] = []
-    for number, line in enumerate(_text(path, problems).split("\n"), start=1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            broken.append(number)
-    if broken:
-        problems.append(f"{path.name}: line {', '.join(map(str, broken[:5]))} cannot be read")
+    damaged: list[int] = []
+    try:
+        rows = read_rows_leniently(path, damaged.append)
+    except OSError as error:
+        problems.append(f"{path.name}: {error.strerror}")
+        return []
+    if damaged:
+        problems.append(f"{path.name}: line {', '.join(map(str, damaged[:5]))} cannot be read")
     return rows

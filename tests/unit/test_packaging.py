@@ -23,6 +23,9 @@ def test_the_wheel_holds_three_packages(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         top = {name.split("/")[0] for name in archive.namelist()}
         assert "dist_cpt_launch/sbatch/train.sbatch" in archive.namelist()  # what `launch --on slurm` submits
+        templates = {path.name for path in (ROOT / "dist_cpt/report/templates").iterdir()}
+        assert {f"dist_cpt/report/templates/{name}" for name in templates} <= set(archive.namelist())
+        assert "report.html" in templates
     assert {name for name in top if not name.endswith(".dist-info")} == {
         "dist_cpt",
         "dist_cpt_kernels",

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dist_cpt.errors import DataError, WriteError
-from dist_cpt.report.chart import Mark, Series, downsample, line_chart, short_number, smooth
+from dist_cpt.report.chart import PLOT, Mark, Series, downsample, line_chart, short_number, smooth
 from dist_cpt.report.report import write_report
 
 HOSTILE = "<script>alert(1)</script>\"'&<img src=http://x.example/y>"
@@ -146,7 +146,7 @@ def make_run(folder: Path, num_steps: int = 400, name: str = "llama3-8b-legal") 
             "detail": "450 tensors",
         },
         {"name": "every trainable tensor moved", "passed": True, "step": 2, "detail": "450 tensors"},
-        {"name": "every frozen tensor is as before", "passed": True, "step": 2, "detail": "by checksum"},
+        {"name": "every frozen tensor is unchanged", "passed": True, "step": 2, "detail": "by checksum"},
         {"name": "checked over the first two updates", "passed": None, "step": 1, "detail": "only 1 updates were made"},
     ]
     frozen = {
@@ -251,7 +251,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         "held-out perplexity of legal 11.59 → 4.963 −57.2%",  # exp(2.45) to exp(1.6 + 0.85 e^-6), by hand
         "held-out perplexity of general 7.538 → 7.768 +3.0%",
         "400 of 400",
-        "9 steps done twice",
+        "9 steps repeated",
         "#0 zero-3 ×8",
         "#1 fsdp-full ×4",
         "#2 fsdp-hybrid ×16",
@@ -322,7 +322,7 @@ def test_one_row_and_nothing_else(tmp_path: Path) -> None:
     assert "circle" in report_of(tmp_path).tags
 
 
-def test_a_crashed_run_says_so(tmp_path: Path) -> None:
+def test_a_crashed_run_shows_its_exit_code(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 20)
     (run / "exit.json").write_text('{"code": 71, "reason": "trainability contract broken at step 2"}')
     (run / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes()[:-30])  # torn by the crash
@@ -357,7 +357,7 @@ def test_wrong_types_and_non_finite_numbers_do_not_stop_it(tmp_path: Path) -> No
     assert not re.search(r"(points|cx|cy|x1)=\"[^\"]*(nan|inf)", html)
 
 
-def test_hostile_text_is_escaped_everywhere(tmp_path: Path) -> None:
+def test_html_in_any_text_of_a_run_is_escaped(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 20)
     for path in [p for p in run.iterdir() if p.suffix in (".json", ".jsonl")]:
         content = path.read_text()
@@ -371,13 +371,12 @@ def test_hostile_text_is_escaped_everywhere(tmp_path: Path) -> None:
             "SIGTERM",
             "indemnify",
             "W&B",
-            "passed",
             "moved",
             "bit-identical",
             "step-000",
             "lm_head",
         ):
-            content = content.replace(word, json.dumps(HOSTILE)[1:-1]) if word != "passed" else content
+            content = content.replace(word, json.dumps(HOSTILE)[1:-1])
         path.write_text(content)
     (run / "recipe.yaml").write_text(
         f"name: {json.dumps(HOSTILE)}\ndata: {{sources: [{{name: {json.dumps(HOSTILE)}}}]}}\n"
@@ -387,7 +386,7 @@ def test_hostile_text_is_escaped_everywhere(tmp_path: Path) -> None:
     assert words(page).count("<script>alert(1)</script>") > 20
 
 
-def test_characters_that_are_no_utf8(tmp_path: Path) -> None:
+def test_characters_that_are_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "sample.json").write_text('{"prompt": "東京 \\ud800", "text": "\\udfff 🚀\\u0000", "step": 1}')
     (tmp_path / "recipe.yaml").write_bytes(b"name: caf\xe9\n")
     assert "東京" in words(report_of(tmp_path))
@@ -449,16 +448,19 @@ def test_everything_drawn_lies_inside_the_plot(values: list[float], log: bool) -
     points = [(float(i), v) for i, v in enumerate(values)]
     marks = [Mark(float(i) / 20, f"#{i} fsdp-hybrid ×128") for i in range(21)]
     x_range = (0.0, float(max(len(values) - 1, 1)))
-    svg = line_chart("t", [Series("s", points, 0, dots=True)], x_range=x_range, marks=marks, log=log)
-    for x, y in re.findall(r'cx="([-\d.]+)" cy="([-\d.]+)"', svg):
-        assert 57.9 <= float(x) <= 546.1
-        assert 45.9 <= float(y) <= 240.1
-    labels = re.findall(r'class="label" x="([\d.]+)" y="([\d.]+)">([^<]*)<', svg)
-    assert all(float(x) + 5.9 * len(text) <= 562 for x, _, text in labels)
-    rows: dict[str, float] = {}
+    drawing = line_chart("t", [Series("s", points, 0)], x_range=x_range, marks=marks, log=log).drawing
+    if drawing is None:
+        assert (log, values) == (True, [0.0, 0.0])
+        return
+    for x, y in [point for _, line in drawing.lines for point in line]:
+        assert PLOT.left <= x <= PLOT.right
+        assert PLOT.top <= y <= PLOT.bottom
+    labels = [(mark.label_x, mark.label_y, mark.label) for mark in drawing.marks if mark.label_y is not None]
+    assert all(x + 5.9 * len(text) <= PLOT.width + 2 for x, _, text in labels)
+    rows: dict[float, float] = {}
     for x, row, text in labels:  # no label over another
-        assert float(x) >= rows.get(row, 0)
-        rows[row] = float(x) + 5.9 * len(text)
+        assert x >= rows.get(row, 0)
+        rows[row] = x + 5.9 * len(text)
 
 
 @pytest.mark.parametrize(
