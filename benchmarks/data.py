@@ -28,7 +28,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-# Beside this file lies kernels.py: on the path it would be taken for Hugging Face's package of that name.
+# kernels.py beside this file would shadow Hugging Face's package of that name.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 
 SEQ_LEN = 2048
@@ -70,15 +70,15 @@ def compare(folder: Path, megabytes: float, rounds: int) -> dict[str, Any]:
         once(way, folder / "warm-up")
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     cpu: dict[str, list[float]] = {name: [] for name in ways}
-    found: dict[str, dict[str, Any]] = {}
+    outcomes: dict[str, dict[str, Any]] = {}
     for number in range(rounds):
-        # Who goes first changes, so that a drift of the machine favours no one.
+        # The order alternates, so that a drift of the machine favours neither.
         for name in sorted(ways, reverse=bool(number % 2)):
-            taken, cpu_taken, found[name] = once(ways[name], folder / f"{name}-{number}")
+            taken, cpu_taken, outcomes[name] = once(ways[name], folder / f"{name}-{number}")
             seconds[name].append(taken)
             cpu[name].append(cpu_taken)
-    if found["dist_cpt"]["tokens"] != found["run_clm"]["tokens"]:
-        raise SystemExit(f"not the same work: {found}")
+    if outcomes["dist_cpt"]["tokens"] != outcomes["run_clm"]["tokens"]:
+        raise SystemExit(f"not the same work: {outcomes}")
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "what": "raw jsonl text to packed blocks, dist_cpt prepare + pack against datasets.map + group_texts",
@@ -86,28 +86,28 @@ def compare(folder: Path, megabytes: float, rounds: int) -> dict[str, Any]:
         "machine": {"cores": NUM_PROCESSES, "processor": platform.machine(), "python": platform.python_version()},
         "versions": {p: version(p) for p in ("tokenizers", "transformers", "datasets", "numpy")},
         "load_average": {"before": load_before, "after": os.getloadavg()},
-        "corpus": {"texts": num_texts, "text_bytes": num_bytes, "tokens": found["dist_cpt"]["tokens"]},
+        "corpus": {"texts": num_texts, "text_bytes": num_bytes, "tokens": outcomes["dist_cpt"]["tokens"]},
         "seq_len": SEQ_LEN,
         "vocabulary": VOCABULARY,
         "rounds": rounds,
         "results": {
             name: {
-                **found[name],
+                **outcomes[name],
                 "seconds": [round(s, 3) for s in seconds[name]],
                 "cpu_seconds": [round(s, 3) for s in cpu[name]],
                 "median_seconds": round(medians[name], 3),
-                "tokens_per_second": round(found[name]["tokens"] / medians[name]),
+                "tokens_per_second": round(outcomes[name]["tokens"] / medians[name]),
             }
             for name in ways
         },
         "ratio": round(medians["run_clm"] / medians["dist_cpt"], 3),
-        # Less disturbed than elapsed time by whatever else the machine does.
+        # Less sensitive to other load than elapsed time.
         "cpu_ratio": round(statistics.median(cpu["run_clm"]) / statistics.median(cpu["dist_cpt"]), 3),
     }
 
 
 def once(way: Callable[[Path], dict[str, Any]], work: Path) -> tuple[float, float, dict[str, Any]]:
-    """Elapsed and CPU seconds of one preparation in a fresh folder, gone afterwards, and what came out."""
+    """Elapsed and CPU seconds of one preparation in a temporary folder, and its result."""
     work.mkdir()
     start, cpu_start = time.perf_counter(), cpu_seconds()
     result = way(work)
@@ -117,7 +117,7 @@ def once(way: Callable[[Path], dict[str, Any]], work: Path) -> tuple[float, floa
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of those it started and has waited for."""
+    """CPU time of this process and its finished children."""
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in usage)
 
@@ -158,7 +158,7 @@ def by_run_clm(corpus: Path, tokenizer: Path, work: Path) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as transformers advises where num_proc forks
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as transformers recommends when num_proc forks
     fast = AutoTokenizer.from_pretrained(tokenizer)
 
     def tokenize(batch: dict[str, list[str]]) -> Any:
@@ -200,7 +200,7 @@ def standard_library() -> list[str]:
 
 
 def write_corpus(path: Path, megabytes: float) -> tuple[int, int]:
-    """The standard library's files, again and again, as jsonl; returns texts and bytes of text."""
+    """Write the standard library's files, repeated, as jsonl; returns the number of texts and their bytes."""
     texts = standard_library()
     num_texts = num_bytes = 0
     with path.open("w", encoding="utf-8") as file:

@@ -14,20 +14,22 @@ import torch
 import torch.distributed as dist
 
 from dist_cpt.engines.build import build_engine
-from dist_cpt.engines.engine import Engine, GradStats
+from dist_cpt.engines.engine import GradStats, InspectableEngine
 from dist_cpt.errors import DistCptError
 from dist_cpt.model.load import load_model
 from dist_cpt.optim.groups import ParamGroup, param_groups
 from dist_cpt.runtime.collectives import over_group
+from tests.contract.compare import State
 from tests.contract.model import batches, block, num_tokens, recipe
 from tests.contract.reference import learning_rates, reference_run
 
-State = dict[str, torch.Tensor]  # "kind.name" -> full fp32 tensor
 CPU = torch.device("cpu")
 
 
 @contextmanager
-def running(base: str, engine: dict[str, Any], variant: str, weights: str) -> Iterator[tuple[Engine, list[ParamGroup]]]:
+def running(
+    base: str, engine: dict[str, Any], variant: str, weights: str
+) -> Iterator[tuple[InspectableEngine, list[ParamGroup]]]:
     """An engine of this rank, closed afterwards."""
     config = recipe(base, engine, variant, weights)
     model = load_model(config, device=CPU)
@@ -42,7 +44,7 @@ def running(base: str, engine: dict[str, Any], variant: str, weights: str) -> It
         gc.collect()
 
 
-def accumulate(engine: Engine, step: int, poisoned_rank: int | None = None) -> torch.Tensor:
+def accumulate(engine: InspectableEngine, step: int, poisoned_rank: int | None = None) -> torch.Tensor:
     """Local loss sum of a step's micro-batches; the last one of `poisoned_rank` gets a NaN scale."""
     mine = batches(step, dist.get_rank(), dist.get_world_size())
     local = torch.zeros(())
@@ -54,7 +56,7 @@ def accumulate(engine: Engine, step: int, poisoned_rank: int | None = None) -> t
     return local
 
 
-def train_step(engine: Engine, groups: list[ParamGroup], step: int, poisoned_rank: int | None = None) -> Any:
+def train_step(engine: InspectableEngine, groups: list[ParamGroup], step: int, poisoned_rank: int | None = None) -> Any:
     """(global loss sum, GradStats) of one step."""
     local = accumulate(engine, step, poisoned_rank)
     stats = engine.step(learning_rates(groups, step))
@@ -62,7 +64,7 @@ def train_step(engine: Engine, groups: list[ParamGroup], step: int, poisoned_ran
     return float(local), stats
 
 
-def train(engine: Engine, groups: list[ParamGroup], first: int, last: int) -> list[float]:
+def train(engine: InspectableEngine, groups: list[ParamGroup], first: int, last: int) -> list[float]:
     """Loss sums and gradient norms of the steps first..last, none of which may be skipped."""
     numbers: list[float] = []
     for step in range(first, last + 1):
@@ -72,7 +74,7 @@ def train(engine: Engine, groups: list[ParamGroup], first: int, last: int) -> li
     return numbers
 
 
-def snapshot(engine: Engine) -> State:
+def snapshot(engine: InspectableEngine) -> State:
     """The whole training state on every rank; owners rotate, so that every rank sends and owns."""
     ranks = dist.get_world_size()
     owners: dict[str, int] = {}
@@ -88,7 +90,7 @@ def snapshot(engine: Engine) -> State:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def restore(engine: Engine, state: State, step: int) -> None:
+def restore(engine: InspectableEngine, state: State, step: int) -> None:
     """Import `state`, checking that no rank reads outside a tensor."""
 
     def read(kind: str, name: str, start: int, stop: int) -> torch.Tensor:
@@ -100,7 +102,7 @@ def restore(engine: Engine, state: State, step: int) -> None:
 
 
 def on_rank_0(value: Any) -> Any:
-    """Spare the pipe: every rank holds the same value."""
+    """The value on rank 0 only: it is the same on every rank."""
     return value if dist.get_rank() == 0 else None
 
 
@@ -150,13 +152,13 @@ def train_from(
 
 def resume_twice(base: str, engine: dict[str, Any], variant: str, half: int) -> Any:
     """2 x half steps in one go; half, export, import into a fresh engine, half; and the same import into the
-    engine that has already gone on: (numbers and state of each)."""
+    engine that has already trained on: (numbers and state of each)."""
     with running(base, engine, variant, "bf16") as (built, groups):
         train(built, groups, 1, half)
         middle = snapshot(built)
         loss_then = float(built.evaluate(block(999, 0)))
         unbroken = train(built, groups, half + 1, 2 * half), snapshot(built)
-        built.evaluate(block(999, 0))  # leaves gathered copies behind, if an engine does not take care
+        built.evaluate(block(999, 0))  # may leave gathered copies behind
         restore(built, middle, half)
         assert float(built.evaluate(block(999, 0))) == loss_then, "compute copies are stale after an import"
         rewound = train(built, groups, half + 1, 2 * half), snapshot(built)
@@ -228,7 +230,7 @@ def hash_of(text: str) -> int:
     return zlib.crc32(text.encode())
 
 
-def bytes_held(base: str, engine: dict[str, Any], variant: str) -> dict[str, int]:
+def bytes_per_rank(base: str, engine: dict[str, Any], variant: str) -> dict[str, int]:
     """sharded_bytes after a step."""
     with running(base, engine, variant, "bf16") as (built, groups):
         train(built, groups, 1, 1)
@@ -282,7 +284,7 @@ def frozen_is_untouched(base: str, engine: dict[str, Any], weights: str) -> tupl
 
 
 def refusal(base: str, engine: dict[str, Any], deepspeed_version: str | None = "0.19.8") -> str:
-    """Why an engine is not built, as `class: message`; `deepspeed_version` is what the machine claims to have."""
+    """Why an engine is not built, as `class: message`; `deepspeed_version` is the installed version to report."""
 
     def version(name: str) -> str:
         if name != "deepspeed":

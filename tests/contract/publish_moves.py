@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.contract.test_moves import CELLS, VARIANTS, move_all, name_of
+from tests.contract.moves import CELLS, VARIANTS, move_all, name_of
 from tests.ranks import RankPool
 
 TITLES = {"lora-only": "LoRA", "lora": "LoRA, embeddings and head", "nf4": "LoRA, embeddings and head on an NF4 base",
@@ -14,7 +14,7 @@ TITLES = {"lora-only": "LoRA", "lora": "LoRA, embeddings and head", "nf4": "LoRA
 HEAD = """# Moves
 
 One training state, saved after 3 steps on the engine and number of ranks of a row, resumed on that of a column, trained
-5 more steps there, and compared with the run that went on unbroken where it was. Written by
+5 more steps there, and compared with the run that continued where it was. Written by
 `python -m tests.contract.publish_moves` (CPU, gloo, a two-layer model whose sizes divide by nothing); the same moves
 are tests: `pytest -m matrix tests/contract/test_moves.py`.
 

@@ -1,4 +1,4 @@
-"""8-bit moments behind every engine: what they cost, how training goes with them, and what a step leaves behind."""
+"""8-bit moments under every engine: their memory, the training loss, and dropped steps."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from dist_cpt.optim.eight_bit import BLOCK
+from tests.contract.compare import assert_same
 from tests.contract.engines import ENGINES, grid
-from tests.contract.test_state_moves import assert_same
 
 FAST = (("fsdp-full", 2, "8bit"),)
 STEPS, CYCLE = 60, 4
@@ -20,7 +20,7 @@ QUALITY = 0.01
 
 
 @pytest.mark.parametrize(("engine", "ranks"), [("single", 1), pytest.param("zero-3", 2, marks=pytest.mark.matrix)])
-def test_training_goes_as_with_fp32_moments(engine: str, ranks: int, pool: Any, base: Any) -> None:
+def test_training_matches_fp32_moments(engine: str, ranks: int, pool: Any, base: Any) -> None:
     (plain, moments), (packed, packed_moments) = (
         pool(ranks).run(
             "tests.contract.eight_bit:memorise", base=base("full"), engine=ENGINES[engine], variant=variant, steps=STEPS
@@ -67,9 +67,9 @@ def test_two_bytes_and_the_scales_in_place_of_eight(
     tensors, elements = 7, 4 * 320 * 320 + 3 * 320 * 640
     plain, packed = (
         sum(
-            held["optimizer"]
-            for held in pool(ranks).run(
-                "tests.contract.cases:bytes_held", base=base("full", **sizes), engine=ENGINES[engine], variant=v
+            mine["optimizer"]
+            for mine in pool(ranks).run(
+                "tests.contract.cases:bytes_per_rank", base=base("full", **sizes), engine=ENGINES[engine], variant=v
             )
         )
         for v in ("full", variant)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.contract.compare import assert_same
 from tests.contract.engines import ENGINES
-from tests.contract.test_state_moves import assert_same
 
 # (engine, relative tolerance of gradient norms against the single engine). Each block's bf16 gradient is bitwise
 # the same; n = 8 of them are summed in fp32 in two orders: 2 (n - 1) U sum|g_i|/|g| = 8e-7 x a cancellation that

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.contract.compare import State, assert_same
 from tests.contract.engines import ENGINES, grid
-
-State = dict[str, torch.Tensor]
 
 # ZeRO-3 on 4 -> FSDP2 on 2 -> ZeRO-1 on 1 and back
 CHAIN = [("zero-3", 4), ("fsdp-full", 2), ("zero-1", 1), ("fsdp-full", 2), ("zero-3", 4)]
@@ -80,7 +79,7 @@ FAST = (("single", 1, "lora"), ("fsdp-full", 2, "lora"), ("zero-3", 2, "lora"))
     grid(*FAST, ("fsdp-full", 2, "nf4"), ("fsdp-full", 2, "8bit"), variants=("lora", "nf4", "int8", "8bit")),
 )
 def test_resume_is_bit_exact(engine: str, ranks: int, variant: str, pool: Any, base: Any) -> None:
-    """10 + export + import + 10 = 20 steps, into a fresh engine and into one that has gone on meanwhile."""
+    """10 + export + import + 10 = 20 steps, into a fresh engine and into one that has trained on meanwhile."""
     unbroken, resumed, rewound = pool(ranks).run(
         "tests.contract.cases:resume_twice", base=base(variant), engine=ENGINES[engine], variant=variant, half=10
     )[0]
@@ -90,7 +89,7 @@ def test_resume_is_bit_exact(engine: str, ranks: int, variant: str, pool: Any, b
 
 
 @pytest.mark.parametrize(("engine", "ranks", "variant"), grid(*FAST, ("fsdp-hybrid", 4, "lora")))
-def test_a_snapshot_is_that_moment_while_training_goes_on(
+def test_a_snapshot_keeps_its_step_while_training_continues(
     engine: str, ranks: int, variant: str, pool: Any, base: Any
 ) -> None:
     for direct, copied in pool(ranks).run(
@@ -117,9 +116,3 @@ def test_a_read_that_fails_on_one_rank_ends_on_all(engine: str, ranks: int, pool
     for message in messages:
         assert message.startswith("CheckpointError: ")
         assert "disk went away" in message
-
-
-def assert_same(got: State, want: State) -> None:
-    assert got.keys() == want.keys()
-    different = [key for key in want if not torch.equal(got[key], want[key])]
-    assert not different, f"{len(different)} of {len(want)} tensors differ, the first is {different[0]}"

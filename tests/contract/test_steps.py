@@ -7,25 +7,17 @@ from typing import Any
 import pytest
 import torch
 
+from tests.contract.compare import assert_same
 from tests.contract.engines import ENGINES, grid
-from tests.contract.test_state_moves import assert_same
-
-POISON_FAST = (
-    ("single", 1, "lora"),
-    ("fsdp-full", 2, "lora"),
-    ("fsdp-hybrid", 2, "lora"),
-    ("fsdp-trainable", 2, "lora"),
-    ("zero-1", 2, "lora"),
-    ("zero-2", 2, "lora"),
-    ("zero-3", 2, "lora"),
-)
 
 WEIGHTS = ["bf16", *(pytest.param(weights, marks=pytest.mark.matrix) for weights in ("fp32", "nf4"))]
-FROZEN_SHARE = {"fsdp-full": 2, "zero-3": 2, "fsdp-trainable": 1}  # by how many of two ranks a frozen base is cut
+FROZEN_SHARE = {"fsdp-full": 2, "zero-3": 2, "fsdp-trainable": 1}  # over how many of two ranks a frozen base is sharded
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize(("engine", "ranks", "variant"), grid(*POISON_FAST[1::2]))
+@pytest.mark.parametrize(
+    ("engine", "ranks", "variant"), grid(("fsdp-full", 2, "lora"), ("fsdp-trainable", 2, "lora"), ("zero-2", 2, "lora"))
+)
 def test_a_nan_on_one_rank_skips_on_all(
     engine: str, ranks: int, variant: str, weights: str, pool: Any, base: Any
 ) -> None:
@@ -44,7 +36,14 @@ def test_a_nan_on_one_rank_skips_on_all(
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize(
-    ("engine", "ranks", "variant"), grid(*POISON_FAST[::3], ("zero-2", 2, "8bit"), variants=("lora", "8bit"))
+    ("engine", "ranks", "variant"),
+    grid(
+        ("single", 1, "lora"),
+        ("fsdp-trainable", 2, "lora"),
+        ("zero-3", 2, "lora"),
+        ("zero-2", 2, "8bit"),
+        variants=("lora", "8bit"),
+    ),
 )
 def test_a_dropped_step_leaves_no_trace(
     engine: str, ranks: int, variant: str, weights: str, pool: Any, base: Any
@@ -64,13 +63,13 @@ def test_two_ranks_hold_half_each(engine: str, pool: Any, base: Any) -> None:
     sizes = {"vocab_size": 512, "hidden_size": 320, "intermediate_size": 640, "num_attention_heads": 4,
              "num_key_value_heads": 4, "num_hidden_layers": 1}  # fmt: skip
     options = {"base": base("full", **sizes), "engine": ENGINES[engine], "variant": "full"}
-    [alone] = pool(1).run("tests.contract.cases:bytes_held", **options)
-    both = pool(2).run("tests.contract.cases:bytes_held", **options)
+    [alone] = pool(1).run("tests.contract.cases:bytes_per_rank", **options)
+    both = pool(2).run("tests.contract.cases:bytes_per_rank", **options)
     norms = 3 * 320  # elements of the vectors, which may stay gathered
     whole = alone["trainable"]
-    for held in both:
-        assert abs(held["trainable"] - whole / 2) <= norms * 4, (held, alone)
-        assert abs(held["optimizer"] - alone["optimizer"] / 2) <= norms * 4 * 3
+    for mine in both:
+        assert abs(mine["trainable"] - whole / 2) <= norms * 4, (mine, alone)
+        assert abs(mine["optimizer"] - alone["optimizer"] / 2) <= norms * 4 * 3
     assert whole >= 2 * (2 * 512 * 320 + 4 * 320 * 320 + 3 * 320 * 640)
 
 
@@ -85,8 +84,8 @@ def test_the_frozen_base_is_halved_or_whole(engine: str, variant: str, pool: Any
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4,
              "num_hidden_layers": 1}  # fmt: skip
     options = {"base": base(variant, **sizes), "engine": ENGINES[engine], "variant": variant}
-    [alone] = pool(1).run("tests.contract.cases:bytes_held", **options)
-    both = pool(2).run("tests.contract.cases:bytes_held", **options)
+    [alone] = pool(1).run("tests.contract.cases:bytes_per_rank", **options)
+    both = pool(2).run("tests.contract.cases:bytes_per_rank", **options)
     elements = 4 * 512 * 512 + 3 * 512 * 1024
     norms = 3 * 512 * 2  # bytes, which may stay gathered
     # Beside the codes: a byte per block, an fp32 per 256 of them, and per layer an offset and two tables.
@@ -95,8 +94,8 @@ def test_the_frozen_base_is_halved_or_whole(engine: str, variant: str, pool: Any
     scales = {"lora": 0, "nf4": nested, "int8": 4 * (5 * 512 + 2 * 1024)}[variant]
     codes = {"lora": elements * 2, "nf4": elements // 2, "int8": elements}[variant]
     assert alone["frozen"] == codes + scales + norms
-    for held in both:
-        assert abs(held["frozen"] - scales - (alone["frozen"] - scales) / FROZEN_SHARE[engine]) <= norms
+    for mine in both:
+        assert abs(mine["frozen"] - scales - (alone["frozen"] - scales) / FROZEN_SHARE[engine]) <= norms
 
 
 @pytest.mark.parametrize("weights", ["bf16", "nf4", pytest.param("int8", marks=pytest.mark.matrix)])

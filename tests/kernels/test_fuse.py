@@ -20,8 +20,8 @@ from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import FUSABLE
 from dist_cpt.model.load import load_model
 from dist_cpt.optim.groups import param_groups
+from tests.contract.fused import save_unpacked
 from tests.contract.model import SEQ_LEN, VOCAB, block
-from tests.contract.test_fused import save_unpacked
 
 CPU = torch.device("cpu")
 BLOCKS = 3  # one a step, in turn
