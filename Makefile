@@ -24,6 +24,7 @@ test: install
 	sh tests/slurm/install.sh
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not matrix and not gpu" --durations=40
 
+# All of it takes hours; SHARD=1/4 to 4/4 are its quarters.
 test-all: install
 	sh tests/slurm/install.sh
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu" --timeout=3600 --durations=25
