@@ -107,5 +107,5 @@ def _facts(run: RunFiles, attempts: Sequence[Attempt]) -> list[tuple[str, str]]:
         ("peak memory", f"{number(max(memory) if memory else None)} GiB"),
         ("time in steps", duration(seconds)),
         ("skipped steps", number(last.get("skipped_total"))),
-        ("attempts", number(len(attempts)) + (f", {repeated:,} steps repeated" if repeated else "")),
+        ("attempts", number(len(attempts)) + (f" ({repeated:,} steps repeated)" if repeated else "")),
     ]

@@ -1,13 +1,12 @@
-"""What a person at the terminal, or in a log file, sees of a run.
+"""Progress of a run on the console.
 
-On a terminal one live line at the bottom, messages above it. Elsewhere plain lines now and then, without
-control characters, so that a batch job's log stays readable.
+On a terminal: one live line at the bottom, messages above it. Elsewhere: plain lines at intervals, without control
+characters, so that a batch job's log stays readable.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import sys
 import time
 from collections import deque
@@ -20,18 +19,18 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from dist_cpt.errors import EXIT_DONE, EXIT_STOPPED, EXIT_WORDS, printable
 from dist_cpt.run_folder.json_files import read_rows
 from dist_cpt.run_folder.names import EVALUATIONS
 from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _PLAIN_WIDTH = 118
-_BRIEF_WIDTH = 60  # of the text beside the bar, with a day or two of ETA
-_ETA_STEPS = 50  # the pace of the last so many steps, with the evaluations and saves between them
+_BRIEF_WIDTH = 60  # of the text beside the bar, including an ETA of a few days
+_ETA_STEPS = 50  # the ETA is based on these last steps, with the evaluations and saves between them
 
 
 class Console:
-    """Observer that prints progress to `stream`; rank 0 only."""
+    """Observer that prints progress to `stream`; on rank 0 only."""
 
     def __init__(self, stream: TextIO | None = None, *, every_seconds: float = 30.0, live: bool | None = None) -> None:
         self._stream = sys.stdout if stream is None else stream
@@ -87,8 +86,8 @@ class Console:
         self._ticks.append((record.step, now))
         self._last = record
         if record.skipped:
-            why = f"loss {record.loss:.4g} is a spike" if record.spike else "gradient not finite"
-            self._print(f"step {record.step} skipped: {why} ({record.skipped_total} skipped so far)")
+            reason = f"loss {record.loss:.4g} is a spike" if record.spike else "gradient not finite"
+            self._print(f"step {record.step} skipped: {reason} ({record.skipped_total} skipped so far)")
         elif record.spike:
             self._print(f"step {record.step}: loss {record.loss:.4g} is a spike; the update was applied")
         if self._progress is not None:
@@ -98,26 +97,21 @@ class Console:
             self._step_line(record, now)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        first = self._first_loss.setdefault(record.name, record.loss)
-        versus = "" if record.loss == first else f" ({_change(first, record.loss)} since the first evaluation)"
         role = " [retention]" if record.role == "retention" else ""
         if record.scores:
             scores = ", ".join(f"{name} {value:.4f}" for name, value in record.scores.items())
-            texts = f"{record.num_tokens} texts"
-            self._print(
-                f"step {record.step} held-out {record.name}{role}: {scores}, log-loss {record.loss:.4f} ({texts})"
-            )
-            return
-        self._print(
-            f"step {record.step} held-out {record.name}{role}: "
-            f"loss {record.loss:.4f}, perplexity {_significant(record.perplexity)}{versus}"
-        )
+            result = f"{scores}, log-loss {record.loss:.4f} ({record.num_tokens} texts)"
+        else:
+            first = self._first_loss.setdefault(record.name, record.loss)
+            change = "" if record.loss == first else f" ({_change(first, record.loss)} since the first evaluation)"
+            result = f"loss {record.loss:.4f}, perplexity {_significant(record.perplexity)}{change}"
+        self._print(f"step {record.step} held-out {record.name}{role}: {result}")
 
     def on_checkpoint(self, record: CheckpointRecord) -> None:
-        size = record.num_bytes / 2**20
-        beside = f" beside training ({record.stall_seconds:.1f} s of it waited)"
-        how = "" if record.stall_seconds >= record.seconds else beside
-        self._print(f"step {record.step} saved in {record.seconds:.1f} s{how}, {size:,.1f} MiB: {record.path}")
+        in_background = record.stall_seconds < record.seconds
+        how = f" in the background ({record.stall_seconds:.1f} s of stall)" if in_background else ""
+        size = f"{record.num_bytes / 2**20:,.1f} MiB"
+        self._print(f"step {record.step} saved in {record.seconds:.1f} s{how}, {size}: {record.path}")
 
     def on_message(self, text: str) -> None:
         self._print(text)
@@ -126,11 +120,12 @@ class Console:
         if self._last is not None and self._progress is None and self._printed_step != self._last.step:
             self._step_line(self._last, time.monotonic())
         self.close()
-        outcome = {0: "done", 75: "stopped and saved"}.get(end.exit_code, f"ended with exit code {end.exit_code}")
+        word = EXIT_WORDS.get(end.exit_code, "unknown")
+        outcome = word if end.exit_code in (EXIT_DONE, EXIT_STOPPED) else f"exit code {end.exit_code} ({word})"
         self._print(f"{outcome} at step {end.step}: {end.reason}")
 
     def close(self) -> None:
-        """Take the live line down and give the cursor back; also for a run that ends by an exception."""
+        """Remove the live line and restore the cursor; also for a run that ends by an exception."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -158,8 +153,8 @@ class Console:
         return duration(pace * max(self._num_steps - record.step, 0))
 
     def _print(self, text: str) -> None:
-        """One line, as given: no markup, no control characters, no character the stream cannot encode."""
-        line = _CONTROL.sub("�", text).replace("\n", " ")
+        """Print one line without markup, control characters and characters that the stream cannot encode."""
+        line = printable(text.replace("\n", " "))
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         self._console.print(Text(line.encode(encoding, errors="replace").decode(encoding, errors="replace")))
         if not self._live:
@@ -167,7 +162,7 @@ class Console:
 
 
 def contract_table(contract: dict[str, Any]) -> Table:
-    """The parameter groups of contract.json: one row per group, one for the frozen rest."""
+    """The parameter groups of contract.json: one row per group, one for the frozen parameters."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     for heading in ("group", "tensors", "parameters", "compute/master", "peak lr", "decay", "sharding"):
         table.add_column(heading, justify="right" if heading in ("tensors", "parameters") else "left")
@@ -192,7 +187,7 @@ def contract_table(contract: dict[str, Any]) -> Table:
 
 
 def contract_notes(contract: dict[str, Any]) -> Sequence[str]:
-    """Ties and what the kernels compute, one line each."""
+    """Tied weights and the kernels in use, one line each."""
     notes = [f"tied: {' = '.join(map(str, pair))}" for pair in contract.get("ties", [])]
     kernels = contract.get("kernels") or {}
     if "attention" in kernels:
@@ -200,14 +195,14 @@ def contract_notes(contract: dict[str, Any]) -> Sequence[str]:
     if kernels.get("fused"):
         notes.append(f"fused: {', '.join(f'{name} x{count}' for name, count in kernels['fused'].items())}")
     reasons: dict[str, list[str]] = {}
-    for operation, whys in kernels.get("left", {}).items():
-        for why in whys:
-            reasons.setdefault(why, []).append(operation)
-    return [*notes, *(f"not fused: {', '.join(names)}: {why}" for why, names in reasons.items())]
+    for operation, of_operation in kernels.get("left", {}).items():
+        for reason in of_operation:
+            reasons.setdefault(reason, []).append(operation)
+    return [*notes, *(f"not fused: {', '.join(names)}: {reason}" for reason, names in reasons.items())]
 
 
 def duration(seconds: float) -> str:
-    """`h:mm:ss`, with days in front when there are any."""
+    """`h:mm:ss`, preceded by days if there are any."""
     if not math.isfinite(seconds):
         return "?"
     minutes, second = divmod(round(seconds), 60)
@@ -216,9 +211,9 @@ def duration(seconds: float) -> str:
     return (f"{days} d " if days else "") + f"{hour}:{minute:02d}:{second:02d}"
 
 
-def _change(first: float | None, last: float) -> str:
-    """Relative change of the perplexity, from two losses: the ratio exists where the perplexities overflow."""
-    if first is None or not math.isfinite(first + last) or last - first > 20:
+def _change(first: float, last: float) -> str:
+    """Relative change of the perplexity, computed from the losses, whose exponentials may overflow."""
+    if not math.isfinite(first + last) or last - first > 20:
         return "not comparable"
     return f"{math.expm1(last - first):+.1%}"
 

@@ -251,7 +251,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         "held-out perplexity of legal 11.59 → 4.963 −57.2%",  # exp(2.45) to exp(1.6 + 0.85 e^-6), by hand
         "held-out perplexity of general 7.538 → 7.768 +3.0%",
         "400 of 400",
-        "9 steps repeated",
+        "3 (9 steps repeated)",
         "#0 zero-3 ×8",
         "#1 fsdp-full ×4",
         "#2 fsdp-hybrid ×16",
