@@ -28,6 +28,8 @@ EXIT_WORDS = {
     EXIT_CHECKPOINT: "checkpoint invalid",
     EXIT_STOPPED: "stopped and saved",
 }
+# Another start would end the same way.
+FINAL_CODES = (EXIT_CONFIG, EXIT_DATA, EXIT_NODE, EXIT_NUMERICS, EXIT_CANNOT_WRITE, EXIT_CHECKPOINT)
 
 
 class DistCptError(Exception):

@@ -13,23 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from dist_cpt.errors import (
-    EXIT_CANNOT_WRITE,
-    EXIT_CHECKPOINT,
-    EXIT_CONFIG,
-    EXIT_DATA,
-    EXIT_DONE,
-    EXIT_NODE,
-    EXIT_NUMERICS,
-    EXIT_STOPPED,
-)
+from dist_cpt.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, FINAL_CODES
 from dist_cpt.run_folder.json_files import read_complete_rows, read_object, write_object
 from dist_cpt.run_folder.names import BAD_NODES, LAUNCHES
 
 EARLY_SECONDS = 90.0  # Slurm may send the signal before the limit up to 60 s early
 STRIKES = 2  # first failures after which a node is excluded
-# Another start would end the same way.
-FINAL = (EXIT_CONFIG, EXIT_DATA, EXIT_NODE, EXIT_NUMERICS, EXIT_CANNOT_WRITE, EXIT_CHECKPOINT)
 
 Action = Literal["done", "requeue", "restart", "leave", "give up"]
 
@@ -73,7 +62,7 @@ def decide(end: Ending, *, max_restarts: int, save_before_limit: float) -> Decis
     if end.preempted(save_before_limit):
         return Decision("requeue", "preempted: the ranks stopped and saved", continues=True)
     # A rank without a GPU on its node exits with 64 too; after a checkpoint the recipe is known to be valid.
-    if end.code in FINAL and not (end.code == EXIT_CONFIG and end.resumable):
+    if end.code in FINAL_CODES and not (end.code == EXIT_CONFIG and end.resumable):
         return Decision("give up", f"exit code {end.code} is final: another start would end the same way")
     if end.tries > max_restarts:
         return Decision("give up", f"{end.tries} starts from the same checkpoint, none reached a newer one")

@@ -23,10 +23,9 @@ import yaml
 from dist_cpt.config.load import load_recipe
 from dist_cpt.config.resolve import resolve_paths, run_folder, step_shape
 from dist_cpt.config.schema import RunConfig
-from dist_cpt.errors import EXIT_DONE, EXIT_NODE, ConfigError
+from dist_cpt.errors import EXIT_DONE, EXIT_NODE, FINAL_CODES, ConfigError
 from dist_cpt.run_folder.names import RECIPE
 from dist_cpt.runtime.secret_values import require_no_secrets
-from dist_cpt_launch.attempts import FINAL
 from dist_cpt_launch.kubernetes_settings import ClusterSettings
 from dist_cpt_launch.time_limit import save_before_limit
 
@@ -43,7 +42,7 @@ KUBECTL_SECONDS = 60
 
 _COMPLETION_INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 _JOBSET_NAME = "metadata.labels['jobset.sigs.k8s.io/jobset-name']"
-_FINAL_CODES = sorted(set(FINAL) - {EXIT_NODE})  # a pod that failed its node checks may land on another node
+_FINAL_CODES = sorted(set(FINAL_CODES) - {EXIT_NODE})  # a pod that failed its node checks may land on another node
 
 Object = dict[str, Any]
 

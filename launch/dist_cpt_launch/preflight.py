@@ -73,25 +73,20 @@ def preflight(
         folder.mkdir(parents=True, exist_ok=True)
         if place.num_nodes == 1:  # no other node can be reading the report of an earlier check with this id
             shared.unlink(missing_ok=True)
-        node = NodeReport(place.node, index=place.index)
+        node, own = NodeReport(place.node, index=place.index), folder / f"{place.node}.json"
         check_node(node, folder, limits, num_gpus)
-        write_node_report(folder, node)
+        write_object(own, asdict(node))
         if shared.exists():  # this node is late: the others have finished without it
             return read_object(shared)
         seen = _wait_for_reports(folder, place.num_nodes, limits.timeout_seconds, finished=False)
         if collective and (place.num_nodes > 1 or node.gpus) and len(seen) == place.num_nodes:
             _check_links(node, seen, place, limits, zlib.crc32(f"{identifier} {sorted(seen)}".encode()))
         node.finished = True
-        write_node_report(folder, node)
+        write_object(own, asdict(node))
         reports = _wait_for_reports(folder, len(seen), limits.timeout_seconds + 10.0, finished=True)
         return _publish(shared, combine(reports, place.num_nodes, limits, place.names))
     except OSError as error:
         raise WriteError(f"{folder} cannot be written on {place.node}: {error.strerror}") from error
-
-
-def write_node_report(folder: Path, report: NodeReport) -> None:
-    """Replace this node's file."""
-    write_object(folder / f"{report.node}.json", asdict(report))
 
 
 def read_node_reports(folder: Path) -> dict[str, NodeReport]:
@@ -230,28 +225,40 @@ def _publish(path: Path, report: dict[str, Any]) -> dict[str, Any]:
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
-def command(
-    run_folder: Annotated[Path, typer.Option(help="On a file system that all nodes share.")],
-    id_: Annotated[
-        str | None, typer.Option("--id", help="Of this start; default: Slurm's job and restart count.")
-    ] = None,
-    node: Annotated[str | None, typer.Option(help="This node's name; default: Slurm's, else the host's.")] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Default: Slurm's.")] = None,
-    node_index: Annotated[int | None, typer.Option(min=0, help="Default: Slurm's.")] = None,
-    master: Annotated[str | None, typer.Option(help="The first node's host; default: Slurm's.")] = None,
-    gpus: Annotated[int | None, typer.Option(help="GPUs that each node must have.")] = None,
-    no_collective: Annotated[bool, typer.Option("--no-collective", help="Skip the all-reduce.")] = False,
-    write_mb_per_s: Annotated[float, typer.Option()] = DEFAULT.write_mb_per_s,
-    write_mib: Annotated[int, typer.Option()] = DEFAULT.write_mib,
-    skew_seconds: Annotated[float, typer.Option()] = DEFAULT.skew_seconds,
-    slow_factor: Annotated[float, typer.Option()] = DEFAULT.slow_factor,
-    timeout: Annotated[float, typer.Option(help="Seconds.")] = DEFAULT.timeout_seconds,
-) -> int:
+@dataclass(frozen=True)
+class PreflightOptions:
     """Is every node fit to train? Exit code 69 if one is not."""
-    limits = Limits(write_mb_per_s, write_mib, skew_seconds, slow_factor, timeout)
-    place = this_place(os.environ, node, nodes, node_index, master)
-    identifier = id_ or default_id(os.environ)
-    report = preflight(run_folder, identifier, place, limits=limits, num_gpus=gpus, collective=not no_collective)
+
+    run_folder: Annotated[Path, typer.Option(help="On a file system that all nodes share.")]
+    id: Annotated[str | None, typer.Option(help="Of this start; default: Slurm's job and restart count.")] = None
+    node: Annotated[str | None, typer.Option(help="This node's name; default: Slurm's, else the host's.")] = None
+    nodes: Annotated[int | None, typer.Option(min=1, help="Default: Slurm's.")] = None
+    node_index: Annotated[int | None, typer.Option(min=0, help="Default: Slurm's.")] = None
+    master: Annotated[str | None, typer.Option(help="The first node's host; default: Slurm's.")] = None
+    gpus: Annotated[int | None, typer.Option(help="GPUs that each node must have.")] = None
+    no_collective: Annotated[bool, typer.Option("--no-collective", help="Skip the all-reduce.")] = False
+    write_mb_per_s: float = DEFAULT.write_mb_per_s
+    write_mib: int = DEFAULT.write_mib
+    skew_seconds: float = DEFAULT.skew_seconds
+    slow_factor: float = DEFAULT.slow_factor
+    timeout: Annotated[float, typer.Option(help="Seconds.")] = DEFAULT.timeout_seconds
+
+
+def main(argv: Sequence[str]) -> int:
+    """`dist-cpt preflight` and `python -m dist_cpt_launch.preflight`: 0 if the job may start, 69 if not."""
+    return run_command(PreflightOptions, _run, argv, "dist-cpt preflight")
+
+
+def _run(options: PreflightOptions) -> int:
+    measures = options.write_mb_per_s, options.write_mib, options.skew_seconds, options.slow_factor, options.timeout
+    place = this_place(os.environ, options.node, options.nodes, options.node_index, options.master)
+    job = os.environ.get("SLURM_JOB_ID")
+    identifier = options.id or (f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else "alone")
+    collective = not options.no_collective
+    limits = Limits(*measures)
+    report = preflight(
+        options.run_folder, identifier, place, limits=limits, num_gpus=options.gpus, collective=collective
+    )
     if report["ok"]:
         if place.index == 0:
             print(report_text(report), flush=True)
@@ -259,17 +266,6 @@ def command(
     if place.index == 0 or not report["nodes"].get(place.node, {"ok": False})["ok"]:
         print(report_text(report), file=sys.stderr, flush=True)
     raise NodeError(f"{place.node}: not every node of this job is fit to train, see {PREFLIGHT}/{identifier}.json")
-
-
-def main(argv: Sequence[str]) -> int:
-    """`dist-cpt preflight` and `python -m dist_cpt_launch.preflight`: 0 if the job may start, 69 if not."""
-    return run_command(command, argv, "dist-cpt preflight")
-
-
-def default_id(environ: Mapping[str, str]) -> str:
-    """`JOB.RESTARTS` under Slurm, else `alone`."""
-    job = environ.get("SLURM_JOB_ID")
-    return f"{job}.{environ.get('SLURM_RESTART_COUNT', '0')}" if job else "alone"
 
 
 if __name__ == "__main__":

@@ -48,21 +48,26 @@ _NOT_THE_NODE = r"Exited with exit code|Out Of Memory|Terminated"  # errors that
 
 @dataclass(frozen=True)
 class SupervisorOptions:
-    """The options of train.sbatch."""
+    """Train inside a Slurm job: stop before the time limit, requeue, resume, restart after a crash."""
 
-    recipes: Sequence[str]
-    overrides: Sequence[str] = ()
-    procs_per_node: int | None = None
-    max_restarts: int = DEFAULT_MAX_RESTARTS
-    save_before_limit: float | None = None
-    requeue_by: RequeueBy = "requeue"
-    submit: str = ""  # sbatch's options for the next job of a chain
-    srun: Sequence[str] = ()
-    preflight: bool = True
-    script: str = "train.sbatch"
-    predecessor: str | None = None  # job number
-    chain_root: str | None = None  # job number
-    arguments: Sequence[str] = ()  # as given, for the next job of a chain
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Several in a job array, one per task.")]
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="a.b=value", help="Override a recipe key.")
+    ] = None
+    procs_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks per node; default: --ntasks-per-node, else the GPUs.")
+    ] = None
+    max_restarts: Annotated[int, typer.Option(min=0, help="Without a newer checkpoint.")] = DEFAULT_MAX_RESTARTS
+    save_before_limit: Annotated[
+        float | None, typer.Option(min=1, help="Seconds before the time limit; default: measured in the run folder.")
+    ] = None
+    requeue_by: Annotated[RequeueBy, typer.Option(help="How the job gets back into the queue.")] = "requeue"
+    submit: Annotated[str, typer.Option(help="chain: sbatch options of the next job, quoted as for a shell.")] = ""
+    srun: Annotated[list[str] | None, typer.Option(metavar="OPTION", help="One more option for srun.")] = None
+    preflight: Annotated[bool, typer.Option(help="Check the nodes first.")] = True
+    script: Annotated[str, typer.Option(hidden=True)] = "train.sbatch"
+    predecessor: Annotated[str | None, typer.Option(hidden=True)] = None  # job number
+    chain_root: Annotated[str | None, typer.Option(hidden=True)] = None  # job number
 
 
 @dataclass
@@ -101,10 +106,11 @@ class Outcome:
 class Supervisor:
     """One batch job from its start to its end, or until it is back in the queue."""
 
-    def __init__(self, options: SupervisorOptions, job: Job, signals: Signals) -> None:
+    def __init__(self, options: SupervisorOptions, job: Job, signals: Signals, argv: Sequence[str] = ()) -> None:
         self.options, self.job, self.signals = options, job, signals
+        self.argv = argv  # what the options were parsed from, for the next job of a chain
         self.recipe = str(Path(recipe_of_task(options.recipes, job.task)).absolute())
-        self.config = resolve_paths(load_recipe(Path(self.recipe), options.overrides))
+        self.config = resolve_paths(load_recipe(Path(self.recipe), options.overrides or ()))
         self.folder = run_folder(self.config)
         self.procs = options.procs_per_node or _tasks_per_node()
         usable_nodes(self.config, len(job.nodes), self.procs)
@@ -242,13 +248,13 @@ class Supervisor:
         environment.setdefault("OMP_WAIT_POLICY", "passive")
         if self.options.predecessor:
             environment["DIST_CPT_PREDECESSOR"] = self.options.predecessor  # its orphans may still hold the run folder
-        return Step([*argv, *self.options.srun, sys.executable, *command], environment)
+        return Step([*argv, *(self.options.srun or ()), sys.executable, *command], environment)
 
     def _train(self, nodes: Sequence[str]) -> Outcome:
         """One srun over all ranks, from their start to their end."""
         before = stamp(self.folder)
         command = ["-m", "dist_cpt.cli", "train", self.recipe]
-        for override in self.options.overrides:
+        for override in self.options.overrides or ():
             command += ["--set", override]
         step = self._srun(nodes, self.procs, command)
         asked_at, measured_at = -math.inf, time.monotonic()
@@ -348,7 +354,7 @@ class Supervisor:
             argv.append(f"--array={self.job.task}")
         own = ("--script=", "--predecessor=", "--chain-root=")
         arguments = [f"--predecessor={self.job.number}", f"--chain-root={self.record.job}"]
-        arguments += [item for item in self.options.arguments if not item.startswith(own)]
+        arguments += [item for item in self.argv if not item.startswith(own)]
         argv += [self.options.script, f"--python={sys.executable}", *arguments]
         environment = {
             key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"
@@ -387,43 +393,16 @@ def recipe_of_task(recipes: Sequence[str], task: int | None) -> str:
     return recipes[task]
 
 
-def command(
-    context: typer.Context,
-    recipe: Annotated[list[str], typer.Argument(help="A recipe; several in a job array, one per task.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=value", help="Override a recipe key.")] = None,
-    procs_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Ranks per node; default: --ntasks-per-node, else the GPUs.")
-    ] = None,
-    max_restarts: Annotated[int, typer.Option(min=0, help="Without a newer checkpoint.")] = DEFAULT_MAX_RESTARTS,
-    save_before_limit: Annotated[
-        float | None, typer.Option(min=1, help="Seconds before the time limit; default: measured in the run folder.")
-    ] = None,
-    requeue_by: Annotated[RequeueBy, typer.Option(help="How the job gets back into the queue.")] = "requeue",
-    submit: Annotated[str, typer.Option(help="chain: sbatch options of the next job, quoted as for a shell.")] = "",
-    srun: Annotated[list[str] | None, typer.Option(metavar="OPTION", help="One more option for srun.")] = None,
-    preflight: Annotated[bool, typer.Option("--preflight/--no-preflight", help="Check the nodes first.")] = True,
-    script: Annotated[str, typer.Option(hidden=True)] = "train.sbatch",
-    predecessor: Annotated[str | None, typer.Option(hidden=True)] = None,
-    chain_root: Annotated[str | None, typer.Option(hidden=True)] = None,
-) -> int:
-    """Train inside a Slurm job: stop before the time limit, requeue, resume, restart after a crash."""
-    signals = Signals().install()
-    # fmt: off
-    options = SupervisorOptions(
-        recipes=recipe, overrides=set_ or (), procs_per_node=procs_per_node, max_restarts=max_restarts,
-        save_before_limit=save_before_limit, requeue_by=requeue_by, submit=submit, srun=srun or (), preflight=preflight,
-        script=script, predecessor=predecessor, chain_root=chain_root, arguments=context.obj,
-    )
-    # fmt: on
-    try:
-        return Supervisor(options, Job.from_environment(), signals).run()
-    except OSError as error:
-        raise WriteError(f"the run folder cannot be written: {error}") from error
-
-
 def main(argv: Sequence[str]) -> int:
     """Entry point of train.sbatch."""
-    return run_command(command, argv, "train.sbatch")
+
+    def run(options: SupervisorOptions) -> int:
+        try:
+            return Supervisor(options, Job.from_environment(), Signals().install(), argv).run()
+        except OSError as error:
+            raise WriteError(f"the run folder cannot be written: {error}") from error
+
+    return run_command(SupervisorOptions, run, argv, "train.sbatch")
 
 
 def _tasks_per_node() -> int:
