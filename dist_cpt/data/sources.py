@@ -164,11 +164,7 @@ def text_parser(field_name: str) -> Parse[str]:
 
 
 def json_object(raw: bytes) -> dict[str, Any]:
-    """The object on one line of jsonl.
-
-    Raises:
-        BadRecord: invalid UTF-8, invalid JSON, or not an object.
-    """
+    """The object on one line of jsonl; BadRecord if it is not valid UTF-8, not JSON, or not an object."""
     try:
         record: Any = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -181,22 +177,14 @@ def json_object(raw: bytes) -> dict[str, Any]:
 
 
 def field_of(record: dict[str, Any], key: str) -> Any:
-    """The value of a field.
-
-    Raises:
-        BadRecord: the field is missing.
-    """
+    """The value of a field; BadRecord if it is missing."""
     if key not in record:
         raise BadRecord("missing_field", f"no field {key!r}; fields are {sorted(record)[:8]}")
     return record[key]
 
 
 def string_field(record: dict[str, Any], key: str) -> str:
-    """The text of a field.
-
-    Raises:
-        BadRecord: the field is missing, not a string, or not valid text.
-    """
+    """The text of a field; BadRecord if it is missing, not a string, or not valid text."""
     text = field_of(record, key)
     if not isinstance(text, str):
         raise BadRecord("not_a_string", f"field {key!r} is of type {type(text).__name__}")
@@ -204,11 +192,7 @@ def string_field(record: dict[str, Any], key: str) -> str:
 
 
 def valid_text(text: str) -> str:
-    """`text` itself, if UTF-8 can encode it and it has no NUL.
-
-    Raises:
-        BadRecord: otherwise.
-    """
+    """`text` itself; BadRecord if UTF-8 cannot encode it or it has a NUL."""
     if "\x00" in text:
         raise BadRecord("nul", f"a NUL character at {text.index(chr(0))}")
     if not text.isascii():

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -145,14 +146,8 @@ def _not_empty(texts: Iterable[str]) -> Iterator[str]:
 
 def in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
     """`texts` in lists of 1024, enough to keep all threads of a tokenizer busy."""
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == _BATCH_DOCUMENTS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    remaining = iter(texts)
+    return iter(lambda: list(islice(remaining, _BATCH_DOCUMENTS)), [])
 
 
 def unknown_token_id(tokenizer: Tokenizer) -> int | None:

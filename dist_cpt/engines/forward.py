@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -13,9 +13,12 @@ from dist_cpt.data.batch import Batch
 class Forward:
     """Calls a model, or an engine's wrapper around it, with batches moved to its device."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, after_inference: Callable[[], None] = lambda: None
+    ) -> None:
         self._model = model
         self._device = device
+        self._after_inference = after_inference
 
     def loss(self, batch: Batch, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss sum x scale with its graph, loss sum detached), both fp32 [].
@@ -50,10 +53,11 @@ class Forward:
             )
         )
 
-    def _inference(self, call: Any) -> torch.Tensor:
+    def _inference(self, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         self._model.eval()
         try:
             with torch.no_grad():
                 return call()
         finally:
             self._model.train()
+            self._after_inference()

@@ -74,7 +74,9 @@ class Fsdp2Engine:
         )
         self.export_state = self._state.export
         self.snapshot = self._state.snapshot
-        self._forward = Forward(self._module, device)
+        self._forward = Forward(self._module, device, after_inference=self._reshard)
+        self.evaluate = self._forward.evaluate
+        self.logits = self._forward.logits
 
     def accumulate(self, batch: Batch, num_tokens: int, last: bool) -> torch.Tensor:
         if self._hybrid:
@@ -99,18 +101,6 @@ class Fsdp2Engine:
         for parameter in self._parameters.values():
             parameter.grad = None
 
-    def evaluate(self, batch: Batch) -> torch.Tensor:
-        try:
-            return self._forward.evaluate(batch)
-        finally:
-            self._reshard()
-
-    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        try:
-            return self._forward.logits(input_ids)
-        finally:
-            self._reshard()
-
     def import_state(self, read: ReadState, step: int) -> None:
         self._state.import_(read)
         self._adam.steps = step
@@ -127,7 +117,7 @@ class Fsdp2Engine:
         return {
             "trainable": storage_bytes(self._adam.masters.values(), seen),
             "frozen": storage_bytes((tensor for _, tensor in self.frozen_tensors()), seen),
-            "optimizer": storage_bytes(self._adam.held(), seen),
+            "optimizer": storage_bytes(self._adam.moments(), seen),
         }
 
     def close(self) -> None:

@@ -112,7 +112,7 @@ class SingleEngine:
         return {
             "trainable": storage_bytes((p.data for p in self._parameters.values()), seen),
             "frozen": storage_bytes((tensor for _, tensor in self.frozen_tensors()), seen),
-            "optimizer": storage_bytes([*self._adam.masters.values(), *self._adam.held()], seen),
+            "optimizer": storage_bytes([*self._adam.masters.values(), *self._adam.moments()], seen),
         }
 
     def close(self) -> None:

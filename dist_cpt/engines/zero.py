@@ -148,7 +148,7 @@ class ZeroEngine:
         scales = [tensor for _, tensor in quantisation_state(self._module)]
         flats = self._layout.flats
         if self._named is not None:
-            moments = self._named.held()
+            moments = self._named.moments()
         else:
             moments = [self._adam.state[flat][kind] for flat in flats for kind in ("exp_avg", "exp_avg_sq")]
         seen: set[int] = set()
