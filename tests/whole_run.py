@@ -12,6 +12,22 @@ from dist_cpt.config.schema import RunConfig
 from dist_cpt.runtime.stop import StopRequest
 
 
+class StopAfter(StopRequest):
+    """Requests a stop, as a signal would, once metrics.jsonl has `step` rows."""
+
+    def __init__(self, metrics: Path, step: int) -> None:
+        super().__init__()
+        self._metrics, self._step = metrics, step
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "requested":
+            metrics = object.__getattribute__(self, "_metrics")
+            if metrics.is_file() and len(metrics.read_text().splitlines()) >= object.__getattribute__(self, "_step"):
+                return "SIGTERM"
+            return None
+        return super().__getattribute__(name)
+
+
 def train(values: dict[str, Any], stop: StopRequest | None = None) -> int:
     """The exit code of training a recipe."""
     from dist_cpt.train.run import train as train_run

@@ -11,15 +11,14 @@ import pytest
 from dist_cpt.checkpoint.verify import verify_run
 from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state
 from tests import tiny
-from tests.end_to_end.test_run import StopAfter
 from tests.run_ranks import run_ranks
-from tests.whole_run import rows, train
+from tests.whole_run import StopAfter, rows, train
 
 STEPS = 60
 
 
 def recipe(made: tuple[Path, Path], folder: Path, policy: str, **spike: object) -> dict:
-    """One block a step, so that losses differ from step to step; a loss 1.5 deviations up counts as a spike."""
+    """One block per step, so that losses vary; a loss 1.5 standard deviations above the mean counts as a spike."""
     spike = {"policy": policy, "sigmas": 1.5, "min_history": 8, "window": 16, "max_bad_steps": 1} | spike
     return tiny.recipe(
         *made,
@@ -62,10 +61,10 @@ def test_stop_ends_with_71_and_names_the_blocks(made, tmp_path, capfd):
     assert train(recipe(made, tmp_path, "stop")) == 71
     metrics = rows(tmp_path / "tiny/metrics.jsonl")
     assert [row["spike"] for row in metrics].index(True) == len(metrics) - 1
-    assert f"the last blocks were {metrics[-1]['position'][0]} to" in capfd.readouterr().err
+    assert f" {metrics[-1]['position'][0]} to " in capfd.readouterr().err
 
 
-def test_rollback_goes_back_and_leaves_the_data_out_for_good(made, tmp_path):
+def test_rollback_returns_to_a_checkpoint_and_skips_the_data_for_good(made, tmp_path):
     options = {"max_rollbacks": 50}
     assert train(recipe(made, tmp_path, "rollback", **options)) == 0
     run = tmp_path / "tiny"
@@ -92,7 +91,7 @@ def test_a_kill_after_a_rollback_does_not_bring_the_bad_data_back(made, tmp_path
     first = json.loads((tmp_path / "a/tiny/rollbacks.json").read_text())["windows"][0]
     run = tmp_path / "b/tiny"
     again = tiny.write_recipe(tmp_path / "b.yaml", recipe(made, tmp_path / "b", "rollback", **options))
-    # The first restore of a fresh run is that of its first rollback.
+    # A fresh run first restores when it first rolls back.
     assert run_ranks(again, 1, log=tmp_path / "log", DIST_CPT_FAULT="restore:kill") == [-9]
     assert run_ranks(again, 1, log=tmp_path / "log") == [0]
     windows = json.loads((run / "rollbacks.json").read_text())["windows"]
@@ -102,12 +101,13 @@ def test_a_kill_after_a_rollback_does_not_bring_the_bad_data_back(made, tmp_path
     ]
 
 
-def test_too_many_rollbacks_end_with_71(made, tmp_path, capfd):
+def test_too_many_rollbacks_end_with_71(made, tmp_path):
     assert train(recipe(made, tmp_path, "rollback", sigmas=0.01, max_rollbacks=1)) == 71
-    assert "bad steps in a row" in capfd.readouterr().err
+    assert len(json.loads((tmp_path / "tiny/rollbacks.json").read_text())["windows"]) == 1
+    assert json.loads((tmp_path / "tiny/exit.json").read_text())["code"] == 71
 
 
-def test_numbers_that_explode_are_never_published(made, tmp_path):
+def test_diverged_weights_are_never_published(made, tmp_path):
     values = tiny.recipe(
         *made,
         tmp_path,
@@ -130,7 +130,7 @@ def test_numbers_that_explode_are_never_published(made, tmp_path):
         pytest.param({"kind": "zero", "stage": 3}, id="zero", marks=pytest.mark.matrix),
     ],
 )
-def test_a_frozen_rank_ends_all_with_72_and_the_run_goes_on_later(made, tmp_path, engine):
+def test_a_frozen_rank_ends_all_with_72_and_the_run_resumes_later(made, tmp_path, engine):
     hang = {"factor": 2.0, "min_seconds": 2.0, "grace_seconds": 1.0, "other_phase_seconds": 60.0}
     values = tiny.recipe(*made, tmp_path, engine=engine, health={"hang": hang})
     path = tiny.write_recipe(tmp_path / "recipe.yaml", values)

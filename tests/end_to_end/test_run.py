@@ -9,29 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from dist_cpt.runtime.stop import StopRequest
 from tests import tiny
-from tests.whole_run import rows, train
-
-
-class StopAfter(StopRequest):
-    """Asks for a stop once metrics.jsonl shows a step, as a signal would."""
-
-    def __init__(self, metrics: Path, step: int) -> None:
-        super().__init__()
-        self._metrics, self._step = metrics, step
-
-    def __getattribute__(self, name):
-        if name == "requested":
-            metrics = object.__getattribute__(self, "_metrics")
-            if metrics.is_file() and len(metrics.read_text().splitlines()) >= object.__getattribute__(self, "_step"):
-                return "SIGTERM"
-            return None
-        return super().__getattribute__(name)
+from tests.whole_run import StopAfter, rows, train
 
 
 def test_a_run_leaves_what_it_promises(made, tmp_path):

@@ -1,4 +1,4 @@
-"""The value of a secret in the environment is in nothing that a run, its tracker or a launcher writes or prints."""
+"""Secret values of the environment appear in nothing that a run, its tracker or a launcher writes or prints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ secrets: {WANDB_API_KEY: {name: wandb, key: api-key}}
 """
 
 
-def test_a_secret_of_the_environment_is_nowhere(made, tmp_path, monkeypatch):
+def test_secrets_of_the_environment_are_written_nowhere(made, tmp_path, monkeypatch):
     values = tiny.recipe(*made, tmp_path, name="watched", track={"wandb": {"mode": "offline"}}, train={"tokens": 2048})
     values["data"]["cache_dir"] = str(tmp_path / "data")
     path = tiny.write_recipe(tmp_path / "recipe.yaml", values)
@@ -47,14 +47,14 @@ def test_a_secret_of_the_environment_is_nowhere(made, tmp_path, monkeypatch):
         assert SENTINEL not in ended.out + ended.err, arguments
     written = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert not [file for file in written if SENTINEL.encode() in file.read_bytes()]
-    # That the payload of W&B can be searched at all, and that the places a secret might get to are there.
+    # W&B's payload can be searched as plain bytes, and every kind of file that could contain a secret exists.
     (payload,) = [file for file in written if file.suffix == ".wandb"]
     assert b"watched" in payload.read_bytes()
     kinds = {file.suffix for file in written} | {file.name for file in written}
     assert {".log", ".html", ".safetensors", "recipe.yaml", "run.json", "events.jsonl", "log"} <= kinds
 
 
-def test_an_error_does_not_say_it_either(tmp_path: Path, monkeypatch):
+def test_an_error_message_names_the_variable_only(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", SENTINEL)
     recipe = tiny.recipe(tmp_path / "base", tmp_path / "corpus.jsonl", tmp_path)
     path = tiny.write_recipe(tmp_path / "recipe.yaml", recipe)
@@ -63,5 +63,5 @@ def test_an_error_does_not_say_it_either(tmp_path: Path, monkeypatch):
     arguments = ["launch", path, "--on=kubernetes", "--cluster", cluster, "--set=output_dir=runs", "--dry-run"]
     ended = command(*arguments, f"--set=data.cache_dir={SENTINEL}")
     assert ended.code == 64
-    assert "the value of HF_TOKEN" in ended.said[0]
+    assert "HF_TOKEN" in ended.said[0]
     assert SENTINEL not in ended.out + ended.err

@@ -13,9 +13,8 @@ from dist_cpt.config.load import parse_yaml
 from dist_cpt.errors import ConfigError
 from tests import tiny
 from tests.chat import assistant, user, write_jsonl
-from tests.end_to_end.test_run import StopAfter
 from tests.run_ranks import run_ranks
-from tests.whole_run import rows, train
+from tests.whole_run import StopAfter, rows, train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SIZE = {"batch": {"global_tokens": 4 * tiny.SEQ_LEN, "micro_batch": 2}, "track": {"wandb": {"mode": "disabled"}}}

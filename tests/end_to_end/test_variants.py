@@ -24,8 +24,7 @@ from dist_cpt.run_folder.checkpoints import read_manifest
 from dist_cpt.run_folder.names import INITIAL_ADAPTER
 from tests import tiny
 from tests.command import command
-from tests.end_to_end.test_run import StopAfter
-from tests.whole_run import rows, train
+from tests.whole_run import StopAfter, rows, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 TRAINABLE = {
