@@ -1,8 +1,8 @@
-"""Small facts that all ranks must share: exact integers, JSON, and whether someone failed.
+"""Collectives for small values: exact integers, JSON, and whether a rank failed.
 
-Everything here also works without a process group, as a world of one. JSON travels as bytes in tensors,
-so nothing is ever unpickled. A thread that works beside the training loop uses a process group of its own
-(`over_group`): collectives of two threads on one group would meet each other's.
+All of them work without a process group, as a world of one. JSON travels as bytes in tensors, so nothing is ever
+unpickled. A thread beside the training loop needs a process group of its own (`over_group`): collectives of two
+threads on one group would be matched with each other's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from dist_cpt import errors
 from dist_cpt.errors import DistCptError
-from dist_cpt.runtime.stop import SIGNALS, StopRequest
 
 T = TypeVar("T")
 _thread = threading.local()
@@ -36,7 +35,7 @@ def world_size() -> int:
 
 @contextmanager
 def over_group(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """All collectives of this thread go over `group`, which holds every rank; None is the default group."""
+    """Run this thread's collectives over `group`, which contains every rank; None is the default group."""
     _thread.group = group
     try:
         yield
@@ -45,39 +44,27 @@ def over_group(group: dist.ProcessGroup | None) -> Iterator[None]:
 
 
 def current_group() -> dist.ProcessGroup | None:
-    """The group that this thread's collectives use; None is the default one."""
+    """The group of this thread's collectives; None is the default group."""
     return getattr(_thread, "group", None)
 
 
 def all_reduce_ints(values: list[int]) -> list[int]:
     """Element-wise sum over all ranks, exact in int64."""
-    if world_size() == 1:
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.int64, device=_device())
-    dist.all_reduce(tensor, group=current_group())
-    return tensor.tolist()  # host sync
+    return _all_reduce(values, torch.int64)
 
 
 def all_reduce_floats(values: list[float]) -> list[float]:
     """Element-wise sum over all ranks in fp64."""
-    if world_size() == 1:
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64, device=_device())
-    dist.all_reduce(tensor, group=current_group())
-    return tensor.tolist()  # host sync
+    return _all_reduce(values, torch.float64)
 
 
 def all_reduce_max_int(value: int) -> int:
     """The largest `value` of any rank."""
-    if world_size() == 1:
-        return value
-    tensor = torch.tensor([value], dtype=torch.int64, device=_device())
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=current_group())
-    return int(tensor.item())  # host sync
+    return _all_reduce([value], torch.int64, dist.ReduceOp.MAX)[0]
 
 
 def broadcast_json(value: Any, src: int = 0) -> Any:
-    """`value` of rank `src` on every rank; what the others pass is not looked at."""
+    """The `value` of rank `src` on every rank; those of other ranks are ignored."""
     if world_size() == 1:
         return value
     payload = _encode(value) if rank() == src else b""
@@ -104,14 +91,12 @@ def gather_json(value: Any) -> list[Any]:
 
 
 def agree(error: BaseException | None, what: str) -> None:
-    """Let every rank report; if any failed at `what`, all raise the same error, which names the rank.
+    """If any rank failed at `what`, raise the same error on all ranks; it names the failed one.
 
-    Call it where a rank may have failed alone, before the next collective: otherwise the others wait for
-    it until their timeout.
+    Call it where a single rank may have failed, before the next collective: the others would wait until the timeout.
 
     Raises:
-        DistCptError: the first failed rank's error, of the same class; DistCptError itself for an error
-            that is not one of ours.
+        DistCptError: the first failed rank's error, of the same class; DistCptError itself for foreign exceptions.
     """
     reports = gather_json(None if error is None else _describe(error))
     failed = [(index, report) for index, report in enumerate(reports) if report is not None]
@@ -128,10 +113,10 @@ def agree(error: BaseException | None, what: str) -> None:
 
 
 def on_rank_zero(what: str, function: Callable[[], Any]) -> Any:
-    """Run `function` on rank 0 and give its JSON-able result to every rank.
+    """Run `function` on rank 0 and return its JSON-serialisable result on every rank.
 
     Raises:
-        DistCptError: on every rank, when it failed on rank 0.
+        DistCptError: on every rank, if it failed on rank 0.
     """
     result, error = None, None
     if rank() == 0:
@@ -147,7 +132,7 @@ def on_every_rank(what: str, function: Callable[[], T]) -> T:
     """Run `function` on every rank and return this rank's result.
 
     Raises:
-        DistCptError: on every rank, when it failed on any.
+        DistCptError: on every rank, if it failed on any.
     """
     try:
         result = function()
@@ -158,16 +143,17 @@ def on_every_rank(what: str, function: Callable[[], T]) -> T:
     return result
 
 
-def agreed_stop(stop: StopRequest) -> str | None:
-    """The signal that any rank was sent, by name, or None; all ranks get the same answer."""
-    code = 0 if stop.requested is None else 1 + SIGNALS.index(stop.requested)
-    code = all_reduce_max_int(code)
-    return SIGNALS[code - 1] if code else None
-
-
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait for every rank."""
     all_reduce_max_int(0)
+
+
+def _all_reduce(values: list[Any], dtype: torch.dtype, op: Any = dist.ReduceOp.SUM) -> list[Any]:
+    if world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=dtype, device=_device())
+    dist.all_reduce(tensor, op=op, group=current_group())
+    return tensor.tolist()  # host sync
 
 
 def _device() -> torch.device:
@@ -185,7 +171,7 @@ def _decode(buffer: torch.Tensor) -> Any:
 
 
 def _buffer(payload: bytes, size: int) -> torch.Tensor:
-    """uint8 [size] that starts with `payload`."""
+    """uint8 [size]: `payload`, zero-padded."""
     padded = bytearray(payload.ljust(size, b"\0"))
     return torch.frombuffer(padded, dtype=torch.uint8).to(_device())
 
@@ -199,7 +185,7 @@ def _describe(error: BaseException) -> dict[str, Any]:
 
 
 def _rebuild(report: dict[str, Any], message: str) -> DistCptError:
-    """The reported class as this package defines it; its own constructor may want other arguments."""
+    """The reported error, made without its class's constructor, which may take other arguments."""
     known = (getattr(errors, name, None) for name in report["classes"])
     cls = next(c for c in known if isinstance(c, type) and issubclass(c, DistCptError))
     error = cls.__new__(cls)

@@ -1,9 +1,8 @@
-"""Faults on demand: DIST_CPT_FAULT rehearses what a cluster does to a run. Torch-free.
+"""Fault injection: DIST_CPT_FAULT simulates the failures of a cluster. Torch-free.
 
-`point[:rankR][:stepN][:attemptA][:action]`, several separated by commas, for example
-`save.written:rank1:step10:kill` or `step:step57:term`. Without a rank every rank is hit, without a step the
-first time the point is reached, without an attempt every attempt. The action is kill unless given. `slow` lasts:
-from that step on the point takes 0.2 s longer, as on a host that limps.
+`point[:rankR][:stepN][:attemptA][:action]`, comma-separated, for example `save.written:rank1:step10:kill` or
+`step:step57:term`. By default a fault hits every rank and attempt, the first time the point is reached, and the
+action is kill. `slow` is permanent: from that step on the point takes 0.2 s longer.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Fault:
 
 
 class Faults:
-    """Called at every named point of a run; does what was planned for this rank, each fault once.
+    """Called at every named point of a run; triggers the faults planned for this rank, each once.
 
     Raises:
         OSError: a planned enospc, edquot, eio or erofs.
@@ -62,10 +61,10 @@ class Faults:
 
 
 def planned_faults(points: Sequence[str]) -> list[Fault]:
-    """The faults in the environment; `points` are the names that exist.
+    """The faults in DIST_CPT_FAULT; `points` are the known points.
 
     Raises:
-        ConfigError: a fault cannot be read, or names an unknown point.
+        ConfigError: a fault is malformed, or names an unknown point.
     """
     text = os.environ.get(VARIABLE, "")
     return [_parse(item.strip(), points) for item in text.split(",") if item.strip()]
@@ -85,7 +84,7 @@ def _parse(item: str, points: Sequence[str]) -> Fault:
             action = part
         else:
             raise ConfigError(
-                f"{VARIABLE}: {part!r} in {item!r} is no rankN, stepN, attemptN or action",
+                f"{VARIABLE}: {part!r} in {item!r} is not rankN, stepN, attemptN or an action",
                 remedy=f"actions: {', '.join([*_SIGNALS, *_ERRORS, _SLOW])}",
             )
     return Fault(point, numbers.get("rank"), numbers.get("step"), numbers.get("attempt"), action)
@@ -93,7 +92,7 @@ def _parse(item: str, points: Sequence[str]) -> Fault:
 
 def _act(action: str) -> None:
     if action in _SIGNALS:
-        # To this very thread: one sent to the process may stop it only after this thread has gone on for a while.
+        # To this thread: a signal to the process could take effect only after this thread has run on.
         signal.pthread_kill(threading.get_ident(), _SIGNALS[action])
     else:
         raise OSError(_ERRORS[action], os.strerror(_ERRORS[action]) + f" (planned by {VARIABLE})")

@@ -1,8 +1,8 @@
-"""What the nodes of a job can do together: a small matrix product on each rank, an all-reduce of all, and pairs.
+"""The nodes of a job together: a matrix product on each rank, an all-reduce over all, send and receive in pairs.
 
-Run by the preflight as `python -m dist_cpt.runtime.link_check`, one process per GPU (one per node without GPUs) with
-torchrun's variables set. A process of its own, since a collective that never comes back can only be killed. It
-prints one JSON object per finished stage, so that the last line says how far it came.
+The preflight runs `python -m dist_cpt.runtime.link_check`, one process per GPU (one per node without GPUs), with
+torchrun's variables set; a separate process, since a collective that hangs can only be killed. It prints one JSON
+object per finished stage, so the last line shows how far it came.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ REPEATS = 5
 
 
 def main(timeout_seconds: float) -> int:
-    """All stages of this rank; 0, or 1 if the product is wrong."""
+    """Run all stages on this rank; 0, or 1 if the matrix product is wrong."""
     env = process_env()
     device = init_distributed(env, timeout_seconds)
-    say = {"rank": env.rank}
-    _print(say | {"stage": "met"})
+    header = {"rank": env.rank}
+    _print(header | {"stage": "met"})
     seconds, right = _matrix_product(device)
-    _print(say | {"stage": "computed", "matmul_seconds": seconds, "matmul_right": right})
+    _print(header | {"stage": "computed", "matmul_seconds": seconds, "matmul_right": right})
     if env.world_size > 1:
-        _print(say | {"stage": "reduced", "all_reduce_gb_per_s": _all_reduce(device, env.world_size)})
+        _print(header | {"stage": "reduced", "all_reduce_gb_per_s": _all_reduce(device, env.world_size)})
         if env.local_rank == 0:
             hosts = list(range(0, env.world_size, env.local_world_size))
-            _print(say | {"stage": "paired", "pair_gb_per_s": _pairs(device, hosts, env.rank)})
+            _print(header | {"stage": "paired", "pair_gb_per_s": _pairs(device, hosts, env.rank)})
         dist.barrier()
-    _print(say | {"stage": "done"})
+    _print(header | {"stage": "done"})
     return 0 if right else 1
 
 
 def _matrix_product(device: torch.device) -> tuple[float, bool]:
-    """(seconds of the fastest product, whether it is right): the sums of rows are known beforehand."""
+    """(seconds of the fastest product, whether all are right): ones times the identity are ones."""
     size = MATRIX[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     left = torch.ones(size, size, dtype=dtype, device=device)
@@ -63,7 +63,7 @@ def _all_reduce(device: torch.device, ranks: int) -> float:
     """Bus bandwidth in GB/s. Source: nccl-tests, PERFORMANCE.md: 2 (n - 1) / n of the bytes cross each link."""
     values = torch.ones(REDUCE_BYTES[device.type] // 4, dtype=torch.float32, device=device)
     fastest = float("inf")
-    for _ in range(1 + REPEATS):  # the first one connects
+    for _ in range(1 + REPEATS):  # the first one sets up connections
         values.fill_(1.0)
         _sync(device)
         began = time.perf_counter()
@@ -71,18 +71,18 @@ def _all_reduce(device: torch.device, ranks: int) -> float:
         _sync(device)
         fastest = min(fastest, time.perf_counter() - began)
     if not bool((values == ranks).all()):
-        raise RuntimeError("an all-reduce of ones does not give the number of ranks")
+        raise RuntimeError("an all-reduce of ones is not the number of ranks")
     return 2 * (ranks - 1) / ranks * values.numel() * 4 / fastest / 1e9
 
 
 def _pairs(device: torch.device, ranks: list[int], me: int) -> dict[str, float]:
-    """GB/s each way with the neighbours in `ranks`, first the even pairs, then the odd ones: two of each node.
+    """GB/s each way with the neighbours in `ranks`: first the even pairs, then the odd ones.
 
-    A node that is slow with both of its neighbours is the slow one; an all-reduce over all cannot tell.
+    A slow node is slow with both of its neighbours; an all-reduce over all nodes cannot single it out.
     """
     mine = ranks.index(me)
     values = torch.ones(PAIR_BYTES[device.type] // 4, dtype=torch.float32, device=device)
-    found: dict[str, float] = {}
+    speeds: dict[str, float] = {}
     for first in (0, 1):
         other = mine + 1 if mine % 2 == first else mine - 1
         if not 0 <= other < len(ranks):
@@ -99,8 +99,8 @@ def _pairs(device: torch.device, ranks: list[int], me: int) -> dict[str, float]:
                 dist.send(values, ranks[other])
             _sync(device)
             fastest = min(fastest, time.perf_counter() - began)
-        found[str(ranks[other])] = 2 * values.numel() * 4 / fastest / 1e9
-    return found
+        speeds[str(ranks[other])] = 2 * values.numel() * 4 / fastest / 1e9
+    return speeds
 
 
 def _sync(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Plain log lines that name their rank, to stderr and to the rank's own file."""
+"""Log lines with their rank, to stderr and to the rank's own file."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ _WARNINGS = logging.getLogger("py.warnings")
 
 
 def open_log(path: Path, rank: int) -> logging.Logger:
-    """Send the package's messages and Python's warnings to stderr and to the file `path`, which is appended to.
+    """Send the package's messages and Python's warnings to stderr and append them to the file `path`.
 
-    Rank 0 shows everything on stderr; the others only what is a warning or worse, so that one message is
-    not printed once per rank. Calling it again replaces the earlier destinations.
+    Only rank 0 prints messages below a warning on stderr. A second call replaces the destinations.
     """
     close_log()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +32,7 @@ def open_log(path: Path, rank: int) -> logging.Logger:
 
 
 def close_log() -> None:
-    """Close the file and let warnings and messages go where they went before `open_log`."""
+    """Undo `open_log`."""
     logging.captureWarnings(False)
     for logger in (LOGGER, _WARNINGS):
         logger.propagate = True

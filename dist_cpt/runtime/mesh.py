@@ -1,4 +1,4 @@
-"""Bring the ranks of a job together, and part them again."""
+"""The process group of a job's ranks."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from dist_cpt.runtime.env import ProcessEnv
 
 
 def init_distributed(env: ProcessEnv, timeout_seconds: float, collective_seconds: float | None = None) -> torch.device:
-    """Start the process group if there is none yet and return this rank's device.
+    """Initialise the process group unless it exists, and return this rank's device.
 
-    NCCL on `cuda:local_rank` where CUDA is, else gloo on the CPU. A world of one binds no port. The ranks have
-    `timeout_seconds` to meet, and then `collective_seconds` (by default the same) for each collective.
+    NCCL on `cuda:local_rank` if CUDA is available, else gloo on the CPU. A world of one binds no port. The ranks have
+    `timeout_seconds` for the rendezvous, then `collective_seconds` (by default the same) for each collective.
 
     Raises:
-        ConfigError: fewer GPUs than local ranks, or a group of another size is already there.
-        HangError: the ranks did not meet within the limit; the next start may find the port free, the host back.
+        ConfigError: fewer GPUs than local ranks, or a group with another rank or size exists.
+        HangError: the rendezvous timed out; the next start may find the port free or the host back.
     """
     device = _device(env)
     if dist.is_initialized():
         if (dist.get_rank(), dist.get_world_size()) != (env.rank, env.world_size):
             raise ConfigError(
-                f"a process group with rank {dist.get_rank()} of {dist.get_world_size()} is already there, "
+                f"a process group with rank {dist.get_rank()} of {dist.get_world_size()} already exists, "
                 f"but this process is rank {env.rank} of {env.world_size}"
             )
         return device
@@ -56,7 +56,7 @@ def init_distributed(env: ProcessEnv, timeout_seconds: float, collective_seconds
 
 
 def shutdown() -> None:
-    """Leave the process group, if there is one."""
+    """Destroy the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -66,7 +66,7 @@ def _device(env: ProcessEnv) -> torch.device:
         return torch.device("cpu")
     if env.local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"local rank {env.local_rank} has no GPU: this node shows {torch.cuda.device_count()}",
+            f"local rank {env.local_rank} has no GPU: {torch.cuda.device_count()} are visible on this node",
             remedy="start at most one process per GPU, or set CUDA_VISIBLE_DEVICES='' to train on the CPU",
         )
     device = torch.device("cuda", env.local_rank)
@@ -75,7 +75,7 @@ def _device(env: ProcessEnv) -> torch.device:
 
 
 def _export(env: ProcessEnv) -> None:
-    """Put the place of this rank where torch.distributed and deepspeed look for it; srun uses other names."""
+    """Set the variables that torch.distributed and deepspeed read; srun uses other names."""
     if env.launcher != "srun" or env.master is None:
         return
     values = {

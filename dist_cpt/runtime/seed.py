@@ -1,4 +1,4 @@
-"""Random numbers as a function of integers: no generator state has to be saved, at any world size."""
+"""Random numbers as a function of integers, so that no generator state has to be saved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def first_draws(seed: int, step: int, rank: int) -> list[int]:
-    """[derived seed, first draw of torch, numpy and Python] of a step; the generators are left as they were."""
+    """[derived seed, first draw of torch, numpy and Python] of a step; the generators keep their state."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(devices=[]):
         derived = seed_step(seed, step, rank)
@@ -23,7 +23,7 @@ def first_draws(seed: int, step: int, rank: int) -> list[int]:
 def seed_step(seed: int, step: int, rank: int) -> int:
     """Seed torch (CPU and CUDA), numpy and Python for one step of one rank; returns the derived 64-bit seed.
 
-    The streams of two different (seed, step, rank) are unrelated; the same triple gives the same stream.
+    Different (seed, step, rank) give independent streams, the same triple the same stream.
     """
     digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
     derived = int.from_bytes(digest, "little")

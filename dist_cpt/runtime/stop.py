@@ -1,6 +1,6 @@
-"""A stop signal becomes a flag that the loop reads at a step boundary. Torch-free.
+"""Stop signals as a flag that the loop reads at a step boundary. Torch-free.
 
-Saving inside a handler could interrupt a collective or an earlier save; a flag cannot.
+Saving in a signal handler could interrupt a collective or another save.
 """
 
 from __future__ import annotations
@@ -10,32 +10,29 @@ import signal
 from types import FrameType
 from typing import Any
 
-# Later ones win where ranks were sent different signals.
+# Later ones win if ranks received different signals.
 SIGNALS = ("SIGINT", "SIGUSR1", "SIGTERM")
 
 PR_SET_PDEATHSIG = 1  # Source: prctl(2), Linux
 
 
 def stop_with_parent() -> None:
-    """Let the kernel send SIGTERM when the thread that started this process ends, however it ends.
+    """Make the kernel send SIGTERM when the thread that started this process ends.
 
-    Ranks lead sessions of their own and would outlive torchrun's agent if that is killed.
+    Ranks run in sessions of their own and would otherwise outlive a torchrun agent that is killed.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class StopRequest:
-    """Remembers the first of SIGTERM, SIGUSR1 and SIGINT by name; any further one changes nothing.
-
-    A context manager: `with StopRequest() as stop:` installs the handlers and restores the earlier ones.
-    """
+    """The name of the first SIGTERM, SIGUSR1 or SIGINT received; as a context manager it restores the handlers."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
         self._earlier: dict[int, Any] = {}
 
     def install(self) -> StopRequest:
-        """Take over the signals, also those that the parent left ignored; main thread only."""
+        """Handle the signals, including those that the parent ignored; main thread only."""
         for name in SIGNALS:
             number = signal.Signals[name]
             earlier = signal.signal(number, self._remember)
@@ -43,9 +40,9 @@ class StopRequest:
         return self
 
     def restore(self) -> None:
-        """Give the signals back to whoever had them before `install`."""
+        """Restore the handlers from before `install`."""
         for number, handler in self._earlier.items():
-            # None: a handler that was not set from Python and cannot be set again.
+            # None: the handler was not set from Python and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._earlier.clear()
 

@@ -1,7 +1,6 @@
-"""torchrun as a child of `dist-cpt launch`: the same agent, with the run's own exit code and no banner.
+"""torchrun's agent for `dist-cpt launch`: it returns the failed rank's exit code and prints no traceback.
 
-`torchrun` itself turns every failure into exit code 1 and a traceback of its own; users who start it by
-hand read the run's code in exit.json.
+`torchrun` itself exits with 1 after every failure; exit.json then has the run's own code.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str]) -> int:
     """Run torchrun's agent with torchrun's arguments; return the exit code of the first rank that failed."""
-    os.environ.setdefault("LOGLEVEL", "ERROR")  # torch's own switch for its agent's log lines
+    os.environ.setdefault("LOGLEVEL", "ERROR")  # read by torch's agent
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run

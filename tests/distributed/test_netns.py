@@ -36,7 +36,7 @@ def made(tmp_path) -> tuple[Path, Path]:
     return tiny.write_base(tmp_path / "base", tokenizer), corpus
 
 
-def test_a_cut_cable_ends_both_hosts_with_72_and_the_run_goes_on_later(made, cable, tmp_path):
+def test_a_cut_cable_ends_both_hosts_with_72_and_the_run_resumes_later(made, cable, tmp_path):
     hang = {"factor": 2.0, "min_seconds": 1.5, "grace_seconds": 1.0, "other_phase_seconds": 60.0}
     values = tiny.recipe(
         *made, tmp_path, engine={"kind": "fsdp", "shard": "full"}, health={"hang": hang}, checkpoint={"every_steps": 3}

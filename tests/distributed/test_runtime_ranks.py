@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +7,6 @@ import pytest
 
 from dist_cpt.errors import ConfigError, DistCptError, NumericsError
 from dist_cpt.runtime import collectives
-from dist_cpt.runtime.stop import StopRequest
 from tests.ranks import RankPool
 
 HERE = "tests.distributed.test_runtime_ranks"
@@ -69,19 +66,3 @@ def agree_case(which: str) -> tuple[str, str]:
 )
 def test_an_error_of_any_rank_is_raised_by_all(pool: RankPool, which: str, expected: tuple[str, str]) -> None:
     assert pool.run(f"{HERE}:agree_case", which=which) == [expected, expected]
-
-
-def stop_case(signals: list[str | None]) -> str | None:
-    with StopRequest() as stop:
-        name = signals[collectives.rank()]
-        if name is not None:
-            os.kill(os.getpid(), signal.Signals[name])
-        return collectives.agreed_stop(stop)
-
-
-@pytest.mark.parametrize(
-    ("signals", "agreed"),
-    [([None, None], None), ([None, "SIGUSR1"], "SIGUSR1"), (["SIGTERM", "SIGINT"], "SIGTERM")],
-)
-def test_a_signal_to_one_rank_stops_all(pool: RankPool, signals: list[str | None], agreed: str | None) -> None:
-    assert pool.run(f"{HERE}:stop_case", signals=signals) == [agreed, agreed]

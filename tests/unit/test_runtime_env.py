@@ -55,14 +55,14 @@ def test_launchers_that_set_torchruns_variables(changes: dict[str, str | None], 
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"RANK": "0"}, "sets RANK but not WORLD_SIZE, LOCAL_RANK"),
-        ({"LOCAL_RANK": "0"}, "sets LOCAL_RANK but not RANK, WORLD_SIZE"),
-        (without(TORCHRUN, "MASTER_PORT"), "MASTER_PORT not set"),
-        (without(TORCHRUN, "LOCAL_WORLD_SIZE"), "LOCAL_WORLD_SIZE is not set"),
+        ({"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK"),
+        ({"LOCAL_RANK": "0"}, "RANK, WORLD_SIZE"),
+        (without(TORCHRUN, "MASTER_PORT"), "MASTER_PORT"),
+        (without(TORCHRUN, "LOCAL_WORLD_SIZE"), "LOCAL_WORLD_SIZE"),
         (TORCHRUN | {"RANK": "eight"}, "RANK is 'eight'"),
-        (TORCHRUN | {"RANK": "8"}, "rank 8 is outside a world of 8"),
+        (TORCHRUN | {"RANK": "8"}, "rank 8 .* 8"),
         (TORCHRUN | {"LOCAL_RANK": "4"}, "local rank 4 of 4"),
-        (TORCHRUN | {"LOCAL_WORLD_SIZE": "16"}, "does not fit a world of 8"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "16"}, "16 .* 8"),
     ],
 )
 def test_half_set_or_contradicting_variables_are_refused(environ: dict[str, str], message: str) -> None:
