@@ -266,13 +266,13 @@ def test_a_text_that_its_tokenizer_ends_with_padding_ends_before_it(tmp_path, to
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"task": "cpt", "data": {"chat_template": "{{ x }}"}}, "data.chat_template.*task: instruct"),
-        ({"task": "cpt", "source": {"prompt": "q"}}, "prompt.*task: instruct"),
-        ({"source": {"prompt": "q"}}, "prompt and response"),
-        ({"data": {"packing": "windows"}}, "data.packing.*task: cpt"),
+        ({"task": "cpt", "data": {"chat_template": "{{ x }}"}}, r"data\.chat_template"),
+        ({"task": "cpt", "source": {"prompt": "q"}}, "prompt"),
+        ({"source": {"prompt": "q"}}, "prompt.*response"),
+        ({"data": {"packing": "windows"}}, r"data\.packing"),
         ({"task": "classify"}, "classify"),
         ({"classify": {"num_labels": 2}}, "classify"),
-        ({"optim": {"head_lr": 1.0}}, "optim.head_lr.*task: classify"),
+        ({"optim": {"head_lr": 1.0}}, r"optim\.head_lr"),
         ({"task": "classify", "classify": {"labels": ["a"]}}, "labels"),
         ({"task": "classify", "classify": {"labels": ["a", "b"], "num_labels": 2}}, "labels"),
         ({"task": "cpt", "data": {"stride": 3}}, "packing: windows"),
