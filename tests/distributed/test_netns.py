@@ -75,12 +75,12 @@ def test_the_preflight_names_the_node_that_is_cut_off(cable, tmp_path):
         )
         for index, namespace in enumerate(cable.namespaces)
     ]
-    said = [node.communicate(timeout=90)[1].decode() for node in nodes]
-    assert [node.returncode for node in nodes] == [69, 69], said
-    verdict = json.loads((tmp_path / "run/preflight/7.json").read_text())
-    assert verdict["nodes"]["node-a"] == {"ok": True, "reasons": []}
-    (reason,) = verdict["nodes"]["node-b"]["reasons"]
-    assert reason.endswith("cannot be reached (Network is unreachable)")
+    errors = [node.communicate(timeout=90)[1].decode() for node in nodes]
+    assert [node.returncode for node in nodes] == [69, 69], errors
+    report = json.loads((tmp_path / "run/preflight/7.json").read_text())
+    assert report["nodes"]["node-a"] == {"ok": True, "reasons": []}
+    (reason,) = report["nodes"]["node-b"]["reasons"]
+    assert "10.177.0.1" in reason
 
 
 def _wait_for_step(running: RanksOnTwoHosts, run: Path, step: int, log: Path) -> None:

@@ -1,4 +1,4 @@
-"""A run that is launched on the cluster, and what has to hold of it when it has ended."""
+"""A run on the cluster, and what must be true of it when it has ended."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ class Case:
         return self
 
     def wait_for_step(self, step: int, timeout_seconds: float = 120.0) -> None:
-        """Until metrics.jsonl has the row of a step."""
+        """Wait until metrics.jsonl has the row of a step."""
         deadline = time.monotonic() + timeout_seconds
         while self.step() < step:
             assert time.monotonic() < deadline, f"step {self.step()} of {step}\n{self.log()[-4000:]}"
             time.sleep(0.1)
 
     def wait_for_log(self, pattern: str, timeout_seconds: float = 120.0) -> None:
-        """Until the job's log says something."""
+        """Wait until the job's log matches."""
         deadline = time.monotonic() + timeout_seconds
         while not re.search(pattern, self.log()):
             assert time.monotonic() < deadline, f"{pattern!r} is not in\n{self.log()[-4000:]}"
             time.sleep(0.1)
 
     def finish(self, state: str = "COMPLETED", timeout_seconds: float = 200.0) -> dict[str, str]:
-        """Until the job has ended, in the state that is expected."""
+        """Wait until the job has ended, and assert its state."""
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
         ended = self.cluster.wait_for(self.job, ends, timeout_seconds)
         assert ended["JobState"] == state, f"{ended}\n{self.log()[-6000:]}"
@@ -80,7 +80,7 @@ class Case:
         return [row for row in rows(self.run / "events.jsonl") if row["kind"] in ("start", "resume")]
 
     def complete(self, log: Path | None = None) -> None:
-        """Every block once, checkpoints and record hold, the certificate passes, one log, one W&B run."""
+        """Assert: every block once, checkpoints and record valid, the certificate passes, one log, one W&B run."""
         metrics = rows(self.run / "metrics.jsonl")
         assert [row["step"] for row in metrics] == list(range(1, self.steps + 1))
         assert [row["position"] for row in metrics] == [[BLOCKS * i, BLOCKS * (i + 1)] for i in range(self.steps)]
@@ -114,6 +114,6 @@ def case(cluster: Cluster, made: tuple[Path, Path], folder: Path, steps: int, **
 
 
 def processes(pattern: str) -> list[int]:
-    """Process ids whose command line holds a text."""
+    """Ids of processes whose command line contains a text."""
     done = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False)
     return [int(line) for line in done.stdout.split()]

@@ -1,6 +1,6 @@
 """A real Slurm on this one host: munge, slurmctld and four slurmd from Debian's packages, in a folder of its own.
 
-Nothing of the host's own Slurm is used or touched. It runs as root, without systemd, cgroups or a database.
+The host's own Slurm is not touched. It runs as root, without systemd, cgroups or a database.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Cluster:
         self._daemon(name, "slurmd", "-D", "-f", str(self.config), "-N", name)
 
     def kill_node(self, name: str) -> None:
-        """slurmd dies at once, as with its host; the processes of its jobs live on."""
+        """slurmd dies at once, as with its host; the processes of its jobs keep running."""
         daemon = self.daemons.pop(name)
         daemon.kill()
         daemon.wait()
@@ -151,11 +151,11 @@ class Cluster:
         return dict(line.split() for line in done.stdout.splitlines())
 
     def jobs(self) -> list[str]:
-        """All jobs that have not ended."""
+        """Jobs that have not ended."""
         return self.run("squeue", "-h", "-a", "-o", "%A").stdout.split()
 
     def job(self, job: str) -> dict[str, str]:
-        """What scontrol says of a job."""
+        """A job's fields by scontrol."""
         text = self.run("scontrol", "-o", "show", "job", job).stdout.splitlines()[0]
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
@@ -218,7 +218,7 @@ class Cluster:
 
 
 def missing() -> list[str]:
-    """What of this host keeps a cluster from starting; empty where it can."""
+    """What this host lacks to start a cluster."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     absent = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if os.geteuid() != 0:
@@ -237,7 +237,7 @@ def _until(condition, timeout_seconds: float, what: str, *, optional: bool = Fal
 
 
 def _free_ports(count: int) -> list[int]:
-    """Neighbouring ports that nobody listens on."""
+    """Consecutive free ports."""
     for base in range(21000 + os.getpid() % 500 * 16, 64000, 16):
         ports = list(range(base, base + count))
         with contextlib.ExitStack() as stack:

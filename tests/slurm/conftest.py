@@ -10,7 +10,7 @@ import pytest
 from tests import tiny
 from tests.slurm.cluster import Cluster, missing
 
-pytest.register_assert_rewrite("tests.slurm.case")  # before a test imports it: a failed case says what it found
+pytest.register_assert_rewrite("tests.slurm.case")  # before a test imports it: failed asserts show their values
 
 
 @pytest.fixture(scope="session")

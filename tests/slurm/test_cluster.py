@@ -27,7 +27,9 @@ def test_two_nodes_with_two_ranks_each_run_to_the_end(cluster, made, tmp_path):
 
 def test_the_signal_before_the_limit_saves_and_requeues(cluster, made, tmp_path):
     one = case(cluster, made, tmp_path, steps=180)
-    one.launch("--time=1", "--save-before-limit=20", DIST_CPT_FAULT="step:attempt0:slow")  # 40 s are too few, on any host
+    one.launch(
+        "--time=1", "--save-before-limit=20", DIST_CPT_FAULT="step:attempt0:slow"
+    )  # 40 s are too few, on any host
     one.finish(timeout_seconds=230)
     one.complete()
     ended = one.launches("end")
@@ -79,7 +81,7 @@ def test_a_lost_node_requeues_and_its_orphans_are_fenced(cluster, made, tmp_path
     assert json.loads((one.run / "exit.json").read_text())["code"] == 0
 
 
-def test_a_chain_goes_on_after_a_lost_node(cluster, made, tmp_path):
+def test_a_chain_continues_after_a_lost_node(cluster, made, tmp_path):
     one = case(cluster, made, tmp_path, steps=40)
     one.launch("--requeue-by=chain", DIST_CPT_FAULT="step:rank1:step7:attempt0:freeze")
     one.wait_for_step(6)
@@ -90,7 +92,7 @@ def test_a_chain_goes_on_after_a_lost_node(cluster, made, tmp_path):
         one.job = str(int(one.job) + 1)
         one.finish()
     finally:
-        cluster.start_node(gone)  # and that ends what has lived on there
+        cluster.start_node(gone)  # which ends the processes left there
         cluster.wait_until_idle()
     one.complete()
     assert len(one.attempts()) == 2
@@ -128,7 +130,7 @@ def test_the_nodes_are_checked_first_and_an_unfit_one_is_left_out(cluster, made,
     one.complete()
     first, second = one.launches("start")
     assert first["nodes"] == ["n1", "n2", "n3", "n4"]
-    assert second["nodes"] == ["n1", "n3"]  # of the three that are left, two divide the batch
+    assert second["nodes"] == ["n1", "n3"]  # of the other three, two divide the batch
     assert [row["action"] for row in one.launches("end")] == ["restart", "done"]
     reasons = json.loads((one.run / "bad_nodes.json").read_text())
     assert list(reasons) == ["n2"]
@@ -140,9 +142,9 @@ def test_restarts_without_progress_are_capped(cluster, made, tmp_path):
     ended = one.finish("FAILED")
     assert ended["Restarts"] == "0"
     assert [row["action"] for row in one.launches("end")] == ["restart", "give up"]
-    assert "2 starts from the same checkpoint" in one.log()
+    assert one.log().count(" starting: srun ") == 2
     first = one.launches("start")[0]["nodes"][0]
-    ended = one.launch().finish()  # by hand, once the reason is gone; the node has two strikes by now
+    ended = one.launch().finish()  # by hand, after the cause is fixed; the node now has two strikes
     one.complete()
     assert ended["ExcNodeList"] == first
     assert first not in one.launches("start")[-1]["nodes"]
@@ -180,7 +182,7 @@ def test_two_recipes_are_an_array(cluster, made, tmp_path):
         one.complete(log=tmp_path / f"runs/first-{array}_{task}.log")
 
 
-def test_four_nodes_go_on_with_two(cluster, made, tmp_path):
+def test_a_run_on_four_nodes_resumes_on_two(cluster, made, tmp_path):
     cluster.wait_until_idle()
     one = case(cluster, made, tmp_path, steps=60).launch("--nodes=4", "--min-nodes=2", "--sbatch=--exclusive")
     one.wait_for_step(3)
@@ -194,7 +196,7 @@ def test_four_nodes_go_on_with_two(cluster, made, tmp_path):
 
 
 @pytest.mark.parametrize("requeue_by", ["chain", "exit"])
-def test_without_scontrol_requeue_the_run_goes_on_all_the_same(cluster, made, tmp_path, requeue_by):
+def test_without_scontrol_requeue_the_run_still_resumes(cluster, made, tmp_path, requeue_by):
     one = case(cluster, made, tmp_path, steps=40).launch(f"--requeue-by={requeue_by}")
     one.wait_for_step(5)
     cluster.run("scancel", "--batch", "--signal=USR1", one.job)  # as before the limit

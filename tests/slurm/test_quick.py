@@ -1,4 +1,4 @@
-"""One short job on a real Slurm in every test run: hostile names do nothing, a secret stays where it is."""
+"""One short job on a real Slurm in every test run: hostile names stay inert, a secret is not written anywhere."""
 
 from __future__ import annotations
 
