@@ -395,10 +395,11 @@ def recipe_of_task(recipes: Sequence[str], task: int | None) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Entry point of train.sbatch."""
+    signals = Signals().install()
 
     def run(options: SupervisorOptions) -> int:
         try:
-            return Supervisor(options, Job.from_environment(), Signals().install(), argv).run()
+            return Supervisor(options, Job.from_environment(), signals, argv).run()
         except OSError as error:
             raise WriteError(f"the run folder cannot be written: {error}") from error
 
