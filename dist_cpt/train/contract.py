@@ -131,7 +131,7 @@ class Contract:
         self._record(clause, False, step, shown)
         self._write()
         raise NumericsError(
-            f"trainability contract broken at step {step}: {clause}: not {shown}",
+            f'trainability contract broken at step {step}: "{clause}" is not true of {shown}',
             remedy="see contract.json; nothing was saved after this step",
         )
 
