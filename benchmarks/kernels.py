@@ -169,14 +169,15 @@ def rms_norm(shape: Shape, device: str) -> list[Work]:
 def rope(shape: Shape, device: str) -> list[Work]:
     inv_freq = 10000.0 ** -(torch.arange(shape.N // 2, device=device) / (shape.N // 2))
     cos, sin = fused.rope_tables(inv_freq, shape.T)
-    positions = torch.arange(shape.T, device=device) % (shape.T // 4)  # four packed documents
-    wide_cos, wide_sin = (torch.cat((t, t), 1)[positions].to(torch.bfloat16)[None] for t in (cos, sin))
+    positions = (torch.arange(shape.T, device=device) % (shape.T // 4))[None]  # four packed documents
+    wide_cos, wide_sin = (torch.cat((t, t), 1)[positions].to(torch.bfloat16) for t in (cos, sin))
 
-    def eager(q: torch.Tensor, k: torch.Tensor) -> Any:
-        return reference.rope(q, k, cos, sin, positions, heads_first=True)
+    def tokens_first(op: Any, q: torch.Tensor, k: torch.Tensor) -> Any:
+        return [x.transpose(1, 2) for x in op(q.transpose(1, 2), k.transpose(1, 2), cos, sin, positions)]
 
+    eager = partial(tokens_first, reference.rope)
     sides: dict[str, Callable[..., Any]] = {
-        OURS: lambda q, k: fused.rope(q, k, cos, sin, positions, heads_first=True),
+        OURS: partial(tokens_first, fused.rope),
         EAGER: eager,
         COMPILED: compiled(eager),
     }
@@ -186,7 +187,7 @@ def rope(shape: Shape, device: str) -> list[Work]:
         q, k, wide_cos[0], wide_sin[0]))  # fmt: skip
 
     def make() -> list[torch.Tensor]:
-        # as projections leave them: [B, L, H, N], seen as [B, H, L, N]
+        # [B, H, L, N] as views of the projections' [B, L, H, N]
         return [leaf(rand(device, 1, shape.T, h, shape.N).detach().transpose(1, 2)) for h in (shape.H, shape.K)]
 
     one_way = 4 * shape.T * (shape.H + shape.K) * shape.N + 4 * shape.T * shape.N

@@ -1,4 +1,4 @@
-"""What torch says once for each process on a GPU, before a test turns it into an error."""
+"""Emit torch's once-per-process warnings on a GPU before a test turns them into errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
-def said_before():
+def warnings_before_tests():
     with warnings.catch_warnings():
         # torch 2.11 to 2.13: the check for host syncs is a prototype
         warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature", UserWarning)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from dist_cpt_kernels import adamw_, clip, dispatch, reference, sum_of_squares
 
+from tests.kernel_inputs import adamw as case
 from tests.kernels.error_rule import assert_right
 
 pytestmark = pytest.mark.gpu
@@ -15,34 +16,25 @@ SIZES = (1, 507, 16384, 1_000_003)
 @pytest.mark.parametrize("step", [1, 1000])
 def test_update_beside_torchs_fused_adamw(step):
     assert not dispatch.INTERPRETED, "run with TRITON_INTERPRET=0"
-    generator = torch.Generator("cuda").manual_seed(0)
-    params, grads, exp_avgs, exp_avg_sqs = (
-        [scale * torch.randn(n, generator=generator, device="cuda") for n in SIZES]
-        for scale in (0.02, 1e-3, 1e-4, 1e-3)
-    )
-    exp_avg_sqs = [tensor.square() for tensor in exp_avg_sqs]
-    hyper = {"lr": 3e-4, "eps": 1e-8, "weight_decay": 0.1}
-    betas = (0.9, 0.95)
-    torchs, truth, found = (
+    params, grads, exp_avgs, exp_avg_sqs = case.state(SIZES, device="cuda")
+    hyper = {key: case.HYPER[key] for key in ("lr", "eps", "weight_decay")}
+    betas = case.HYPER["betas"]
+    torchs, truth, actual = (
         [[tensor.to(dtype, copy=True) for tensor in tensors] for tensors in (params, exp_avgs, exp_avg_sqs)]
         for dtype in (torch.float32, torch.float64, torch.float32)
     )
     number = torch.full((), float(step), device="cuda")
-    steps = [number.clone() for _ in SIZES]
-    torch._fused_adamw_(
-        torchs[0], grads, torchs[1], torchs[2], [], steps, beta1=betas[0], beta2=betas[1], amsgrad=False,
-        maximize=False, **hyper,
-    )  # fmt: skip
+    case.torch_fused(torchs[0], grads, torchs[1], torchs[2], step, case.HYPER)
     reference.adamw_(
         truth[0], [grad.double() for grad in grads], truth[1], truth[2], step_size=hyper["lr"] / (1 - betas[0] ** step),
         denominator=(1 - betas[1] ** step) ** 0.5, decay=1 - hyper["lr"] * hyper["weight_decay"], betas=betas,
         eps=hyper["eps"],
     )  # fmt: skip
     copies = [torch.empty_like(param, dtype=torch.bfloat16) for param in params]
-    adamw_(found[0], grads, found[1], found[2], step=number, betas=betas, copies=copies, **hyper)
-    for ours, theirs, exact in zip(found, torchs, truth, strict=True):
+    adamw_(actual[0], grads, actual[1], actual[2], step=number, betas=betas, copies=copies, **hyper)
+    for ours, theirs, exact in zip(actual, torchs, truth, strict=True):
         assert_right(ours, theirs, exact)
-    assert all(torch.equal(copy, param.bfloat16()) for copy, param in zip(copies, found[0], strict=True))
+    assert all(torch.equal(copy, param.bfloat16()) for copy, param in zip(copies, actual[0], strict=True))
 
 
 def test_clip_and_skip_without_a_host_sync():
@@ -65,9 +57,9 @@ def test_clip_and_skip_without_a_host_sync():
 
 def test_sum_of_squares():
     tensors = [torch.randn(n, device="cuda") for n in SIZES]
-    found = sum_of_squares(tensors)
-    torch.testing.assert_close(found, reference.sum_of_squares(tensors), rtol=1e-6, atol=0.0)
-    assert torch.equal(found, sum_of_squares(tensors))
+    actual = sum_of_squares(tensors)
+    torch.testing.assert_close(actual, reference.sum_of_squares(tensors), rtol=1e-6, atol=0.0)
+    assert torch.equal(actual, sum_of_squares(tensors))
 
 
 def test_views_that_are_not_aligned():

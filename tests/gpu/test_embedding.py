@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from dist_cpt_kernels import dispatch, embedding_gradient, embedding_gradient_rows, reference
+from dist_cpt_kernels import dispatch, embedding_gradient, reference
 
+from tests.kernel_inputs import embedding as case
 from tests.kernels.error_rule import assert_right
 
 pytestmark = pytest.mark.gpu
@@ -19,20 +20,14 @@ pytestmark = pytest.mark.gpu
 )
 def test_gradient(num_tokens, vocab, dim, dtype, out):
     assert not dispatch.INTERPRETED, "run with TRITON_INTERPRET=0"
-    generator = torch.Generator("cuda").manual_seed(vocab)
-    grad = torch.randn(num_tokens, dim, generator=generator, device="cuda").to(dtype)
-    ids = torch.randint(0, vocab, (num_tokens,), generator=generator, device="cuda")
+    grad, ids = case.inputs(num_tokens, vocab, dim, dtype, "cuda")
     table = torch.zeros(vocab, dim, dtype=out, device="cuda", requires_grad=True)
     (torchs,) = torch.autograd.grad(F.embedding(ids, table), table, grad.to(out))
     embedding_gradient(grad, ids, vocab, dtype=out)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = embedding_gradient(grad, ids, vocab, dtype=out)
-        rows = embedding_gradient_rows(grad, ids)
+        actual = embedding_gradient(grad, ids, vocab, dtype=out)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert_right([found], [torchs], [reference.embedding_gradient(grad.double(), ids, vocab, dtype=torch.float64)])
-    assert torch.equal(found, embedding_gradient(grad, ids, vocab, dtype=out))
-    count = int(rows.num_rows)
-    assert torch.equal(rows.ids[:count], ids.unique())
-    assert torch.equal(rows.rows[:count].to(out), found[rows.ids[:count]])
+    assert_right([actual], [torchs], [reference.embedding_gradient(grad.double(), ids, vocab, dtype=torch.float64)])
+    assert torch.equal(actual, embedding_gradient(grad, ids, vocab, dtype=out))

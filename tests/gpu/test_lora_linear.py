@@ -8,7 +8,7 @@ import pytest
 import torch
 from dist_cpt_kernels import dispatch, lora_linear, lora_mlp, reference
 
-from tests.kernels import test_lora_linear as on_cpu
+from tests.kernel_inputs import lora_linear as case
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16]
@@ -21,12 +21,12 @@ def compiled():
 
 def _layers(*shapes, **settings):
     """As on the CPU, then moved."""
-    made = [on_cpu._projection(*shape, seed=10 * i, **settings) for i, shape in enumerate(shapes)]
-    return [on_cpu._moved(projection, "cuda") for projection in made]
+    made = [case.projection_of(*shape, seed=10 * i, **settings) for i, shape in enumerate(shapes)]
+    return [case.moved(projection, "cuda") for projection in made]
 
 
 def _x(dtype, *shape):
-    return on_cpu._random(50, *shape, dtype=dtype).cuda()
+    return case.random(50, *shape, dtype=dtype).cuda()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -39,8 +39,8 @@ def test_error_is_at_most_twice_that_of_the_eager_composition(monkeypatch, dtype
     mlp = _layers((2816, 1024), (2816, 1024), (1024, 2816), **settings)
     # A GPU draws another mask for another dtype: fp64 gets that of `dtype`.
     monkeypatch.setattr(reference.F, "dropout", partial(_dropped_as, dtype))
-    on_cpu._assert_right(lora_linear, reference.lora_linear, x, heads)
-    on_cpu._assert_right(lora_mlp, reference.lora_mlp, x, mlp)
+    case.assert_lora_right(lora_linear, reference.lora_linear, x, heads)
+    case.assert_lora_right(lora_mlp, reference.lora_mlp, x, mlp)
 
 
 def _dropped_as(dtype, x, dropout, training):
@@ -51,10 +51,10 @@ def _dropped_as(dtype, x, dropout, training):
     return dropped if x.dtype == dtype else x * mask / (1.0 - dropout)
 
 
-@pytest.mark.parametrize("trains", [("weight",), on_cpu.FIELDS])
+@pytest.mark.parametrize("trains", [("weight",), case.FIELDS])
 def test_whatever_trains(trains):
     layers = _layers((507, 1024), (123, 1024), dtype=torch.bfloat16, bias=True)
-    on_cpu._assert_right(lora_linear, reference.lora_linear, _x(torch.bfloat16, 507, 1024), layers, trains=trains)
+    case.assert_lora_right(lora_linear, reference.lora_linear, _x(torch.bfloat16, 507, 1024), layers, trains=trains)
 
 
 @pytest.mark.parametrize("nf4", [False, True])
@@ -64,7 +64,7 @@ def test_no_host_sync_and_less_memory_than_the_eager_composition(nf4):
     x = _x(torch.bfloat16, 4096, 4096)
     peaks = []
     for op in (lora_mlp, reference.lora_mlp):
-        step = partial(on_cpu._run, op, x, layers)
+        step = partial(case.run, op, x, layers)
         step()  # compiles, and loads cuBLAS
         torch.cuda.reset_peak_memory_stats()
         step()

@@ -7,38 +7,34 @@ import torch
 from dist_cpt_kernels import add_rms_norm, dispatch, reference, rms_norm
 from dist_cpt_kernels.rms_norm import MAX_DIM
 
-from tests.kernels import test_rms_norm as on_cpu
+from tests.kernel_inputs import rms_norm as case
 from tests.kernels.error_rule import assert_right
 
 pytestmark = pytest.mark.gpu
-OPS = ((on_cpu._alone, rms_norm, reference.rms_norm), (on_cpu._added, add_rms_norm, reference.add_rms_norm))
-
-
-def _inputs(*arguments, **options):
-    return [tensor.cuda() for tensor in on_cpu._inputs(*arguments, **options)]
+OPS = ((case.alone, rms_norm, reference.rms_norm), (case.added, add_rms_norm, reference.add_rms_norm))
 
 
 # one row, heads of 128, Llama 8B, an odd size, and the longest row a program takes
 @pytest.mark.parametrize(
     ("num_rows", "dim"), [(1, 1), (5000, 128), (1003, 507), (2048, 4096), (517, 8192), (130, MAX_DIM)]
 )
-@pytest.mark.parametrize("casting", on_cpu.CASTINGS)
+@pytest.mark.parametrize("casting", case.CASTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_is_at_most_twice_that_of_torch(dtype, casting, num_rows, dim):
     assert not dispatch.INTERPRETED, "run with TRITON_INTERPRET=0"
-    inputs = _inputs(num_rows, dim, dtype)
+    inputs = case.inputs(num_rows, dim, dtype, device="cuda")
     doubles = [tensor.double() for tensor in inputs]
     for run, ours, spec in OPS:
         truth = run(spec, *doubles, casting=casting)
-        found = run(ours, *inputs, casting=casting)
-        assert_right(found, run(spec, *inputs, casting=casting), truth)
-        assert all(map(torch.equal, found, run(ours, *inputs, casting=casting)))
+        actual = run(ours, *inputs, casting=casting)
+        assert_right(actual, run(spec, *inputs, casting=casting), truth)
+        assert all(map(torch.equal, actual, run(ours, *inputs, casting=casting)))
 
 
-@pytest.mark.parametrize("casting", on_cpu.CASTINGS)
+@pytest.mark.parametrize("casting", case.CASTINGS)
 def test_a_master_weight_and_rows_of_extremes(casting):
     for size in (0.0, 1e-12, 1e4):
-        inputs = _inputs(64, 4096, torch.bfloat16, torch.float32, size)
+        inputs = case.inputs(64, 4096, torch.bfloat16, torch.float32, size, device="cuda")
         inputs[0][2, 60] = 3e4
         doubles = [tensor.double() for tensor in inputs]
         for run, ours, spec in OPS:
@@ -75,10 +71,10 @@ def test_offsets_beyond_two_to_the_31():
 
 
 def test_no_host_sync():
-    inputs = _inputs(512, 4096, torch.bfloat16)
-    on_cpu._added(add_rms_norm, *inputs)  # compiles
+    inputs = case.inputs(512, 4096, torch.bfloat16, device="cuda")
+    case.added(add_rms_norm, *inputs)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        on_cpu._added(add_rms_norm, *inputs)
+        case.added(add_rms_norm, *inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")

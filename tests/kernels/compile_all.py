@@ -1,6 +1,7 @@
-"""Compile every kernel for every architecture without a GPU: `python -m tests.kernels.compile_all`, JSON on stdout.
+"""Compile every recorded launch for every architecture without a GPU; results as JSON on stdout.
 
-All of its variants, or with arguments those whose names contain one of them; `representative` is one of each kernel.
+`python -m tests.kernels.compile_all` compiles all launches, with arguments those whose names contain one of them, and
+with `representative` one of each kernel.
 """
 
 from __future__ import annotations
@@ -13,79 +14,66 @@ import sys
 from typing import Any
 
 import triton
-from dist_cpt_kernels.dispatch import INTERPRETED
-from dist_cpt_kernels.signatures import Signature, signatures
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tests.kernels.launches import Launch, recorded
+
 ARCHITECTURES = (80, 90, 100)
-# One of each kernel, of its variants one that needs many registers.
-REPRESENTATIVE = frozenset({
-    "cross_entropy_fused_all_terms_bf16",
-    "scale_fp32_bf16",
-    "nf4_bf16_u8",
-    "embedding_runs_bf16_fp32",
-    "embedding_join_fp32",
-    "adamw_bf16_copy",
-    "sum_squares_bf16",
-    "add_up",
-    "rms_norm_added_bf16_4096",
-    "rms_norm_back_added_bf16_4096",
-    "rms_norm_shares_bf16",
-    "rms_norm_parts_fp32",
-    "rope_llama_8b_bf16",
-    "gated_forward_silu_bf16",
-    "gated_backward_value_silu_bf16",
-})  # fmt: skip
+# One launch of each kernel, one that needs many registers.
+REPRESENTATIVE = (
+    "linear_cross_entropy_bf16_bf16_all_terms cross_entropy_kernel",
+    "linear_cross_entropy_bf16_bf16 scale_kernel",
+    "nf4_bf16 dequantize_nf4_kernel",
+    "embedding_bf16_fp32 sum_runs_kernel",
+    "embedding_bf16_fp32 join_runs_kernel",
+    "adamw_bf16_on_device adamw_kernel",
+    "adamw_bf16 sum_squares_kernel",
+    "adamw_bf16 add_up_kernel",
+    "add_rms_norm_bf16_4096 rms_norm_kernel",
+    "add_rms_norm_bf16_4096 rms_norm_backward_kernel",
+    "rms_norm_bf16_16384 weight_shares_kernel",
+    "rms_norm_bf16_128 add_parts_kernel",
+    "rope_llama_8b_bf16 rope_kernel",
+    "gated_silu_bf16 gated_kernel",
+    "gated_silu_bf16_by_hand gated_gradients_kernel",
+)
+NARROW = "add_up_kernel"  # one program over a few partial sums: the width of its loads does not matter
 
 
-def compile_one(signature: Signature, architecture: int) -> dict[str, Any]:
+def compile_one(launch: Launch, architecture: int) -> dict[str, Any]:
     """Registers, spilled bytes, shared memory and the width of global loads and stores in bits."""
-    names = signature.kernel.arg_names
-    unknown = [name for name in (*signature.arguments, *signature.constants) if name not in names]
-    if unknown:
-        raise ValueError(f"{signature.name}: no argument named {unknown}")
-    types, constants, attributes = {}, {}, {}
-    for place, name in enumerate(names):
-        kind, _, multiple = signature.arguments.get(name, "constexpr").partition(":")
-        types[name] = kind
-        if kind == "constexpr":
-            constants[(place,)] = signature.constants.get(name)
-        if multiple:
-            attributes[(place,)] = [["tt.divisibility", int(multiple)]]
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         compiled = triton.compile(
-            ASTSource(signature.kernel, types, constants, attributes),
+            ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes),
             target=GPUTarget("cuda", architecture, 32),
-            options={
-                "num_warps": signature.num_warps,
-                "num_stages": signature.num_stages,
-                "enable_fp_fusion": signature.fp_fusion,
-            },
+            options=launch.options,
         )
     ptx = compiled.asm["ptx"]
     return {
-        "name": signature.name,
+        "name": launch.name,
+        "kernel": launch.kernel.__name__,
         "architecture": architecture,
         "registers": _number(r"Used (\d+) registers", log.getvalue()),
         "spilled_bytes": _number(r"(\d+) bytes spill stores", log.getvalue()),
         "shared_bytes": compiled.metadata.shared,
-        "num_warps": signature.num_warps,
+        "num_warps": compiled.metadata.num_warps,
         "load_bits": _widest("ld", ptx),
         "store_bits": _widest("st", ptx),
-        "min_vector_bits": signature.min_vector_bits,
+        "min_load_bits": 0 if launch.kernel.__name__ == NARROW else 128,
+        "exact": not launch.options.get("enable_fp_fusion", True),
         "fused_multiply_adds": len(re.findall(r"\bfma\.rn\.f32", ptx)),
         "uncertain_products": len(re.findall(r"\b(?:mul|add|sub)\.f32", ptx)),
     }
 
 
 def _number(pattern: str, log: str) -> int:
-    found = re.findall(pattern, log)
-    if len(found) != 1:
-        raise RuntimeError(f"ptxas said nothing like {pattern!r}:\n{log}")
-    return int(found[0])
+    numbers = re.findall(pattern, log)
+    if len(numbers) != 1:
+        raise RuntimeError(f"no single match of {pattern!r} in the log of ptxas:\n{log}")
+    return int(numbers[0])
 
 
 def _widest(kind: str, ptx: str) -> int:
@@ -94,16 +82,15 @@ def _widest(kind: str, ptx: str) -> int:
 
 
 def main() -> None:
-    if INTERPRETED:
-        raise SystemExit("set TRITON_INTERPRET=0: what is interpreted is not compiled")
-    knobs.compilation.always_compile = True  # a cached binary comes without the log
+    knobs.compilation.always_compile = True  # a cached binary has no log
     knobs.nvidia.dump_ptxas_log = True
-    wanted = sys.argv[1:]
+    launches, wanted = recorded(), sys.argv[1:]
     if wanted == ["representative"]:
-        chosen = [one for one in signatures() if one.name in REPRESENTATIVE]
+        selected = [one for one in launches if one.name in REPRESENTATIVE]
     else:
-        chosen = [one for one in signatures() if not wanted or any(part in one.name for part in wanted)]
-    print(json.dumps([compile_one(one, architecture) for one in chosen for architecture in ARCHITECTURES]))
+        selected = [one for one in launches if not wanted or any(part in one.name for part in wanted)]
+    compiled = [compile_one(one, architecture) for one in selected for architecture in ARCHITECTURES]
+    print(json.dumps({"recorded": {one.name: one.kernel.__name__ for one in launches}, "compiled": compiled}))
 
 
 if __name__ == "__main__":

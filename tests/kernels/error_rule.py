@@ -1,4 +1,4 @@
-"""When a kernel is right: its error is at most twice that of torch in the same dtype, against fp64."""
+"""A kernel is right if its error against fp64 is at most twice that of torch in the same dtype."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 
 
-def assert_right(found: Sequence[torch.Tensor], torchs: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> None:
-    """Largest and relative L2 error of each `found`, with one fp32 rounding of the largest value allowed on top.
+def assert_right(actual: Sequence[torch.Tensor], torchs: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> None:
+    """Largest and relative L2 error of each `actual`, with one fp32 rounding of the largest value allowed on top.
 
-    torch may hit the nearest fp32 number by luck; nobody can do better than that one rounding on purpose.
+    torch may hit the nearest fp32 number by chance, so one rounding is always allowed.
     """
-    for i, (ours, theirs, exact) in enumerate(zip(found, torchs, truth, strict=True)):
+    for i, (ours, theirs, exact) in enumerate(zip(actual, torchs, truth, strict=True)):
         assert ours.dtype == theirs.dtype
         assert ours.shape == theirs.shape == exact.shape
         rounding = 2.0**-24
@@ -23,9 +23,9 @@ def assert_right(found: Sequence[torch.Tensor], torchs: Sequence[torch.Tensor], 
             assert error <= 2 * allowed + rounding * size, f"result {i}: {kind} error {error:.2e}, torch {allowed:.2e}"
 
 
-def errors(found: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
+def errors(actual: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
     """(largest absolute error, relative L2 error)."""
-    if not found.numel():
+    if not actual.numel():
         return 0.0, 0.0
-    difference = found.double() - truth.double()
+    difference = actual.double() - truth.double()
     return float(difference.abs().max()), float(difference.norm() / truth.double().norm().clamp_min(1e-30))

@@ -1,21 +1,15 @@
-"""The sorted embedding gradient against fp64, dense and by rows, with runs of every length."""
+"""The sorted embedding gradient against fp64, with runs of every length."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from dist_cpt_kernels import dispatch, embedding, embedding_gradient, embedding_gradient_rows, reference
+from dist_cpt_kernels import embedding, embedding_gradient, reference
 from dist_cpt_kernels.embedding import TILE_TOKENS, _sum_runs
 
+from tests.kernel_inputs import embedding as case
 from tests.kernels.error_rule import assert_right
-
-
-def _inputs(num_tokens, vocab, dim, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(num_tokens + vocab)
-    ids = torch.randint(0, vocab, (num_tokens,), generator=generator)
-    return torch.randn(num_tokens, dim, generator=generator).to(dtype), ids
-
 
 # one id only, a few long runs over many tiles, short runs, mostly single ids; more than one block of columns
 SHAPES = [(1, 1, 1), (TILE_TOKENS, 1, 8), (507, 1, 8), (507, 3, 40), (123, 40, 600), (123, 5000, 20)]
@@ -32,35 +26,18 @@ SHAPES = [(1, 1, 1), (TILE_TOKENS, 1, 8), (507, 1, 8), (507, 3, 40), (123, 40, 6
     ],
 )
 def test_error_is_at_most_twice_that_of_torch(num_tokens, vocab, dim, padding_idx, dtype):
-    grad, ids = _inputs(num_tokens, vocab, dim, dtype)
+    grad, ids = case.inputs(num_tokens, vocab, dim, dtype)
     truth = reference.embedding_gradient(grad.double(), ids, vocab, dtype=torch.float64, padding_idx=padding_idx)
     for out in (torch.float32, torch.bfloat16):
         table = torch.zeros(vocab, dim, dtype=out, requires_grad=True)
         gathered = F.embedding(ids, table, padding_idx=padding_idx)
         (torchs,) = torch.autograd.grad(gathered, table, grad.to(out))
-        found = embedding_gradient(grad, ids, vocab, dtype=out, padding_idx=padding_idx)
-        assert_right([found], [torchs], [truth])
-
-
-@pytest.mark.parametrize("interpreted", [True, False])
-@pytest.mark.parametrize("padding_idx", [None, 2])
-@pytest.mark.parametrize(("num_tokens", "vocab"), [(507, 3), (123, 5000), (9, 1), (0, 4)])
-def test_rows_are_those_of_the_dense_gradient(monkeypatch, num_tokens, vocab, padding_idx, interpreted):
-    monkeypatch.setattr(dispatch, "interpret_cpu_tensors", interpreted)
-    grad, ids = _inputs(num_tokens, vocab, 20)
-    dense = embedding_gradient(grad, ids, vocab, padding_idx=padding_idx) if vocab > 2 else None
-    found = embedding_gradient_rows(grad, ids, padding_idx=padding_idx)
-    count = int(found.num_rows)
-    assert found.ids[:count].tolist() == [i for i in sorted(set(ids.tolist())) if i != padding_idx]
-    assert (found.ids[count:] == -1).all()
-    assert not found.rows[count:].any()
-    assert found.rows.dtype == torch.float32
-    if dense is not None:
-        torch.testing.assert_close(found.rows[:count], dense[found.ids[:count]], rtol=1e-6, atol=1e-6)
+        actual = embedding_gradient(grad, ids, vocab, dtype=out, padding_idx=padding_idx)
+        assert_right([actual], [torchs], [truth])
 
 
 def test_autograd_and_shapes():
-    grad, ids = _inputs(24, 7, 20)
+    grad, ids = case.inputs(24, 7, 20)
     weight = torch.randn(7, 20, requires_grad=True)
     out = embedding(ids.view(4, 6), weight, padding_idx=1)
     assert torch.equal(out, weight[ids.view(4, 6)])
@@ -70,7 +47,7 @@ def test_autograd_and_shapes():
 
 
 def test_strides_of_the_gradient():
-    grad, ids = _inputs(50, 5, 40)
+    grad, ids = case.inputs(50, 5, 40)
     expected = embedding_gradient(grad[:, ::2].contiguous(), ids, 5)
     assert torch.equal(embedding_gradient(grad[:, ::2], ids, 5), expected)
     repeated = embedding_gradient(grad[:1].repeat(50, 1), ids, 5)
@@ -80,7 +57,7 @@ def test_strides_of_the_gradient():
 def test_offsets_beyond_two_to_the_31():
     """A table of more than 2^31 elements, whose memory is touched in three rows only; one run crosses tiles."""
     dim, last = 64, 2**25 + 1
-    grad, _ = _inputs(TILE_TOKENS + 3, 1, dim, torch.bfloat16)
+    grad, _ = case.inputs(TILE_TOKENS + 3, 1, dim, torch.bfloat16)
     places = torch.tensor([0] + [last] * (TILE_TOKENS + 1) + [last + 1])
     table = torch.empty(last + 2, dim, dtype=torch.bfloat16)
     _sum_runs(grad, torch.arange(len(places)), places, table)
@@ -91,7 +68,7 @@ def test_offsets_beyond_two_to_the_31():
 
 def test_two_calls_and_a_shuffled_batch():
     """The same bits again; and tokens of other ids in between change nothing."""
-    grad, ids = _inputs(300, 4, 16)
+    grad, ids = case.inputs(300, 4, 16)
     first = embedding_gradient(grad, ids, 4)
     assert torch.equal(first, embedding_gradient(grad, ids, 4))
     alone = embedding_gradient(grad[ids == 2], ids[ids == 2], 4)

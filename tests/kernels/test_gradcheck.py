@@ -1,4 +1,4 @@
-"""Every gradient against differences of the op's own results: in fp64 as it stands, and of the kernel in fp32."""
+"""Every gradient against finite differences: of the reference in fp64, and of the kernel in fp32."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IDS = torch.tensor([[3, 0], [3, 2]])
 
 def _rope(q, k):
     cos, sin = (table.to(torch.promote_types(q.dtype, torch.float32)) for table in rope_tables(torch.ones(2) / 3, 9))
-    return rope(q, k, cos, sin, torch.tensor([7, 0, 1]))
+    return rope(q, k, cos, sin, torch.tensor([[7, 0, 1]]))
 
 
 # name -> (op, the shapes of its inputs)
@@ -31,7 +31,7 @@ OPS = {
     "rms_norm": (lambda x, w: rms_norm(x, w, 1e-2), [(3, 5), (5,)]),
     "rms_norm_gemma": (lambda x, w: rms_norm(x, w, 1e-2, casting="gemma"), [(3, 5), (5,)]),
     "add_rms_norm": (lambda x, r, w: add_rms_norm(x, r, w, 1e-2), [(3, 5), (3, 5), (5,)]),
-    "rope": (_rope, [(3, 2, 6), (3, 1, 6)]),
+    "rope": (_rope, [(1, 3, 2, 6), (1, 3, 1, 6)]),
     "gated_silu": (lambda gate, up: gated(gate, up, "silu"), [(2, 5), (2, 5)]),
     "gated_gelu_tanh": (lambda gate, up: gated(gate, up, "gelu_tanh"), [(2, 5), (2, 5)]),
     "gated_gelu_exact": (lambda gate, up: gated(gate, up, "gelu_exact"), [(2, 5), (2, 5)]),

@@ -8,79 +8,20 @@ from functools import partial
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
-from dist_cpt_kernels import NestedScales, Nf4Scales, Projection, dispatch, lora_linear, lora_mlp, reference
+from dist_cpt_kernels import Projection, dispatch, lora_linear, lora_mlp, reference
 from torch.utils.checkpoint import checkpoint
 
 from dist_cpt.adapters import quantize
-from tests.kernels.error_rule import assert_right
+from tests.kernel_inputs import lora_linear as case
 
-FIELDS = ("weight", "bias", "lora_A", "lora_B")
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def _random(seed, *shape, size=1.0, dtype=torch.float32):
-    return (size * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
-
-
-def _projection(out, width, dtype, *, rank=8, bias=False, nf4=False, seed=0, **settings):
-    """A layer with numbers as a trained one has them: outputs near 1, a tenth of them from the adapter."""
-    weight, scales = _random(seed, out, width, size=width**-0.5, dtype=dtype), None
-    if nf4:
-        weight, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
-        nested = NestedScales(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
-        scales = Nf4Scales(state.absmax, (out, width), nested)
-    return Projection(
-        weight,
-        _random(seed + 1, out, dtype=dtype) if bias else None,
-        _random(seed + 2, rank, width, size=width**-0.5, dtype=dtype) if rank else None,
-        _random(seed + 3, out, rank, size=0.1, dtype=dtype) if rank else None,
-        **{"scaling": 2.0, "scales": scales} | settings,
-    )
-
-
-def _moved(projection, device):
-    """The projection on `device`, for the tests on a GPU."""
-    changed = {f: t.to(device) for f in FIELDS if (t := getattr(projection, f)) is not None}
-    if (scales := projection.scales) is not None:
-        nested = NestedScales(*(t.to(device) for t in scales.nested[:3]), scales.nested.block)
-        changed["scales"] = replace(scales, absmax=scales.absmax.to(device), nested=nested)
-    return replace(projection, **changed)
-
-
-def _cast(projection, dtype, trains):
-    """(the projection in `dtype` with leaves, the leaves that train)."""
-    changed = {}
-    for field in FIELDS:
-        tensor = getattr(projection, field)
-        if tensor is not None and tensor.is_floating_point():
-            changed[field] = tensor.detach().to(dtype, copy=True).requires_grad_(field in trains)
-    return replace(projection, **changed), [tensor for tensor in changed.values() if tensor.requires_grad]
-
-
-def _run(op, x, projections, dtype=None, trains=("lora_A", "lora_B"), seed=5):
-    """Outputs and the gradients of x and of all that trains, computed in `dtype`."""
-    dtype = dtype or x.dtype
-    x = x.detach().to(dtype).requires_grad_()
-    cast = [_cast(projection, dtype, trains) for projection in projections]
-    torch.manual_seed(seed)
-    outs = op(x, *(projection for projection, _ in cast))
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    # rounded to bf16, so that all dtypes get the same
-    grads = [_random(9 + i, *out.shape, dtype=torch.bfloat16).to(out) for i, out in enumerate(outs)]
-    gradients = torch.autograd.grad(outs, [x, *(leaf for _, leaves in cast for leaf in leaves)], grads)
-    return [*(out.detach() for out in outs), *gradients]
-
-
-def _assert_right(op, plain, x, projections, **how):
-    truth = _run(plain, x, projections, torch.float64, **how)
-    assert_right(_run(op, x, projections, **how), _run(plain, x, projections, **how), truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 123])
 def test_error_is_at_most_twice_that_of_the_eager_composition(num_tokens, dtype):
-    x = _random(50, num_tokens, 507, dtype=dtype)
-    one = partial(_projection, width=507, dtype=dtype)
+    x = case.random(50, num_tokens, 507, dtype=dtype)
+    one = partial(case.projection_of, width=507, dtype=dtype)
     several = (
         [one(123)],
         [one(507, bias=True, scaling=16 / 8**0.5)],  # rank-stabilised
@@ -89,20 +30,23 @@ def test_error_is_at_most_twice_that_of_the_eager_composition(num_tokens, dtype)
         [one(507, nf4=True, bias=True), one(123, nf4=True, seed=10)],
     )
     for projections in several:
-        _assert_right(lora_linear, reference.lora_linear, x, projections)
+        case.assert_lora_right(lora_linear, reference.lora_linear, x, projections)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_whatever_trains(dtype):
     """Full-parameter training, a bias alone, an adapter beside its base."""
-    x = _random(50, 123, 507, dtype=dtype)
-    plain = [_projection(123, 507, dtype, rank=0, bias=True), _projection(64, 507, dtype, rank=0, seed=10)]
-    adapted = [_projection(123, 507, dtype, bias=True), _projection(64, 507, dtype, seed=10)]
+    x = case.random(50, 123, 507, dtype=dtype)
+    plain = [
+        case.projection_of(123, 507, dtype, rank=0, bias=True),
+        case.projection_of(64, 507, dtype, rank=0, seed=10),
+    ]
+    adapted = [case.projection_of(123, 507, dtype, bias=True), case.projection_of(64, 507, dtype, seed=10)]
     for projections, trains in (
         (plain, ("weight",)), (plain, ("weight", "bias")), (plain, ("bias",)), (plain, ()),
-        (adapted, FIELDS), (adapted, ("lora_A",)), (adapted, ("lora_B",)), (adapted, ("bias",)),
+        (adapted, case.FIELDS), (adapted, ("lora_A",)), (adapted, ("lora_B",)), (adapted, ("bias",)),
     ):  # fmt: skip
-        _assert_right(lora_linear, reference.lora_linear, x, projections, trains=trains)
+        case.assert_lora_right(lora_linear, reference.lora_linear, x, projections, trains=trains)
 
 
 @pytest.mark.parametrize(("out", "width"), [(48, 96), (30, 45), (13, 7)])
@@ -118,7 +62,7 @@ def test_a_layer_of_bitsandbytes_yields_its_scales(monkeypatch, out, width):
         weights = []
         for interpreted in (True, False):
             monkeypatch.setattr(dispatch, "interpret_cpu_tensors", interpreted)
-            weights.append(quantize._unpacked(layer, dtype))
+            weights.append(quantize.read_weight(layer).to(dtype))
             (product,) = lora_linear(torch.eye(width, dtype=dtype), replace(projection, bias=None))
             weights.append(product.T)
         assert all(weight.dtype == dtype and torch.equal(weight, weights[0]) for weight in weights)
@@ -126,51 +70,51 @@ def test_a_layer_of_bitsandbytes_yields_its_scales(monkeypatch, out, width):
 
 def _mlp(width, ffn, dtype, **settings):
     shapes = ((ffn, width), (ffn, width), (width, ffn))
-    return [_projection(*shape, dtype, seed=10 * i, **settings) for i, shape in enumerate(shapes)]
+    return [case.projection_of(*shape, dtype, seed=10 * i, **settings) for i, shape in enumerate(shapes)]
 
 
 @pytest.mark.parametrize("interpreted", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mlp_error_is_at_most_twice_that_of_the_eager_composition(monkeypatch, dtype, interpreted):
     monkeypatch.setattr(dispatch, "interpret_cpu_tensors", interpreted)
-    x = _random(50, 2, 11, 123, dtype=dtype)
-    for activation in ("silu", "gelu_tanh", "gelu", "gelu_exact"):
+    x = case.random(50, 2, 11, 123, dtype=dtype)
+    for activation in ("silu", "gelu_tanh", "gelu_exact"):
         ops = [partial(op, activation=activation) for op in (lora_mlp, reference.lora_mlp)]
-        _assert_right(*ops, x, _mlp(123, 64, dtype, bias=activation == "silu"))
-    _assert_right(lora_mlp, reference.lora_mlp, x[:1, :1], _mlp(123, 507, dtype))
-    _assert_right(lora_mlp, reference.lora_mlp, x, _mlp(123, 67, dtype, nf4=True))
-    _assert_right(lora_mlp, reference.lora_mlp, x, _mlp(123, 64, dtype, rank=0), trains=("weight",))
-    for trains in (FIELDS, ("lora_A",), ("bias",), ()):
-        _assert_right(lora_mlp, reference.lora_mlp, x, _mlp(123, 64, dtype, bias=True), trains=trains)
+        case.assert_lora_right(*ops, x, _mlp(123, 64, dtype, bias=activation == "silu"))
+    case.assert_lora_right(lora_mlp, reference.lora_mlp, x[:1, :1], _mlp(123, 507, dtype))
+    case.assert_lora_right(lora_mlp, reference.lora_mlp, x, _mlp(123, 67, dtype, nf4=True))
+    case.assert_lora_right(lora_mlp, reference.lora_mlp, x, _mlp(123, 64, dtype, rank=0), trains=("weight",))
+    for trains in (case.FIELDS, ("lora_A",), ("bias",), ()):
+        case.assert_lora_right(lora_mlp, reference.lora_mlp, x, _mlp(123, 64, dtype, bias=True), trains=trains)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dropout_is_that_of_the_eager_composition_with_the_same_draws(dtype):
-    x = _random(50, 3, 41, 507, dtype=dtype)
-    mixed = [_projection(123, 507, dtype, seed=10 * i, dropout=p) for i, p in enumerate((0.5, 0.0, 0.1, 0.0))]
-    _assert_right(lora_linear, reference.lora_linear, x, mixed)
-    _assert_right(lora_linear, reference.lora_linear, x, mixed[:1], trains=("lora_B",))
-    _assert_right(lora_mlp, reference.lora_mlp, x, _mlp(507, 123, dtype, dropout=0.2))
-    _assert_right(lora_mlp, reference.lora_mlp, x, _mlp(507, 123, dtype, dropout=1.0))
+    x = case.random(50, 3, 41, 507, dtype=dtype)
+    mixed = [case.projection_of(123, 507, dtype, seed=10 * i, dropout=p) for i, p in enumerate((0.5, 0.0, 0.1, 0.0))]
+    case.assert_lora_right(lora_linear, reference.lora_linear, x, mixed)
+    case.assert_lora_right(lora_linear, reference.lora_linear, x, mixed[:1], trains=("lora_B",))
+    case.assert_lora_right(lora_mlp, reference.lora_mlp, x, _mlp(507, 123, dtype, dropout=0.2))
+    case.assert_lora_right(lora_mlp, reference.lora_mlp, x, _mlp(507, 123, dtype, dropout=1.0))
     resting = [replace(projection, dropout=0.0) for projection in mixed]
     for op, layers, still in (
         (lora_linear, mixed, resting),
         (lora_mlp, _mlp(507, 64, dtype, dropout=0.5), _mlp(507, 64, dtype)),
     ):
-        evaluated = _run(partial(op, training=False), x, layers)
-        assert all(map(torch.equal, evaluated, _run(op, x, still)))
+        evaluated = case.run(partial(op, training=False), x, layers)
+        assert all(map(torch.equal, evaluated, case.run(op, x, still)))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_dropout_under_activation_checkpointing_draws_the_same_again(reentrant):
-    x = _random(50, 7, 64)
+    x = case.random(50, 7, 64)
     for op, layers in (
-        (lora_linear, [_projection(32, 64, torch.float32, seed=10 * i, dropout=0.5) for i in range(2)]),
+        (lora_linear, [case.projection_of(32, 64, torch.float32, seed=10 * i, dropout=0.5) for i in range(2)]),
         (lora_mlp, _mlp(64, 32, torch.float32, dropout=0.5)),
     ):
         gradients = []
         for way in (op, partial(checkpoint, op, use_reentrant=reentrant)):
-            leaf, cast = x.clone().requires_grad_(), [_cast(p, torch.float32, ("lora_A", "lora_B")) for p in layers]
+            leaf, cast = x.clone().requires_grad_(), [case.cast(p, torch.float32, ("lora_A", "lora_B")) for p in layers]
             torch.manual_seed(5)
             outs = way(leaf, *(projection for projection, _ in cast))
             torch.rand(3)  # others draw too
@@ -180,32 +124,32 @@ def test_dropout_under_activation_checkpointing_draws_the_same_again(reentrant):
 
 
 def test_gradcheck():
-    x = _random(50, 5, 7, dtype=torch.float64).requires_grad_()
+    x = case.random(50, 5, 7, dtype=torch.float64).requires_grad_()
     wide = torch.float64
-    three = [_projection(6, 7, wide, rank=2, bias=True), _projection(3, 7, wide, rank=3, seed=10),
-             _projection(4, 7, wide, rank=0, seed=20)]  # fmt: skip
+    three = [case.projection_of(6, 7, wide, rank=2, bias=True), case.projection_of(3, 7, wide, rank=3, seed=10),
+             case.projection_of(4, 7, wide, rank=0, seed=20)]  # fmt: skip
     for op, layers, activations in (
         (lora_linear, three, (None,)),
-        (lora_mlp, _mlp(7, 5, wide, rank=2, bias=True), ("silu", "gelu_tanh", "gelu")),
+        (lora_mlp, _mlp(7, 5, wide, rank=2, bias=True), ("silu", "gelu_tanh", "gelu_exact")),
     ):
-        leaves = [t for p in layers for f in FIELDS if (t := getattr(p, f)) is not None]
+        leaves = [t for p in layers for f in case.FIELDS if (t := getattr(p, f)) is not None]
         for leaf in leaves:
             leaf.requires_grad_()
         for activation in activations:
-            chosen = {} if activation is None else {"activation": activation}
+            options = {} if activation is None else {"activation": activation}
             # gradcheck changes the leaves in place, so the closed-over projections see it
-            assert torch.autograd.gradcheck(lambda x, *_, op=op, layers=layers, c=chosen: op(x, *layers, **c),
+            assert torch.autograd.gradcheck(lambda x, *_, op=op, layers=layers, c=options: op(x, *layers, **c),
                                             (x, *leaves))  # fmt: skip
 
 
 def test_views_and_strides():
-    both = _random(50, 4, 2 * 123, 6)
-    layers = [_projection(64, 123, torch.float32), _projection(32, 123, torch.float32, seed=10)]
+    both = case.random(50, 4, 2 * 123, 6)
+    layers = [case.projection_of(64, 123, torch.float32), case.projection_of(32, 123, torch.float32, seed=10)]
     turned = [replace(p, weight=p.weight.T.contiguous().T, lora_A=p.lora_A.T.contiguous().T) for p in layers]
     for x in (both[:, :123].transpose(1, 2), both.transpose(1, 2)[..., ::2], both[:1, :123].mT.expand(4, 6, 123)):
-        expected = _run(lora_linear, x.contiguous(), layers)
-        found = _run(lora_linear, x, turned)
-        for ours, exact in zip(found, expected, strict=True):
+        expected = case.run(lora_linear, x.contiguous(), layers)
+        actual = case.run(lora_linear, x, turned)
+        for ours, exact in zip(actual, expected, strict=True):
             torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
     leaf = both[0, :123, 0].clone().requires_grad_()  # one token, without a batch
     out, _ = lora_linear(leaf, *layers)
@@ -218,15 +162,17 @@ def test_empty_batch():
     for dtype in DTYPES:
         for dropout in (0.0, 0.5):
             x = torch.empty(2, 0, 123, dtype=dtype)
-            found = _run(lora_linear, x, [_projection(64, 123, dtype, bias=True, dropout=dropout)], trains=FIELDS)
-            found += _run(lora_mlp, x, _mlp(123, 64, dtype, dropout=dropout), trains=FIELDS)
-            assert found[0].shape == (2, 0, 64)
-            assert all(not result.count_nonzero() for result in found)
+            actual = case.run(
+                lora_linear, x, [case.projection_of(64, 123, dtype, bias=True, dropout=dropout)], trains=case.FIELDS
+            )
+            actual += case.run(lora_mlp, x, _mlp(123, 64, dtype, dropout=dropout), trains=case.FIELDS)
+            assert actual[0].shape == (2, 0, 64)
+            assert all(not result.count_nonzero() for result in actual)
 
 
 def test_nothing_given_is_overwritten_and_outputs_may_be():
-    x = _random(50, 5, 123).requires_grad_()
-    layers = [_projection(64, 123, torch.float32), _projection(64, 123, torch.float32, seed=10)]
+    x = case.random(50, 5, 123).requires_grad_()
+    layers = [case.projection_of(64, 123, torch.float32), case.projection_of(64, 123, torch.float32, seed=10)]
     mlp = _mlp(123, 64, torch.float32)
     before = x.detach().clone()
     other = x.square()  # keeps x for its own backward
@@ -243,8 +189,10 @@ def test_nothing_given_is_overwritten_and_outputs_may_be():
 
 
 def test_an_output_without_use_yields_no_gradient():
-    x = _random(50, 5, 123).requires_grad_()
-    cast = [_cast(_projection(64, 123, torch.float32, seed=10 * i), torch.float32, FIELDS) for i in range(3)]
+    x = case.random(50, 5, 123).requires_grad_()
+    cast = [
+        case.cast(case.projection_of(64, 123, torch.float32, seed=10 * i), torch.float32, case.FIELDS) for i in range(3)
+    ]
     outs = lora_linear(x, *(projection for projection, _ in cast))
     outs[1].sum().backward()
     assert [[leaf.grad is not None for leaf in leaves] for _, leaves in cast] == [[False] * 3, [True] * 3, [False] * 3]
@@ -263,10 +211,10 @@ def _saved(run):
 @pytest.mark.parametrize("nf4", [True, False])
 def test_what_is_kept_for_the_backward_pass(nf4):
     num_tokens, width, ffn, rank = 11, 128, 192, 4
-    x = _random(50, num_tokens, width, dtype=torch.bfloat16).requires_grad_()
-    layers = [_cast(p, torch.bfloat16, ("lora_A", "lora_B"))[0]
+    x = case.random(50, num_tokens, width, dtype=torch.bfloat16).requires_grad_()
+    layers = [case.cast(p, torch.bfloat16, ("lora_A", "lora_B"))[0]
               for p in _mlp(width, ffn, torch.bfloat16, rank=rank, nf4=nf4)]  # fmt: skip
-    given = {id(t) for p in layers for f in FIELDS if (t := getattr(p, f)) is not None} | {id(x)}
+    given = {id(t) for p in layers for f in case.FIELDS if (t := getattr(p, f)) is not None} | {id(x)}
     saved = _saved(lambda: lora_mlp(x, *layers))
     # x and W, A, B of each, which exist anyway: the very tensors
     assert sum(id(tensor) in given for tensor in saved) == 1 + 3 * 3
@@ -278,8 +226,10 @@ def test_what_is_kept_for_the_backward_pass(nf4):
 
 
 def test_nothing_is_kept_or_computed_for_what_needs_no_gradient():
-    x = _random(50, 11, 64)
-    frozen, trained = (_cast(_projection(32, 64, torch.float32), torch.float32, t)[0] for t in ((), ("lora_B",)))
+    x = case.random(50, 11, 64)
+    frozen, trained = (
+        case.cast(case.projection_of(32, 64, torch.float32), torch.float32, t)[0] for t in ((), ("lora_B",))
+    )
     assert _saved(lambda: lora_linear(x, frozen)) == []
     kept = _saved(lambda: lora_linear(x, trained))
     assert [tuple(tensor.shape) for tensor in kept] == [(11, 8)]
@@ -289,43 +239,46 @@ def test_nothing_is_kept_or_computed_for_what_needs_no_gradient():
     (gradient,) = torch.autograd.grad(lora_linear(x, trained)[0].sum(), trained.lora_B)
     (expected,) = torch.autograd.grad(reference.lora_linear(x, trained)[0].sum(), trained.lora_B)
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
-    gate, up, down = (_cast(p, torch.float32, ())[0] for p in _mlp(64, 32, torch.float32))
+    gate, up, down = (case.cast(p, torch.float32, ())[0] for p in _mlp(64, 32, torch.float32))
     for field, shapes in (("lora_A", [(11, 32), (11, 32), (64, 8)]), ("lora_B", [(11, 8)])):
         last = replace(down, **{field: getattr(down, field).clone().requires_grad_()})
         assert [tuple(t.shape) for t in _saved(lambda last=last: lora_mlp(x, gate, up, last))] == shapes
-        found, expected = (torch.autograd.grad(op(x, gate, up, last).sum(), getattr(last, field))[0]
+        actual, expected = (torch.autograd.grad(op(x, gate, up, last).sum(), getattr(last, field))[0]
                            for op in (lora_mlp, reference.lora_mlp))  # fmt: skip
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_second_derivative_is_refused_and_not_wrong():
-    x = _random(50, 5, 64).requires_grad_()
-    for out in (lora_linear(x, _projection(32, 64, torch.float32))[0], lora_mlp(x, *_mlp(64, 32, torch.float32))):
+    x = case.random(50, 5, 64).requires_grad_()
+    for out in (
+        lora_linear(x, case.projection_of(32, 64, torch.float32))[0],
+        lora_mlp(x, *_mlp(64, 32, torch.float32)),
+    ):
         (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward()
 
 
 def test_wrong_arguments_are_named():
-    x = _random(50, 5, 64)
-    good = _projection(32, 64, torch.float32, bias=True)
+    x = case.random(50, 5, 64)
+    good = case.projection_of(32, 64, torch.float32, bias=True)
     for match, wrong in (
-        ("projection 1: torch.float32 as x expected, got lora_A torch.bfloat16", {"lora_A": good.lora_A.bfloat16()}),
-        ("projection 1: torch.float32 as x expected, got weight torch.float64", {"weight": good.weight.double()}),
-        ("projection 1: lora_A and lora_B expected, or neither", {"lora_B": None}),
-        (r"projection 1: does not fit x \[5, 64\] and 32 outputs: lora_B \[31, 8\]", {"lora_B": good.lora_B[1:]}),
+        ("projection 1: expected torch.float32 as x, got lora_A torch.bfloat16", {"lora_A": good.lora_A.bfloat16()}),
+        ("projection 1: expected torch.float32 as x, got weight torch.float64", {"weight": good.weight.double()}),
+        ("projection 1: expected both lora_A and lora_B", {"lora_B": None}),
+        (r"projection 1: does not match x \[5, 64\] and 32 outputs: lora_B \[31, 8\]", {"lora_B": good.lora_B[1:]}),
         (r"projection 1: .* 31 outputs: .*bias \[32\]", {"weight": good.weight[1:]}),
         (r"projection 1: .* weight \[32, 63\]", {"weight": good.weight[:, 1:]}),
-        ("projection 1: a dropout from 0 to 1 expected, got 1.5", {"dropout": 1.5}),
+        ("projection 1: .* dropout .* got 1.5", {"dropout": 1.5}),
     ):
         with pytest.raises(ValueError, match=match):
             lora_linear(x, good, replace(good, **wrong))
     gate, up, down = _mlp(64, 32, torch.float32)
-    with pytest.raises(ValueError, match=r"activation: gelu, silu, .* expected, got 'relu'"):
+    with pytest.raises(ValueError, match=r"activation: .* got 'relu'"):
         lora_mlp(x, gate, up, down, "relu")
-    with pytest.raises(ValueError, match="gate and up of one width expected, got 32 and 64"):
-        lora_mlp(x, gate, _projection(64, 64, torch.float32), down)
-    with pytest.raises(ValueError, match=r"down: does not fit x \[0, 32\]"):
+    with pytest.raises(ValueError, match=r"gate and up: .* got 32 and 64"):
+        lora_mlp(x, gate, case.projection_of(64, 64, torch.float32), down)
+    with pytest.raises(ValueError, match=r"down: does not match x \[0, 32\]"):
         lora_mlp(x, gate, up, up)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast is on"):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
         lora_linear(x, good)

@@ -159,7 +159,7 @@ def test_the_mask_is_made_once_per_batch():
 
 def test_a_foreign_mask_is_refused():
     x = torch.zeros(1, 1, 2, 4)
-    with pytest.raises(ValueError, match="not from an attention mask"):
+    with pytest.raises(ValueError, match="attention mask"):
         packed_attention(torch.nn.Identity(), x, x, x, torch.ones(1, 1, 2, 2), packing=Packing(borders=[0, 2]))
 
 

@@ -1,4 +1,4 @@
-"""Which way of attention a model gets, and that every way computes the same, whatever the documents are."""
+"""Which attention implementation a model gets, and that all compute the same for any documents."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import flex_attention, varlen
 from transformers import AutoConfig
 
 from dist_cpt.errors import ConfigError
 from dist_cpt.model import attention
 from dist_cpt.model.attention import choose, describe, packed_attention, packing_arguments
+from tests.kernel_inputs import attention as case
 from tests.kernels.error_rule import assert_right
 
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
@@ -21,7 +21,6 @@ LLAMA = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, 
 GEMMA = LLAMA | {"head_dim": 16, "attn_logit_softcapping": 50.0}
 # two blocks each: many, one per block, one token each, and one that ends a token before its block does
 DOCUMENTS = {"many": (7, 1, 63, 52, 119, 4), "whole": (123, 123), "single": (1,) * 246, "odd": (122, 1, 1, 122)}
-SCALE = 0.4
 
 
 def config(kind="llama", **values):
@@ -42,7 +41,7 @@ def machine(monkeypatch):
     return has
 
 
-def test_auto_takes_the_first_way_that_computes_the_model(machine):
+def test_auto_takes_the_best_choice_that_computes_the_model(machine):
     assert choose(CUDA, config()) == "varlen"
     assert choose(CUDA, config(), "auto", torch.float32) == "mask"
     assert choose(CUDA, config(attention_dropout=0.1)) == "mask"
@@ -69,66 +68,24 @@ def test_auto_takes_the_first_way_that_computes_the_model(machine):
         ("cpu", {}, "varlen", BF16, "runs on CUDA, not on cpu"),
         ("cuda", {}, "flash_attention_2", BF16, "the package flash_attn is not installed"),
         ("cuda", {}, "varlen", torch.float32, "computes in bf16 or fp16, not in torch.float32"),
-        ("cuda", {"kind": "gemma2"}, "varlen", BF16, "cannot cap scores, this model caps them at 50.0"),
+        ("cuda", {"kind": "gemma2"}, "varlen", BF16, "has no softcap, this model has 50.0"),
         ("cuda", {"attention_dropout": 0.1}, "flex", BF16, "has no dropout, this model's attention has 0.1"),
-        ("cuda", {"head_dim": 8}, "flex", BF16, "takes heads from 16 wide on, this model's have 8"),
+        ("cuda", {"head_dim": 8}, "flex", BF16, "supports head dimensions from 16, this model has 8"),
     ],
 )
-def test_a_way_that_cannot_is_refused(machine, device, values, wanted, dtype, why):
-    with pytest.raises(ConfigError, match=f"model.attention: {wanted}: {why}.*use model.attention: auto"):
+def test_an_unsupported_choice_is_refused(machine, device, values, wanted, dtype, why):
+    with pytest.raises(ConfigError, match=f"model.attention: {wanted}: {why}"):
         choose(torch.device(device), config(**values), wanted, dtype)
 
 
-def test_what_is_said_about_the_choice(machine):
+def test_the_description_names_why_better_choices_are_not_used(machine):
     assert describe("documents", torch.device("cpu"), config(), BF16) == "documents"
-    said = describe("flex", CUDA, config("gemma2"), BF16)
-    assert said == (
+    description = describe("flex", CUDA, config("gemma2"), BF16)
+    assert description == (
         "flex; not flash_attention_2: the package flash_attn is not installed; "
-        "not varlen: cannot cap scores, this model caps them at 50.0"
+        "not varlen: has no softcap, this model has 50.0"
     )
     assert describe("mask", CUDA, config(), BF16).endswith("not varlen: the recipe asks for another")
-
-
-def inputs(dtype=torch.float32, size=1.0, kv_heads=2):
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((4, 16), (kv_heads, 16), (kv_heads, 16), (4, 16))
-    made = [torch.randn(2, 123, *shape, generator=generator).transpose(1, 2) for shape in shapes]
-    return [(size * x).to(dtype) for x in made[:2]] + [x.to(dtype) for x in made[2:]]
-
-
-def run(way, documents, query, key, value, d_out, **options):
-    """Output and gradients; without gradients where the way has none on a CPU."""
-    cu_seqlens = torch.tensor([0, *documents], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    positions = torch.zeros(query.shape[0], query.shape[2], device=query.device)
-    packing = packing_arguments(way, positions, cu_seqlens.to(query.device), max(documents))["packing"]
-    backward = way != "flex" or query.is_cuda
-    leaves = [x.detach().requires_grad_(backward) for x in (query, key, value)]
-    out, _ = packed_attention(torch.nn.Identity(), *leaves, None, packing=packing, scaling=SCALE, **options)
-    if not backward:
-        return [out]
-    return [out.detach(), *torch.autograd.grad(out, leaves, d_out.transpose(1, 2))]
-
-
-def plain(documents, query, key, value, d_out, sliding_window=None, softcap=None):
-    """Every document alone under a dense mask: torch's own attention, or, capped or in fp64, every score formed."""
-    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-    groups = query.shape[1] // key.shape[1]
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (leaves[0], *(x.repeat_interleave(groups, 1) for x in leaves[1:]))]
-    outs = []
-    for q, k, v in zip(*(x.split(documents) for x in flat), strict=True):
-        seen = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).tril()
-        seen = seen if sliding_window is None else seen.triu(1 - sliding_window)
-        if softcap is None and q.dtype != torch.float64:
-            heads = (x.transpose(0, 1)[None] for x in (q, k, v))
-            outs.append(F.scaled_dot_product_attention(*heads, attn_mask=seen, scale=SCALE)[0].transpose(0, 1))
-            continue
-        scores = torch.einsum("qhn,khn->hqk", q, k) * SCALE
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        weights = scores.masked_fill(~seen, -math.inf).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
-        outs.append(torch.einsum("hqk,khn->qhn", weights.to(q.dtype), v))
-    out = torch.cat(outs).unflatten(0, (query.shape[0], query.shape[2]))
-    return [out.detach(), *torch.autograd.grad(out, leaves, d_out.transpose(1, 2))]
 
 
 @pytest.fixture
@@ -145,25 +102,25 @@ def test_error_is_at_most_twice_that_of_torch(documents, window, softcap, uncomp
     monkeypatch.setattr(attention, "_ROWS", 8)
     sizes, options = DOCUMENTS[documents], {"sliding_window": window, "softcap": softcap}
     for dtype, size in ((torch.float32, 1.0), (torch.float32, 30.0), (BF16, 1.0)):  # 30: one score rules
-        given = inputs(dtype, size)
-        torchs = plain(sizes, *given, **options)
-        truth = plain(sizes, *(x.double() for x in given), **options)
-        for way in ("documents", "mask", "flex"):
-            found = run(way, sizes, *given, **options)
-            assert_right(found, torchs[: len(found)], truth[: len(found)])
+        given = case.inputs(dtype, size)
+        torchs = case.plain(sizes, *given, **options)
+        truth = case.plain(sizes, *(x.double() for x in given), **options)
+        for choice in ("documents", "mask", "flex"):
+            actual = case.run(choice, sizes, *given, **options)
+            assert_right(actual, torchs[: len(actual)], truth[: len(actual)])
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize(("documents", "window"), [("single", None), ("single", 5), ("many", 1)])
 def test_a_token_that_sees_only_itself(documents, window, softcap, uncompiled_flex):
     """It takes its own value, and no score matters: queries and keys get no gradient but what cancelling leaves."""
-    given = inputs()
+    given = case.inputs(torch.float32)
     query, key, value, d_out = given
-    scores = (query * key.repeat_interleave(2, 1)).sum(-1).abs().max() * SCALE
+    scores = (query * key.repeat_interleave(2, 1)).sum(-1).abs().max() * case.SCALE
     # Flash kernels form a score again in the backward pass: off by a rounding of its size, its weight is not quite 1.
     allowed = 2 * 2.0**-23 * float(scores * d_out.abs().max())
-    for way in ("documents", "mask", "flex"):
-        out, *grads = run(way, DOCUMENTS[documents], *given, sliding_window=window, softcap=softcap)
+    for choice in ("documents", "mask", "flex"):
+        out, *grads = case.run(choice, DOCUMENTS[documents], *given, sliding_window=window, softcap=softcap)
         torch.testing.assert_close(out.transpose(1, 2), value.repeat_interleave(2, 1), rtol=1e-6, atol=0)
         for grad in grads[:2]:
             assert float(grad.abs().max()) < 1e-5
@@ -173,11 +130,11 @@ def test_a_token_that_sees_only_itself(documents, window, softcap, uncompiled_fl
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_heads_that_share_a_key(kv_heads, uncompiled_flex):
-    given, sizes = inputs(torch.float64, kv_heads=kv_heads), DOCUMENTS["many"]
-    for way, softcap in itertools.product(("documents", "mask", "flex"), (None, 2.0)):
-        if (way, softcap) != ("flex", None):
-            expected = plain(sizes, *given, softcap=softcap)
-            for ours, exact in zip(run(way, sizes, *given, softcap=softcap), expected, strict=False):
+    given, sizes = case.inputs(torch.float64, kv_heads=kv_heads), DOCUMENTS["many"]
+    for choice, softcap in itertools.product(("documents", "mask", "flex"), (None, 2.0)):
+        if (choice, softcap) != ("flex", None):
+            expected = case.plain(sizes, *given, softcap=softcap)
+            for ours, exact in zip(case.run(choice, sizes, *given, softcap=softcap), expected, strict=False):
                 torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12)
 
 
@@ -206,9 +163,9 @@ def test_varlen_is_asked_for_the_same(window, names_sharing, monkeypatch):
         return torch.cat(outs)
 
     monkeypatch.setattr(varlen, "varlen_attn", with_sharing if names_sharing else documented)
-    given = inputs(torch.float64)
-    expected = plain(DOCUMENTS["many"], *given, sliding_window=window)
-    for ours, exact in zip(run("varlen", DOCUMENTS["many"], *given, sliding_window=window), expected, strict=True):
+    given = case.inputs(torch.float64)
+    expected = case.plain(DOCUMENTS["many"], *given, sliding_window=window)
+    for ours, exact in zip(case.run("varlen", DOCUMENTS["many"], *given, sliding_window=window), expected, strict=True):
         torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12)
 
 
@@ -221,11 +178,11 @@ def test_this_torch_has_all_that_varlen_needs():
 def test_block_masks_equal_those_made_from_every_pair(length, window):
     generator = torch.Generator().manual_seed(length)
     starts = torch.rand(3, length, generator=generator) < torch.tensor([0.0, 0.005, 0.3])[:, None]
-    found = attention._block_mask(starts.cumsum(1).int(), window)
-    expected = flex_attention.create_block_mask(found.mask_mod, 3, None, length, length, device="cpu")
+    actual = attention._block_mask(starts.cumsum(1).int(), window)
+    expected = flex_attention.create_block_mask(actual.mask_mod, 3, None, length, length, device="cpu")
     for part in ("kv", "q", "full_kv", "full_q"):
         for name in (f"{part}_num_blocks", f"{part}_indices"):
-            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+            assert torch.equal(getattr(actual, name), getattr(expected, name)), name
 
 
 def test_flex_is_compiled_once_for_all_windows_and_batches(monkeypatch):
@@ -237,16 +194,16 @@ def test_flex_is_compiled_once_for_all_windows_and_batches(monkeypatch):
 
     compiled = torch.compile(flex_attention.flex_attention, dynamic=False, fullgraph=True, backend=count)
     monkeypatch.setattr(attention, "_compiled_flex", lambda: compiled)
-    given = inputs()
+    given = case.inputs(torch.float32)
     with torch.no_grad():
         for documents in DOCUMENTS.values():
             for window in (None, 5, 64):
-                run("flex", documents, *given, sliding_window=window, softcap=2.0)
+                case.run("flex", documents, *given, sliding_window=window, softcap=2.0)
     assert len(graphs) == 1
 
 
 def test_capped_scores_are_not_kept_for_the_backward_pass():
-    query, key, value, _ = (x.requires_grad_() for x in inputs())
+    query, key, value, _ = (x.requires_grad_() for x in case.inputs(torch.float32))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
         cu_seqlens = torch.tensor([0, 123, 246], dtype=torch.int32)
@@ -255,24 +212,24 @@ def test_capped_scores_are_not_kept_for_the_backward_pass():
     assert sum(saved) <= query.numel() + key.numel() + value.numel()  # scores: 2 x 4 x 123 x 123
 
 
-@pytest.mark.parametrize("way", ["documents", "mask"])
-def test_dropout_of_capped_scores(way):
-    query, key, value, d_out = inputs()
+@pytest.mark.parametrize("choice", ["documents", "mask"])
+def test_dropout_of_capped_scores(choice):
+    query, key, value, d_out = case.inputs(torch.float32)
     value = torch.ones_like(value)
     torch.manual_seed(0)
-    out = run(way, DOCUMENTS["whole"], query, key, value, d_out, softcap=2.0, dropout=0.5)[0]
+    out = case.run(choice, DOCUMENTS["whole"], query, key, value, d_out, softcap=2.0, dropout=0.5)[0]
     assert 0.8 < float(out.mean()) < 1.2  # weights that stay are doubled
     assert float(out.std()) > 0.05
 
 
 @pytest.mark.parametrize(
-    ("way", "options", "why"),
+    ("choice", "options", "why"),
     [
-        ("varlen", {"dropout": 0.1}, "attention dropout 0.1: varlen has none"),
-        ("flex", {"dropout": 0.1}, "attention dropout 0.1: flex has none"),
-        ("varlen", {"softcap": 5.0}, "scores capped at 5.0: varlen cannot"),
+        ("varlen", {"dropout": 0.1}, "attention dropout 0.1: varlen"),
+        ("flex", {"dropout": 0.1}, "attention dropout 0.1: flex"),
+        ("varlen", {"softcap": 5.0}, "softcap 5.0: varlen"),
     ],
 )
-def test_what_a_way_cannot_is_refused_at_the_call_too(way, options, why):
+def test_unsupported_options_are_refused_at_the_call_too(choice, options, why):
     with pytest.raises(ValueError, match=why):
-        run(way, DOCUMENTS["many"], *inputs(), **options)
+        case.run(choice, DOCUMENTS["many"], *case.inputs(torch.float32), **options)
