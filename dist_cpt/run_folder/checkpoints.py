@@ -1,4 +1,4 @@
-"""Where a run's checkpoints lie, which of them are published, and how writing there can fail."""
+"""The checkpoint folders of a run: their names, which are published, their manifest and state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dist_cpt.errors import CheckpointError, WriteError
 from dist_cpt.run_folder.manifest import Manifest, manifest_from_bytes
-from dist_cpt.run_folder.names import MANIFEST, STATE
+from dist_cpt.run_folder.names import CHECKPOINTS, MANIFEST, STATE, SUPERSEDED
 from dist_cpt.run_folder.train_state import TrainState, state_from_bytes
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
@@ -18,7 +18,7 @@ _SUPERSEDED_NAME = re.compile(r"step-(\d{8,})\..+")
 
 def checkpoints_folder(run_folder: Path) -> Path:
     """`<run>/checkpoints`."""
-    return run_folder / "checkpoints"
+    return run_folder / CHECKPOINTS
 
 
 def step_name(step: int) -> str:
@@ -32,17 +32,17 @@ def step_of(path: Path) -> int:
 
 
 def staging_name(step: int, attempt: int) -> str:
-    """A name no other save ever uses: two attempts that both still run must not meet in one folder."""
+    """A name that no other save uses: two attempts that are both alive must not share a folder."""
     return f"{step_name(step)}.attempt-{attempt}-{secrets.token_hex(4)}.tmp"
 
 
 def superseded_folder(run_folder: Path) -> Path:
-    """Where a published checkpoint goes when a later attempt reaches its step with another state."""
-    return checkpoints_folder(run_folder) / "superseded"
+    """Where a published checkpoint is moved when a later attempt reaches its step with another state."""
+    return checkpoints_folder(run_folder) / SUPERSEDED
 
 
 def published(run_folder: Path) -> list[Path]:
-    """Published checkpoint folders, newest step first; whether they hold is another question."""
+    """Published checkpoint folders, newest step first, valid or not."""
     return _numbered(checkpoints_folder(run_folder), _STEP_NAME)
 
 
@@ -52,7 +52,7 @@ def superseded(run_folder: Path) -> list[Path]:
 
 
 def write_error(error: Exception, run_folder: Path, step: int) -> WriteError:
-    """The one line for a save that the file system refused."""
+    """The error for a save that the file system refused."""
     strerror = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     code = errno.errorcode.get(error.errno or 0, "") if isinstance(error, OSError) else ""
     where = error.filename if isinstance(error, OSError) and error.filename else checkpoints_folder(run_folder)
@@ -67,12 +67,12 @@ def write_error(error: Exception, run_folder: Path, step: int) -> WriteError:
 def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     if not folder.is_dir():
         return []
-    found = []
+    numbered = []
     for path in folder.iterdir():
         match = pattern.fullmatch(path.name)
         if match and path.suffix != ".tmp" and path.is_dir() and not path.is_symlink():
-            found.append((int(match[1]), path.name, path))
-    return [path for *_, path in sorted(found, reverse=True)]
+            numbered.append((int(match[1]), path.name, path))
+    return [path for *_, path in sorted(numbered, reverse=True)]
 
 
 def read_manifest(path: Path) -> Manifest:

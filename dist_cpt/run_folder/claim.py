@@ -1,4 +1,4 @@
-"""The run folder: who may train in it, and what it says when a run ends."""
+"""The claim on a run folder: one attempt at a time may train in it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from dist_cpt.run_folder.names import EXIT, LOCK, RECIPE, RUN
 
 @dataclass(frozen=True)
 class Claim:
-    """Rank 0's hold on a run folder; released with `close` or by the end of the process.
+    """Rank 0's claim on a run folder; released with `close` or by the end of the process.
 
-    The lock keeps two starts on one host apart. It may not reach another host, and an old attempt may live on
-    there after the scheduler has given it up; run.json therefore names who holds the folder now, and an attempt
-    that no longer finds its own token there has been superseded.
+    The lock separates two starts on one host. It may not reach another host, where an old attempt may still run
+    after the scheduler has given it up; run.json therefore has the token of the current claim, and an attempt that
+    finds another token there has been superseded.
     """
 
     folder: Path
@@ -36,20 +36,20 @@ class Claim:
     lock: TextIO
 
     def is_current(self) -> bool:
-        """Whether no later attempt has taken the folder; True also while run.json cannot be read."""
+        """Whether no later attempt has claimed the folder; True also while run.json is missing or damaged."""
         return read_object(self.folder / RUN).get("token", self.token) == self.token
 
     def require_current(self) -> None:
         """The fence before anything is published.
 
         Raises:
-            Superseded: a later attempt holds the folder.
+            Superseded: a later attempt has claimed the folder.
         """
         if not self.is_current():
             later = read_object(self.folder / RUN).get("attempts", 0) - 1
             raise Superseded(
-                f"attempt {self.attempt} no longer holds {self.folder}: attempt {later} has taken over",
-                remedy="nothing to do: the later attempt goes on from the last checkpoint",
+                f"attempt {self.attempt} is superseded in {self.folder}: attempt {later} has claimed it",
+                remedy="nothing to do: the later attempt continues from the last checkpoint",
             )
 
     def close(self) -> None:
@@ -58,13 +58,13 @@ class Claim:
 
 
 def claim(folder: Path, config: RunConfig, new_run_id: str) -> Claim:
-    """Take the folder for this start: same recipe or none yet, nobody else in it; count the attempt.
+    """Claim the folder for a new attempt, and count it.
 
     A batch job that starts again (same DIST_CPT_JOB or SLURM_JOB_ID), or the next one of a chain
-    (DIST_CPT_PREDECESSOR), takes over from the earlier start even if that still lives.
+    (DIST_CPT_PREDECESSOR), supersedes the earlier start even if that is still alive.
 
     Raises:
-        ConfigError: the folder holds another recipe, or another process trains in it.
+        ConfigError: the folder has a run of another recipe, or another process trains in it.
         WriteError: the folder cannot be made or written.
     """
     try:
@@ -110,14 +110,14 @@ def _lock(folder: Path) -> TextIO:
         return lock
     except OSError:
         lock.close()
-    holder = read_object(folder / RUN)
-    if _job() is None or holder.get("job") not in (_job(), os.environ.get("DIST_CPT_PREDECESSOR")):
-        where = f" (process {holder['pid']} on {holder['host']})" if {"pid", "host"} <= holder.keys() else ""
+    current = read_object(folder / RUN)
+    if _job() is None or current.get("job") not in (_job(), os.environ.get("DIST_CPT_PREDECESSOR")):
+        where = f" (process {current['pid']} on {current['host']})" if {"pid", "host"} <= current.keys() else ""
         raise ConfigError(
             f"another process trains in {folder}{where}",
             remedy="wait for it, stop it, or give this run another name",
         )
-    path.unlink(missing_ok=True)  # the earlier start keeps its lock on a file that nobody opens any more
+    path.unlink(missing_ok=True)  # the earlier start keeps its lock on the removed file
     lock = path.open("a", encoding="utf-8")
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return lock
@@ -125,8 +125,8 @@ def _lock(folder: Path) -> TextIO:
 
 def _earlier_starts(folder: Path) -> tuple[int, str | None]:
     """(starts so far, W&B run id) from run.json, or from the newest readable checkpoint if that file is lost."""
-    known = read_object(folder / RUN)
-    attempts, wandb_run_id = known.get("attempts"), known.get("wandb_run_id")
+    run = read_object(folder / RUN)
+    attempts, wandb_run_id = run.get("attempts"), run.get("wandb_run_id")
     if isinstance(attempts, int) and isinstance(wandb_run_id, str):
         return attempts, wandb_run_id
     for path in published(folder):
@@ -139,7 +139,7 @@ def _earlier_starts(folder: Path) -> tuple[int, str | None]:
 
 
 def _earlier_ends(folder: Path, attempt: int) -> list[dict[str, Any]]:
-    """How earlier attempts ended, so far as they could say; exit.json, which tells of the latest, is about to go."""
+    """How earlier attempts ended, where recorded; exit.json has the latest end and is about to be removed."""
     ends = read_object(folder / RUN).get("ends")
     ends = list(ends) if isinstance(ends, list) else []
     latest = read_object(folder / EXIT)
@@ -149,17 +149,17 @@ def _earlier_ends(folder: Path, attempt: int) -> list[dict[str, Any]]:
 
 
 def _job() -> str | None:
-    """The batch job this process belongs to: a requeued one keeps its number, a restarted JobSet its name."""
+    """The batch job of this process: a requeued one keeps its number, a restarted JobSet its name."""
     return os.environ.get("DIST_CPT_JOB") or os.environ.get("SLURM_JOB_ID")
 
 
 def _same_recipe(path: Path, config: RunConfig) -> None:
     if not path.exists():
         return
-    held = load_recipe(path)
-    if fingerprint(held) != fingerprint(config):
-        changed = "; ".join(differences(held, config)[:5])
+    recorded = load_recipe(path)
+    if fingerprint(recorded) != fingerprint(config):
+        changed = "; ".join(differences(recorded, config)[:5])
         raise ConfigError(
-            f"{path.parent} holds a run of another recipe ({changed})",
+            f"{path.parent} has a run of another recipe ({changed})",
             remedy="give this run another name, or undo the change",
         )

@@ -26,17 +26,17 @@ def write_exit(run_folder: Path, code: int, reason: str, step: int) -> None:
 
 
 def stamp(run_folder: Path) -> Stamp:
-    """Which exit.json is there now; None if there is none."""
+    """Identifies the present exit.json; None if there is none."""
     with contextlib.suppress(OSError):
-        found = (run_folder / EXIT).stat()
-        return found.st_ino, found.st_mtime_ns
+        status = (run_folder / EXIT).stat()
+        return status.st_ino, status.st_mtime_ns
     return None
 
 
 def exit_code(run_folder: Path, before: Stamp, code: int) -> int:
-    """The code in exit.json unless that is still the file `before`, else `code`; no clock is compared.
+    """The code in exit.json if it was written since the stamp `before`, else `code`.
 
-    A rank that crashed after a 0 was written counts.
+    `code` also replaces a recorded 0: a rank may have crashed after it was written.
     """
     if stamp(run_folder) == before:
         return code

@@ -1,7 +1,7 @@
-"""JSON as a run writes and reads it: objects replaced whole, rows appended one per line.
+"""JSON files of a run: objects are replaced as a whole, rows are appended one per line.
 
-Two kinds of reader: the strict ones raise on anything odd and are for what a resume depends on; `read_object`
-and `read_rows_leniently` take what they can get and are for status, report and hints.
+A resume depends on the strict readers, which raise on damage; `read_object`, `read_rows_leniently` and
+`read_complete_rows` skip what cannot be read, for status and report.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dist_cpt.errors import DataError, WriteError
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if the file is absent or holds something else.
+    """The object in a JSON file; empty if the file is absent or contains anything else.
 
     Raises:
         OSError: it exists and cannot be read.
@@ -31,7 +31,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def write_object(path: Path, value: Any) -> None:
-    """Replace a JSON file: after a crash the old content is there or the new one.
+    """Replace a JSON file: after a crash it has the old content or the new one.
 
     Raises:
         WriteError: the file cannot be written.
@@ -40,7 +40,7 @@ def write_object(path: Path, value: Any) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file and force it to the disk: after a crash the old content is there or the new one.
+    """Replace a file and force it to the disk: after a crash it has the old content or the new one.
 
     Raises:
         WriteError: the file cannot be written.
@@ -58,19 +58,19 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """Force a file, or a folder's list of names, to the disk."""
-    fd = os.open(path, os.O_RDONLY)
+    """Force a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
             raise
     finally:
-        os.close(fd)
+        os.close(descriptor)
 
 
 def cannot_write(path: Path, error: OSError) -> WriteError:
-    """The one line for a file of a run that the file system refused."""
+    """The error for a file of a run that the file system refused to write."""
     return WriteError(
         f"{path} cannot be written: {error.strerror}",
         remedy="free space or restore the folder, then resume; earlier checkpoints are untouched",
@@ -78,7 +78,7 @@ def cannot_write(path: Path, error: OSError) -> WriteError:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file of a run, in order; none if the file is absent, a torn last line left out.
+    """The rows of a .jsonl file of a run, in order; none if the file is absent, without a torn last line.
 
     Raises:
         DataError: the file cannot be read, or a line other than the last is not a JSON object.
@@ -140,7 +140,7 @@ def read_complete_rows(path: Path, tail_bytes: int | None = None) -> tuple[list[
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
-    """The object of one line; None if it is anything else, a torn line included."""
+    """The object of one line; None if it is anything else, such as a torn line."""
     try:
         row = json.loads(line)
     except ValueError:  # covers bytes that are not UTF-8
@@ -158,7 +158,7 @@ def encode_row(row: dict[str, Any]) -> bytes:
 
 
 def strict_json(raw: bytes) -> Any:
-    """Parsed JSON whose numbers are all finite; Python's own reader would take NaN, Infinity and 1e999.
+    """Parsed JSON whose numbers are all finite; Python's own reader accepts NaN, Infinity and 1e999.
 
     Raises:
         ValueError: not JSON, or a number that is not finite.

@@ -1,4 +1,4 @@
-"""What a checkpoint consists of: which rank writes which tensor into which file, and the list of it all."""
+"""manifest.json: every file and tensor of a checkpoint, and what they belong to."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Identity:
-    """What the tensors belong to: a resume compares these, `engine` and `world_size` aside."""
+    """What the tensors belong to; a resume compares base and data."""
 
     base: dict[str, Any]  # path, revision, hash of the frozen weights
     data: dict[str, Any]  # token stores by hash
     recipe: str  # fingerprint
-    engine: str  # for the record
+    engine: str  # not compared
 
 
 class FileEntry(Frozen):
@@ -37,7 +37,7 @@ class FileEntry(Frozen):
 
 
 class TensorEntry(Frozen):
-    """One trainable tensor: the file of each kind, and the sha256 of each kind's fp32 bytes in C order."""
+    """One trainable tensor: per kind its file, and the sha256 of its fp32 bytes in C order."""
 
     name: str
     shape: tuple[int, ...]
@@ -63,7 +63,7 @@ class Manifest(Frozen):
     engine: str
     world_size: int = Field(ge=1)
     versions: dict[str, str]
-    state_sha256: str  # of step, position and all tensors: equal states are equal here
+    state_sha256: str  # of step, position and all tensors: equal for equal states
 
     @field_validator("files")
     @classmethod
@@ -78,13 +78,13 @@ class Manifest(Frozen):
 
 
 def state_digest(step: int, position: int, tensors: Sequence[TensorEntry]) -> str:
-    """One hash for the whole training state, whoever wrote it, wherever its tensors lie."""
-    facts = [step, position, [[t.name, t.shape, t.sha256] for t in tensors]]
-    return hashlib.sha256(canonical_json(facts)).hexdigest()
+    """One hash of the whole training state, independent of engine, world size and files."""
+    content = [step, position, [[t.name, t.shape, t.sha256] for t in tensors]]
+    return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
 def manifest_to_bytes(manifest: Manifest) -> bytes:
-    """manifest.json: the content and a sha256 of it, in one fixed layout."""
+    """The bytes of manifest.json: the content and its sha256, in one fixed layout."""
     content = manifest.model_dump(mode="json")
     return canonical_json({"content": content, "sha256": hashlib.sha256(canonical_json(content)).hexdigest()})
 
@@ -93,7 +93,7 @@ def manifest_from_bytes(raw: bytes) -> Manifest:
     """The manifest in a manifest.json; any byte that differs from what was written is an error.
 
     Raises:
-        CheckpointError: damaged, or of a format this version does not know.
+        CheckpointError: damaged, or of a format this version does not read.
     """
     try:
         outer = json.loads(raw)
@@ -104,7 +104,7 @@ def manifest_from_bytes(raw: bytes) -> Manifest:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{MANIFEST} is damaged: {first_line(error)}") from None
     if not (intact and same_layout):
-        raise CheckpointError(f"{MANIFEST} is damaged: its own sha256 does not hold")
+        raise CheckpointError(f"{MANIFEST} is damaged: its content does not have the sha256 in it")
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{MANIFEST} has format {version}, this version reads {FORMAT_VERSION}",
@@ -113,11 +113,11 @@ def manifest_from_bytes(raw: bytes) -> Manifest:
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
-        raise CheckpointError(f"{MANIFEST} does not fit its format: {first_line(error)}") from None
+        raise CheckpointError(f"{MANIFEST} is invalid: {first_line(error)}") from None
 
 
 def check_relative(name: str) -> None:
-    """Refuse a file name that could lead out of the checkpoint folder.
+    """Refuse a file name that could leave the checkpoint folder.
 
     Raises:
         ValueError: absolute, empty, with `..`, a backslash or a NUL.

@@ -1,8 +1,7 @@
-"""The run's own record: metrics.jsonl, evaluations.jsonl and events.jsonl in the run folder.
+"""metrics.jsonl, evaluations.jsonl and events.jsonl: what the report, `status` and `verify` read.
 
-Trackers may be unreachable; these files are what the report, `status` and tests read. One line is one JSON
-object. Lines are appended with one system call each, so a killed process leaves at most one torn line, at
-the end, which the next start repairs.
+A line is a JSON object, appended with one system call: a killed process leaves at most one torn line, at the end,
+which the next start repairs.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunE
 class MetricsFile:
     """Observer that appends every record of a run to its folder.
 
-    A folder that does not take a line (full disk, lost mount) keeps it and all later ones waiting, in order.
+    A line that the file system refuses (full disk, lost mount) waits, and all later ones behind it.
 
     Raises:
         WriteError: from every method, when lines have waited for `patience_seconds`.
@@ -74,10 +73,10 @@ class MetricsFile:
         self.close()
 
     def sync(self) -> None:
-        """Force all lines onto the disk, those that wait included.
+        """Force all lines to the disk, including those that wait.
 
         Raises:
-            WriteError: the folder does not take them now, however long they have waited.
+            WriteError: the file system refuses, however short they have waited.
         """
         while self._waiting:
             self._write_first()
@@ -120,14 +119,13 @@ _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 
 
 def rewind(folder: Path, step: int) -> int:
-    """Move rows and evaluations after `step` to the *.rewound.jsonl files; returns how many rows moved.
+    """Move rows and evaluations after `step` to the *.rewound.jsonl files; returns the number of rows moved.
 
-    For a resume from a checkpoint at `step`, before the first record of the new attempt. Afterwards every
-    step stands in metrics.jsonl once. Doing it twice, or again after a crash half way, changes nothing more.
-    A line that cannot be read moves too.
+    For a resume from a checkpoint at `step`, before the first record of the new attempt: every step is then once
+    in metrics.jsonl. Idempotent, also after a crash half way. Unreadable lines move too.
 
     Raises:
-        WriteError: the folder does not take the new files; the old ones are untouched.
+        WriteError: the new files cannot be written; the old ones are untouched.
     """
     return sum(_rewind_file(folder / name, step) for name in (METRICS, EVALUATIONS))
 
@@ -140,21 +138,20 @@ def _rewind_file(path: Path, step: int) -> int:
     kept, moved = [], []
     for line in lines:
         row = parse_row(line)
-        stays = row is not None and isinstance(row.get("step"), int) and row["step"] <= step
-        (kept if stays else moved).append(line if line.endswith(b"\n") else line + b"\n")
+        keep = row is not None and isinstance(row.get("step"), int) and row["step"] <= step
+        (kept if keep else moved).append(line if line.endswith(b"\n") else line + b"\n")
     if not moved:
         return 0
     rewound = path.with_name(rewound_name(path.name))
-    already = rewound.read_bytes().splitlines(keepends=True) if rewound.exists() else []
-    known = set(already)  # a crash between the two replacements must not double the rows
-    new = [line for line in moved if line not in known]
-    replace_file(rewound, b"".join(already + new))
+    earlier = rewound.read_bytes().splitlines(keepends=True) if rewound.exists() else []
+    seen = set(earlier)  # a crash between the two replacements must not double the rows
+    replace_file(rewound, b"".join(earlier + [line for line in moved if line not in seen]))
     replace_file(path, b"".join(kept))
     return len(moved)
 
 
 def _repair(path: Path) -> None:
-    """End the file with a complete line: finish the last one if only its newline is missing, else cut it."""
+    """End the file with a complete line: add a missing newline, or cut a torn line."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -174,7 +171,7 @@ def _write_line(descriptor: int, line: bytes) -> None:
     before = os.fstat(descriptor).st_size
     try:
         written = os.write(descriptor, line)
-        while written < len(line):  # a nearly full disk takes a part, then fails
+        while written < len(line):  # a nearly full disk accepts a part, then fails
             written += os.write(descriptor, line[written:])
     except OSError:
         with contextlib.suppress(OSError):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 # -- the run folder ---------------------------------------------------------------------------------------------------
 RECIPE = "recipe.yaml"  # resolved, with every default
-RUN = "run.json"  # who holds the folder: attempts, token, W&B run id, how earlier attempts ended
+RUN = "run.json"  # the current claim: attempt, token, host, W&B run id; how earlier attempts ended
 LOCK = ".lock"
 EXIT = "exit.json"  # code and reason of the last ending
 CONTRACT = "contract.json"  # what trains, and the checks that it does
@@ -48,7 +48,7 @@ def log_file(run_folder: Path, rank: int) -> Path:
 
 
 def heartbeat_file(run_folder: Path, rank: int) -> Path:
-    """What one rank last said of itself."""
+    """The latest heartbeat of one rank."""
     return run_folder / LOGS / f"heartbeat-rank-{rank}.json"
 
 
@@ -58,7 +58,7 @@ def hang_file(run_folder: Path, rank: int) -> Path:
 
 
 def stack_file(run_folder: Path, rank: int) -> Path:
-    """The stacks of a rank that was asked for them."""
+    """The stacks of a rank that received a request for them."""
     return run_folder / LOGS / f"stack-rank-{rank}.txt"
 
 
@@ -68,5 +68,5 @@ def flight_file(run_folder: Path, rank: int) -> Path:
 
 
 def nccl_trace_prefix(run_folder: Path) -> Path:
-    """What torch writes on a collective's timeout, before the rank's number."""
+    """The path of torch's dump on a collective's timeout, without the rank's number."""
     return run_folder / LOGS / "nccl-trace-rank-"

@@ -1,4 +1,4 @@
-"""What a run records: one value per kind of row."""
+"""One value per kind of row that a run records."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class CheckpointRecord:
     path: str
     seconds: float  # from the first file to the last rename
     num_bytes: int
-    stall_seconds: float  # that training waited for it
+    stall_seconds: float  # for which training waited
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,26 @@
-"""What a checkpoint knows beside its tensors: where the run stood, as integers and words."""
+"""state.json: the training state beside its tensors, as integers and words."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from dist_cpt.config.schema import Frozen
 from dist_cpt.errors import CheckpointError
 from dist_cpt.run_folder.json_files import canonical_json, strict_json
+from dist_cpt.run_folder.names import STATE
 
 
 class Probe(Frozen):
-    """One evaluated batch, to be evaluated again after a resume: its blocks and its mean loss in nats."""
+    """One evaluated batch, evaluated again after a resume: its blocks and its mean loss in nats."""
 
     block_ids: tuple[int, ...]
     loss: float
 
 
 class Randomness(Frozen):
-    """Rank r's generators at step s are `seed_step(seed, s, r)`: nothing else has to be kept."""
+    """Rank r's generators at step s are `seed_step(seed, s, r)`: nothing else needs to be saved."""
 
     seed: int
     step: int
@@ -41,24 +42,16 @@ class TrainState(Frozen):
     wandb_run_id: str
     attempt: int = Field(ge=0)
     parent: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")  # state_sha256 of the checkpoint this one came from
-    optimizer_steps: int = Field(ge=0)  # AdamW's counter: skipped steps aside, an imported optimizer's included
+    optimizer_steps: int = Field(ge=0)  # AdamW's counter: without skipped steps, with those of an imported optimizer
     skipped_windows: tuple[tuple[int, int], ...] = ()  # blocks left out by a rollback: positions start to stop - 1
-    bad_since: tuple[int, int] | None = None  # (step, position) of the first bad step in the row that ends here
+    bad_since: tuple[int, int] | None = None  # (step, position) of the first of the bad steps that end here
     recent_losses: tuple[float, ...] = ()  # what the spike detector compares with
     next_block_ids: tuple[int, ...]  # of the next optimizer step, all ranks, in stream order
     probe: Probe
 
-    @model_validator(mode="before")
-    @classmethod
-    def _earlier_layout(cls, value: Any) -> Any:
-        """States written before an optimizer could be imported had no counter of their own."""
-        if isinstance(value, dict) and "optimizer_steps" not in value and {"step", "skipped_total"} <= value.keys():
-            return value | {"optimizer_steps": value["step"] - value["skipped_total"]}
-        return value
-
 
 def state_to_bytes(state: TrainState) -> bytes:
-    """The one way to write a state as JSON."""
+    """The content of state.json for `state`."""
     return canonical_json(state.model_dump(mode="json"))
 
 
@@ -71,11 +64,11 @@ def state_from_bytes(raw: bytes) -> TrainState:
     try:
         return TrainState.model_validate(strict_json(raw))
     except (ValidationError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"state.json does not hold a training state: {first_line(error)}") from None
+        raise CheckpointError(f"{STATE} is not a training state: {first_line(error)}") from None
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, on one line; for a pydantic error the field and the reason."""
+    """An error in one line; for a pydantic error the field and the reason."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
