@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from dist_cpt_launch.command_line import with_options
+from dist_cpt_launch.launch_options import LaunchOptions, ResumeOptions
 
 from dist_cpt import __version__
 from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, CheckpointError, ConfigError, DistCptError
@@ -33,41 +35,7 @@ Overrides = Annotated[
 ]
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder: <output_dir>/<name>.")]
-Procs = Annotated[
-    int | None,
-    typer.Option("--procs-per-node", min=1, help="Ranks on each host; default 1, on slurm one for each GPU asked for."),
-]
-Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Hosts.")]
 On = Annotated[str, typer.Option("--on", help="local, slurm or kubernetes")]
-Rdzv = Annotated[
-    str | None,
-    typer.Option("--rdzv", metavar="HOST:PORT", help="local: where hosts meet that start the same command."),
-]
-MinNodes = Annotated[int | None, typer.Option(min=1, help="slurm: start with so few, up to --nodes.")]
-Time = Annotated[str | None, typer.Option("--time", help="slurm: the limit of one job; the run may need several.")]
-Named = Annotated[str | None, typer.Option(help="slurm: as sbatch takes it.")]
-CpusPerTask = Annotated[int | None, typer.Option(min=1, help="slurm: CPU cores per rank.")]
-SaveBeforeLimit = Annotated[
-    int | None,
-    typer.Option(min=1, help="slurm: seconds before the time limit at which to stop and save; default: measured."),
-]
-MaxRestarts = Annotated[
-    int | None, typer.Option(min=0, help="slurm: restarts without a newer checkpoint before it gives up; default 3.")
-]
-RequeueBy = Annotated[
-    str | None, typer.Option("--requeue-by", help="slurm: requeue (default), chain or exit (docs/slurm.md).")
-]
-MaxRunning = Annotated[int | None, typer.Option(min=1, help="slurm: of several recipes, how many run at a time.")]
-Preflight = Annotated[
-    bool | None,
-    typer.Option("--preflight/--no-preflight", help="slurm, kubernetes: check every node before the ranks start."),
-]
-More = Annotated[list[str] | None, typer.Option("--sbatch", metavar="OPTION", help="slurm: one more option of sbatch.")]
-Srun = Annotated[list[str] | None, typer.Option("--srun", metavar="OPTION", help="slurm: one more option of srun.")]
-Cluster = Annotated[
-    Path | None, typer.Option("--cluster", metavar="FILE", help="kubernetes: image, volumes, secrets by name (YAML).")
-]
-Kind = Annotated[str | None, typer.Option("--kind", help="kubernetes: trainjob (default) or jobset.")]
 DType = Annotated[str, typer.Option("--dtype", help="bf16, fp16 or fp32")]
 Base = Annotated[str | None, typer.Option("--base", help="Where the base is now, if it moved.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command that would run, and stop.")]
@@ -117,75 +85,25 @@ def train(recipe: Recipe, set_: Overrides = None) -> None:
 
 
 @app.command(rich_help_panel=RUN)
+@with_options(LaunchOptions)
 def launch(
     recipe: Annotated[list[Path], typer.Argument(metavar="RECIPE", help="A recipe; on slurm several make an array.")],
+    options: LaunchOptions,
     on: On = "local",
-    nodes: Nodes = 1,
-    procs_per_node: Procs = None,
     dry_run: DryRun = False,
-    rdzv: Rdzv = None,
-    min_nodes: MinNodes = None,
-    time: Time = None,
-    partition: Named = None,
-    account: Named = None,
-    qos: Named = None,
-    gres: Named = None,
-    gpus_per_node: Named = None,
-    cpus_per_task: CpusPerTask = None,
-    save_before_limit: SaveBeforeLimit = None,
-    max_restarts: MaxRestarts = None,
-    requeue_by: RequeueBy = None,
-    max_running: MaxRunning = None,
-    preflight: Preflight = None,
-    sbatch: More = None,
-    srun: Srun = None,
-    cluster: Cluster = None,
-    kind: Kind = None,
     set_: Overrides = None,
 ) -> None:
     """Start all ranks of a run and return the run's exit code; on slurm, submit the job that does."""
     from dist_cpt_launch.dispatch import launch as launch_recipes
-    from dist_cpt_launch.launch_plan import LaunchOptions
 
-    # fmt: off
-    options = LaunchOptions(
-        nodes=nodes, procs_per_node=procs_per_node, rdzv=rdzv, min_nodes=min_nodes, time=time, partition=partition,
-        account=account, qos=qos, gres=gres, gpus_per_node=gpus_per_node, cpus_per_task=cpus_per_task,
-        save_before_limit=save_before_limit, max_restarts=max_restarts, requeue_by=requeue_by, preflight=preflight,
-        max_running=max_running, cluster=cluster, kind=kind, sbatch=tuple(sbatch or ()), srun=tuple(srun or ()),
-    )
-    # fmt: on
     raise typer.Exit(launch_recipes(recipe, set_ or [], options, on=on, dry_run=dry_run))
 
 
 @app.command(rich_help_panel=RUN)
-def resume(
-    run: Run,
-    on: On = "local",
-    nodes: Nodes = 1,
-    procs_per_node: Procs = None,
-    dry_run: DryRun = False,
-    rdzv: Rdzv = None,
-    min_nodes: MinNodes = None,
-    time: Time = None,
-    partition: Named = None,
-    account: Named = None,
-    qos: Named = None,
-    gres: Named = None,
-    gpus_per_node: Named = None,
-    cpus_per_task: CpusPerTask = None,
-    save_before_limit: SaveBeforeLimit = None,
-    max_restarts: MaxRestarts = None,
-    requeue_by: RequeueBy = None,
-    preflight: Preflight = None,
-    sbatch: More = None,
-    srun: Srun = None,
-    set_: Overrides = None,
-) -> None:
+@with_options(ResumeOptions)
+def resume(run: Run, options: ResumeOptions, on: On = "local", dry_run: DryRun = False, set_: Overrides = None) -> None:
     """Continue a run from its newest valid checkpoint; engine and number of ranks may change."""
-    recipe = run / RECIPE
-    if not recipe.is_file():
-        raise ConfigError(f"{run} is not a run folder: no {RECIPE} in it")
+    recipe = _run_folder(run) / RECIPE
     if not any(run.glob(f"{CHECKPOINTS}/step-*/{MANIFEST}")):
         raise CheckpointError(
             f"{run} has no finished checkpoint to resume from",
@@ -194,24 +112,16 @@ def resume(
     if on == "kubernetes":
         raise ConfigError("resume does not take --on kubernetes", remedy="dist-cpt launch RECIPE --on kubernetes")
     from dist_cpt_launch.dispatch import launch as launch_recipes
-    from dist_cpt_launch.launch_plan import LaunchOptions
 
     from dist_cpt.config.resolve import run_folder
 
     folder = run_folder(_load(recipe, set_))
     if not (folder.is_dir() and folder.samefile(run)):  # else it would start from nothing over there
         raise ConfigError(
-            f"{run} goes on in {folder}, as its recipe.yaml says",
+            f"{run} resumes in {folder}, which its recipe.yaml names",
             remedy=f"name it {folder.name} and add --set output_dir={run.absolute().parent}",
         )
-    # fmt: off
-    options = LaunchOptions(
-        nodes=nodes, procs_per_node=procs_per_node, rdzv=rdzv, min_nodes=min_nodes, time=time, partition=partition,
-        account=account, qos=qos, gres=gres, gpus_per_node=gpus_per_node, cpus_per_task=cpus_per_task,
-        save_before_limit=save_before_limit, max_restarts=max_restarts, requeue_by=requeue_by, preflight=preflight,
-        sbatch=tuple(sbatch or ()), srun=tuple(srun or ()),
-    )
-    # fmt: on
+    options = LaunchOptions(**vars(options))
     raise typer.Exit(launch_recipes([recipe], set_ or [], options, on=on, dry_run=dry_run))
 
 
@@ -334,15 +244,15 @@ def merge(
     if out is None:
         return
     if add_residual is not None:
-        from dist_cpt.export.task_vector import Residual, merge_with_residual
+        from dist_cpt.export.task_vector import TaskVector, merge_with_task_vector
 
         if base_only:
             raise ConfigError("--base-only and --add-residual exclude each other")
-        residual = Residual(*add_residual, 1.0 if residual_scale is None else residual_scale)
-        same = merge_with_residual(checkpoint, out, residual, dtype, base=base, scale=scale)
-        print(f"{out}: with {residual.scale:g} x ({residual.instruct} - {residual.base})")
+        vector = TaskVector(*add_residual, 1.0 if residual_scale is None else residual_scale)
+        same = merge_with_task_vector(checkpoint, out, vector, dtype, base=base, scale=scale)
+        print(f"{out}: with {vector.scale:g} x ({vector.instruct} - {vector.base})")
         if not same:
-            print(f"note: {residual.base} is not the base that this run trained on, going by its sha256")
+            print(f"note: {vector.base} is not the base that this run trained on, going by its sha256")
         return
     from dist_cpt.export.merge import merge as merge_model
     from dist_cpt.export.merge import quantisation_gap

@@ -1,10 +1,13 @@
-"""Commands started with `python -m`: a dataclass of typer options, and one line for every user error."""
+"""Dataclasses as options of a command, and one line for every user error of those started with `python -m`."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from dataclasses import fields
+from functools import wraps
+from typing import Any, TypeVar, get_type_hints
 
 import typer
 
@@ -29,3 +32,36 @@ def run_command(options: type[Options], run: Callable[[Options], int], argv: Seq
             raise
         print(f"{name}: {usage_message()}", file=sys.stderr, flush=True)
         return EXIT_CONFIG
+
+
+def with_options(options: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a command whose parameter `options` is that dataclass: typer sees its fields as further options."""
+    hints = get_type_hints(options, include_extras=True)
+    extra = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(options)
+    ]
+    names = {field.name for field in fields(options)}
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        own = get_type_hints(command, include_extras=True)
+        kept = [
+            parameter.replace(annotation=own[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in inspect.signature(command).parameters.values()
+            if parameter.name != "options"
+        ]
+
+        @wraps(command)
+        def run(**given: Any) -> Any:
+            taken = {name: given.pop(name) for name in names}
+            return command(**given, options=options(**taken))
+
+        parameters = [*kept, *extra]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        del run.__wrapped__  # typer would look through it
+        return run
+
+    return decorate

@@ -9,7 +9,8 @@ from pathlib import Path
 from dist_cpt.config.load import load_recipe
 from dist_cpt.config.resolve import resolve_paths
 from dist_cpt.errors import EXIT_DONE, ConfigError
-from dist_cpt_launch.launch_plan import LaunchOptions, local_plan
+from dist_cpt_launch.launch_options import LaunchOptions
+from dist_cpt_launch.launch_plan import local_plan
 
 SLURM_ONLY = (
     *("min_nodes", "time", "partition", "account", "qos", "gres", "gpus_per_node", "cpus_per_task"),
@@ -74,7 +75,7 @@ def _on_kubernetes(recipes: Sequence[Path], overrides: Sequence[str], options: L
 
 def _refuse(options: LaunchOptions, names: Sequence[str], why: str, recipes: Sequence[Path] = ()) -> None:
     for name in names:
-        if getattr(options, name) not in (None, ()):
+        if getattr(options, name) not in (None, []):
             raise ConfigError(f"--{name.replace('_', '-')}: {why}")
     if len(recipes) > 1:
         raise ConfigError(f"{len(recipes)} recipes: {why}")

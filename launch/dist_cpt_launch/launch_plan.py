@@ -1,4 +1,4 @@
-"""What to launch: the options of the command line, and the command they become. `--dry-run` prints the plan."""
+"""What to launch: the command that the options become. `--dry-run` prints the plan."""
 
 from __future__ import annotations
 
@@ -12,35 +12,10 @@ from pathlib import Path
 from dist_cpt.config.resolve import run_folder, step_shape
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
+from dist_cpt_launch.launch_options import ResumeOptions
 from dist_cpt_launch.time_limit import save_before_limit
 
 MIN_SHUTDOWN_SECONDS = 240  # that torchrun waits for ranks that are saving before it kills them
-
-
-@dataclass(frozen=True)
-class LaunchOptions:
-    """The options of `launch` and `resume`; None leaves one to its default, or to the cluster's."""
-
-    nodes: int = 1
-    procs_per_node: int | None = None  # 1; on Slurm one per GPU requested
-    rdzv: str | None = None
-    min_nodes: int | None = None  # start with as few as these, up to `nodes`
-    time: str | None = None
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    gres: str | None = None
-    gpus_per_node: str | None = None
-    cpus_per_task: int | None = None
-    save_before_limit: int | None = None  # seconds; measured in the run folder
-    max_restarts: int | None = None  # 3
-    requeue_by: str | None = None  # requeue
-    max_running: int | None = None  # tasks of an array
-    preflight: bool | None = None  # True
-    sbatch: Sequence[str] = ()  # more options of sbatch
-    srun: Sequence[str] = ()  # more options of srun
-    cluster: Path | None = None
-    kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +35,7 @@ class LaunchPlan:
 
 
 def local_plan(
-    config: RunConfig, recipe: Path, overrides: Sequence[str], options: LaunchOptions, *, threads_per_rank: int
+    config: RunConfig, recipe: Path, overrides: Sequence[str], options: ResumeOptions, *, threads_per_rank: int
 ) -> LaunchPlan:
     """All ranks of this host: a plain process for one rank, else torchrun.
 

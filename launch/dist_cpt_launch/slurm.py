@@ -15,7 +15,8 @@ from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import EXIT_DONE, ConfigError, WriteError
 from dist_cpt.run_folder.names import LOGS
 from dist_cpt.runtime.secret_values import require_no_secrets
-from dist_cpt_launch.launch_plan import LaunchOptions, LaunchPlan, usable_nodes
+from dist_cpt_launch.launch_options import LaunchOptions
+from dist_cpt_launch.launch_plan import LaunchPlan, usable_nodes
 from dist_cpt_launch.time_limit import save_before_limit, slurm_seconds
 
 RequeueBy = Literal["requeue", "chain", "exit"]
@@ -53,7 +54,7 @@ def slurm_plan(
     arguments += [f"--save-before-limit={options.save_before_limit}"] if options.save_before_limit else []
     arguments += [f"--submit={next_job}"] if options.requeue_by == "chain" else []
     arguments += ["--no-preflight"] if options.preflight is False else []
-    arguments += [f"--srun={item}" for item in options.srun]
+    arguments += [f"--srun={item}" for item in options.srun or []]
     arguments += [f"--set={item}" for item in overrides]
     arguments += [_one_line(path.absolute(), "the recipe's path") for _, path in recipes]
     call = ("sbatch", *argv, str(batch_script()), *arguments)
@@ -116,7 +117,7 @@ def _resources(options: LaunchOptions, ranks: int, signal_seconds: int) -> list[
         "signal": f"B:USR1@{signal_seconds}",
     }
     argv = [f"--{key}={value}" for key, value in requested.items() if value is not None]
-    return [*argv, "--no-requeue" if options.requeue_by == "chain" else "--requeue", *options.sbatch]
+    return [*argv, "--no-requeue" if options.requeue_by == "chain" else "--requeue", *(options.sbatch or [])]
 
 
 def _save_before_limit(config: RunConfig, options: LaunchOptions) -> int:
@@ -139,7 +140,7 @@ def _check(options: LaunchOptions, num_recipes: int) -> None:
         raise ConfigError("--max-running needs several recipes: one recipe is not an array")
     if options.requeue_by not in (None, *get_args(RequeueBy)):
         raise ConfigError(f"--requeue-by {options.requeue_by}: expected {', '.join(get_args(RequeueBy))}")
-    for item in (*options.sbatch, *options.srun):
+    for item in (*(options.sbatch or []), *(options.srun or [])):
         if not item.startswith("-"):
             raise ConfigError(f"{item!r} is not an option of sbatch or srun", remedy="write it as --name=value")
         if re.match(r"--export=.*=", item):

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from dist_cpt_launch.launch_plan import LaunchOptions, LaunchPlan, local_plan
+from dist_cpt_launch.launch_options import LaunchOptions
+from dist_cpt_launch.launch_plan import LaunchPlan, local_plan
 from dist_cpt_launch.local import run_local
 
 from dist_cpt.config.load import build

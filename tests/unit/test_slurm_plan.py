@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from dist_cpt_launch.launch_plan import LaunchOptions, LaunchPlan, local_plan
+from dist_cpt_launch.launch_options import LaunchOptions
+from dist_cpt_launch.launch_plan import LaunchPlan, local_plan
 from dist_cpt_launch.slurm import batch_script, ranks_per_node, slurm_plan, submit
 
 from dist_cpt.config.load import build
@@ -36,8 +37,8 @@ ALL = LaunchOptions(
     save_before_limit=240,
     max_restarts=5,
     preflight=False,
-    sbatch=("--constraint=a100&nvlink", "--exclude=n7"),
-    srun=("--container-image=/images/a b.sqsh",),
+    sbatch=["--constraint=a100&nvlink", "--exclude=n7"],
+    srun=["--container-image=/images/a b.sqsh"],
 )
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 
