@@ -410,7 +410,7 @@ def dist_cpt(run: Run) -> tuple[Any, int]:
         # a recipe refuses an adapter on random weights, and 16 GB from a disk would take longer than all steps
         return random_model(dict(run.values), run.device), {"path": None, "revision": None, "sha256": "random"}
 
-    with mock.patch.object(load, "_base", load._base if run.case.nf4 else random_base):
+    with mock.patch.object(load, "load_base", load.load_base if run.case.nf4 else random_base):
         model = load.load_model(config, device=run.device)
     groups = param_groups(model.trainable, config.optim, adapter=True)
     engine = build_engine(model.module, model.trainable, groups, model.layers, config, run.device)

@@ -1,7 +1,7 @@
-"""PiSSA: A and B begin as the strongest part of each weight, and the base keeps the rest.
+"""PiSSA: A and B start as the principal part of each weight, which is subtracted from the base.
 
-The rest is a function of that beginning, so the beginning is kept: in the run folder, where every rank and every
-resume reads it, and in each checkpoint, where a merge does. A decomposition on another machine may differ.
+The initial A and B are stored, since a decomposition on another machine may differ: in the run folder, for every rank
+and every resume, and in each checkpoint, for a merge.
 Source: Meng et al. 2024, PiSSA: Principal Singular Values and Singular Vectors Adaptation (arXiv 2404.02948).
 """
 
@@ -10,76 +10,96 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from dist_cpt.adapters.peft_folder import BASE_PREFIX
 from dist_cpt.adapters.quantize import read_weight, write_weight
 from dist_cpt.errors import CheckpointError, ConfigError
+from dist_cpt.run_folder.checkpoints import published
+from dist_cpt.run_folder.names import INITIAL_ADAPTER
 from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
 
-PISSA = "pissa_sha256"  # of the beginning, in the base's identity
-INITIAL = "initial_adapter.safetensors"  # keys `<module>.lora_A.weight`, `.lora_B.weight`; metadata: scale
-_PREFIX = "base_model.model."
+PISSA = "pissa_sha256"  # of the initial adapter's file, in the base's identity
 
 
-def begin_with_pissa(module: nn.Module, run: Path) -> str:
-    """Give a model under a new LoRA its beginning and its base the rest, before an engine cuts it; the file's sha256.
+@dataclass(frozen=True)
+class InitialAdapter:
+    """The initial A [r, in] and B [out, r] in fp32 by module of the base, and the factor of B A.
 
-    Rank 0 decomposes the weights once per run; all others, and all resumes, read its file. Collective.
+    In the file: `<module>.lora_A.weight`, `<module>.lora_B.weight`, and `scale` in the metadata.
+    """
+
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    scale: float
+
+    def subtract_from(self, layer: Any, name: str) -> None:
+        """Subtract scale x B A of module `name` from a layer's weight, in place, stored as before."""
+        weight = read_weight(layer).clone()
+        a, b = (half.to(weight.device) for half in self.pairs[name])
+        write_weight(layer, weight.addmm_(b, a, alpha=-self.scale))
+
+
+def init_pissa(module: nn.Module, run: Path) -> str:
+    """Set a new LoRA to the principal part of each weight and subtract that from the base; the sha256 of the file.
+
+    Before an engine shards the model. Rank 0 decomposes the weights once per run; all other ranks, and all resumes,
+    read its file. Collective.
 
     Raises:
-        ConfigError: the rank exceeds what a weight has.
+        ConfigError: adapter.rank exceeds the rank of a weight.
         CheckpointError: the file is damaged.
     """
     sha256 = on_rank_zero("adapter.init", lambda: _find_or_make(module, run))
-    on_every_rank("adapter.init", lambda: _begin(module, run / INITIAL, sha256))
+    on_every_rank("adapter.init", lambda: _apply(module, run / INITIAL_ADAPTER, sha256))
     return sha256
 
 
 def copy_initial(run: Path, checkpoint: str | Path) -> None:
-    """Put the beginning of `run` into one of its checkpoints."""
-    shutil.copyfile(run / INITIAL, Path(checkpoint) / INITIAL)
+    """Copy the initial adapter of `run` into one of its checkpoints."""
+    shutil.copyfile(run / INITIAL_ADAPTER, Path(checkpoint) / INITIAL_ADAPTER)
 
 
 @torch.no_grad()
-def take_out(model: Any, file: Path) -> None:
-    """Leave in the plain base `model` what a run with the beginning in `file` left there; in fp32 or as stored."""
-    tensors, scale = read_initial(file)
-    for name in modules_of(tensors):
-        _subtract(model.get_submodule(name), tensors, name, scale)
+def subtract_initial(model: Any, file: Path) -> None:
+    """Turn the plain base `model` into the base under the adapter whose initial state is `file`, in place."""
+    initial = read_initial(file)
+    for name in initial.pairs:
+        initial.subtract_from(model.get_submodule(name), name)
 
 
-def read_initial(file: Path) -> tuple[dict[str, torch.Tensor], float]:
-    """fp32 tensors by `<module>.lora_A.weight` [r, in] and `<module>.lora_B.weight` [out, r], and what scales B A.
+def read_initial(file: Path) -> InitialAdapter:
+    """The initial adapter in a file.
 
     Raises:
-        CheckpointError: no whole safetensors file.
+        CheckpointError: not a valid safetensors file, or not an initial adapter.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, float(opened.metadata()["scale"])  # noqa: SIM118
+            names = sorted(k.removesuffix(".lora_A.weight") for k in opened.keys() if k.endswith(".lora_A.weight"))  # noqa: SIM118
+            pairs = {
+                name: (opened.get_tensor(f"{name}.lora_A.weight"), opened.get_tensor(f"{name}.lora_B.weight"))
+                for name in names
+            }
+            return InitialAdapter(pairs, float(opened.metadata()["scale"]))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        said = str(error).partition("\n")[0]
+        problem = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"{file} cannot be read ({said})", remedy="copy it from a checkpoint of the run"
+            f"{file} cannot be read ({problem})", remedy="copy it from a checkpoint of the run"
         ) from None
-
-
-def modules_of(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names of the modules that a beginning belongs to."""
-    return sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
 
 
 def principal_part(weight_OI: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """A [rank, I] and B [O, rank], fp32, with scale x B A the best approximation of rank `rank`.
 
-    Through the eigenvectors of the smaller Gram matrix, in fp64: exact, and far quicker than a full decomposition.
+    By the eigenvectors of the smaller Gram matrix in fp64: as exact as an SVD and far faster.
     """
     weight = weight_OI.double()
     wide = weight.shape[1] >= weight.shape[0]
@@ -94,22 +114,22 @@ def principal_part(weight_OI: torch.Tensor, rank: int, scale: float) -> tuple[to
 
 
 def _layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name in the base, PEFT's layer) of every target."""
+    """(name in the base, LoRA layer) of every target."""
     for name, layer in module.named_modules():
         if "default" in getattr(layer, "lora_A", ()):
-            yield name.partition(_PREFIX)[2], layer
+            yield name.partition(BASE_PREFIX)[2], layer
 
 
 @torch.no_grad()
 def _find_or_make(module: nn.Module, run: Path) -> str:
     from safetensors.torch import save_file
 
-    target = run / INITIAL
+    target = run / INITIAL_ADAPTER
     if not target.is_file():
-        temporary = run / f"{INITIAL}.tmp"
-        kept = sorted(run.glob(f"checkpoints/step-*/{INITIAL}"))
-        if kept:
-            shutil.copyfile(kept[-1], temporary)
+        temporary = run / f"{INITIAL_ADAPTER}.tmp"
+        copies = [file for folder in published(run) if (file := folder / INITIAL_ADAPTER).is_file()]
+        if copies:
+            shutil.copyfile(copies[0], temporary)
         else:
             tensors, scale = {}, 1.0
             for name, layer in _layers(module):
@@ -117,7 +137,7 @@ def _find_or_make(module: nn.Module, run: Path) -> str:
                 weight = read_weight(layer.get_base_layer())
                 if rank > min(weight.shape):
                     raise ConfigError(
-                        f"adapter.init pissa: {name} of shape {list(weight.shape)} has no part of rank {rank}",
+                        f"adapter.init pissa: adapter.rank {rank} is too large for {name} {list(weight.shape)}",
                         remedy=f"use adapter.rank {min(weight.shape)} or less",
                     )
                 a, b = principal_part(weight, rank, scale)
@@ -128,24 +148,18 @@ def _find_or_make(module: nn.Module, run: Path) -> str:
 
 
 @torch.no_grad()
-def _begin(module: nn.Module, file: Path, sha256: str) -> None:
+def _apply(module: nn.Module, file: Path, sha256: str) -> None:
     if _sha256(file) != sha256:
-        raise CheckpointError(f"{file} is another file on this host than on rank 0's", remedy="use a shared folder")
-    tensors, scale = read_initial(file)
+        raise CheckpointError(f"{file} on this host differs from rank 0's", remedy="use a shared folder")
+    initial = read_initial(file)
     layers = dict(_layers(module))
-    if modules_of(tensors) != sorted(layers):
+    if initial.pairs.keys() != layers.keys():
         raise CheckpointError(f"{file} belongs to other adapter.targets", remedy="use another name for another run")
     for name, layer in layers.items():
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        a.copy_(tensors[f"{name}.lora_A.weight"])
-        b.copy_(tensors[f"{name}.lora_B.weight"])
-        _subtract(layer.get_base_layer(), tensors, name, scale)
-
-
-def _subtract(layer: Any, tensors: Mapping[str, torch.Tensor], name: str, scale: float) -> None:
-    weight = read_weight(layer).clone()
-    a, b = (tensors[f"{name}.{half}.weight"].to(weight.device) for half in ("lora_A", "lora_B"))
-    write_weight(layer, weight.addmm_(b, a, alpha=-scale))
+        a, b = initial.pairs[name]
+        layer.lora_A["default"].weight.copy_(a)
+        layer.lora_B["default"].weight.copy_(b)
+        initial.subtract_from(layer.get_base_layer(), name)
 
 
 def _sha256(file: Path) -> str:

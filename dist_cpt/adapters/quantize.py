@@ -1,9 +1,8 @@
-"""NF4 and int8: the linear layers of a frozen base in 4 or 8 bits. The one door of bitsandbytes for weights.
+"""NF4 and int8: the linear layers of a frozen base in 4 or 8 bits; the only module that uses bitsandbytes for weights.
 
 NF4: a layer [out, in] becomes codes uint8 [out * in / 2, 1], one 8-bit scale per 64 elements and one fp32 scale per
-256 of those: 4.127 bits per element instead of 16. int8: codes int8 [out, in] and one fp32 scale per row. The head,
-the embeddings, norms and biases stay bf16. Engines move and cut the codes like any frozen parameter; the scales lie
-beside them, whole on every rank.
+256 of those: 4.127 bits per element. int8: codes int8 [out, in] and one fp32 scale per row. The head, the embeddings,
+norms and biases stay bf16. Engines move and shard the codes like any frozen parameter; the scales are replicated.
 Source: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, section 3; LLM.int8(), section 2.1.
 """
 
@@ -23,6 +22,7 @@ from torch import nn
 
 from dist_cpt.adapters.lora import import_peft
 from dist_cpt.errors import ConfigError, MissingExtraError
+from dist_cpt.run_folder.names import MODEL_CONFIG
 
 BLOCKSIZE = 64  # elements that share a scale; fixed by transformers for weights it quantises while loading
 QUANTISED = ("nf4", "int8")
@@ -33,12 +33,12 @@ def load_quantised(
 ) -> Any:
     """A transformers causal LM on `device` with every linear layer but the head in `weights`, the rest in bf16.
 
-    transformers quantises one tensor after the other while it reads: the 16-bit base never exists as a whole. A
-    folder that holds such weights already is taken as it is, code by code.
+    transformers quantises tensor by tensor while it reads: the 16-bit base is never in memory as a whole. Weights
+    that are quantised already are read code by code.
 
     Raises:
         MissingExtraError: bitsandbytes is not installed.
-        ConfigError: no linear layer to quantise, or quantised weights in the folder that are not read.
+        ConfigError: no linear layer to quantise, or an unsupported quantisation in the folder.
     """
     require_bitsandbytes(weights)
     from transformers import AutoModelForCausalLM
@@ -48,23 +48,25 @@ def load_quantised(
         folder,
         config=hf_config,
         dtype=torch.bfloat16,
-        **({"quantization_config": _how(weights)} if stored is None else {}),  # a None would hide the folder's own
+        **(
+            {"quantization_config": _quantization_config(weights)} if stored is None else {}
+        ),  # None would override the folder's
         device_map={"": device},
         use_safetensors=True,
         trust_remote_code=own_code,
         output_loading_info=True,
     )
-    model = whole_model(folder, *loaded)
+    model = require_complete(folder, *loaded)
     kind = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[weights]
     layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if type(m).__name__ == kind]
     for name, layer in layers:
         if weights == "nf4":
-            _require_layout(folder, name, layer)
-            layer.forward = partial(_forward, layer)
+            _require_nf4_format(folder, name, layer)
+            layer.forward = partial(nf4_linear, layer)
         else:
             layer.row_absmax = layer.weight.SCB.float()
             layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
-            layer.forward = partial(_forward_int8, layer)
+            layer.forward = partial(int8_linear, layer)
     if not layers:
         raise ConfigError(
             f"model type {model.config.model_type}: no linear layer beside the head for model.weights: {weights}",
@@ -75,52 +77,48 @@ def load_quantised(
     return model
 
 
-def load_nf4(folder: Path, hf_config: Any | None, device: torch.device) -> Any:
-    """`load_quantised` in NF4."""
-    return load_quantised(folder, hf_config, device, "nf4")
-
-
-def whole_model(folder: Path, model: Any, loading_info: Mapping[str, Any]) -> Any:
-    """`model` as transformers loaded it, unless the folder lacks weights: those would be random, after a warning.
+def require_complete(folder: Path, model: Any, loading_info: Mapping[str, Any]) -> Any:
+    """`model`, unless the folder lacks some of its weights, which transformers only warns about and draws at random.
 
     Raises:
-        ConfigError: names the first of them.
+        ConfigError: names the first missing weight.
     """
-    if lost := sorted(loading_info["missing_keys"]):
-        more = f" and {len(lost) - 1} more of its weights" if len(lost) > 1 else ""
-        raise ConfigError(f"model.path: {folder} lacks {lost[0]}{more}", remedy="give the whole language model")
+    if missing := sorted(loading_info["missing_keys"]):
+        more = f" and {len(missing) - 1} more of its weights" if len(missing) > 1 else ""
+        raise ConfigError(f"model.path: {folder} lacks {missing[0]}{more}", remedy="give the whole language model")
     return model
 
 
 def stored_weights(folder: Path) -> str | None:
-    """nf4 or int8 for a folder of weights that bitsandbytes quantised, None for plain ones.
+    """nf4 or int8 for weights that bitsandbytes quantised, None for plain ones.
 
     Raises:
-        ConfigError: another way of quantising, named.
+        ConfigError: another quantisation.
     """
-    how = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    if how is None:
+    quantization = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8")).get("quantization_config")
+    if quantization is None:
         return None
-    method = how.get("quant_method")
-    layout = f"{method} {how.get('bnb_4bit_quant_type', 'fp4')}" if how.get("load_in_4bit") else str(method)
-    storage = how.get("bnb_4bit_quant_storage", "uint8")
-    if method == "bitsandbytes" and how.get("load_in_8bit"):
+    method = str(quantization.get("quant_method"))
+    if method == "bitsandbytes" and quantization.get("load_in_8bit"):
         return "int8"
-    if layout == "bitsandbytes nf4" and storage == "uint8":
-        return "nf4"
-    if layout == "bitsandbytes nf4":  # engines that cast weights would corrupt codes stored as numbers
-        layout = f"{layout} stored as {storage}"
+    if quantization.get("load_in_4bit"):
+        method = f"{method} {quantization.get('bnb_4bit_quant_type', 'fp4')}"
+    if method == "bitsandbytes nf4":
+        storage = quantization.get("bnb_4bit_quant_storage", "uint8")
+        if storage == "uint8":
+            return "nf4"
+        method = f"{method} stored as {storage}"  # engines that cast weights would corrupt codes of a float dtype
     raise ConfigError(
-        f"model.path: {folder} holds quantised weights of a kind that is not read: {layout}",
+        f"model.path: {folder} has quantised weights of an unsupported kind: {method}",
         remedy="give a bitsandbytes nf4 (stored as uint8) or int8 folder, or the unquantised model",
     )
 
 
 def identity_of(model: Any, weights: str, stored: bool) -> dict[str, Any]:
-    """What a resume must find again, beside the hash of the weights that were quantised, or were so already."""
+    """How the weights are quantised: what a resume must match besides the sha256 of the files."""
     state = next((_state(m) for m in model.modules() if _state(m) is not None), None)
-    how = {"row_wise": True} if state is None else {"blocksize": state.blocksize, "double_quant": state.nested}
-    return {"weights": weights, "weights_quantisation": how | ({"stored": True} if stored else {})}
+    method = {"row_wise": True} if state is None else {"blocksize": state.blocksize, "double_quant": state.nested}
+    return {"weights": weights, "weights_quantisation": method | ({"stored": True} if stored else {})}
 
 
 def is_quantised(module: Any) -> bool:
@@ -134,7 +132,7 @@ def require_bitsandbytes(weights: str) -> None:
     Raises:
         MissingExtraError: it is not installed.
     """
-    import_peft()  # first, for it knows how to bring in bitsandbytes without lines on every rank
+    import_peft()  # first: it silences bitsandbytes' warnings
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
@@ -142,11 +140,11 @@ def require_bitsandbytes(weights: str) -> None:
 
 
 def quantisation_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of all that turns codes back into weights; none of it is a parameter or a buffer.
+    """(name, tensor) of the scales and tables that dequantise a model; none of them is a parameter or a buffer.
 
-    NF4: `<layer>.weight.absmax` uint8 [blocks], `.nested_absmax` [blocks / 256], `.offset` [1] and the two tables of
-    code values [16] and [256], fp32; without double quantisation `.absmax` fp32 and one table. int8: `.row_absmax`
-    fp32 [out]. The very tensors that are used, not copies.
+    NF4: `<layer>.weight.absmax` uint8 [blocks], `.nested_absmax` [blocks / 256], `.offset` [1] and two tables of code
+    values [16] and [256], fp32; without double quantisation `.absmax` fp32 and one table. int8: `.row_absmax` fp32
+    [out]. Not copies.
     """
     for name, layer in module.named_modules():
         if isinstance(scales := getattr(layer, "row_absmax", None), torch.Tensor):
@@ -163,7 +161,7 @@ def quantisation_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def nf4_scales(layer: Any) -> Nf4Scales:
-    """What turns the codes of a quantised layer into its weight [out, in], in bf16; views, not copies."""
+    """The scales that dequantise a layer's codes to its weight [out, in] in bf16; views, not copies."""
     state = layer.quant_state
     nested = None
     if state.nested:
@@ -172,15 +170,15 @@ def nf4_scales(layer: Any) -> Nf4Scales:
 
 
 def weight_elements(parameter: torch.Tensor) -> int:
-    """Elements of the matrix that a parameter stands for, be it packed or not; before an engine cuts it."""
+    """Elements of a parameter's matrix, quantised or not; before an engine shards it."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
 
 
 def read_weight(layer: Any) -> torch.Tensor:
-    """The matrix fp32 [out, in] that a linear layer multiplies by, be it plain, stored [in, out], NF4 or int8."""
+    """A linear layer's weight as fp32 [out, in], stored plain, transposed, as NF4 or as int8."""
     if _state(layer) is not None:
-        return _unpacked(layer, torch.float32)
+        return _dequantised(layer, torch.float32)
     if hasattr(layer, "row_absmax"):
         return layer.weight.data.float() * (layer.row_absmax / 127.0)[:, None]
     weight = layer.weight.data.float()
@@ -188,7 +186,7 @@ def read_weight(layer: Any) -> torch.Tensor:
 
 
 def write_weight(layer: Any, weight: torch.Tensor) -> None:
-    """Make fp32 [out, in] the layer's matrix, rounded or quantised to what the layer stores; in place."""
+    """Set a linear layer's weight to fp32 [out, in], rounded or quantised as the layer stores it; in place."""
     if (state := _state(layer)) is not None:
         from bitsandbytes.functional import quantize_4bit
 
@@ -206,7 +204,8 @@ def write_weight(layer: Any, weight: torch.Tensor) -> None:
 
 
 def dequantise(model: Any) -> Any:
-    """`model` with plain fp32 layers, stored as its architecture stores them, instead of quantised ones."""
+    """`model` with plain fp32 layers of its architecture in place of the quantised ones."""
+    from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb8bitDeserialize
     from transformers.pytorch_utils import Conv1D
 
     for name, layer in [(n, m) for n, m in model.named_modules() if is_quantised(m)]:
@@ -220,25 +219,22 @@ def dequantise(model: Any) -> Any:
         model.set_submodule(name, plain)
     model.hf_quantizer.remove_quantization_config(model)
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
-    # transformers remembers how a folder of codes was read and would undo it when the model is saved.
-    conversions = getattr(model, "_weight_conversions", None) or []
-    model._weight_conversions = [each for each in conversions if not _reads_codes(each)]
+    # transformers would revert the conversions it read the codes with when the model is saved.
+    codes = (Bnb4bitDeserialize, Bnb8bitDeserialize)
+    model._weight_conversions = [
+        conversion
+        for conversion in getattr(model, "_weight_conversions", None) or []
+        if not any(isinstance(operation, codes) for operation in getattr(conversion, "operations", ()))
+    ]
     return model.float()
 
 
-def _reads_codes(conversion: Any) -> bool:
-    from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb8bitDeserialize
-
-    codes = (Bnb4bitDeserialize, Bnb8bitDeserialize)
-    return any(isinstance(operation, codes) for operation in getattr(conversion, "operations", ()))
-
-
-def _how(weights: str) -> Any:
+def _quantization_config(weights: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     if weights == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    # Storage other than uint8 or the compute dtype would be cast, and so corrupted, by engines that cast weights.
+    # Engines that cast floating-point weights would corrupt codes stored in a float dtype.
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -248,13 +244,13 @@ def _how(weights: str) -> Any:
     )
 
 
-def _require_layout(folder: Path, name: str, layer: Any) -> None:
+def _require_nf4_format(folder: Path, name: str, layer: Any) -> None:
     state = layer.quant_state
-    found = (state.quant_type, state.blocksize, str(layer.weight.dtype))
-    if found != ("nf4", BLOCKSIZE, "torch.uint8"):
+    stored = (state.quant_type, state.blocksize, str(layer.weight.dtype))
+    if stored != ("nf4", BLOCKSIZE, "torch.uint8"):
         raise ConfigError(
-            f"{folder}: {name} is {found[0]} in blocks of {found[1]}, stored as {found[2]}",
-            remedy=f"only nf4 in blocks of {BLOCKSIZE}, stored as uint8, is read",
+            f"{folder}: {name} is {stored[0]} in blocks of {stored[1]}, stored as {stored[2]}",
+            remedy=f"only nf4 in blocks of {BLOCKSIZE}, stored as uint8, is supported",
         )
 
 
@@ -262,33 +258,34 @@ def _state(module: Any) -> Any:
     return getattr(module, "quant_state", None)
 
 
-class _Product(torch.autograd.Function):
-    """x W^T + b with W unpacked for this one product, in forward and again in backward.
+class _Nf4Product(torch.autograd.Function):
+    """x W^T + b; W is dequantised in forward and again in backward.
 
-    bitsandbytes' own layer keeps a view of the gathered codes from forward to backward, so that ZeRO-3 could not
-    free them; and on a CPU with bf16 instructions it repacks codes and scales in place at the first evaluation.
+    bitsandbytes' own layer keeps a view of the gathered codes from forward to backward, so ZeRO-3 could not free
+    them; and on a CPU with bf16 instructions it repacks codes and scales in place at the first evaluation.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: Any) -> torch.Tensor:
         ctx.layer = layer
-        return F.linear(x, _unpacked(layer, x.dtype), layer.bias)
+        return F.linear(x, _dequantised(layer, x.dtype), layer.bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         (grad,) = grads
-        return grad @ _unpacked(ctx.layer, grad.dtype), None
+        return grad @ _dequantised(ctx.layer, grad.dtype), None
 
 
-def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    return _Product.apply(x, layer)
+def nf4_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """x [..., in] -> [..., out] through a layer with NF4 codes and their `quant_state`."""
+    return _Nf4Product.apply(x, layer)
 
 
 class _RowScaledProduct(torch.autograd.Function):
-    """x W^T + b for int8 rows with a scale each: the sums run over the codes themselves, which bf16 holds exactly,
-    and are scaled in fp32, so that no weight is ever rounded to bf16.
+    """x W^T + b for int8 rows, each with a scale. The product is over the codes, exact in bf16, and scaled in fp32, so
+    no weight is rounded to bf16.
 
-    bitsandbytes' own layer would round x to 8 bits as well, and keeps codes out of an engine's sight.
+    bitsandbytes' own layer would also round x to 8 bits, and hides its codes from engines.
     """
 
     @staticmethod
@@ -304,14 +301,15 @@ class _RowScaledProduct(torch.autograd.Function):
         return scaled @ ctx.layer.weight.data.to(grad.dtype), None
 
 
-def _forward_int8(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def int8_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """x [..., in] -> [..., out] through a layer with int8 codes and their `row_absmax`."""
     return _RowScaledProduct.apply(x, layer)
 
 
-def _unpacked(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The weight [out, in]. The codes are looked up now: an engine may have gathered them a moment ago."""
+def _dequantised(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [out, in] of the codes that are in the layer now: an engine may just have gathered them."""
     state, codes = layer.quant_state, layer.weight.data
-    if available(codes):  # one kernel instead of three, the same bits
+    if available(codes):  # one kernel instead of three, bit-identical
         scales = nf4_scales(layer)
         weight = dequantize_nf4(codes, scales.absmax, scales.shape, torch.bfloat16, nested=scales.nested)
         return weight.to(dtype)
@@ -319,8 +317,8 @@ def _unpacked(layer: Any, dtype: torch.dtype) -> torch.Tensor:
 
     elements = state.shape.numel()
     absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-    # As one row: for rows of 16 n elements, but not 64 n, the CPU kernel of bitsandbytes 0.50 would take the scales
-    # of other blocks. A row of an odd number of elements ends in the spare half of its last byte.
+    # As one row: for row lengths that 16 divides but 64 does not, the CPU kernel of bitsandbytes 0.50 reads the scales
+    # of other blocks. An odd number of elements leaves half of the last byte unused.
     row = (1, elements + elements % 2)
     flat = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCKSIZE, "nf4", row, torch.bfloat16)
     return flat[0, :elements].view(state.shape).to(dtype)

@@ -1,7 +1,7 @@
-"""New tokens on a base: where their ids lie, what their rows begin with, and how the old rows stand still.
+"""New tokens on a base: their ids, the initial values of their rows, and how the old rows stay unchanged.
 
-A new row begins as the mean of the rows of the pieces that the base's own tokenizer cuts the token into, or as a given
-mixture of old rows, in the embedding and in the head alike. D model, V vocab.
+A new row starts as the mean of the rows of the pieces into which the base's tokenizer splits the token, or as a given
+mixture of old rows, in embedding and head alike. D model, V vocab.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _MASKED = "_only_new_rows_train"  # marks a weight that has its hook
 
 @dataclass(frozen=True)
 class NewVocabulary:
-    """What an extended tokenizer adds: ids `first_row` and up, and for each of them the base's pieces of it."""
+    """The tokens that an extended tokenizer adds: ids from `first_row` on, and each token's pieces in the base."""
 
     first_row: int
     pieces: tuple[tuple[int, ...], ...]
     tokenizer_sha256: str
     mixtures: Mapping[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # by row: old rows, weights
-    mixtures_sha256: str | None = None  # of their file
+    mixtures_sha256: str | None = None  # of the file with them
 
     @property
     def size(self) -> int:
@@ -37,20 +37,20 @@ class NewVocabulary:
 
 
 def new_vocabulary(base: Any, extended: Any, extended_sha256: str, where: str) -> NewVocabulary:
-    """Compare two fast tokenizers: `extended`, from the folder or hub id `where`, must go on where `base` ends.
+    """The tokens that the fast tokenizer `extended`, from the folder or hub id `where`, appends to `base`.
 
     Raises:
-        DataError: an id of the base's means something else, nothing is new, or the new ids leave a gap.
+        DataError: an id of the base has another token, there is no new token, or the new ids have a gap.
     """
     old = base.backend_tokenizer.get_vocab(with_added_tokens=True)
     new = extended.backend_tokenizer.get_vocab(with_added_tokens=True)
     remedy = "make it from the base's own tokenizer: dist-cpt tokenizer extend"
     for token, index in sorted(old.items(), key=lambda item: item[1]):
         if new.get(token) != index:
-            found = f"id {new[token]}" if token in new else "nothing"
+            here = f"has id {new[token]}" if token in new else "is missing"
             raise DataError(
-                f"embeddings.new_tokens: {where} does not extend the base's tokenizer: {token!r} is id {index} "
-                f"there and {found} here",
+                f"embeddings.new_tokens: {where} does not extend the base's tokenizer: {token!r} {here}, in the base "
+                f"it has id {index}",
                 remedy=remedy,
             )
     added = sorted((index, token) for token, index in new.items() if token not in old)
@@ -62,17 +62,17 @@ def new_vocabulary(base: Any, extended: Any, extended_sha256: str, where: str) -
     if [index for index, _ in added] != list(range(first, first + len(added))):
         raise DataError(
             f"embeddings.new_tokens: {where}: the {len(added)} new ids must be {first} to {first + len(added) - 1}, "
-            f"but they lie between {added[0][0]} and {added[-1][0]}",
+            f"but they span {added[0][0]} to {added[-1][0]}",
             remedy=remedy,
         )
     return NewVocabulary(first, tuple(_pieces(base, extended, [t for _, t in added])), extended_sha256)
 
 
 def extend_vocabulary(model: Any, new: NewVocabulary, pad_rows_to: int) -> None:
-    """Give embedding and head of a causal LM a row for every new token; a tie between them stays.
+    """Add a row for every new token to embedding and head of a causal LM; a tied pair stays tied.
 
-    A matrix that grows gets a multiple of `pad_rows_to` rows; the spare ones begin as the mean of all old rows. If
-    the base has enough spare rows already, they are used and nothing grows. Old rows keep every bit.
+    The number of rows becomes a multiple of `pad_rows_to`; spare rows start as the mean of all old rows. If the base
+    has enough spare rows, these are used and no matrix grows. Old rows are unchanged.
     Source: Hewitt 2021, Initializing New Word Embeddings for Pretrained Language Models (the spare rows).
 
     Raises:
@@ -96,7 +96,7 @@ def extend_vocabulary(model: Any, new: NewVocabulary, pad_rows_to: int) -> None:
 
 
 def untie(model: Any) -> None:
-    """Make the head a copy of the embedding that trains apart, and say so in the model's configuration.
+    """Give the head its own copy of the embedding, in the model and in its configuration.
 
     Raises:
         ConfigError: they are two matrices already.
@@ -112,17 +112,17 @@ def untie(model: Any) -> None:
 
 
 def train_new_rows_only(modules: Iterable[nn.Module], first_row: int) -> None:
-    """Let no gradient reach the rows of `modules`' weights before `first_row`.
+    """Zero the gradient of the rows before `first_row` of `modules`' weights.
 
-    The gradient of the whole matrix is zeroed there before anything sums, shards, measures or clips it, so every
-    engine sees the same. AdamW without decay then leaves these rows as they are: 0 / (0 + eps) is 0.
+    This happens before anything reduces, shards, measures or clips the gradient, so it is the same under every
+    engine. AdamW without decay then leaves these rows unchanged: 0 / (0 + eps) is 0.
     """
     for module in modules:
         module.register_forward_pre_hook(partial(_hook_weight, first_row))
 
 
 def _hook_weight(first_row: int, module: Any, _: Any) -> None:
-    # In forward, for under FSDP2 the weight that computes is another tensor than the one that was here before.
+    # In forward: under FSDP2 the weight that computes is another tensor than the registered one.
     weight = module.weight
     if weight.requires_grad and not hasattr(weight, _MASKED):
         weight.register_hook(partial(_zero_rows, first_row))
@@ -130,7 +130,7 @@ def _hook_weight(first_row: int, module: Any, _: Any) -> None:
 
 
 def _zero_rows(first_row: int, grad_VD: torch.Tensor) -> torch.Tensor:
-    # In place: backward has just made it, and a copy would be a second matrix of the vocabulary.
+    # In place: backward has just allocated it, and a copy would be a second vocabulary matrix.
     grad_VD[:first_row].zero_()
     return grad_VD
 
@@ -151,13 +151,13 @@ def _with_rows(weight_VD: torch.Tensor, new: NewVocabulary, rows: int) -> nn.Par
 
 
 def _pieces(base: Any, extended: Any, tokens: list[str]) -> Iterable[tuple[int, ...]]:
-    """Ids of the base's pieces of each new token; none for a token that its model knows no part of."""
-    backend, unknown = base.backend_tokenizer, base.unk_token_id  # whose row says nothing about this token
+    """Ids of each new token's pieces in the base's vocabulary, unknown ones left out."""
+    backend, unknown = base.backend_tokenizer, base.unk_token_id
     known = extended.backend_tokenizer.get_vocab(with_added_tokens=False)
     added = {token.content for token in extended.added_tokens_decoder.values()}
     for token in tokens:
         if token in known and token not in added:
-            # A piece is written in the model's own alphabet: past normaliser and pre-tokeniser, which both have.
+            # Already normalised and pre-tokenised: go to the model directly.
             ids = [piece.id for piece in _tokenize(backend.model, token)]
         else:
             ids = backend.encode(token, add_special_tokens=False).ids
@@ -167,5 +167,5 @@ def _pieces(base: Any, extended: Any, tokens: list[str]) -> Iterable[tuple[int, 
 def _tokenize(model: Any, token: str) -> list[Any]:
     try:
         return model.tokenize(token)
-    except Exception:  # a Unigram without <unk> raises a bare Exception at a character it does not know
+    except Exception:  # a Unigram model without <unk> raises a bare Exception for an unknown character
         return []

@@ -159,11 +159,7 @@ def _mesh(engine: EngineConfig, device: torch.device) -> DeviceMesh:
 
 
 def _shard(
-    module: nn.Module,
-    layers: Sequence[nn.Module],
-    mesh: DeviceMesh,
-    config: RunConfig,
-    device: torch.device,
+    module: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh, config: RunConfig, device: torch.device
 ) -> list[FSDPModule]:
     """Apply fully_shard to each layer and the root; the units, root first."""
     engine = config.engine

@@ -1,140 +1,115 @@
-"""A trained adapter in the shape that other programs read: plain PEFT, vLLM, llama.cpp.
+"""A trained adapter in the formats of other programs: PEFT, vLLM, llama.cpp.
 
-Each layout is read back by the libraries it is for, or by vanilla PEFT, and must give the checkpoint's logits.
+Each format is read back by PEFT, or by the program's own converter, and must give the checkpoint's logits.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dist_cpt.adapters.lora import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
+from dist_cpt.adapters.lora import import_peft, without_peft_deprecations
+from dist_cpt.adapters.peft_folder import (
+    BASE_PREFIX,
+    PRIOR_KEY,
     canonical_key,
-    import_peft,
-    without_peft_deprecations,
+    read_adapter_config,
+    write_adapter_config,
 )
-from dist_cpt.adapters.pissa import INITIAL, modules_of, read_initial
-from dist_cpt.adapters.prior_adapter import STANDS_ON
-from dist_cpt.errors import CheckpointError, ConfigError, WriteError
-from dist_cpt.export.merge import (
-    copy_tokenizer,
-    ground_of,
+from dist_cpt.adapters.pissa import read_initial
+from dist_cpt.errors import ConfigError
+from dist_cpt.export.checkpoint_model import (
+    base_model,
+    find_base,
     load_fp32,
     logits_of,
-    merge,
     plain_model,
     probe_ids,
-    publish,
-    require_new,
     require_same_logits,
-    round_to,
-    verified_base,
-    write_model,
 )
+from dist_cpt.export.merge import merge
+from dist_cpt.export.model_folder import copy_tokenizer, require_new, round_to, staged, write_model
 from dist_cpt.model.classify import LABELS, is_classifier, read_labels
+from dist_cpt.run_folder.names import ADAPTER_WEIGHTS, INITIAL_ADAPTER
 
 CONVERTER = "convert_hf_to_gguf.py"
 _GGUF_TYPES = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
+_SERVE_MERGED = "serve the result of dist-cpt merge"
 
 
 def export_peft(checkpoint: str | Path, out: str | Path, *, base: str | None = None) -> float:
-    """Write a PEFT folder of plain LoRA for the run's own base, also where the run began with PiSSA.
+    """Write a PEFT folder of plain LoRA on the run's own base, also for a run that started with PiSSA.
 
-    A PiSSA adapter of rank r belongs to what it left of the base; on the base itself it is
-    (A, B) - (A at the start, B at the start), of rank 2 r. Returns the largest difference of fp32 logits.
+    A PiSSA adapter of rank r belongs to the base minus the initial B A; on the base itself it is (A, B) minus the
+    initial (A, B), of rank 2 r. Returns the largest absolute difference of fp32 logits.
 
     Raises:
-        ConfigError: no adapter, or one that stands on another; `out` is in use.
+        ConfigError: no adapter, or one on top of another; `out` is in use.
         CheckpointError: as `merge`.
         WriteError: `out` cannot be written.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     require_new(out, "fp32")
-    folder, _ = _adapter(checkpoint, base)
-    config = _config(checkpoint)
-    if config.get(STANDS_ON) is not None:
+    base_folder, config = _adapter(checkpoint, base)
+    if config.get(PRIOR_KEY) is not None:
         raise ConfigError(
-            f"{checkpoint} stands on another adapter: it is none of the base alone",
-            remedy="use --format vllm, which writes what it stands on, or dist-cpt merge",
+            f"{checkpoint} was trained on top of another adapter: it is not an adapter of the base alone",
+            remedy="use --format vllm, which writes the model under it, or dist-cpt merge",
         )
-    model = load_fp32(checkpoint, folder)
-    probe = probe_ids(model.config.vocab_size)
-    expected = logits_of(model, probe)
-    del model
-
-    def fill(staging: Path) -> float:
-        _write_plain(checkpoint, staging, str(config.get("base_model_name_or_path")), vocabulary=True)
-        copy_tokenizer([checkpoint, folder], staging)
+    expected, probe = _trained_logits(checkpoint, base_folder)
+    with staged(out) as folder:
+        folder.mkdir()
+        _write_plain_lora(checkpoint, folder, str(config.get("base_model_name_or_path")), vocabulary=True)
+        copy_tokenizer([checkpoint, base_folder], folder)
         if read_labels(checkpoint) is not None:
-            shutil.copyfile(checkpoint / LABELS, staging / LABELS)
-        found = logits_of(load_fp32(staging, folder), probe)
-        require_same_logits("the adapter", found, expected)
-        return float((found - expected).abs().max())
-
-    return _staged(out, fill)
+            shutil.copyfile(checkpoint / LABELS, folder / LABELS)
+        return require_same_logits("the adapter", logits_of(load_fp32(folder, base_folder), probe), expected)
 
 
 def export_vllm(checkpoint: str | Path, out: str | Path, dtype: str = "bf16", *, base: str | None = None) -> float:
     """Write `base/`, `adapter/` and a README.md with the command for vLLM, which reads LoRA pairs and nothing else.
 
-    `base/` is the run's base with all in it that is no LoRA pair of this run: trained embeddings and head, new rows,
-    an earlier adapter; in `dtype`. `adapter/` is plain LoRA for it. Together they give the checkpoint's logits, with
-    the weights of `base/` rounded; the largest difference that this makes is returned.
+    `base/` is the run's base in `dtype` with everything that is not a LoRA pair of this run: trained embeddings and
+    head, new rows, a prior adapter. `adapter/` is plain LoRA on it. Together they give the checkpoint's logits but for
+    the rounding of `base/`; the largest absolute difference is returned.
 
     Raises:
-        ConfigError: no adapter, DoRA, a classifier, or a rank beyond what vLLM takes; `out` is in use.
+        ConfigError: no adapter, DoRA, a classifier, or a rank that vLLM does not support; `out` is in use.
         CheckpointError: as `merge`, or the pieces give other logits.
         WriteError: `out` cannot be written.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     require_new(out, dtype)
-    folder, config = _adapter(checkpoint, base)
+    base_folder, config = _adapter(checkpoint, base)
     if config.get("use_dora"):
-        raise ConfigError(
-            f"{checkpoint} is DoRA, which vLLM does not read", remedy="serve the result of dist-cpt merge"
-        )
+        raise ConfigError(f"{checkpoint} is DoRA, which vLLM does not read", remedy=_SERVE_MERGED)
     if read_labels(checkpoint) is not None:
-        raise ConfigError(f"{checkpoint} is a classifier", remedy="serve the result of dist-cpt merge")
-    rank = int(config["r"]) * (2 if (checkpoint / INITIAL).is_file() else 1)
+        raise ConfigError(f"{checkpoint} is a classifier", remedy=_SERVE_MERGED)
+    rank = int(config["r"]) * (2 if (checkpoint / INITIAL_ADAPTER).is_file() else 1)
     if rank > _VLLM_RANKS[-1]:
-        raise ConfigError(
-            f"{checkpoint}: rank {rank}, vLLM takes up to {_VLLM_RANKS[-1]}",
-            remedy="serve the result of dist-cpt merge",
-        )
-    trained = load_fp32(checkpoint, folder)
-    probe = probe_ids(trained.config.vocab_size)
-    expected = logits_of(trained, probe)
-    del trained
-
-    def fill(staging: Path) -> float:
-        model = ground_of(checkpoint, folder, with_vocabulary=True)
-        write_model(round_to(model, dtype), staging / "base", [checkpoint, folder])
-        (staging / "adapter").mkdir()
-        _write_plain(checkpoint, staging / "adapter", str(out.resolve() / "base"), vocabulary=False)
-        (staging / "README.md").write_text(_readme(out.name, rank, dtype), encoding="utf-8")
-        found = logits_of(under_plain(plain_model(staging / "base"), staging / "adapter"), probe)
-        require_same_logits(
-            "base/ and adapter/", found, logits_of(under_plain(model.float(), staging / "adapter"), probe)
-        )
+        raise ConfigError(f"{checkpoint}: rank {rank}, vLLM supports up to {_VLLM_RANKS[-1]}", remedy=_SERVE_MERGED)
+    expected, probe = _trained_logits(checkpoint, base_folder)
+    with staged(out) as folder:
+        model = round_to(base_model(checkpoint, base_folder, with_vocabulary=True), dtype)
+        adapter = folder / "adapter"
+        adapter.mkdir(parents=True)
+        write_model(model, folder / "base", [checkpoint, base_folder])
+        _write_plain_lora(checkpoint, adapter, str(out.resolve() / "base"), vocabulary=False)
+        (folder / "README.md").write_text(_readme(out.name, rank, dtype), encoding="utf-8")
+        logits = logits_of(_under_plain_lora(plain_model(folder / "base"), adapter), probe)
+        rounded = logits_of(_under_plain_lora(model.float(), adapter), probe)
+        require_same_logits("base/ and adapter/", logits, rounded)
         if dtype == "fp32":
-            require_same_logits("base/ and adapter/", found, expected)
-        return float((found - expected).abs().max())
-
-    return _staged(out, fill)
+            require_same_logits("base/ and adapter/", logits, expected)
+        return float((logits - expected).abs().max())
 
 
 def export_gguf(
@@ -145,12 +120,10 @@ def export_gguf(
     *,
     base: str | None = None,
 ) -> None:
-    """Merge, then let llama.cpp's own converter write the GGUF file `out`.
-
-    `llama_cpp` is a checkout of llama.cpp; it is not installed from here.
+    """Merge, then let the converter in `llama_cpp`, a checkout of llama.cpp, write the GGUF file `out`.
 
     Raises:
-        ConfigError: no converter, or it failed, with what it said.
+        ConfigError: no converter, or it failed, with its last line of output.
         CheckpointError: as `merge`.
         WriteError: `out` cannot be written.
     """
@@ -160,30 +133,24 @@ def export_gguf(
     if dtype not in _GGUF_TYPES:
         raise ConfigError(f"dtype must be one of {', '.join(_GGUF_TYPES)}, not {dtype!r}")
     converter = require_converter(llama_cpp)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
-            merge(checkpoint, Path(work) / "model", dtype, base=base)
-            staging = Path(work) / "model.gguf"
-            command = [sys.executable, str(converter), str(Path(work) / "model")]
-            command += ["--outfile", str(staging), "--outtype", _GGUF_TYPES[dtype]]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["nothing"]
-            if done.returncode or not staging.is_file():
-                raise ConfigError(
-                    f"{converter.name} ended with {done.returncode}: {said[-1].strip()[:300]}",
-                    remedy="llama.cpp must know this architecture, and its requirements be installed",
-                )
-            os.replace(staging, out)
-    except OSError as error:
-        raise WriteError(f"{out} cannot be written: {error}", remedy="check space and permissions") from error
+    with staged(out) as file:
+        model = file.with_name("model")
+        merge(checkpoint, model, dtype, base=base)
+        command = [sys.executable, str(converter), str(model), "--outfile", str(file), "--outtype", _GGUF_TYPES[dtype]]
+        converted = subprocess.run(command, capture_output=True, text=True, check=False)
+        if converted.returncode or not file.is_file():
+            lines = [line.strip() for line in (converted.stdout + converted.stderr).splitlines() if line.strip()]
+            raise ConfigError(
+                f"{converter.name} ended with {converted.returncode}: {(lines or ['no output'])[-1][:300]}",
+                remedy="llama.cpp must support this architecture, and its requirements must be installed",
+            )
 
 
 def require_converter(llama_cpp: str | Path | None) -> Path:
     """The converter in a checkout of llama.cpp.
 
     Raises:
-        ConfigError: it, or the package gguf that it needs, is not there.
+        ConfigError: it, or the package gguf that it needs, is missing.
     """
     remedy = "clone ggml-org/llama.cpp, pip install gguf, and give the clone as --llama-cpp"
     if llama_cpp is None:
@@ -196,79 +163,64 @@ def require_converter(llama_cpp: str | Path | None) -> Path:
     return converter
 
 
-def under_plain(model: Any, adapter: Path) -> Any:
-    """A plain model under a PEFT folder of plain LoRA, in fp32."""
+def _adapter(checkpoint: Path, base: str | None) -> tuple[Path, dict[str, Any]]:
+    """The base folder and the adapter_config.json of an adapter."""
+    base_folder = find_base(checkpoint, base)
+    if base_folder is None:
+        kind = "a classifier" if is_classifier(checkpoint) else "a whole model"
+        raise ConfigError(
+            f"{checkpoint} is {kind}, not an adapter", remedy="use dist-cpt merge, whose result every program reads"
+        )
+    return base_folder, read_adapter_config(checkpoint)
+
+
+def _trained_logits(checkpoint: Path, base_folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The checkpoint's fp32 logits, and the probe tokens they are of."""
+    model = load_fp32(checkpoint, base_folder)
+    probe = probe_ids(model.config.vocab_size)
+    return logits_of(model, probe), probe
+
+
+def _under_plain_lora(model: Any, adapter: Path) -> Any:
     with without_peft_deprecations(), warnings.catch_warnings():
         return import_peft().PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
-def _adapter(checkpoint: Path, base: str | None) -> tuple[Path, dict[str, Any]]:
-    folder = verified_base(checkpoint, base)
-    if folder is None:
-        what = "a classifier" if is_classifier(checkpoint) else "a whole model"
-        raise ConfigError(f"{checkpoint} is {what}, no adapter", remedy="use dist-cpt merge: every program reads that")
-    return folder, _config(checkpoint)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from None
-
-
-def _write_plain(checkpoint: Path, out: Path, base_name: str, *, vocabulary: bool) -> None:
-    """The LoRA pairs of a checkpoint as plain LoRA on the unchanged base; its whole matrices beside them if wanted."""
+def _write_plain_lora(checkpoint: Path, out: Path, base_name: str, *, vocabulary: bool) -> None:
+    """The checkpoint's LoRA pairs as plain LoRA on the unchanged base; with `vocabulary` also its whole matrices."""
     from safetensors.torch import load_file, save_file
 
-    config = _config(checkpoint)
+    config = read_adapter_config(checkpoint)
     tensors: dict[str, torch.Tensor] = {}
     for key, values in load_file(checkpoint / ADAPTER_WEIGHTS).items():
         name = canonical_key(key)
         if name is not None and (vocabulary or ".lora_" in name):
             tensors[name] = values
-    if (checkpoint / INITIAL).is_file():
-        began, scale = read_initial(checkpoint / INITIAL)
-        for module in modules_of(began):
-            a, b = (f"base_model.model.{module}.{half}.weight" for half in ("lora_A", "lora_B"))
-            tensors[a] = torch.cat([tensors[a], began[f"{module}.lora_A.weight"]])
-            tensors[b] = torch.cat([tensors[b], -began[f"{module}.lora_B.weight"]], 1)
+    if (checkpoint / INITIAL_ADAPTER).is_file():
+        initial = read_initial(checkpoint / INITIAL_ADAPTER)
+        for module, (a, b) in initial.pairs.items():
+            key_a, key_b = (f"{BASE_PREFIX}{module}.{half}.weight" for half in ("lora_A", "lora_B"))
+            tensors[key_a] = torch.cat([tensors[key_a], a])
+            tensors[key_b] = torch.cat([tensors[key_b], -b], 1)
         rank = 2 * int(config["r"])
-        config |= {"r": rank, "lora_alpha": scale * rank, "use_rslora": False, "init_lora_weights": True}
+        config |= {"r": rank, "lora_alpha": initial.scale * rank, "use_rslora": False, "init_lora_weights": True}
     config |= {"base_model_name_or_path": base_name}
-    config.pop(STANDS_ON, None)
+    config.pop(PRIOR_KEY, None)
     if not vocabulary:
         config |= {"modules_to_save": None, "ensure_weight_tying": False, "revision": None}
     save_file({name: values.contiguous() for name, values in tensors.items()}, out / ADAPTER_WEIGHTS, {"format": "pt"})
-    (out / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_adapter_config(out, config)
 
 
 def _readme(name: str, rank: int, dtype: str) -> str:
     limit = next(allowed for allowed in _VLLM_RANKS if allowed >= rank)
     return f"""# {name}
 
-`base/` is a whole model in {dtype}: the base of the run with everything that was trained in full, that is
-embeddings, head and new rows, and with any earlier adapter that the run stood on. `adapter/` holds the run's LoRA
-pairs (rank {rank}) and nothing else; it belongs to this `base/`, not to the model that the run started from.
+`base/` is a whole model in {dtype}: the base of the run with everything that was trained in full (embeddings, head, new
+rows) and with a prior adapter, if the run started from one. `adapter/` holds the run's LoRA pairs (rank {rank}) and
+nothing else; it belongs to this `base/`, not to the model that the run started from.
 
     vllm serve base --enable-lora --max-lora-rank {limit} --lora-modules {name}=adapter
 
-Ask for the model `{name}`; the name of the base answers without the adapter.
+Request the model `{name}`; the name of the base answers without the adapter.
 """
-
-
-def _staged(out: Path, fill: Callable[[Path], float]) -> float:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        staging.chmod(0o755)  # mkdtemp's 0700 would follow the folder to its final name
-    except OSError as error:
-        raise WriteError(f"{out} cannot be written: {error}", remedy="check space and permissions") from error
-    try:
-        found = fill(staging)
-        publish(staging, out)
-        return found
-    except OSError as error:
-        raise WriteError(f"{out} cannot be written: {error}", remedy="check space and permissions") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

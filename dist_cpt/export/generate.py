@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from dist_cpt.adapters.lora import ADAPTER_CONFIG
 from dist_cpt.errors import ConfigError
-from dist_cpt.export.merge import TOKENIZER_FILES, load_fp32, turn_ends, verified_base
+from dist_cpt.export.checkpoint_model import find_base, load_fp32
+from dist_cpt.export.model_folder import has_tokenizer, turn_ends
 from dist_cpt.model.classify import is_classifier, read_labels
+from dist_cpt.run_folder.names import ADAPTER_CONFIG, MODEL_CONFIG
 
 
 def generate(
@@ -26,10 +27,10 @@ def generate(
     """The prompt and its continuation; temperature 0 is greedy, top_k 0 and top_p 1 sample from the whole vocabulary.
 
     The same folder, prompt and seed give the same text. An empty prompt starts a new document. With `chat` the prompt
-    is a user's message under the chat template, and the answer alone comes back.
+    is a user's message under the chat template, and only the answer is returned.
 
     Raises:
-        ConfigError: no model, tokenizer or chat template there, a classifier, or numbers out of range.
+        ConfigError: no model, tokenizer or chat template in the folder, a classifier, or numbers out of range.
         CheckpointError: the base is not the one the run had, or weights are pickled.
     """
     if temperature < 0 or top_k < 0 or max_new_tokens < 1 or not 0 < top_p <= 1:
@@ -38,17 +39,17 @@ def generate(
             f"max_new_tokens {max_new_tokens} at least 1, top_p {top_p} above 0 and at most 1"
         )
     if temperature == 0 and (top_k or top_p < 1):
-        raise ConfigError("top_k and top_p choose among random draws", remedy="give a temperature above 0")
+        raise ConfigError("top_k and top_p restrict random sampling", remedy="give a temperature above 0")
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"model folder not found: {folder}", remedy="give a run, a checkpoint or a model folder")
-    base = _base_of(folder)
-    if base is None and not (folder / "config.json").is_file():
+    base = find_base(folder) if (folder / ADAPTER_CONFIG).is_file() else None
+    if base is None and not (folder / MODEL_CONFIG).is_file():
         raise ConfigError(
-            f"{folder} holds no model: no config.json", remedy="give a run, a checkpoint or a model folder"
+            f"{folder} is not a model: it has no {MODEL_CONFIG}", remedy="give a run, a checkpoint or a model folder"
         )
     if read_labels(folder) is not None or (base is None and is_classifier(folder)):
-        raise ConfigError(f"{folder} is a classifier: it gives classes and no text", remedy="give a language model")
+        raise ConfigError(f"{folder} is a classifier: it gives classes, not text", remedy="give a language model")
     tokenizer = _tokenizer(folder, base)
     model = load_fp32(folder, base)
     if torch.cuda.is_available():
@@ -69,12 +70,12 @@ def generate(
             eos_token_id=[end for end in ends if end is not None],
             **sampling,
         )
-    written = output[0, input_ids.shape[1] :] if chat else output[0]
-    return tokenizer.decode(written, skip_special_tokens=True)
+    tokens = output[0, input_ids.shape[1] :] if chat else output[0]
+    return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def _require_positions(model: Any, prompt_tokens: int, new_tokens: int) -> None:
-    """A learned table of positions ends somewhere; rotary ones do not."""
+    """Refuse more tokens than a learned table of positions has rows; rotary positions have no limit."""
     tables = [m for name, m in model.named_modules() if name.rpartition(".")[2] in ("wpe", "embed_positions")]
     rows = min((table.num_embeddings for table in tables if isinstance(table, torch.nn.Embedding)), default=None)
     if rows is not None and prompt_tokens + new_tokens > rows:
@@ -84,17 +85,12 @@ def _require_positions(model: Any, prompt_tokens: int, new_tokens: int) -> None:
         )
 
 
-def _base_of(folder: Path) -> Path | None:
-    """The base of an adapter folder (a checkpoint's is verified, any other's taken at its word), else None."""
-    return verified_base(folder) if (folder / ADAPTER_CONFIG).is_file() else None
-
-
 def _tokenizer(folder: Path, base: Path | None) -> Any:
     from transformers import AutoTokenizer
 
-    for place in (folder, base):
-        if place is not None and any((place / name).is_file() for name in TOKENIZER_FILES):
-            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    for source in (folder, base):
+        if source is not None and has_tokenizer(source):
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     raise ConfigError(f"{folder} has no tokenizer", remedy="put the tokenizer's files into the folder")
 
 
@@ -109,7 +105,7 @@ def _chat_ids(tokenizer: Any, prompt: str) -> torch.Tensor:
 
 def _prompt_ids(tokenizer: Any, prompt: str) -> torch.Tensor:
     ids = tokenizer(prompt)["input_ids"] if prompt else []
-    if not ids:  # what stands before a document in training is the end of another one
+    if not ids:  # in training a document follows the eos of another one
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:
             raise ConfigError("an empty prompt needs a tokenizer with a bos or eos token", remedy="give a prompt")

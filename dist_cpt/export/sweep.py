@@ -1,4 +1,4 @@
-"""Held-out loss at several scales of what a run trained: how much of it to keep when merging."""
+"""Held-out loss at several scales of what a run trained, to choose the scale of a merge."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from dist_cpt.data.loader import ValidationLoader
 from dist_cpt.data.prepare import prepare
 from dist_cpt.data.tokenizer import load_tokenizer
 from dist_cpt.errors import ConfigError
-from dist_cpt.export.merge import Blend, blend_ground, merged_model, verified_base
+from dist_cpt.export.checkpoint_model import find_base
+from dist_cpt.export.merge import Blend, merged_model, untrained_model
 from dist_cpt.model.architectures import parts_of
 from dist_cpt.model.attention import choose, install
 from dist_cpt.model.loss import CausalLMForLoss, install_loss_head
+from dist_cpt.run_folder.names import RECIPE
 
 
 def sweep(
@@ -27,19 +29,19 @@ def sweep(
 ) -> Iterator[tuple[float, dict[str, float]]]:
     """(scale, {validation set: mean loss in nats per target token}) for W = base + scale x (trained - base), in fp32.
 
-    The sets are those of the recipe in the run folder around the checkpoint, cut as in training; their token stores
-    are made again if they are gone.
+    The sets are those of the recipe in the checkpoint's run folder, packed as in training; missing token stores are
+    prepared again.
 
     Raises:
-        ConfigError: no recipe around it, no validation set, a classifier, or a run from scratch.
+        ConfigError: no recipe beside it, no validation set, a classifier, or a run from scratch.
         CheckpointError: another base than the run had.
         DataError: a validation set cannot be read.
     """
     config = _recipe(checkpoint)
     sets = _held_out(config)
-    folder = verified_base(checkpoint, base)
+    folder = find_base(checkpoint, base)
     model, _ = merged_model(checkpoint, folder)
-    blend = Blend(model, blend_ground(checkpoint, folder, base))
+    blend = Blend(model, untrained_model(checkpoint, folder, base))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = _with_loss(model, device)
     for scale in scales:
@@ -48,10 +50,10 @@ def sweep(
 
 
 def _recipe(checkpoint: Path) -> RunConfig:
-    path = checkpoint.parent.parent / "recipe.yaml"
+    path = checkpoint.parent.parent / RECIPE
     if not path.is_file():
         raise ConfigError(
-            f"--sweep: no recipe.yaml in {checkpoint.parent.parent}", remedy="give a run, or a checkpoint inside one"
+            f"--sweep: no {RECIPE} in {checkpoint.parent.parent}", remedy="give a run, or a checkpoint inside one"
         )
     config = resolve_paths(load_recipe(path))
     if config.task == "classify":

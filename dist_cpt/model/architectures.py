@@ -1,7 +1,7 @@
-"""What a causal LM must look like to train here, and where its backbone, layers, embeddings and head are.
+"""The requirements on a causal LM, and where its backbone, layers, embeddings and head are.
 
-Llama, Mistral, Qwen2, Qwen3, Phi-3, Gemma 2 and 3 and GPT-2 are held to the packing, loss and adapter tests. Another
-architecture of transformers loads if it has the same parts; what the loss or the packing would get wrong is refused.
+`TESTED` architectures are covered by the packing, loss and adapter tests. Others load if they have the same parts and
+nothing that the loss or the packing would compute incorrectly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dist_cpt.errors import ConfigError
 
 TESTED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2")
 
-# config keys that change the logits after the head or inside attention, with the value that asks for nothing
+# config keys that change the logits after the head or inside attention, with their neutral values
 _UNSUPPORTED = {
     "logits_soft_cap": None,
     "logits_scaling": 1.0,
@@ -28,11 +28,11 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True)
 class Fusable:
-    """How one model type's layers differ, for the fused modules; `prefix` begins its classes' names."""
+    """What the fused modules must know about a model type's layers; `prefix` starts its class names."""
 
     prefix: str
     casting: Literal["llama", "gemma"] = "llama"  # of RMSNorm: rounded before the weight, or after (1 + weight)
-    window: Literal["none", "layer", "config"] = "none"  # where attention finds its sliding window
+    window: Literal["none", "layer", "config"] = "none"  # where attention reads its sliding window
     softcap: bool = False  # of attention scores
 
 
@@ -59,10 +59,10 @@ class Parts:
 
 
 def check_config(hf_config: Any) -> None:
-    """Refuse a config whose loss or attention this package would compute otherwise than its authors.
+    """Refuse a config whose loss or attention is not implemented here.
 
     Raises:
-        ConfigError: logit scaling or capping, auxiliary losses, or layers that read across document borders.
+        ConfigError: logit scaling or capping, auxiliary losses, or layers that attend across documents.
     """
     kind = hf_config.model_type
     for key, neutral in _UNSUPPORTED.items():
@@ -75,7 +75,7 @@ def check_config(hf_config: Any) -> None:
     others = sorted(set(getattr(hf_config, "layer_types", None) or ()) - set(_LAYER_TYPES))
     if others:
         raise ConfigError(
-            f"model type {kind}: layers of type {', '.join(others)} cannot keep packed documents apart",
+            f"model type {kind}: layers of type {', '.join(others)} cannot separate packed documents",
             remedy=f"use an attention-only model; tested: {', '.join(TESTED)}",
         )
 
@@ -84,12 +84,12 @@ def parts_of(model: Any) -> Parts:
     """Find the parts of a transformers causal LM.
 
     Raises:
-        ConfigError: a part is missing or of a kind that packing or the loss cannot use.
+        ConfigError: a part is missing or not supported by packing or the loss.
     """
     kind = model.config.model_type
     if not getattr(model, "_supports_attention_backend", False) and kind not in TESTED:
         raise ConfigError(
-            f"model type {kind} has its own attention code, which cannot keep packed documents apart",
+            f"model type {kind} has its own attention code, which cannot separate packed documents",
             remedy=f"use another architecture; tested: {', '.join(TESTED)}",
         )
     decoder, embeddings, head = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()

@@ -1,4 +1,4 @@
-"""A causal LM turned into transformers' sequence classifier of the same architecture: same backbone, another head.
+"""A causal LM as transformers' sequence classifier of the same architecture: same backbone, new head.
 
 B batch, L sequence, T = B * L tokens, D model, C classes.
 """
@@ -18,17 +18,20 @@ from dist_cpt.config.schema import ClassifyConfig
 from dist_cpt.errors import CheckpointError, ConfigError
 from dist_cpt.model.architectures import Parts
 from dist_cpt.model.loss import LossHead
+from dist_cpt.run_folder.names import MODEL_CONFIG
 
 HEAD = "score"  # what transformers' classifiers over causal backbones call it
-LABELS = "labels.json"  # beside a classifier's adapter: {name of a class: its number}
+LABELS = "labels.json"  # beside a classifier's adapter: {class name: index}
 IGNORE_INDEX = -100
-_OF_THE_LOADER = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method")
+_LOADER_ATTRIBUTES = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method")
 
 
 class ClassHead(LossHead):
-    """Hidden states -> loss over classes at the labelled tokens; outside training it also counts what it predicts."""
+    """Hidden states -> loss over classes at the labelled tokens; in eval mode it also counts its predictions."""
 
-    confusion: torch.Tensor | None = None  # int64 [C * C + 1]: true class x predicted class; last the unlabelled
+    confusion: torch.Tensor | None = (
+        None  # int64 [C * C + 1]: true class x predicted class; the last counts unlabelled tokens
+    )
 
     def forward(  # type: ignore[override]
         self, input: torch.Tensor, labels: torch.Tensor | None = None, scale: float = 1.0
@@ -40,8 +43,8 @@ class ClassHead(LossHead):
 
     def take_confusion(self) -> list[int]:
         """Counts [C * C] of (true class, predicted class) since the last call, in C order; host sync."""
-        found, self.confusion = self.confusion, None
-        return [0] * self.out_features**2 if found is None else found[:-1].tolist()
+        counts, self.confusion = self.confusion, None
+        return [0] * self.out_features**2 if counts is None else counts[:-1].tolist()
 
     def _count(self, logits_TC: torch.Tensor, labels: torch.Tensor) -> None:
         classes = self.out_features
@@ -54,8 +57,8 @@ class ClassHead(LossHead):
 def as_classifier(model: Any, parts: Parts, classify: ClassifyConfig, seed: int) -> tuple[Any, Parts]:
     """The `...ForSequenceClassification` around the backbone of a causal LM, with a new head drawn from `seed`.
 
-    The language head is dropped. The names of all other parameters stay, as do the storage they are in and what
-    transformers' loader noted about it.
+    The language head is dropped. All other parameters keep their names and their storage, and the model its
+    attributes about quantisation.
 
     Raises:
         ConfigError: transformers has no such classifier for this model type.
@@ -82,21 +85,21 @@ def as_classifier(model: Any, parts: Parts, classify: ClassifyConfig, seed: int)
     setattr(shell, prefix, model.base_model)
     setattr(shell, HEAD, _new_head(parts, classify.num_classes, config, seed))
     shell.config = config
-    config.architectures = [type(shell).__name__]  # a full model's folder says what it is
-    for name in _OF_THE_LOADER:
+    config.architectures = [type(shell).__name__]  # in a full model's config.json
+    for name in _LOADER_ATTRIBUTES:
         if name in vars(model):
             setattr(shell, name, vars(model)[name])
     return shell, replace(parts, head=getattr(shell, HEAD))
 
 
 def write_labels(folder: str | Path, hf_config: Any) -> None:
-    """Write the classes of a classifier beside its adapter: an adapter's folder has no config.json."""
+    """Write the classes of a classifier beside its adapter, whose folder has no config.json."""
     text = json.dumps(hf_config.label2id, indent=1) + "\n"
     (Path(folder) / LABELS).write_text(text, encoding="utf-8")
 
 
 def read_labels(folder: Path) -> tuple[str, ...] | None:
-    """The classes of an adapter folder in the order of the logits; None where it belongs to no classifier.
+    """The classes of an adapter folder in the order of the logits; None if it is not a classifier's.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -115,7 +118,7 @@ def read_labels(folder: Path) -> tuple[str, ...] | None:
 
 def is_classifier(folder: Path) -> bool:
     """Whether the model of a folder with a config.json is a sequence classifier."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8"))
     return str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
 
 

@@ -1,9 +1,9 @@
-"""A moment of AdamW in 8 bit between two steps: codes into bitsandbytes' dynamic maps, one scale per block.
+"""AdamW's moments in 8 bit between steps: codes of bitsandbytes' dynamic maps, one scale per block.
 
-The map of exp_avg is signed, that of exp_avg_sq is not. bitsandbytes' signed map ends at -0.993 and +1; here its
-lowest entry is -1, so that a block keeps its largest element whatever its sign, and quantising what was dequantised
-gives the same codes and scales. Codes are looked up in plain torch: bitsandbytes' own CPU routine misses the
-nearest entry for about one value in 10,000, which would make a resume inexact.
+The map of exp_avg is signed, that of exp_avg_sq is not. bitsandbytes' signed map ranges from -0.993 to 1; here from -1,
+so that a block keeps its largest element of either sign, and requantising dequantised values gives the same codes and
+scales. Codes are looked up in plain torch: bitsandbytes' CPU routine misses the nearest entry for about one value in
+10,000, so a resume would not be exact.
 Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861).
 """
 
@@ -16,13 +16,13 @@ import torch
 from dist_cpt.errors import MissingExtraError
 
 BLOCK = 256  # elements that share a scale
-# A block below it is kept as zeros: its smaller elements would be subnormal and not come back as they went in. AdamW
-# adds eps, 1e-8 or so, to the root of exp_avg_sq, so nothing this small has an effect.
+# A block with a smaller scale is stored as zeros: its elements would be subnormal and not survive a round trip. AdamW
+# adds eps, about 1e-8, to the root of exp_avg_sq, so values this small have no effect.
 SMALLEST_SCALE = 2.0**-100
 
 
 class EightBit:
-    """A flat fp32 vector of zeros at first; uint8 codes and an fp32 scale per BLOCK elements on its device."""
+    """A flat fp32 vector, initially zero, as uint8 codes and an fp32 scale per BLOCK elements."""
 
     def __init__(self, num_elements: int, *, signed: bool, device: torch.device) -> None:
         self._signed = signed
@@ -37,7 +37,7 @@ class EightBit:
         return self._map[codes.int()].mul_(self._spread(self._scales_of(start, codes.numel()), codes.numel()))
 
     def write(self, values: torch.Tensor, start: int = 0) -> None:
-        """Replace the elements from `start`, a multiple of BLOCK, by fp32 `values` that fill whole blocks or end it."""
+        """Replace the elements from `start`, a multiple of BLOCK, by fp32 `values`: whole blocks, or up to the end."""
         number = values.numel()
         scales = self._scales_of(start, number)
         full = number // BLOCK * BLOCK
@@ -74,8 +74,8 @@ def dynamic_map(signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
         entries[0] = -1.0
     borders = (entries[1:] + entries[:-1]) / 2
     if not signed:
-        # A positive exp_avg_sq never becomes 0: at the next small gradient exp_avg would be divided by almost nothing
-        # and the element would move by hundreds of learning rates.
+        # A positive exp_avg_sq never becomes 0: the next update would divide exp_avg by almost nothing and move the
+        # element by hundreds of learning rates.
         borders[0] = 0.0
     return entries, borders
 
@@ -87,23 +87,23 @@ def half_step(signed: bool) -> float:
 
 
 def within_half_step(kind: str, restored: torch.Tensor, saved: torch.Tensor) -> bool:
-    """Whether `restored` can be `saved` quantised once more in blocks with other borders; flat fp32 on the CPU."""
-    # A block of any borders lies within BLOCK - 1 elements to either side of each of its own.
-    reach = _largest_near(saved.abs(), BLOCK - 1)
-    # The second rounding is that of the division and the product in fp32.
-    allowed = reach * (half_step(kind == "exp_avg") + 2.0**-22) + SMALLEST_SCALE
+    """Whether `restored` can be `saved` after one more quantisation with other blocks; flat fp32 on the CPU."""
+    # Any block around an element extends at most BLOCK - 1 elements to either side.
+    largest = _largest_near(saved.abs(), BLOCK - 1)
+    # 2^-22: the rounding of the division and the product in fp32.
+    allowed = largest * (half_step(kind == "exp_avg") + 2.0**-22) + SMALLEST_SCALE
     return bool(((restored - saved).abs() <= allowed).all())
 
 
 def _largest_near(magnitudes: torch.Tensor, distance: int) -> torch.Tensor:
-    """For each element of a flat tensor the largest within `distance` to either side; four times as fast as a pool.
+    """The sliding maximum of a flat tensor over `distance` elements to either side; 4 times as fast as max pooling.
 
-    Source: van Herk 1992, Pattern Recognition Letters 13: every window is the end of one stretch and the start of the
-    next, so running maxima within stretches, from both sides, are enough.
+    Source: van Herk 1992, Pattern Recognition Letters 13: a window is the end of one segment and the start of the next,
+    so running maxima within segments from both sides suffice.
     """
     window, number = 2 * distance + 1, magnitudes.numel()
     behind = distance + -(number + 2 * distance) % window
-    stretches = torch.nn.functional.pad(magnitudes, (distance, behind)).view(-1, window)
-    from_left = stretches.cummax(1).values.view(-1)
-    from_right = stretches.flip(1).cummax(1).values.flip(1).view(-1)
+    segments = torch.nn.functional.pad(magnitudes, (distance, behind)).view(-1, window)
+    from_left = segments.cummax(1).values.view(-1)
+    from_right = segments.flip(1).cummax(1).values.flip(1).view(-1)
     return torch.maximum(from_right[:number], from_left[window - 1 : window - 1 + number])

@@ -1,4 +1,4 @@
-"""Which tensor trains at which learning rate and decay: the list everything else is checked against."""
+"""Parameter groups: which tensor trains at which learning rate and decay."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from dist_cpt.adapters.lora import VOCABULARY_NAMES
 from dist_cpt.config.schema import OptimConfig
 
-EIGHT_BIT_GROUPS = ("adapter", "adapter_b", "weights")  # embeddings, head, norms and biases keep fp32 moments
+EIGHT_BIT_GROUPS = ("adapter", "adapter_b", "weights")  # embeddings, head, norms and biases have fp32 moments
 _VOCABULARY = re.compile(rf"(^|\.)({'|'.join(VOCABULARY_NAMES)})\.(weight$|lora_)")
-DORA_LENGTHS = ".lora_magnitude_vector"
+DORA_MAGNITUDES = ".lora_magnitude_vector"
 CLASS_HEAD_NAMES = ("score.weight", "base_model.model.score.weight")
 
 
@@ -35,14 +35,12 @@ def param_groups(
     freeze_rest_steps: int = 0,
     lora_plus_ratio: float | None = None,
 ) -> list[ParamGroup]:
-    """Sort trainable tensors into groups: adapter and embeddings, or weights, embeddings and no_decay; and head.
+    """Sort trainable tensors into groups with their peak rates and decays.
 
-    With an adapter run the vocabulary matrices are `embeddings` and everything else is `adapter`, apart from DoRA's
-    lengths, which are `no_decay`, and under LoRA+ from the B matrices, which are `adapter_b`, at
-    `lora_plus_ratio` x `lr`. In a
-    full-parameter run the matrices are `weights`, the vocabulary matrices `embeddings` (at `lr`: they are
-    not beside a faster adapter), and vectors `no_decay`. The
-    classification head is `head`. In the first `freeze_rest_steps` only `embeddings` move.
+    With an adapter: the vocabulary matrices are `embeddings`, DoRA's magnitudes `no_decay`, under LoRA+ the B matrices
+    `adapter_b` at `lora_plus_ratio` x `lr`, everything else `adapter`. In full: matrices are `weights`, vocabulary
+    matrices `embeddings` at `lr`, vectors `no_decay`. A classification head is `head`. In the first `freeze_rest_steps`
+    only `embeddings` move.
     Source: Hayou et al. 2024, LoRA+: Efficient Low Rank Adaptation of Large Models (arXiv 2402.12354).
     """
     members: dict[str, list[str]] = {
@@ -55,7 +53,7 @@ def param_groups(
             members["embeddings"].append(name)
         elif not adapter:
             members["weights" if tensor.ndim > 1 else "no_decay"].append(name)
-        elif name.endswith(DORA_LENGTHS):
+        elif name.endswith(DORA_MAGNITUDES):
             members["no_decay"].append(name)
         else:
             members["adapter_b" if lora_plus_ratio is not None and ".lora_B." in name else "adapter"].append(name)
@@ -77,10 +75,10 @@ def param_groups(
 
 
 def state_dtype(group: ParamGroup, optim: OptimConfig) -> str:
-    """How the moments of a group are kept between steps: `fp32` or `8bit`."""
+    """How the moments of a group are stored between steps: `fp32` or `8bit`."""
     return "8bit" if optim.state == "8bit" and group.name in EIGHT_BIT_GROUPS else "fp32"
 
 
 def eight_bit_names(groups: Sequence[ParamGroup], optim: OptimConfig) -> frozenset[str]:
-    """The tensors whose moments are kept in 8 bit."""
+    """The tensors whose moments are stored in 8 bit."""
     return frozenset(name for group in groups if state_dtype(group, optim) == "8bit" for name in group.names)

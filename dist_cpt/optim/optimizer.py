@@ -1,4 +1,4 @@
-"""AdamW on fp32 masters, wherever they lie: the update behind every engine."""
+"""AdamW on fp32 masters: the update of every engine."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from dist_cpt.config.schema import OptimConfig
 from dist_cpt.optim.eight_bit import BLOCK, EightBit
 
-SLICE_ELEMENTS = 1 << 20  # of a tensor with 8-bit moments that are fp32 at one time
+SLICE_ELEMENTS = 1 << 20  # of a tensor with 8-bit moments that are dequantised at one time
 assert SLICE_ELEMENTS % BLOCK == 0
 
 
 class AdamW:
     """Named fp32 masters (flat or shaped, whole or one rank's part) with their moments and one step counter.
 
-    The counter is one integer for all tensors, as every engine's is, and `update` may be called for a few
-    tensors at a time, so that a caller need not hold every fp32 gradient at once. The moments of the tensors in
-    `eight_bit` are kept in 8 bit between updates; the arithmetic is the same.
+    The counter is one integer for all tensors, as in every engine. `update` may be called for a few tensors at a time,
+    so that not every fp32 gradient is in memory at once. The moments of the tensors in `eight_bit` are stored in 8 bit
+    between updates; the arithmetic is the same.
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, algorithm 2, with bias correction.
     """
 
@@ -43,20 +43,20 @@ class AdamW:
         self._eps = optim.eps
 
     def read(self, kind: str, name: str) -> torch.Tensor:
-        """The fp32 values of `kind` master, exp_avg or exp_avg_sq, flat; live, apart from 8-bit moments."""
+        """The flat fp32 values of `kind` master, exp_avg or exp_avg_sq; a view, or a copy of 8-bit moments."""
         if kind != "master" and name in self.eight_bit:
             return self.eight_bit[name][kind].read()
         return {"master": self.masters, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}[kind][name].view(-1)
 
     def write(self, kind: str, name: str, values: torch.Tensor) -> None:
-        """Replace them by flat fp32 `values` of the same number."""
+        """Replace them by flat fp32 `values`."""
         if kind != "master" and name in self.eight_bit:
             self.eight_bit[name][kind].write(values.to(self.masters[name].device))
         else:
             self.read(kind, name).copy_(values)
 
-    def held(self) -> list[torch.Tensor]:
-        """Every tensor behind the moments."""
+    def moments(self) -> list[torch.Tensor]:
+        """Every tensor that stores moments."""
         packed = [moment for kinds in self.eight_bit.values() for moment in kinds.values()]
         parts = [part for moment in packed for part in (moment.codes, moment.scales)]
         return [*self.exp_avg.values(), *self.exp_avg_sq.values(), *parts]
@@ -123,9 +123,9 @@ class AdamW:
 
 
 class FlatAdamW(torch.optim.Optimizer):
-    """The same update for someone who owns flat fp32 buffers with gradients, as deepspeed does.
+    """The same update behind torch's optimizer interface, for an owner of flat fp32 buffers such as deepspeed.
 
-    `parts` maps the id of a flat buffer to (name, offset, number of elements) of each master in it; until it is given,
+    `parts` maps the id of a flat buffer to (name, offset, number of elements) of each master in it; while it is empty,
     `step` does nothing. The owner counts the steps in `adam`.
     """
 

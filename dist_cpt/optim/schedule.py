@@ -14,7 +14,7 @@ def learning_rates(
 ) -> dict[str, float]:
     """Learning rate by group name at optimizer step `step` (from 1) of `num_steps`.
 
-    A group that stands still at first has 0 until then, and its whole schedule over the steps that are left.
+    A group that is frozen at first has rate 0 until then, and its whole schedule in the remaining steps.
     """
     rates = {}
     for group in groups:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_cpt.adapters.pissa import PISSA, begin_with_pissa, copy_initial
+from dist_cpt.adapters.pissa import PISSA, copy_initial, init_pissa
 from dist_cpt.adapters.prior_adapter import open_prior_adapter
 from dist_cpt.adapters.quantize import QUANTISED, require_bitsandbytes
 from dist_cpt.checkpoint.save import RunCheckpoints
@@ -25,8 +25,9 @@ from dist_cpt.engines.build import build_engine
 from dist_cpt.engines.engine import InspectableEngine
 from dist_cpt.errors import Stopped
 from dist_cpt.health.stragglers import ComputeClock, StragglerWatch, timed_modules
+from dist_cpt.model.base_model import check_base
 from dist_cpt.model.continue_from import ProbeBlock
-from dist_cpt.model.load import TrainableModel, check_base, load_model
+from dist_cpt.model.load import TrainableModel, load_model
 from dist_cpt.model.safety_checks import require_base_checkpoint
 from dist_cpt.optim.eight_bit import dynamic_map
 from dist_cpt.optim.groups import ParamGroup, param_groups
@@ -152,7 +153,7 @@ def build_model(context: RunContext, data: TrainingData) -> TrainableModel:
 
     model: TrainableModel = on_every_rank("load model", load)
     if config.adapter.init == "pissa":
-        model.identity[PISSA] = begin_with_pissa(model.module, context.folder)
+        model.identity[PISSA] = init_pissa(model.module, context.folder)
     return model
 
 

@@ -10,8 +10,8 @@ from dist_cpt.checkpoint.import_peft import start_from
 from dist_cpt.config.schema import ContinueFromConfig
 from dist_cpt.errors import CheckpointError
 from dist_cpt.model.attention import describe
-from dist_cpt.model.continue_from import Standing, first_document
-from dist_cpt.model.load import WEIGHTS_DTYPE
+from dist_cpt.model.base_model import WEIGHTS_DTYPE
+from dist_cpt.model.continue_from import PriorInUse, first_document
 from dist_cpt.run_folder.json_files import write_object
 from dist_cpt.run_folder.names import CONTINUED
 from dist_cpt.run_folder.records import RunStart
@@ -38,8 +38,8 @@ def start(run: Run) -> Progress:
     config = run.context.config
     progress = Progress(skipped_windows=recorded_windows(run))
     prior = config.adapter.continue_from
-    if run.model.standing is not None:
-        _require_prior_adapter(run, run.model.standing)
+    if run.model.prior is not None:
+        _require_prior_adapter(run, run.model.prior)
     elif prior is not None:
         progress = Progress(skipped_windows=progress.skipped_windows, optimizer_steps=_import_adapter(run, prior))
     if config.checkpoint.trial:
@@ -99,43 +99,43 @@ def _import_adapter(run: Run, prior: ContinueFromConfig) -> int:
     return started.step
 
 
-def _require_prior_adapter(run: Run, standing: Standing) -> None:
+def _require_prior_adapter(run: Run, prior: PriorInUse) -> None:
     """A prior adapter under a new one, which still adds zero: the engine's loss must be that of their sum."""
-    config, prior = run.context.config, standing.earlier
-    evidence: dict[str, Any] = on_rank_zero("prior adapter", lambda: standing.proof)
+    config, adapter = run.context.config, prior.adapter
+    evidence: dict[str, Any] = on_rank_zero("prior adapter", lambda: prior.evidence)
     loss, expected = run.stream.probe_loss(range(PROBE_BLOCKS)), evidence.get("class_loss", evidence["loss_with"])
     if not abs(loss - expected) <= REPLAY_TOLERANCE[config.model.weights] * max(1.0, abs(expected)):
         raise CheckpointError(
-            f"{standing.chosen.path}: the loss with this adapter is {expected:.6f}, the engine's is {loss:.6f}",
+            f"{prior.settings.path}: the loss with this adapter is {expected:.6f}, the engine's is {loss:.6f}",
             remedy="this is a defect: the engine does not compute with the adapter",
         )
     if config.task != "classify":  # whose new head has no logits without the adapter
-        evidence |= {"share_in_effect": _require_share(run, standing)}
-    done = {"fold": "folded into the base", "stack": "frozen under the new adapter"}[standing.chosen.mode]
+        evidence |= {"share_in_effect": _require_share(run, prior)}
+    done = {"fold": "folded into the base", "stack": "frozen under the new adapter"}[prior.settings.mode]
     if (gap := evidence.get("logit_gap_mean")) is not None:
         done += f" (logits off by {gap:.2e} on average through storing the sum in {config.model.weights})"
         if gap > evidence["logit_effect_mean"]:
             LOGGER.warning("folding into %s moves logits by more than the adapter does", config.model.weights)
-    matrices = f"{len(prior.lora)} LoRA pairs and {len(prior.vocabulary)} whole matrices"
+    matrices = f"{len(adapter.lora)} LoRA pairs and {len(adapter.vocabulary)} whole matrices"
     facts = {
-        "description": f"{prior.folder}: {matrices} {done}",
-        "sha256": prior.sha256,
-        "mode": standing.chosen.mode,
+        "description": f"{adapter.folder}: {matrices} {done}",
+        "sha256": adapter.sha256,
+        "mode": prior.settings.mode,
         "optimizer_steps": 0,
     }
-    _record_evidence(run, standing.chosen, facts | evidence | {"loss_of_the_engine": loss})
+    _record_evidence(run, prior.settings, facts | evidence | {"loss_of_the_engine": loss})
 
 
-def _require_share(run: Run, standing: Standing) -> float | None:
+def _require_share(run: Run, prior: PriorInUse) -> float | None:
     """The share of the adapter's effect on logits that the engine shows; None if the effect is below rounding."""
     blocks = [run.data.loader.batch([position]) for position in range(PROBE_BLOCKS)]
     logits = [run.engine.logits(first_document(block.input_ids, block.cu_seqlens)) for block in blocks]
-    share: float | None = on_rank_zero("prior adapter", lambda: standing.share_in_effect(torch.cat(logits)))
+    share: float | None = on_rank_zero("prior adapter", lambda: prior.share_in_effect(torch.cat(logits)))
     if share is None:
-        LOGGER.warning("%s moves logits by less than rounding: its effect cannot be shown", standing.chosen.path)
+        LOGGER.warning("%s moves logits by less than rounding: its effect cannot be shown", prior.settings.path)
     elif not 0.5 < share < 1.5:
         raise CheckpointError(
-            f"{standing.chosen.path}: the engine's logits show {share:.2f} of this adapter's effect, not 1",
+            f"{prior.settings.path}: the engine's logits show {share:.2f} of this adapter's effect, not 1",
             remedy="this is a defect: the engine does not compute with the adapter",
         )
     return share

@@ -222,7 +222,8 @@ TURNS = "{% for m in messages %}<s>{{ m['content'] }}<end>{% endfor %}"
 def test_a_merged_model_stops_where_a_turn_ends(bases, tmp_path, template, ends):
     from transformers import AutoTokenizer, GenerationConfig
 
-    from dist_cpt.export.merge import plain_model, write_model
+    from dist_cpt.export.checkpoint_model import plain_model
+    from dist_cpt.export.model_folder import write_model
 
     tokenizer = AutoTokenizer.from_pretrained(bases / "untied")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<s>", "<end>"]})

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from dist_cpt.adapters.lora import ADAPTER_WEIGHTS
 from dist_cpt.config.load import build
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.classify import ClassHead, is_classifier, read_labels
 from dist_cpt.model.load import TrainableModel, load_model
 from dist_cpt.optim.groups import param_groups
+from dist_cpt.run_folder.names import ADAPTER_WEIGHTS
 from dist_cpt.train.class_scores import class_scores
 
 CPU = torch.device("cpu")
@@ -188,7 +188,7 @@ def test_the_head_is_drawn_from_the_seed_alone(tmp_path) -> None:
 
 
 def test_lm_head_is_refused(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="task: classify has no lm_head"):
+    with pytest.raises(ConfigError, match=r"task: classify, embeddings\.train: \[lm_head\]"):
         classifier(tmp_path, embeddings={"train": ["lm_head"]})
 
 

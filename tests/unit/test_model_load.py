@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_cpt.adapters.lora import canonical_name
+from dist_cpt.adapters.peft_folder import canonical_name
 from dist_cpt.config.load import build
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import check_config
+from dist_cpt.model.base_model import build_config
 from dist_cpt.model.flops import model_flops
-from dist_cpt.model.load import build_config, frozen_hash, load_model
+from dist_cpt.model.load import load_model
 from dist_cpt.model.loss import LossHead
 
 CPU = torch.device("cpu")
@@ -162,18 +163,6 @@ def test_identity_follows_the_weights(bases, tmp_path):
     assert load_model(recipe({"path": str(copied)}), device=CPU).identity["sha256"] != first["sha256"]
 
 
-def test_frozen_hash_sees_one_bit_and_ignores_what_trains(bases):
-    model = load_model(recipe({"path": str(bases / "untied"), "weights": "bf16"}), device=CPU)
-    before = frozen_hash(model.module)
-    with torch.no_grad():
-        for parameter in model.trainable.values():
-            parameter += 1.0
-    assert frozen_hash(model.module) == before
-    frozen = next(p for p in model.module.parameters() if not p.requires_grad)
-    frozen.data.view(-1).view(torch.int16)[-1] ^= 1
-    assert frozen_hash(model.module) != before
-
-
 def test_dropout_is_off_unless_asked_for(bases):
     assert load_model(recipe({"path": str(bases / "gpt2")}), device=CPU).hf_config.resid_pdrop == 0.0
     values = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.2}
@@ -220,26 +209,26 @@ def test_pickled_weights_are_refused(bases, tmp_path):
 
     shutil.copy(bases / "untied" / "config.json", tmp_path / "config.json")
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(ConfigError, match="only pickled weights"):
+    with pytest.raises(ConfigError, match=r"model\.path: .*pickled"):
         load_model(recipe({"path": str(tmp_path)}), device=CPU)
 
 
 @pytest.mark.parametrize("weights", ["fp32", "nf4"])
 def test_a_base_without_one_of_its_weights_is_refused(bases, tmp_path, weights):
-    """transformers would begin it at random, and say so in a table of its own."""
+    """transformers would only warn and draw the missing weights at random."""
     import shutil
 
     from safetensors.torch import load_file, save_file
 
-    from dist_cpt.export.merge import plain_model
+    from dist_cpt.export.checkpoint_model import plain_model
 
     folder = shutil.copytree(bases / "untied", tmp_path / "base")
     tensors = load_file(folder / "model.safetensors")
     del tensors["lm_head.weight"], tensors["model.norm.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"lacks lm_head.weight and 1 more of its weights"):
+    with pytest.raises(ConfigError, match=r"model\.path: .*lm_head\.weight and 1 more"):
         load_model(recipe({"path": str(folder), "weights": weights}), device=CPU)
-    with pytest.raises(ConfigError, match=r"lacks lm_head.weight"):
+    with pytest.raises(ConfigError, match=r"lm_head\.weight"):
         plain_model(folder)
 
 
@@ -253,19 +242,19 @@ def test_a_vocabulary_matrix_of_another_name_has_its_own_rate_or_is_refused(tmp_
     config = AutoConfig.for_model("gpt_neox", **sizes, vocab_size=V)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     values = recipe({"path": str(tmp_path), "weights": "fp32"}, embeddings={"train": ["embed_tokens", "lm_head"]})
-    found = {
+    groups = {
         group.name: group.names for group in param_groups(load_model(values, device=CPU).trainable, values.optim, True)
     }
     prefix = "base_model.model"
-    assert found["embeddings"] == (f"{prefix}.gpt_neox.embed_in.weight", f"{prefix}.lm_head.weight")
-    assert all(".lora_" in name for name in found["adapter"])
+    assert groups["embeddings"] == (f"{prefix}.gpt_neox.embed_in.weight", f"{prefix}.lm_head.weight")
+    assert all(".lora_" in name for name in groups["adapter"])
     monkeypatch.setattr(load, "VOCABULARY_NAMES", ("lm_head",))
-    with pytest.raises(ConfigError, match=r"calls a vocabulary matrix gpt_neox.embed_in"):
+    with pytest.raises(ConfigError, match=r"gpt_neox\.embed_in"):
         load_model(values, device=CPU)
 
 
 def test_an_unknown_hub_name_is_one_line():
-    with pytest.raises(ConfigError, match=r"no-such-org/no-such-model is no folder and cannot be fetched"):
+    with pytest.raises(ConfigError, match=r"^model\.path: no-such-org/no-such-model [^\n]*$"):
         load_model(recipe({"path": "no-such-org/no-such-model"}), device=CPU)
 
 
@@ -277,7 +266,7 @@ def test_an_unknown_hub_name_is_one_line():
         ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}),
     ],
 )
-def test_what_the_loss_or_the_packing_would_get_wrong_is_refused(model_type, values):
+def test_a_config_that_loss_or_packing_would_compute_wrong_is_refused(model_type, values):
     from transformers import AutoConfig
 
     with pytest.raises(ConfigError, match=f"model type {model_type}: "):
@@ -311,7 +300,7 @@ def test_an_architecture_with_other_attention_is_refused():
     """GPT-OSS adds learned sinks to the softmax, which the packed attention does not know."""
     values = UNTESTED | {"model_type": "gpt_oss", "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
     config = recipe({"config": values | {"initializer_range": 1.0}}, adapter={"kind": "none"}, embeddings={})
-    with pytest.raises(ConfigError, match="model type gpt_oss: packed training would not compute this model"):
+    with pytest.raises(ConfigError, match="model type gpt_oss: "):
         load_model(config, device=CPU, vocab_size=V)
 
 

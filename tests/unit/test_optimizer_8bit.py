@@ -143,4 +143,4 @@ def test_slices_of_an_update_are_the_whole_update() -> None:
 
 def test_two_bytes_and_the_scales_per_element() -> None:
     adam = AdamW({"w": torch.zeros(100 * BLOCK)}, OptimConfig(), ["w"])
-    assert sum(part.numel() * part.element_size() for part in adam.held()) == 2 * (100 * BLOCK + 100 * 4)
+    assert sum(part.numel() * part.element_size() for part in adam.moments()) == 2 * (100 * BLOCK + 100 * 4)

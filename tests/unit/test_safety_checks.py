@@ -13,9 +13,9 @@ import torch
 
 from dist_cpt.config.schema import ModelConfig
 from dist_cpt.errors import ConfigError
-from dist_cpt.export.merge import load_fp32
+from dist_cpt.export.checkpoint_model import load_fp32
 from dist_cpt.model.load import load_model
-from dist_cpt.model.safety_checks import require_base_checkpoint, require_code_consent
+from dist_cpt.model.safety_checks import require_base_checkpoint, require_trusted_code
 from tests import tiny
 from tests.whole_run import built
 
@@ -51,30 +51,28 @@ def recipe(base: Path, **model: Any) -> Any:
     return built(tiny.recipe(base, corpus, base.parent / "runs", model={"path": str(base)} | model))
 
 
-def test_a_models_own_code_runs_by_consent_alone(own_code: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"needs code of its own to run \(own_llama.OwnConfig, .*\) -- read that code"
-    ):
+def test_a_models_own_code_needs_trust_remote_code(own_code: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.path: .*own_llama\.OwnConfig.* set model\.trust_remote_code: true"):
         load_model(recipe(own_code), device=torch.device("cpu"))
     assert not (own_code.parent / "modules").exists(), "it ran"
     model = load_model(recipe(own_code, trust_remote_code=True, revision=COMMIT), device=torch.device("cpu"))
     assert type(model.module.hf_model).__name__.endswith("OwnForCausalLM")
     assert list(model.identity["code"]) == ["own_llama.py"]
     assert model.identity["revision"] == COMMIT
-    with pytest.raises(ConfigError, match="needs code of its own"):  # no later command runs it
+    with pytest.raises(ConfigError, match=r"own_llama\.OwnConfig"):  # no later command runs it
         load_fp32(own_code, None)
 
 
-def test_code_that_no_revision_pins_is_refused(own_code: Path) -> None:
+def test_code_from_another_repository_is_refused(own_code: Path) -> None:
     values = json.loads((own_code / "config.json").read_text())
     values["auto_map"] = {"AutoConfig": "someone/else--own_llama.OwnConfig"}
     (own_code / "config.json").write_text(json.dumps(values))
-    chosen = ModelConfig(path=str(own_code), trust_remote_code=True, revision=COMMIT)
-    with pytest.raises(ConfigError, match="from another repository, which no revision pins"):
-        require_code_consent(own_code, chosen)
+    settings = ModelConfig(path=str(own_code), trust_remote_code=True, revision=COMMIT)
+    with pytest.raises(ConfigError, match="someone/else--own_llama"):
+        require_trusted_code(own_code, settings)
     values["model_type"] = "llama"  # transformers has it: the code beside it is not needed, and not run
     (own_code / "config.json").write_text(json.dumps(values))
-    assert require_code_consent(own_code, chosen) is False
+    assert require_trusted_code(own_code, settings) is False
 
 
 TEMPLATE = SimpleNamespace(chat_template="{{ messages }}")
@@ -94,12 +92,12 @@ PLAIN = SimpleNamespace(chat_template=None)
         ("someone/bitnet-italian-chatty", PLAIN, "silent"),
     ],
 )
-def test_an_instruct_checkpoint_needs_a_word(
+def test_an_instruct_checkpoint_needs_allow_instruct(
     path: str, tokenizer: Any, outcome: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="dist_cpt"):
         if outcome == "refused":
-            with pytest.raises(ConfigError, match=r"looks like an instruct checkpoint .* set model.allow_instruct"):
+            with pytest.raises(ConfigError, match=r"model\.path: .* set model\.allow_instruct: true"):
                 require_base_checkpoint(ModelConfig(path=path), tokenizer)
             require_base_checkpoint(ModelConfig(path=path, allow_instruct=True), tokenizer)
         else:

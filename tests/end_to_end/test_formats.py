@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from dist_cpt.errors import EXIT_CONFIG, ConfigError
 from dist_cpt.export.formats import CONVERTER, export_peft, export_vllm
 from dist_cpt.export.merge import Blend, merge
-from dist_cpt.export.task_vector import Residual, merge_with_residual
+from dist_cpt.export.task_vector import TaskVector, merge_with_task_vector
 from tests.command import command
 from tests.end_to_end.test_export import IDS, plain_logits, trained, trainer_logits, write_checkpoint
 from tests.tiny import llama, write_base, write_corpus, write_tokenizer
@@ -220,8 +220,8 @@ def test_gguf_is_written_by_llama_cpp_or_refused(checkpoint, tmp_path):
 
 
 def test_the_residual_is_added_tensor_by_tensor(bases, checkpoint, tmp_path):
-    residual = Residual(str(bases / "instruct"), str(bases / "untied"), 0.5)
-    assert merge_with_residual(checkpoint, tmp_path / "sum", residual, "fp32")
+    residual = TaskVector(str(bases / "instruct"), str(bases / "untied"), 0.5)
+    assert merge_with_task_vector(checkpoint, tmp_path / "sum", residual, "fp32")
     merge(checkpoint, tmp_path / "merged", "fp32")
     ours, theirs, origin = (weights(folder) for folder in (tmp_path / "merged", bases / "instruct", bases / "untied"))
     for key, value in weights(tmp_path / "sum").items():
@@ -237,8 +237,8 @@ def test_the_residual_is_added_tensor_by_tensor(bases, checkpoint, tmp_path):
 
 
 def test_nothing_trained_plus_the_residual_is_the_instruct_model(bases, checkpoint, tmp_path):
-    residual = Residual(str(bases / "instruct"), str(bases / "untied"))
-    merge_with_residual(checkpoint, tmp_path / "sum", residual, "fp32", scale=0.0)
+    residual = TaskVector(str(bases / "instruct"), str(bases / "untied"))
+    merge_with_task_vector(checkpoint, tmp_path / "sum", residual, "fp32", scale=0.0)
     torch.testing.assert_close(
         plain_logits(load(tmp_path / "sum"), IDS), plain_logits(load(bases / "instruct"), IDS), rtol=0, atol=1e-5
     )
@@ -247,7 +247,7 @@ def test_nothing_trained_plus_the_residual_is_the_instruct_model(bases, checkpoi
 def test_residuals_that_do_not_fit_are_refused(bases, tokenizer, checkpoint, tmp_path):
     def refused(instruct: Path, base: Path) -> str:
         with pytest.raises(ConfigError) as caught:
-            merge_with_residual(checkpoint, tmp_path / "sum", Residual(str(instruct), str(base)), "bf16")
+            merge_with_task_vector(checkpoint, tmp_path / "sum", TaskVector(str(instruct), str(base)), "bf16")
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "sum").exists()
         return str(caught.value)

@@ -14,8 +14,9 @@ import yaml
 
 from dist_cpt.adapters.quantize import read_weight, write_weight
 from dist_cpt.errors import ConfigError
-from dist_cpt.export.merge import load_fp32, merge, quantisation_gap
-from dist_cpt.model.continue_from import Standing
+from dist_cpt.export.checkpoint_model import load_fp32
+from dist_cpt.export.merge import merge, quantisation_gap
+from dist_cpt.model.continue_from import PriorInUse
 from dist_cpt.model.load import load_model
 from tests import tiny
 from tests.run_ranks import run_ranks
@@ -39,7 +40,7 @@ def base(corpus: Path) -> Path:
 @pytest.fixture(scope="module")
 def earlier(base: Path) -> Path:
     """An adapter of PEFT's own, every value random: LoRA of another rank and scale, embedding and head in full."""
-    from tests.foreign_adapter import write_peft
+    from tests.peft_adapter import write_peft
 
     folder = base.parent / "earlier"
     return write_peft(folder, str(base), r=6, lora_alpha=40, use_rslora=True, modules_to_save=BOTH)
@@ -196,7 +197,7 @@ def test_an_engine_that_lost_an_adapter_of_little_effect_is_found(
     mode: str, base: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the new text the adapter is worth less than the tolerance of the mean loss."""
-    from tests.foreign_adapter import edit_tensors, write_peft
+    from tests.peft_adapter import edit_tensors, write_peft
 
     folder = write_peft(tmp_path / "old", str(base), r=6)
     edit_tensors(folder, lambda t: {k: v * (0.1 if "lora_B" in k else 1) for k, v in t.items()})
@@ -206,21 +207,21 @@ def test_an_engine_that_lost_an_adapter_of_little_effect_is_found(
     assert abs(said["loss_with"] - said["loss_without"]) < 2e-3 * said["loss_with"]
     assert 0.9 < said["share_in_effect"] < 1.1
 
-    def lose(standing: Standing, causal_lm: Any, dtype: torch.dtype) -> None:
+    def lose(prior: PriorInUse, causal_lm: Any, dtype: torch.dtype) -> None:
         if mode == "fold":
-            for name, (key_a, key_b) in standing.earlier.lora.items():
+            for name in prior.adapter.lora:
                 layer = causal_lm.get_base_model().get_submodule(name).base_layer
-                a, b = (standing.earlier.read(key) for key in (key_a, key_b))
-                write_weight(layer, read_weight(layer) - standing.earlier.scale_of(len(a)) * b @ a)
+                a, b, scale = prior.adapter.pair(name)
+                write_weight(layer, read_weight(layer) - scale * b @ a)
 
-    monkeypatch.setattr(Standing, "finish", lose)
+    monkeypatch.setattr(PriorInUse, "complete", lose)
     assert train(values | {"name": "lost"}) == 74
     said = json.loads((tmp_path / "runs/lost/exit.json").read_text())["reason"]
     assert "of what this adapter does, not 1" in said
 
 
 def test_a_tied_base_and_frozen_matrices(base: Path, corpus: Path, tmp_path: Path) -> None:
-    from tests.foreign_adapter import edit_tensors, write_peft
+    from tests.peft_adapter import edit_tensors, write_peft
 
     tied = tiny.write_base(tmp_path / "tied", base, tie_word_embeddings=True)
     with warned("tie_word_embeddings"):
@@ -249,7 +250,7 @@ def warned(text: str) -> Any:
 
 
 def test_what_does_not_fit_is_refused(base: Path, corpus: Path, earlier: Path, tmp_path: Path) -> None:
-    from tests.foreign_adapter import edit_config, edit_tensors
+    from tests.peft_adapter import edit_config, edit_tensors
 
     def refused(expected: str, change: Any = None, source: Path = earlier, **changes: Any) -> None:
         folder = Path(shutil.copytree(source, tmp_path / "copy", dirs_exist_ok=True))

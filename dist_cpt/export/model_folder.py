@@ -1,0 +1,127 @@
+"""A Hugging Face model folder: written beside its final name, and renamed once it is complete."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_cpt.errors import CheckpointError, ConfigError, WriteError
+from dist_cpt.model.base_model import WEIGHTS_DTYPE
+from dist_cpt.model.classify import is_classifier
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+DTYPES = WEIGHTS_DTYPE | {"fp16": torch.float16}
+
+
+def require_new(out: Path, dtype: str) -> None:
+    """Refuse an output folder that is in use, and an unknown dtype.
+
+    Raises:
+        ConfigError: one of them.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists", remedy="give the name of a new folder")
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A path inside a temporary folder beside `out`; what the body writes there becomes `out` if it succeeds.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True) as work:
+            yield Path(work) / out.name
+            os.replace(Path(work) / out.name, out)  # an empty folder at `out` is replaced
+    except OSError as error:
+        raise WriteError(f"{out} cannot be written: {error}", remedy="check space and permissions") from error
+
+
+def round_to(model: Any, dtype: str) -> Any:
+    """`model` stored in `dtype`, in place.
+
+    Raises:
+        ConfigError: a weight overflows fp16.
+    """
+    for name, parameter in model.named_parameters():  # not model.to(): rotary frequencies stay fp32 when loaded
+        parameter.data = parameter.data.to(DTYPES[dtype])
+        if dtype == "fp16" and not bool(torch.isfinite(parameter).all()):
+            raise ConfigError(f"--dtype fp16: a weight of {name} exceeds 65504", remedy="use bf16")
+    return model
+
+
+def write_model(model: Any, out: Path, tokenizer_folders: Sequence[Path]) -> None:
+    """Write `model` in shards of 5 GB, with the first tokenizer found; generation also stops at the end of a chat turn,
+    which a base's generation_config.json does not know."""
+    from transformers import AutoTokenizer
+
+    model.save_pretrained(out, max_shard_size="5GB")
+    copy_tokenizer(tokenizer_folders, out)
+    generation = getattr(model, "generation_config", None)
+    if generation is None or is_classifier(out):
+        return
+    ends = turn_ends(AutoTokenizer.from_pretrained(out, trust_remote_code=False))
+    known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    if not set(ends) <= set(known):
+        extended = copy.deepcopy(generation)
+        extended.eos_token_id = [*(end for end in known if end is not None), *(end for end in ends if end not in known)]
+        extended.save_pretrained(out)
+
+
+def turn_ends(tokenizer: Any) -> list[int]:
+    """The special token that the chat template puts after an answer, if there is one."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        return []
+    answer = "forty-two"
+    messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": answer}]
+    try:
+        _, separator, after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)
+    except TemplateError:  # the template needs more than a question and an answer
+        return []
+    first = tokenizer(after, add_special_tokens=False)["input_ids"][:1] if separator else []
+    return [token for token in first if token in tokenizer.added_tokens_decoder]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has any of a tokenizer's files."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def copy_tokenizer(folders: Sequence[Path], out: Path) -> None:
+    """Copy the tokenizer's files of the first of `folders` that has any.
+
+    Raises:
+        CheckpointError: none has.
+    """
+    for folder in filter(has_tokenizer, folders):
+        for name in TOKENIZER_FILES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, out / name)
+        return
+    raise CheckpointError(
+        f"no tokenizer in {' or '.join(map(str, folders))}",
+        remedy="put the tokenizer's files into the checkpoint's base",
+    )

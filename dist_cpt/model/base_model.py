@@ -1,0 +1,213 @@
+"""The base model of a recipe: located, checked, identified, and loaded or initialised."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_cpt.adapters import quantize
+from dist_cpt.config.schema import ModelConfig, RunConfig
+from dist_cpt.errors import ConfigError
+from dist_cpt.model.safety_checks import code_sha256s, require_trusted_code
+from dist_cpt.run_folder.names import MODEL_CONFIG
+
+WEIGHTS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_WEIGHTS = "model*.safetensors"  # the names that transformers loads
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def locate_base(path: str, revision: str | None, *, own_code: bool = False) -> Path:
+    """The local folder of a model: `path`, or a snapshot from the hub, downloaded if necessary; with code on request.
+
+    Raises:
+        ConfigError: no such folder or hub repository, no network, or no safetensors weights.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if path.startswith((".", "/", "~")):
+            raise ConfigError(f"model.path: folder not found: {path}", remedy="give a model folder or a hub id")
+        folder = _snapshot(path, revision, own_code)
+    if not (folder / MODEL_CONFIG).is_file():
+        raise ConfigError(f"model.path: {path} has no {MODEL_CONFIG}", remedy="give a Hugging Face model folder")
+    if not list(folder.glob(_WEIGHTS)):
+        pickled = any(list(folder.glob(pattern)) for pattern in _PICKLES)
+        weights = "only pickled weights, which are never opened" if pickled else "no weights"
+        raise ConfigError(f"model.path: {path} has {weights}", remedy=f"give a folder with {_WEIGHTS}")
+    return folder
+
+
+def check_base(settings: ModelConfig) -> tuple[Path, bool, str | None]:
+    """(folder, whether its own code runs, how its stored weights are quantised) of the base that a recipe names.
+
+    Raises:
+        ConfigError: as `locate_base`; code that is not trusted; stored weights quantised unlike `model.weights`.
+    """
+    assert settings.path is not None
+    folder = locate_base(settings.path, settings.revision, own_code=settings.trust_remote_code)
+    own_code, stored = require_trusted_code(folder, settings), quantize.stored_weights(folder)
+    if stored not in (None, settings.weights):
+        raise ConfigError(
+            f"model.path: {settings.path} has {stored} weights, not {settings.weights}",
+            remedy=f"set model.weights: {stored}, or give the unquantised model",
+        )
+    return folder, own_code, stored
+
+
+def weights_sha256(folder: Path) -> str:
+    """The sha256 of a folder's safetensors files: over the name and sha256 of each, in order of names."""
+    files = sorted(folder.glob(_WEIGHTS))
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
+        digests = list(pool.map(_file_sha256, files))
+    lines = "".join(f"{digest}  {file.name}\n" for file, digest in zip(files, digests, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def build_config(values: dict[str, Any], vocab_size: int | None) -> Any:
+    """A transformers config from the recipe's `model.config`; dropout is off unless named there.
+
+    Raises:
+        ConfigError: an unknown model_type, an unknown key, or an invalid value.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = values["model_type"]
+    if kind not in CONFIG_MAPPING:
+        raise _unknown(f"unknown model_type {kind!r}", str(kind), CONFIG_MAPPING.keys())
+    config_class = CONFIG_MAPPING[kind]
+    known = {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    known |= {"model_type", "architectures", "rope_theta", "rope_scaling"}
+    for key in values:
+        if key not in known:
+            raise _unknown(f"{kind} has no key {key!r}", key, known)
+    given = {key: value for key, value in values.items() if key not in ("model_type", "architectures")}
+    if vocab_size is not None:
+        given.setdefault("vocab_size", vocab_size)
+    try:
+        hf_config = AutoConfig.for_model(kind, **given)
+    except Exception as error:  # transformers raises its own validation errors here
+        raise ConfigError(f"model.config: {_one_line(error)}") from error
+    _switch_off_dropout(hf_config, keep=set(given))
+    return hf_config
+
+
+def load_base(config: RunConfig, vocab_size: int | None, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """(transformers causal LM, its identity for manifests): from `model.path`, or initialised from `model.config`.
+
+    `vocab_size` is the tokenizer's; a model from scratch takes it where its config names none.
+
+    Raises:
+        ConfigError: as `check_base` and `build_config`, or weights that cannot be loaded.
+        MissingExtraError: weights are nf4 or int8 and bitsandbytes is not installed.
+    """
+    trains_in_full = config.adapter.kind == "none"
+    dtype = torch.float32 if trains_in_full else WEIGHTS_DTYPE[config.model.compute_dtype]
+    if config.model.config is not None:
+        return _from_scratch(config.model.config, config.seed, dtype, vocab_size)
+    return _from_folder(config.model, dtype, device)
+
+
+def describe(hf_config: Any) -> dict[str, Any]:
+    """The part of a base's identity that its configuration determines."""
+    return {
+        "model_type": hf_config.model_type,
+        "architectures": list(hf_config.architectures or []),
+        "vocab_size": hf_config.vocab_size,
+        "config": {key: value for key, value in hf_config.to_diff_dict().items() if key != "quantization_config"},
+    }
+
+
+def _from_scratch(
+    values: dict[str, Any], seed: int, dtype: torch.dtype, vocab_size: int | None
+) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    hf_config = build_config(values, vocab_size)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=False)
+    except ValueError as error:
+        raise ConfigError(f"model.config: {_one_line(error)}") from error
+    model.config.architectures = [type(model).__name__]
+    given = {"config": values, "seed": seed, "vocab_size": hf_config.vocab_size}
+    digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+    identity = {"path": None, "revision": None, "sha256": digest, "from_scratch": {"config": values, "seed": seed}}
+    return model, identity | describe(model.config)
+
+
+def _from_folder(settings: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    folder, own_code, stored = check_base(settings)
+    logging.disable_progress_bar()  # one per rank
+    try:
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
+        _switch_off_dropout(hf_config, keep=set())
+        if settings.weights in quantize.QUANTISED:
+            model = quantize.load_quantised(folder, hf_config, device, settings.weights, own_code=own_code)
+        else:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=hf_config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=own_code,
+                output_loading_info=True,
+            )
+            model = quantize.require_complete(folder, *loaded)
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        raise ConfigError(f"model.path: {settings.path} cannot be loaded: {_one_line(error)}") from error
+    # the folder of a hub snapshot is named after its commit
+    revision = folder.name if folder.parent.name == "snapshots" else settings.revision
+    identity = {"path": settings.path, "revision": revision, "sha256": weights_sha256(folder)}
+    if settings.weights in quantize.QUANTISED:
+        identity |= quantize.identity_of(model, settings.weights, stored is not None)
+    if own_code:
+        identity["code"] = code_sha256s(folder)
+    return model, identity | describe(model.config)
+
+
+def _unknown(problem: str, given: str, known: Iterable[str]) -> ConfigError:
+    near = difflib.get_close_matches(given, sorted(known), n=1)
+    return ConfigError(f"model.config: {problem}", remedy=f"did you mean {near[0]}?" if near else None)
+
+
+def _switch_off_dropout(hf_config: Any, keep: set[str]) -> None:
+    """Dropout off, except for the keys in `keep`: CPT sees most tokens once, and an exact resume needs it off."""
+    for key, value in hf_config.to_dict().items():
+        if key.endswith(("dropout", "pdrop", "drop")) and isinstance(value, float) and key not in keep:
+            setattr(hf_config, key, 0.0)
+
+
+def _snapshot(repository: str, revision: str | None, own_code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = [_WEIGHTS, "*.json", "*.txt", "*.jinja", "tokenizer.model"] + ["*.py"] * own_code
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"model.path: {repository} is not a folder and cannot be downloaded from the hub: {_one_line(error)}",
+            remedy="give a local model folder, or check the name and the network",
+        ) from error
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
