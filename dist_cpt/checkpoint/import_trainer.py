@@ -1,12 +1,12 @@
-"""Whose moments stand in a Trainer's optimizer.pt: AdamW's state is numbered there, and this finds the names.
+"""Match the numbered AdamW state of a Trainer's optimizer.pt to tensor names.
 
 Hugging Face's Trainer numbers the trainable tensors in the order of its parameter groups, each in the module's
 order. Two layouts are read: all tensors in one group (a second one, without decay, is empty for LoRA), and the
-LoRA matrices in one group with the vocabulary matrices in another (a learning rate of their own).
+LoRA matrices in one group with the vocabulary matrices in another (with their own learning rate).
 
-Assumed: that module's order is that of the same module here. Checked: the number of tensors, every shape, and
-where several matrices share a shape, that the moments agree with the weights beside them (`require_own`). Two
-of many alike matrices that changed places would not be seen; a wrong order of a whole kind is.
+Assumed: the module's order is that of the same module here. Checked: the number of tensors, every shape, and, where
+several matrices share a shape, that the moments agree with the weights (`require_agreement`). Two of many matrices
+of one shape that changed places would not be noticed; a wrong order of a whole kind is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from dist_cpt.errors import CheckpointError, ConfigError
 from dist_cpt.run_folder.train_state import first_line
 from dist_cpt.training_state import StateKind
 
-WEIGHTS_ALONE = "use continue_from: PATH for the weights alone"
+OPTIMIZER = "optimizer.pt"
+WEIGHTS_ONLY = "use continue_from: PATH for the weights only"
 _ADAMW = {"step", "exp_avg", "exp_avg_sq"}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # widen to fp32 exactly
 _SUM_ELEMENTS = 1 << 22
@@ -35,10 +36,10 @@ ReadMaster = Callable[[str], torch.Tensor]  # name -> fp32 CPU values in full sh
 
 
 class TrainerMoments:
-    """The moments of an optimizer.pt by canonical name; `step` updates were made with `betas`."""
+    """The moments of an optimizer.pt by canonical name, after `step` updates with `betas`."""
 
     def __init__(self, path: Path, order: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Open the file and name its moments; `order` are the trainable names in the module's order.
+        """Open the file; `order` are the trainable names in the module's order.
 
         Raises:
             CheckpointError: damaged, not loadable without running code, or not matched to names.
@@ -51,14 +52,14 @@ class TrainerMoments:
             self.betas = tuple(float(beta) for beta in groups[0]["betas"])
             amsgrad = any(group.get("amsgrad") for group in groups)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
-            raise unmatched("it does not hold AdamW's state") from None
+            raise unmatched("it is not the state of an AdamW") from None
         if amsgrad or numbers != list(range(len(numbers))):
-            raise unmatched("it holds amsgrad's state" if amsgrad else "its parameter groups are not in order")
+            raise unmatched("it is the state of an amsgrad" if amsgrad else "its parameter groups are not in order")
         names = _names_by_number(sizes, order)
         self._state = {name: _moments(state.get(i), name, shapes[name]) for i, name in enumerate(names)}
         if len(state) != len(names):
-            raise unmatched(f"it holds the state of {len(state)} tensors, {len(names)} train here")
-        steps = {_whole(entry["step"]) for entry in self._state.values()}
+            raise unmatched(f"it has the state of {len(state)} tensors, {len(names)} train here")
+        steps = {_step_count(entry["step"]) for entry in self._state.values()}
         if len(steps) != 1:
             raise unmatched(f"its tensors made different numbers of steps ({min(steps)} to {max(steps)})")
         self.step = steps.pop()
@@ -67,7 +68,7 @@ class TrainerMoments:
         """Flat fp32 CPU [stop - start] of one moment."""
         return self._state[name][kind].reshape(-1)[start:stop].float()
 
-    def require_own(self, weights: ReadMaster, head: str | None) -> None:
+    def require_agreement(self, weights: ReadMaster, head: str | None) -> None:
         """Refuse moments that do not belong to the weights they were matched to.
 
         With y = W x + s B A x and g the gradient of y, that of B is s g (A x)^T and that of A is s B^T g x^T, so in
@@ -78,21 +79,21 @@ class TrainerMoments:
         Raises:
             CheckpointError: the moments of one shape do not agree with the weights, or are too few to tell.
         """
-        alike: dict[tuple[torch.Size, ...], list[str]] = {}
+        by_shape: dict[tuple[torch.Size, ...], list[str]] = {}
         for name in self._state:
             if name.endswith(".lora_A.weight"):
                 module = name.removesuffix(".lora_A.weight")
                 both = (self._full(name).shape, self._full(f"{module}.lora_B.weight").shape)
-                alike.setdefault(both, []).append(module)
-        for (shape, _), modules in alike.items():
+                by_shape.setdefault(both, []).append(module)
+        for (shape, _), modules in by_shape.items():
             if len(modules) == 1:
-                continue  # no other place has this shape
+                continue  # the only one of this shape
             cosine = sum(self._agreement(module, weights) for module in modules) / len(modules)
             needed = _DEVIATIONS / (shape[0] * math.sqrt(len(modules)))
             if not cosine >= needed:
                 raise unmatched(
                     f"the moments of {len(modules)} matrices like {modules[0]} agree with the weights by "
-                    f"{cosine:.2f}, less than the {needed:.2f} that would show whose they are"
+                    f"{cosine:.2f}, below the {needed:.2f} that shows they belong together"
                 )
         vocabulary = [name for name in self._state if ".lora_" not in name]
         if head in vocabulary and len({self._full(name).shape for name in vocabulary}) < len(vocabulary):
@@ -120,15 +121,12 @@ class TrainerMoments:
 
 
 def unmatched(why: str) -> CheckpointError:
-    """The refusal of an optimizer file, with its remedy."""
-    return CheckpointError(
-        f"adapter.continue_from: optimizer.pt cannot be matched to names: {why}",
-        remedy=WEIGHTS_ALONE,
-    )
+    """The error for an optimizer file that cannot be imported."""
+    return CheckpointError(f"adapter.continue_from: {OPTIMIZER} cannot be matched to names: {why}", remedy=WEIGHTS_ONLY)
 
 
 def require_betas(theirs: Sequence[float], ours: Sequence[float]) -> None:
-    """Moments of other betas would be corrected by the wrong factors.
+    """Refuse moments of other betas: their bias correction would use the wrong factors.
 
     Raises:
         ConfigError: they differ.
@@ -136,7 +134,7 @@ def require_betas(theirs: Sequence[float], ours: Sequence[float]) -> None:
     if tuple(theirs) != tuple(ours):
         raise ConfigError(
             f"adapter.continue_from: the optimizer has betas {list(theirs)}, this run {list(ours)}",
-            remedy=f"set optim.betas: {list(theirs)}, or continue_from: PATH for the weights alone",
+            remedy=f"set optim.betas: {list(theirs)}, or {WEIGHTS_ONLY}",
         )
 
 
@@ -144,9 +142,9 @@ def _load(path: Path) -> Any:
     try:
         # Only tensors and plain containers; a memory map, so that the values are read when they are asked for.
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile archive provokes
+    except Exception as error:  # a damaged or hostile archive may provoke anything
         reason = first_line(error).split(". ")[0]
-        raise unmatched(f"it is damaged, or would have to run code to be opened ({reason})") from None
+        raise unmatched(f"it is damaged, or opening it would run code ({reason})") from None
 
 
 def _names_by_number(sizes: list[int], order: Sequence[str]) -> list[str]:
@@ -162,20 +160,20 @@ def _names_by_number(sizes: list[int], order: Sequence[str]) -> list[str]:
 
 def _moments(entry: Any, name: str, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
     if not isinstance(entry, dict):
-        raise unmatched(f"it holds no state of {name}")
+        raise unmatched(f"it has no state of {name}")
     if entry.keys() != _ADAMW:
         kind = "bitsandbytes' quantised or paged" if "state1" in entry else "another optimizer's"
-        raise unmatched(f"it holds {kind} state ({', '.join(sorted(map(str, entry)))}), not AdamW's")
+        raise unmatched(f"it has {kind} state ({', '.join(sorted(map(str, entry)))}), not AdamW's")
     for key in ("exp_avg", "exp_avg_sq"):
         value = entry[key]
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.dtype not in _FLOATS:
-            raise unmatched(f"{key} of {name} is no plain tensor of floating-point numbers")
+            raise unmatched(f"{key} of {name} is not a plain floating-point tensor")
         if tuple(value.shape) != shape:
-            raise unmatched(f"{key} at the place of {name} has shape {list(value.shape)}, expected {list(shape)}")
+            raise unmatched(f"{key} of {name} has shape {list(value.shape)}, expected {list(shape)}")
     return entry
 
 
-def _whole(step: Any) -> int:
+def _step_count(step: Any) -> int:
     try:
         number = float(step)
     except (TypeError, ValueError, RuntimeError):
