@@ -113,12 +113,11 @@ class Fsdp2Engine:
 
     def sharded_bytes(self) -> dict[str, int]:
         # The compute copies exist from gather to reshard only; the shards are the masters, counted as trainable.
-        seen: set[int] = set()
-        return {
-            "trainable": storage_bytes(self._adam.masters.values(), seen),
-            "frozen": storage_bytes((tensor for _, tensor in self.frozen_tensors()), seen),
-            "optimizer": storage_bytes(self._adam.moments(), seen),
-        }
+        return storage_bytes(
+            trainable=self._adam.masters.values(),
+            frozen=(tensor for _, tensor in self.frozen_tensors()),
+            optimizer=self._adam.moments(),
+        )
 
     def close(self) -> None:
         self.discard()

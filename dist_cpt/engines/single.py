@@ -108,12 +108,11 @@ class SingleEngine:
         return frozen_tensors(self._module, self._parameters.values())
 
     def sharded_bytes(self) -> dict[str, int]:
-        seen: set[int] = set()
-        return {
-            "trainable": storage_bytes((p.data for p in self._parameters.values()), seen),
-            "frozen": storage_bytes((tensor for _, tensor in self.frozen_tensors()), seen),
-            "optimizer": storage_bytes([*self._adam.masters.values(), *self._adam.moments()], seen),
-        }
+        return storage_bytes(
+            trainable=(p.data for p in self._parameters.values()),
+            frozen=(tensor for _, tensor in self.frozen_tensors()),
+            optimizer=[*self._adam.masters.values(), *self._adam.moments()],
+        )
 
     def close(self) -> None:
         for hook in self._hooks:

@@ -193,15 +193,16 @@ def frozen_tensors(
     yield from quantisation_state(module)
 
 
-def storage_bytes(tensors: Iterable[torch.Tensor], seen: set[int]) -> int:
-    """Bytes of the distinct storages behind local `tensors` that are not in `seen`, which grows."""
-    total = 0
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        if storage.nbytes() and storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            total += storage.nbytes()
-    return total
+def storage_bytes(**groups: Iterable[torch.Tensor]) -> dict[str, int]:
+    """Bytes of the distinct storages behind each group of local tensors; a shared one counts in the first group."""
+    counted: set[int] = set()
+    totals = dict.fromkeys(groups, 0)
+    for name, tensors in groups.items():
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            if storage.nbytes() and storage.data_ptr() not in counted:
+                counted.add(storage.data_ptr())
+                totals[name] += storage.nbytes()
+    return totals
 
 
 def _sum_of_squares(grad: torch.Tensor) -> torch.Tensor:

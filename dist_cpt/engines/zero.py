@@ -151,12 +151,11 @@ class ZeroEngine:
             moments = self._named.moments()
         else:
             moments = [self._adam.state[flat][kind] for flat in flats for kind in ("exp_avg", "exp_avg_sq")]
-        seen: set[int] = set()
-        return {
-            "trainable": storage_bytes(_storages(self._parameters.values()), seen),
-            "frozen": storage_bytes([*_storages(frozen), *scales], seen),
-            "optimizer": storage_bytes([flat.data for flat in flats] + moments, seen),
-        }
+        return storage_bytes(
+            trainable=_storages(self._parameters.values()),
+            frozen=[*_storages(frozen), *scales],
+            optimizer=[*(flat.data for flat in flats), *moments],
+        )
 
     def close(self) -> None:
         self._engine.destroy()
