@@ -11,7 +11,6 @@ from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import check_config
 from dist_cpt.model.base_model import build_config
-from dist_cpt.model.flops import model_flops
 from dist_cpt.model.load import load_model
 from dist_cpt.model.loss import LossHead
 
@@ -316,26 +315,3 @@ def test_one_target_alone(bases):
     names = set(load_model(config, device=CPU).trainable)
     assert len(names) == 4
     assert all(".attn.c_attn.lora_" in name for name in names)
-
-
-def test_flops_by_hand(bases):
-    """Llama of LLAMA's size, rank 3, documents of 5 and 11 tokens."""
-    model = load_model(recipe({"path": str(bases / "untied")}, embeddings={"train": ["lm_head"]}), device=CPU)
-    hf_model = model.module.hf_model
-    flops = model_flops(model.module, model.hf_config, embeddings=hf_model.get_input_embeddings(), tied=False)
-    shapes = [(16, 16), (16, 8), (16, 8), (16, 16), (16, 24), (16, 24), (24, 16)]  # q k v o gate up down
-    frozen = 2 * sum(i * o for i, o in shapes)
-    trainable = 2 * sum(3 * (i + o) for i, o in shapes) + 16 * V
-    assert (flops.frozen, flops.trainable) == (frozen, trainable)
-    assert flops.attention_width == 2 * 16
-    expected = (4 * frozen + 6 * trainable) * 16 + 6 * 32 * (25 + 121)
-    assert flops.step([5, 11]) == expected
-    assert flops.per_token([5, 11]) == expected / 16
-
-
-def test_flops_count_a_tied_table_once(bases):
-    model = load_model(recipe({"path": str(bases / "tied")}, adapter={"kind": "none"}, embeddings={}), device=CPU)
-    embeddings = model.module.hf_model.get_input_embeddings()
-    tied = model_flops(model.module, model.hf_config, embeddings=embeddings, tied=True)
-    assert tied.frozen == 0
-    assert tied.trainable == 2 * (16 * 16 * 2 + 16 * 8 * 2 + 16 * 24 * 3) + 16 * V

@@ -29,7 +29,6 @@ from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError, MissingExtraError
 from dist_cpt.export.checkpoint_model import load_fp32, plain_model
 from dist_cpt.export.merge import quantisation_gap
-from dist_cpt.model.flops import model_flops
 from dist_cpt.model.load import load_model
 from tests.frozen import FrozenCopy
 from tests.tiny import llama
@@ -162,7 +161,7 @@ def test_adapters_and_vocabulary_train_in_fp32_over_it(base: Path) -> None:
     assert kinds == {"peft.tuners.lora.bnb", "bitsandbytes.nn.modules"}
 
 
-def test_it_is_close_to_the_base_and_counts_as_many_flops(base: Path) -> None:
+def test_it_is_close_to_the_base(base: Path) -> None:
     quantised, plain = (load_model(recipe(base, weights), device=CPU) for weights in ("nf4", "fp32"))
     ids = torch.arange(64)[None]
     arguments = (ids, ids, torch.tensor([0, 64], dtype=torch.int32), 64, ids)
@@ -171,13 +170,6 @@ def test_it_is_close_to_the_base_and_counts_as_many_flops(base: Path) -> None:
         got, want = (float(model.module(*arguments)[1]) / 64 for model in (quantised, plain))
     assert abs(got - want) < 0.02 * want
     assert got != want
-
-    def flops(model: Any) -> Any:
-        return model_flops(
-            model.module, model.hf_config, embeddings=model.module.hf_model.get_input_embeddings(), tied=False
-        )
-
-    assert flops(quantised) == flops(plain)
 
 
 def test_the_identity_names_the_quantisation_and_nothing_new_otherwise(base: Path) -> None:
