@@ -13,14 +13,14 @@ TITLES = {"lora-only": "LoRA", "lora": "LoRA, embeddings and head", "nf4": "LoRA
           "full": "every parameter"}  # fmt: skip
 HEAD = """# Moves
 
-One training state, saved after 3 steps on the engine and number of ranks of a row, resumed on that of a column, trained
-5 more steps there, and compared with the run that continued where it was. Written by
-`python -m tests.contract.publish_moves` (CPU, gloo, a two-layer model whose sizes divide by nothing); the same moves
-are tests: `pytest -m matrix tests/contract/test_moves.py`.
+A training state is saved after 3 steps on the engine and number of ranks of a row and resumed on those of a column. After
+5 more steps it is compared with the run that stayed on the engine and ranks of the row. Written by
+`python -m tests.contract.publish_moves` (CPU, gloo, a two-layer model whose sizes have no common divisors); the same
+moves are tests: `pytest -m matrix tests/contract/test_moves.py`.
 
-A number says two things: every master and both moments of every tensor were **bit-identical** after the move (a move
-where one was not shows as **NO**), and it is the largest relative difference of the five losses. 0 is bit-identical
-training. In fp32 only the order of sums differs, whose unit roundoff is 6e-8; with an NF4 base products are in bf16.
+A number means that every master and both moments of every tensor were **bit-identical** after the move (**NO** if one
+was not); it is the largest relative difference of the five losses, and 0 if they are bit-identical. In fp32 only the
+order of sums differs (unit roundoff 6e-8); with an NF4 base products are in bf16.
 """
 
 
