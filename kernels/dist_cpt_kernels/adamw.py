@@ -121,15 +121,9 @@ def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     for launch in launches:
         if launch.num_pieces:
             sum_squares_kernel[(launch.num_pieces,)](
-                launch.addresses,
-                launch.pieces,
-                launch.lists[0][0],
-                partial[place:],
-                ALIGNED=launch.aligned,
-                PIECE=PIECE,
-                BLOCK=NORM_BLOCK,
-                num_warps=NUM_WARPS,
-            )
+                launch.addresses, launch.pieces, launch.lists[0][0], partial[place:],
+                ALIGNED=launch.aligned, PIECE=PIECE, BLOCK=NORM_BLOCK, num_warps=NUM_WARPS,
+            )  # fmt: skip
         place += launch.num_pieces
     out = torch.empty((), dtype=torch.float64, device=device)
     add_up_kernel[(1,)](partial, out, total, BLOCK=BLOCK, num_warps=NUM_WARPS)
@@ -204,26 +198,10 @@ def _pieces(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 @jit
 def adamw_kernel(
-    addresses_ptr,
-    pieces_ptr,
-    num_tensors,
-    grad_like,
-    copy_like,
-    grad_factor_ptr,
-    skip_ptr,
-    step_size_ptr,
-    denominator_ptr,
-    step_size,
-    denominator,
-    decay,
-    weight1,
-    beta2,
-    weight2,
-    eps,
-    ALIGNED: tl.constexpr,
-    PIECE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    addresses_ptr, pieces_ptr, num_tensors, grad_like, copy_like, grad_factor_ptr, skip_ptr, step_size_ptr,
+    denominator_ptr, step_size, denominator, decay, weight1, beta2, weight2, eps,
+    ALIGNED: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program updates one piece. A None pointer skips its part; `*_like` give a dtype."""
     if skip_ptr is not None:  # noqa: SIM102 - with `and` a None pointer would be read
         if tl.load(skip_ptr) != 0:

@@ -151,55 +151,20 @@ def _launch(
     softcap = 1.0 if terms.softcap is None else terms.softcap
     share = terms.label_smoothing / logits.shape[1]
     cross_entropy_kernel[(labels.shape[0],)](
-        logits,
-        labels,
-        losses,
-        sums,
-        scale,
-        upstream,
-        grad,
-        labels.shape[0],
-        logits.shape[1],
-        terms.ignore_index,
-        terms.label_smoothing,
-        share,
-        1.0 - terms.label_smoothing + share,
-        terms.z_loss,
-        softcap,
-        1.0 / softcap,
-        READ_SUMS=losses is None,
-        SCALE_LOSS=sums is not None,
-        SMOOTH=terms.label_smoothing > 0.0,
-        SOFTCAP=terms.softcap is not None,
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-    )
+        logits, labels, losses, sums, scale, upstream, grad, labels.shape[0], logits.shape[1], terms.ignore_index,
+        terms.label_smoothing, share, 1.0 - terms.label_smoothing + share, terms.z_loss, softcap, 1.0 / softcap,
+        READ_SUMS=losses is None, SCALE_LOSS=sums is not None, SMOOTH=terms.label_smoothing > 0.0,
+        SOFTCAP=terms.softcap is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 @jit
 def cross_entropy_kernel(
-    logits_ptr,
-    labels_ptr,
-    losses_ptr,
-    sums_ptr,
-    scale_ptr,
-    upstream_ptr,
-    grad_ptr,
-    num_tokens,
-    vocab,
-    ignore_index,
-    label_smoothing,
-    share,
-    true_share,
-    z_loss,
-    softcap,
-    inverse_softcap,
-    READ_SUMS: tl.constexpr,
-    SCALE_LOSS: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    logits_ptr, labels_ptr, losses_ptr, sums_ptr, scale_ptr, upstream_ptr, grad_ptr, num_tokens, vocab,
+    ignore_index, label_smoothing, share, true_share, z_loss, softcap, inverse_softcap,
+    READ_SUMS: tl.constexpr, SCALE_LOSS: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """One program computes one row. A None pointer skips its part."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * vocab
@@ -257,17 +222,9 @@ def cross_entropy_kernel(
 
 @jit
 def _row_sums(
-    logits_ptr,
-    label,
-    z_true,
-    vocab,
-    length,
-    softcap,
-    inverse_softcap,
-    SMOOTH: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits_ptr, label, z_true, vocab, length, softcap, inverse_softcap,
+    SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """(largest logit, sum of exp(z - largest) without the true class, mean of z)."""
     top = z_true
     others = tl.zeros([BLOCK], tl.float32)

@@ -119,18 +119,9 @@ def _gradients(
     if gate.numel():
         gate, up, width, grid = _rows_of(gate, up)
         gated_gradients_kernel[grid](
-            grad.contiguous(),
-            gate,
-            up,
-            gate.stride(0),
-            dgate,
-            dup,
-            value,
-            width,
-            ACTIVATION=activation,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-        )
+            grad.contiguous(), gate, up, gate.stride(0), dgate, dup, value, width,
+            ACTIVATION=activation, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return dgate, dup, value
 
 
@@ -159,17 +150,9 @@ def gated_kernel(gate_ptr, up_ptr, stride, out_ptr, width, ACTIVATION: tl.conste
 
 @jit
 def gated_gradients_kernel(
-    grad_ptr,
-    gate_ptr,
-    up_ptr,
-    stride,
-    dgate_ptr,
-    dup_ptr,
-    value_ptr,
-    width,
-    ACTIVATION: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_ptr, gate_ptr, up_ptr, stride, dgate_ptr, dup_ptr, value_ptr, width,
+    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """As above; results may alias inputs, since a thread writes only where it has read."""
     row, column = _place(width, BLOCK)
     inside = column < width

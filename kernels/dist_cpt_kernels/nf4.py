@@ -47,21 +47,11 @@ def dequantize_nf4(
     num_elements = out.numel()
     if num_elements:
         dequantize_nf4_kernel[(-(-num_elements // TILE),)](
-            packed,
-            absmax,
-            None if nested is None else nested.code_map,
-            None if nested is None else nested.absmax,
-            None if nested is None else nested.offset,
-            _levels(packed.device),
-            out,
-            num_elements,
-            packed.numel(),
-            BLOCK=BLOCK,
-            NESTED_BLOCK=256 if nested is None else nested.block,
-            TILE=TILE,
-            num_warps=NUM_WARPS,
+            packed, absmax, None if nested is None else nested.code_map, None if nested is None else nested.absmax,
+            None if nested is None else nested.offset, _levels(packed.device), out, num_elements, packed.numel(),
+            BLOCK=BLOCK, NESTED_BLOCK=256 if nested is None else nested.block, TILE=TILE, num_warps=NUM_WARPS,
             enable_fp_fusion=False,
-        )
+        )  # fmt: skip
     return out
 
 
@@ -90,19 +80,9 @@ def _check(
 
 @jit
 def dequantize_nf4_kernel(
-    packed_ptr,
-    absmax_ptr,
-    code_map_ptr,
-    absmax2_ptr,
-    offset_ptr,
-    levels_ptr,
-    out_ptr,
-    num_elements,
-    num_bytes,
-    BLOCK: tl.constexpr,
-    NESTED_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    packed_ptr, absmax_ptr, code_map_ptr, absmax2_ptr, offset_ptr, levels_ptr, out_ptr, num_elements, num_bytes,
+    BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """One program decodes TILE elements; each row of its tile is one block with its scale."""
     ROWS: tl.constexpr = TILE // BLOCK
     BYTES: tl.constexpr = BLOCK // 2

@@ -88,20 +88,10 @@ class _RmsNorm(torch.autograd.Function):
         if x.numel():
             rows, block, warps = tile(dim)
             rms_norm_kernel[(-(-num_rows // rows),)](
-                x,
-                None if residual is None else residual.contiguous(),
-                weight,
-                out,
-                total,
-                rstd_T,
-                num_rows,
-                dim,
+                x, None if residual is None else residual.contiguous(), weight, out, total, rstd_T, num_rows, dim,
                 eps,
-                GEMMA=gemma,
-                ROWS=rows,
-                BLOCK=block,
-                num_warps=warps,
-            )
+                GEMMA=gemma, ROWS=rows, BLOCK=block, num_warps=warps,
+            )  # fmt: skip
         ctx.save_for_backward(x if total is None else total, weight, rstd_T)
         ctx.gemma, ctx.added = gemma, residual is not None
         return out, total
@@ -150,20 +140,9 @@ def _launch_backward(
         parts = torch.empty((num_programs, dim), dtype=torch.float32, device=x.device)
     if dx is not None or parts is not None:
         rms_norm_backward_kernel[(num_programs,)](
-            grad,
-            grad_total,
-            x,
-            weight,
-            rstd_T,
-            dx,
-            parts,
-            num_rows,
-            dim,
-            GEMMA=gemma,
-            ROWS=rows,
-            BLOCK=block,
-            num_warps=warps,
-        )
+            grad, grad_total, x, weight, rstd_T, dx, parts, num_rows, dim,
+            GEMMA=gemma, ROWS=rows, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
     if dweight is not None and not together:
         parts = _weight_shares(grad, x, rstd_T)
     if parts is not None:
@@ -192,19 +171,9 @@ def _num_programs(device: torch.device) -> int:
 
 @jit
 def rms_norm_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    out_ptr,
-    total_ptr,
-    rstd_ptr,
-    num_rows,
-    dim,
-    eps,
-    GEMMA: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, rstd_ptr, num_rows, dim, eps,
+    GEMMA: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program normalises ROWS rows; with a residual, their sum, which is stored to `total`."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
@@ -229,19 +198,9 @@ def rms_norm_kernel(
 
 @jit
 def rms_norm_backward_kernel(
-    grad_ptr,
-    grad_total_ptr,
-    x_ptr,
-    weight_ptr,
-    rstd_ptr,
-    dx_ptr,
-    parts_ptr,
-    num_rows,
-    dim,
-    GEMMA: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_ptr, grad_total_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, parts_ptr, num_rows, dim,
+    GEMMA: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Program p computes dx of tiles p, p + programs, ..., and stores its partial weight gradient to parts[p].
 
     dx = rstd (w dy - n mean(w dy n)) + the gradient of the sum, n the normalised row. A None pointer skips its part.
@@ -276,15 +235,9 @@ def rms_norm_backward_kernel(
 
 @jit
 def weight_shares_kernel(
-    grad_ptr,
-    x_ptr,
-    rstd_ptr,
-    parts_ptr,
-    num_rows,
-    dim,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_ptr, x_ptr, rstd_ptr, parts_ptr, num_rows, dim,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The partial weight gradient of the kernel above alone, for BLOCK columns."""
     share = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]

@@ -91,24 +91,10 @@ def _launch(
     num_k_heads, half = k.shape[2], cos.shape[1]
     if q.numel() or k.numel():
         rope_kernel[(batch * length,)](
-            q,
-            *q.stride()[:3],
-            q_out,
-            k,
-            *k.stride()[:3],
-            k_out,
-            cos,
-            sin,
-            position_ids,
-            cos.shape[0],
-            length,
-            num_q_heads,
-            num_k_heads,
-            half,
-            head_dim,
-            INVERSE=inverse,
-            **_blocks(num_q_heads, num_k_heads, half, head_dim),
-        )
+            q, *q.stride()[:3], q_out, k, *k.stride()[:3], k_out, cos, sin, position_ids, cos.shape[0], length,
+            num_q_heads, num_k_heads, half, head_dim,
+            INVERSE=inverse, **_blocks(num_q_heads, num_k_heads, half, head_dim),
+        )  # fmt: skip
     return q_out, k_out
 
 
@@ -133,31 +119,10 @@ def _power_of_two(number: int) -> int:
 
 @jit
 def rope_kernel(
-    q_ptr,
-    q_stride_b,
-    q_stride_l,
-    q_stride_h,
-    q_out_ptr,
-    k_ptr,
-    k_stride_b,
-    k_stride_l,
-    k_stride_h,
-    k_out_ptr,
-    cos_ptr,
-    sin_ptr,
-    positions_ptr,
-    num_positions,
-    length,
-    num_q_heads,
-    num_k_heads,
-    half,
-    head_dim,
-    INVERSE: tl.constexpr,
-    Q_HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-):
+    q_ptr, q_stride_b, q_stride_l, q_stride_h, q_out_ptr, k_ptr, k_stride_b, k_stride_l, k_stride_h, k_out_ptr,
+    cos_ptr, sin_ptr, positions_ptr, num_positions, length, num_q_heads, num_k_heads, half, head_dim,
+    INVERSE: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
     """One program rotates all heads of one token."""
     batch = (tl.program_id(0) // length).to(tl.int64)
     token = (tl.program_id(0) % length).to(tl.int64)
@@ -179,18 +144,9 @@ def rope_kernel(
 
 @jit
 def _rotate(
-    x_ptr,
-    stride_h,
-    out_ptr,
-    cos,
-    sin,
-    num_heads,
-    half,
-    head_dim,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-):
+    x_ptr, stride_h, out_ptr, cos, sin, num_heads, half, head_dim,
+    HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
     for first_head in range(0, num_heads, HEADS):
         head = (first_head + tl.arange(0, HEADS)).to(tl.int64)[:, None]
         column = tl.arange(0, HALF)[None, :]
