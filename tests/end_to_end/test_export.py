@@ -164,7 +164,7 @@ def test_full_parameter_checkpoint_is_copied(tokenizer, tmp_path, tied):
 def test_another_base_is_refused(bases, tokenizer, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "step-1", trained({"path": str(bases / "untied")}), tokenizer)
     other = write_base(tmp_path / "other", tokenizer, initializer_range=0.03)
-    with pytest.raises(CheckpointError, match=r"has sha256 .*the run had"):
+    with pytest.raises(CheckpointError, match="sha256"):
         merge(checkpoint, tmp_path / "merged", "fp32", base=str(other))
     assert not (tmp_path / "merged").exists()
     assert not list(tmp_path.glob(".merged*"))
@@ -183,14 +183,14 @@ def test_a_merge_that_changes_the_model_is_refused(bases, tokenizer, tmp_path, m
 
 def test_mistakes_are_named(bases, tokenizer, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "step-1", trained({"path": str(bases / "untied")}), tokenizer)
-    with pytest.raises(ConfigError, match="exists"):
+    with pytest.raises(ConfigError, match=str(tmp_path)):
         merge(checkpoint, checkpoint, "fp32")
-    with pytest.raises(ConfigError, match="dtype must be one of fp32, bf16, fp16"):
+    with pytest.raises(ConfigError, match="fp32, bf16, fp16"):
         merge(checkpoint, tmp_path / "merged", "int8")
     with pytest.raises(CheckpointError, match=r"no manifest\.json"):
         merge(bases, tmp_path / "merged", "fp32")
     (checkpoint / "adapter_model.safetensors").rename(checkpoint / "adapter_model.bin")
-    with pytest.raises(CheckpointError, match=r"has no adapter_model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors"):
         merge(checkpoint, tmp_path / "merged", "fp32")
 
 
@@ -247,9 +247,9 @@ def test_sampling_follows_its_seed(bases):
     assert generate(bases / "untied", "", 4)
     with pytest.raises(ConfigError, match="max_new_tokens 0"):
         generate(bases / "untied", "x", 0)
-    with pytest.raises(ConfigError, match="model folder not found"):
+    with pytest.raises(ConfigError, match="nowhere"):
         generate(bases / "nowhere", "x")
-    with pytest.raises(ConfigError, match=r"holds no model: no config\.json"):
+    with pytest.raises(ConfigError, match=r"config\.json"):
         generate(bases, "x")
 
 

@@ -94,11 +94,11 @@ def test_a_share_of_a_full_run_lies_between_base_and_trained(bases, tokenizer, t
     model = trained({"path": str(bases / "tied"), "weights": "fp32"}, adapter={"kind": "none"}, embeddings={})
     full = write_checkpoint(tmp_path / "step-1", model, tokenizer)
     merge(full, tmp_path / "merged", "fp32", scale=0.25)
-    before, after, found = weights(bases / "tied"), weights(full), weights(tmp_path / "merged")
-    for key, value in found.items():
+    before, after, merged = weights(bases / "tied"), weights(full), weights(tmp_path / "merged")
+    for key, value in merged.items():
         torch.testing.assert_close(value, before[key] + 0.25 * (after[key] - before[key]), rtol=0, atol=1e-6)
     scratch = trained({"config": llama()}, adapter={"kind": "none"}, embeddings={})
-    with pytest.raises(ConfigError, match="trained from scratch"):
+    with pytest.raises(ConfigError, match="step-2.* scale"):
         merge(write_checkpoint(tmp_path / "step-2", scratch, tokenizer), tmp_path / "no", "fp32", scale=0.5)
 
 
@@ -108,7 +108,7 @@ def test_fp16_is_stored_as_such_or_refused(checkpoint, tmp_path):
     tensors = load_file(checkpoint / "adapter_model.safetensors")
     tensors["base_model.model.lm_head.weight"][0, 0] = 1e5
     save_file(tensors, checkpoint / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"fp16 cannot hold lm_head\.weight"):
+    with pytest.raises(ConfigError, match=r"--dtype fp16: .*lm_head\.weight"):
         merge(checkpoint, tmp_path / "beyond", "fp16")
 
 
@@ -118,7 +118,7 @@ def test_a_peft_folder_merges_without_a_manifest(bases, checkpoint, tmp_path):
     moved = shutil.copytree(bases / "untied", tmp_path / "moved")
     config = json.loads((checkpoint / "adapter_config.json").read_text())
     (checkpoint / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
-    assert command("merge", checkpoint, "--out", tmp_path / "x").said[0].startswith(f"dist-cpt: {checkpoint}")
+    assert command("merge", checkpoint, "--out", tmp_path / "x").error_lines[0].startswith(f"dist-cpt: {checkpoint}")
     ended = command("merge", checkpoint, "--out", tmp_path / "again", "--base", moved, "--dtype", "fp32")
     assert ended.code == 0, ended.err
     assert weights(tmp_path / "again").keys() == weights(tmp_path / "merged").keys()
@@ -138,8 +138,8 @@ def test_a_classifiers_head_stays_and_its_adapter_leaves(bases, tokenizer, tmp_p
     assert export_peft(checkpoint, tmp_path / "peft") < 1e-6
     merge(checkpoint, tmp_path / "merged", "fp32")
     vanilla = AutoModelForSequenceClassification.from_pretrained
-    found = plain_logits(under(vanilla(bases / "untied", num_labels=3), tmp_path / "peft"), IDS)
-    torch.testing.assert_close(found, plain_logits(vanilla(tmp_path / "merged"), IDS), rtol=0, atol=1e-5)
+    adapted = plain_logits(under(vanilla(bases / "untied", num_labels=3), tmp_path / "peft"), IDS)
+    torch.testing.assert_close(adapted, plain_logits(vanilla(tmp_path / "merged"), IDS), rtol=0, atol=1e-5)
 
 
 def test_a_share_is_set_wherever_the_model_went(bases):
@@ -148,8 +148,8 @@ def test_a_share_is_set_wherever_the_model_went(bases):
     blend = Blend(model, ground)
     model.double()
     blend.set(0.0)
-    for found, expected in zip(model.parameters(), ground.parameters(), strict=True):
-        assert torch.equal(found, expected.double())
+    for parameter, expected in zip(model.parameters(), ground.parameters(), strict=True):
+        assert torch.equal(parameter, expected.double())
 
 
 # -- layouts -------------------------------------------------------------------------------------------------
@@ -176,16 +176,16 @@ def test_vllms_pieces_are_a_whole_base_and_plain_lora(bases, tokenizer, tmp_path
     assert 0 < export_vllm(checkpoint, tmp_path / "small", "bf16") < 0.1
 
 
-def test_what_vllm_does_not_read_is_refused(bases, tokenizer, tmp_path):
+def test_an_adapter_that_vllm_cannot_read_is_refused(bases, tokenizer, tmp_path):
     where = {"path": str(bases / "untied"), "weights": "fp32"}
     dora = write_checkpoint(
         tmp_path / "dora", trained(where, adapter={"rank": 4, "dora": True}, embeddings={}), tokenizer
     )
-    with pytest.raises(ConfigError, match="DoRA, which vLLM does not read"):
+    with pytest.raises(ConfigError, match="DoRA"):
         export_vllm(dora, tmp_path / "out")
     assert export_peft(dora, tmp_path / "peft") < 1e-5
     full = write_checkpoint(tmp_path / "full", trained(where, adapter={"kind": "none"}, embeddings={}), tokenizer)
-    with pytest.raises(ConfigError, match="a whole model, no adapter"):
+    with pytest.raises(ConfigError, match=str(full)):
         export_vllm(full, tmp_path / "out")
     assert command("export", dora, "--format", "onnx", "--out", tmp_path / "out").code == EXIT_CONFIG
 
@@ -197,7 +197,7 @@ def test_gguf_is_written_by_llama_cpp_or_refused(checkpoint, tmp_path):
     for missing in ((), ("--llama-cpp", tmp_path)):
         ended = command(*ask, *missing)
         assert ended.code == EXIT_CONFIG
-        assert "clone ggml-org/llama.cpp, pip install gguf" in ended.said[0]
+        assert "--llama-cpp" in ended.error_lines[0]
     (checkpoint / "manifest.json").unlink()  # a PEFT folder: its file list is not checked
     clone = tmp_path / "llama.cpp"
     (clone / "gguf-py").mkdir(parents=True)
@@ -207,21 +207,21 @@ def test_gguf_is_written_by_llama_cpp_or_refused(checkpoint, tmp_path):
     (clone / CONVERTER).write_text(script)
     ended = command(*ask, "--llama-cpp", clone, "--dtype", "fp16")
     assert (ended.code, ended.out.strip(), out.read_text()) == (0, str(out), "llama f16"), ended.err
-    assert "exists" in command(*ask, "--llama-cpp", clone).said[0]
+    assert str(out) in command(*ask, "--llama-cpp", clone).error_lines[0]
     out.unlink()
     (clone / CONVERTER).write_text("import sys\nsys.exit('Model LlamaForCausalLM is not supported')\n")
     ended = command(*ask, "--llama-cpp", clone)
     assert ended.code == EXIT_CONFIG
-    assert "ended with 1: Model LlamaForCausalLM is not supported" in ended.said[0]
+    assert "1: Model LlamaForCausalLM is not supported" in ended.error_lines[0]
     assert not out.exists()
 
 
-# -- the instruction residual --------------------------------------------------------------------------------
+# -- task vectors --------------------------------------------------------------------------------
 
 
-def test_the_residual_is_added_tensor_by_tensor(bases, checkpoint, tmp_path):
-    residual = TaskVector(str(bases / "instruct"), str(bases / "untied"), 0.5)
-    assert merge_with_task_vector(checkpoint, tmp_path / "sum", residual, "fp32")
+def test_a_task_vector_is_added_tensor_by_tensor(bases, checkpoint, tmp_path):
+    vector = TaskVector(str(bases / "instruct"), str(bases / "untied"), 0.5)
+    assert merge_with_task_vector(checkpoint, tmp_path / "sum", vector, "fp32")
     merge(checkpoint, tmp_path / "merged", "fp32")
     ours, theirs, origin = (weights(folder) for folder in (tmp_path / "merged", bases / "instruct", bases / "untied"))
     for key, value in weights(tmp_path / "sum").items():
@@ -232,19 +232,19 @@ def test_the_residual_is_added_tensor_by_tensor(bases, checkpoint, tmp_path):
     pair = ("--add-residual", bases / "instruct", bases / "untied", "--residual-scale", 0.5, "--dtype", "fp32")
     ended = command("merge", checkpoint, "--out", tmp_path / "again", *pair)
     assert ended.code == 0, ended.err
-    assert "is not the base that this run trained on" in ended.out  # a PEFT folder does not say which it was
+    assert f"note: {bases / 'untied'}" in ended.out  # a PEFT folder does not record which it was
     assert all(torch.equal(v, weights(tmp_path / "sum")[k]) for k, v in weights(tmp_path / "again").items())
 
 
-def test_nothing_trained_plus_the_residual_is_the_instruct_model(bases, checkpoint, tmp_path):
-    residual = TaskVector(str(bases / "instruct"), str(bases / "untied"))
-    merge_with_task_vector(checkpoint, tmp_path / "sum", residual, "fp32", scale=0.0)
+def test_an_untrained_base_plus_the_vector_is_the_instruct_model(bases, checkpoint, tmp_path):
+    vector = TaskVector(str(bases / "instruct"), str(bases / "untied"))
+    merge_with_task_vector(checkpoint, tmp_path / "sum", vector, "fp32", scale=0.0)
     torch.testing.assert_close(
         plain_logits(load(tmp_path / "sum"), IDS), plain_logits(load(bases / "instruct"), IDS), rtol=0, atol=1e-5
     )
 
 
-def test_residuals_that_do_not_fit_are_refused(bases, tokenizer, checkpoint, tmp_path):
+def test_a_task_vector_of_another_model_is_refused(bases, tokenizer, checkpoint, tmp_path):
     def refused(instruct: Path, base: Path) -> str:
         with pytest.raises(ConfigError) as caught:
             merge_with_task_vector(checkpoint, tmp_path / "sum", TaskVector(str(instruct), str(base)), "bf16")
@@ -254,36 +254,34 @@ def test_residuals_that_do_not_fit_are_refused(bases, tokenizer, checkpoint, tmp
 
     untied = bases / "untied"
     larger = write_base(tmp_path / "larger", tokenizer, vocab_size=576)
-    assert "the vocabularies differ: lm_head.weight is [512, 64]" in refused(larger, untied)
+    assert "lm_head.weight is [512, 64]" in refused(larger, untied)
     wide = write_base(tmp_path / "wide", tokenizer, intermediate_size=64)
-    assert "the sizes differ" in refused(wide, untied)
-    assert "is a qwen2, the trained model a llama" in refused(
-        write_base(tmp_path / "qwen2", tokenizer, model_type="qwen2"), untied
-    )
-    assert "has no tensor lm_head.weight" in refused(bases / "tied", untied)
-    assert "folder not found" in refused(tmp_path / "nowhere", untied)
+    assert "mlp" in refused(wide, untied)
+    assert "qwen2" in refused(write_base(tmp_path / "qwen2", tokenizer, model_type="qwen2"), untied)
+    assert "lm_head.weight" in refused(bases / "tied", untied)
+    assert str(tmp_path / "nowhere") in refused(tmp_path / "nowhere", untied)
     other = shutil.copytree(bases / "instruct", tmp_path / "other")
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text.replace('"<pad>"', '"<fill>"'))
     (other / "tokenizer_config.json").write_text(
         (other / "tokenizer_config.json").read_text().replace("<pad>", "<fill>")
     )
-    assert "token '<pad>' is id 1 in the trained model and None" in refused(other, untied)
+    assert "'<pad>'" in refused(other, untied)
     (other / "tokenizer.json").unlink()
     (other / "tokenizer_config.json").unlink()
     (other / "chat_template.jinja").unlink()
-    assert "has no tokenizer" in refused(other, untied)
+    assert f"{other} has no tokenizer" in refused(other, untied)
 
 
 def test_options_that_would_do_nothing_are_refused(checkpoint, tmp_path):
-    for options, why in (
-        ((), "merge needs --out"),
-        (("--out", tmp_path / "x", "--residual-scale", "0.5"), "--residual-scale belongs to --add-residual"),
-        (("--out", tmp_path / "x", "--sweep", "a,b"), "give numbers with commas"),
-        (("--sweep", "-1"), "a scale is 0 or more"),
+    for options, named in (
+        ((), "--out"),
+        (("--out", tmp_path / "x", "--residual-scale", "0.5"), "--residual-scale"),
+        (("--out", tmp_path / "x", "--sweep", "a,b"), "--sweep a,b"),
+        (("--sweep", "-1"), "--sweep -1"),
     ):
         ended = command("merge", checkpoint, *options)
         assert ended.code == EXIT_CONFIG
-        assert why in ended.said[0]
+        assert named in ended.error_lines[0]
     ended = command("export", checkpoint, "--format", "peft", "--out", tmp_path / "x", "--dtype", "bf16")
-    assert "--dtype belongs to" in ended.said[0]
+    assert "--dtype" in ended.error_lines[0]

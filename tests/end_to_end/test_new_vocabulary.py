@@ -233,18 +233,18 @@ def test_bad_vocabularies_end_before_the_corpus_is_read(bases, made, extended, t
     nothing.mkdir()
     cases = [
         (naked, extended, "model.path"),
-        (base, nothing, "make it with: dist-cpt tokenizer extend"),
-        (base, base, "adds no token"),
+        (base, nothing, "dist-cpt tokenizer extend"),
+        (base, base, "embeddings.new_tokens"),
         (base, extended, "dist-cpt tokenizer extend --focus"),
     ]
-    for number, (model, new, said) in enumerate(cases):
-        init = {"init": "focus"} if "focus" in said else {}
+    for number, (model, new, named) in enumerate(cases):
+        init = {"init": "focus"} if "focus" in named else {}
         values = recipe(model, corpus, tmp_path / str(number), new, **init)
         path = tiny.write_recipe(tmp_path / f"{number}.yaml", values)
         ended = command("train", path)
         assert ended.code == 65, ended.err
-        assert len(ended.said) == 1
-        assert said in ended.said[0]
+        assert len(ended.error_lines) == 1
+        assert named in ended.error_lines[0]
         assert not (tmp_path / str(number) / "data").exists()
 
 

@@ -1,9 +1,10 @@
-"""A new adapter on top of an earlier one, folded into the base or stacked under it: a whole run, engine by engine."""
+"""A new adapter on top of a prior one, folded into the base or stacked under it: a whole run, engine by engine."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from dist_cpt.adapters.peft_folder import PRIOR_KEY
 from dist_cpt.adapters.quantize import read_weight, write_weight
 from dist_cpt.errors import ConfigError
 from dist_cpt.export.checkpoint_model import load_fp32
@@ -29,7 +31,7 @@ MATRIX = pytest.mark.matrix
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_corpus(tmp_path_factory.mktemp("standing") / "corpus")
+    return tiny.write_corpus(tmp_path_factory.mktemp("prior") / "corpus")
 
 
 @pytest.fixture(scope="module")
@@ -38,27 +40,27 @@ def base(corpus: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def earlier(base: Path) -> Path:
+def prior(base: Path) -> Path:
     """An adapter of PEFT's own, every value random: LoRA of another rank and scale, embedding and head in full."""
     from tests.peft_adapter import write_peft
 
-    folder = base.parent / "earlier"
+    folder = base.parent / "prior"
     return write_peft(folder, str(base), r=6, lora_alpha=40, use_rslora=True, modules_to_save=BOTH)
 
 
-def recipe(base: Path, corpus: Path, out: Path, earlier: Path, mode: str, weights: str = "bf16", **changes: Any) -> Any:
-    adapter = {"rank": 4, "alpha": 4, "continue_from": {"path": str(earlier), "mode": mode}}
+def recipe(base: Path, corpus: Path, out: Path, prior: Path, mode: str, weights: str = "bf16", **changes: Any) -> Any:
+    adapter = {"rank": 4, "alpha": 4, "continue_from": {"path": str(prior), "mode": mode}}
     model = {"path": str(base), "weights": weights}
     return tiny.recipe(base, corpus, out, model=model, adapter=adapter, train={"tokens": 6 * 512}) | changes
 
 
-def vanilla(base: Path, earlier: Path) -> Any:
-    """The sum of base and earlier adapter as PEFT and transformers compute it."""
+def vanilla(base: Path, prior: Path) -> Any:
+    """The sum of base and prior adapter as PEFT and transformers compute it."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return PeftModel.from_pretrained(plain, str(earlier)).eval()
+    return PeftModel.from_pretrained(plain, str(prior)).eval()
 
 
 def probe_logits(model: Any) -> torch.Tensor:
@@ -67,8 +69,8 @@ def probe_logits(model: Any) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits.float()
 
 
-def check_run(folder: Path, base: Path, earlier: Path, mode: str, weights: str) -> None:
-    """What a finished run has to show."""
+def check_run(folder: Path, base: Path, prior: Path, mode: str, weights: str) -> None:
+    """What a finished run has recorded."""
     continued = json.loads((folder / "continued.json").read_text())
     assert continued["mode"] == mode
     assert continued["loss_with"] != continued["loss_without"]
@@ -81,30 +83,30 @@ def check_run(folder: Path, base: Path, earlier: Path, mode: str, weights: str) 
     assert all(check["passed"] for check in contract["checks"])
     trained = {t["name"] for group in contract["groups"] for t in group["tensors"]}
     assert {f"base_model.model.{n}.weight" for n in ("model.embed_tokens", "lm_head")} <= trained
-    assert not any("earlier" in name for name in trained)
+    assert not any(".prior." in name for name in trained)
     newest = sorted((folder / "checkpoints").iterdir())[-1]
     manifest = json.loads((newest / "manifest.json").read_text())
-    stands_on = manifest.get("content", manifest)["base"]["stands_on"]
-    assert stands_on["mode"] == mode
-    assert len(stands_on["sha256"]) == len(stands_on["adapter_sha256"]) == 64
+    prior_record = manifest.get("content", manifest)["base"][PRIOR_KEY]
+    assert prior_record["mode"] == mode
+    assert len(prior_record["sha256"]) == len(prior_record["adapter_sha256"]) == 64
     adapter = json.loads((newest / "adapter_config.json").read_text())
-    assert adapter["stands_on"]["adapter"] == str(earlier)
-    assert not Path(adapter["base_model_name_or_path"]).exists(), "no loader takes it for an adapter of the base"
+    assert adapter[PRIOR_KEY]["adapter"] == str(prior)
+    assert not Path(adapter["base_model_name_or_path"]).exists(), "a loader would take it for an adapter of the base"
 
 
-def check_export(folder: Path, base: Path, earlier: Path, out: Path) -> None:
-    """Base + old + new, and base + old alone, against vanilla PEFT on PEFT's own merge of the old one."""
+def check_export(folder: Path, base: Path, prior: Path, out: Path) -> None:
+    """Base + prior + new, and base + prior alone, against PEFT on PEFT's own merge of the prior one."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     newest = sorted((folder / "checkpoints").iterdir())[-1]
-    under = vanilla(base, earlier).merge_and_unload()
-    sum_of_old = probe_logits(under)
+    under = vanilla(base, prior).merge_and_unload()
+    without_new = probe_logits(under)
     with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['stands_on'\]"):
         whole = PeftModel.from_pretrained(under, str(newest)).eval()
     want = probe_logits(whole)
-    assert float((want - sum_of_old).abs().max()) > 1e-3
-    for base_only, expected in ((False, want), (True, sum_of_old)):
+    assert float((want - without_new).abs().max()) > 1e-3
+    for base_only, expected in ((False, want), (True, without_new)):
         target = out / f"merged-{base_only}"
         merge(newest, target, "fp32", base_only=base_only)
         got = probe_logits(AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval())
@@ -118,22 +120,22 @@ def check_export(folder: Path, base: Path, earlier: Path, out: Path) -> None:
      *(pytest.param(m, w, marks=MATRIX) for m in ("fold", "stack") for w in ("fp32", "bf16", "nf4", "int8")
        if (m, w) not in (("fold", "nf4"), ("stack", "bf16")))],
 )  # fmt: skip
-def test_a_run_on_top_of_an_earlier_adapter(
-    mode: str, weights: str, base: Path, corpus: Path, earlier: Path, tmp_path: Path
+def test_a_run_on_top_of_a_prior_adapter(
+    mode: str, weights: str, base: Path, corpus: Path, prior: Path, tmp_path: Path
 ) -> None:
-    values = recipe(base, corpus, tmp_path / "runs", earlier, mode, weights)
+    values = recipe(base, corpus, tmp_path / "runs", prior, mode, weights)
     assert train(values) == 0
     folder = tmp_path / "runs" / "tiny"
-    check_run(folder, base, earlier, mode, weights)
+    check_run(folder, base, prior, mode, weights)
     losses = [row["loss"] for row in rows(folder / "metrics.jsonl")]
     assert losses[-1] < losses[0]
     shutil.rmtree(folder / "checkpoints" / "step-00000006")
     first = (folder / "continued.json").read_bytes()
     assert train(values) == 0
     assert json.loads((folder / "certificate.json").read_text())["verdict"] == "pass"
-    assert [row["loss"] for row in rows(folder / "metrics.jsonl")] == losses, "a resume folds the same bits again"
+    assert [row["loss"] for row in rows(folder / "metrics.jsonl")] == losses, "a resume folds to other bits"
     assert (folder / "continued.json").read_bytes() == first
-    check_export(folder, base, earlier, tmp_path)
+    check_export(folder, base, prior, tmp_path)
     gap = quantisation_gap(sorted((folder / "checkpoints").iterdir())[-1])
     assert (gap is not None) == (weights in ("nf4", "int8"))
     assert gap is None or 0 < gap < 10
@@ -147,14 +149,14 @@ ENGINES = {"fsdp": "{kind: fsdp, shard: full}", "zero-3": "{kind: zero, stage: 3
 @pytest.mark.parametrize("mode", ["fold", "stack"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_on_two_ranks_and_resumed_by_another_engine(
-    engine: str, mode: str, weights: str, base: Path, corpus: Path, earlier: Path, tmp_path: Path
+    engine: str, mode: str, weights: str, base: Path, corpus: Path, prior: Path, tmp_path: Path
 ) -> None:
-    values = recipe(base, corpus, tmp_path / "runs", earlier, mode, weights)
+    values = recipe(base, corpus, tmp_path / "runs", prior, mode, weights)
     values |= {"batch": {"global_tokens": 512, "micro_batch": 1}}
     path, log = tiny.write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "log"
     assert run_ranks(path, 2, f"engine={ENGINES[engine]}", log=log) == [0, 0], log.read_text()[-3000:]
     folder = tmp_path / "runs" / "tiny"
-    check_run(folder, base, earlier, mode, weights)
+    check_run(folder, base, prior, mode, weights)
     losses = [row["loss"] for row in rows(folder / "metrics.jsonl")]
     shutil.rmtree(folder / "checkpoints" / "step-00000006")
     other = next(name for name in ENGINES if name != engine)
@@ -163,33 +165,33 @@ def test_on_two_ranks_and_resumed_by_another_engine(
     again = [row["loss"] for row in rows(folder / "metrics.jsonl")]
     assert again[:4] == losses[:4]
     assert again[4:] == pytest.approx(losses[4:], rel=2e-2)
-    check_export(folder, base, earlier, tmp_path)
+    check_export(folder, base, prior, tmp_path)
 
 
-# -- what the model is made of -------------------------------------------------------------------------------------
+# -- the model -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["fold", "stack"])
 def test_it_computes_what_peft_computes_and_its_matrices_train_from_their_fp32_values(
-    mode: str, base: Path, corpus: Path, earlier: Path, tmp_path: Path
+    mode: str, base: Path, corpus: Path, prior: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file
 
-    model = load_model(built(recipe(base, corpus, tmp_path, earlier, mode, "fp32")), device=CPU)
-    want = probe_logits(vanilla(base, earlier))
+    model = load_model(built(recipe(base, corpus, tmp_path, prior, mode, "fp32")), device=CPU)
+    want = probe_logits(vanilla(base, prior))
     ids = torch.randint(0, 512, (1, 32), generator=torch.Generator().manual_seed(0))
     borders = torch.tensor([0, 32], dtype=torch.int32)
     with torch.no_grad():
         got = model.module(ids, torch.arange(32)[None], borders, 32)
     torch.testing.assert_close(got, want[:, -1], rtol=0, atol=1e-5 * float(want.abs().max()))
-    stored = load_file(earlier / "adapter_model.safetensors")
-    mixed = load_model(built(recipe(base, corpus, tmp_path, earlier, mode, "bf16")), device=CPU)
+    stored = load_file(prior / "adapter_model.safetensors")
+    mixed = load_model(built(recipe(base, corpus, tmp_path, prior, mode, "bf16")), device=CPU)
     for name in ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"):
         assert torch.equal(mixed.trainable[name], stored[name]), "through bf16"
     frozen = {name for name, p in mixed.module.named_parameters() if not p.requires_grad}
-    pairs = {name for name in frozen if ".earlier." in name}
+    pairs = {name for name in frozen if ".prior." in name}
     assert len(pairs) == (2 * 2 * 7 if mode == "stack" else 0)
-    assert not any(".earlier." in name for name in mixed.trainable)
+    assert not any(".prior." in name for name in mixed.trainable)
 
 
 @pytest.mark.parametrize("mode", ["fold", "stack"])
@@ -203,21 +205,24 @@ def test_an_engine_that_lost_an_adapter_of_little_effect_is_found(
     edit_tensors(folder, lambda t: {k: v * (0.1 if "lora_B" in k else 1) for k, v in t.items()})
     values = recipe(base, corpus, tmp_path / "runs", folder, mode, embeddings={}, train={"tokens": 512})
     assert train(values) == 0
-    said = json.loads((tmp_path / "runs/tiny/continued.json").read_text())
-    assert abs(said["loss_with"] - said["loss_without"]) < 2e-3 * said["loss_with"]
-    assert 0.9 < said["share_in_effect"] < 1.1
+    evidence = json.loads((tmp_path / "runs/tiny/continued.json").read_text())
+    assert abs(evidence["loss_with"] - evidence["loss_without"]) < 2e-3 * evidence["loss_with"]
+    assert 0.9 < evidence["share_in_effect"] < 1.1
 
-    def lose(prior: PriorInUse, causal_lm: Any, dtype: torch.dtype) -> None:
+    def lose(in_use: PriorInUse, causal_lm: Any, dtype: torch.dtype) -> None:
         if mode == "fold":
-            for name in prior.adapter.lora:
+            for name in in_use.adapter.lora:
                 layer = causal_lm.get_base_model().get_submodule(name).base_layer
-                a, b, scale = prior.adapter.pair(name)
+                a, b, scale = in_use.adapter.pair(name)
                 write_weight(layer, read_weight(layer) - scale * b @ a)
 
     monkeypatch.setattr(PriorInUse, "complete", lose)
     assert train(values | {"name": "lost"}) == 74
-    said = json.loads((tmp_path / "runs/lost/exit.json").read_text())["reason"]
-    assert "of what this adapter does, not 1" in said
+    reason = json.loads((tmp_path / "runs/lost/exit.json").read_text())["reason"]
+    share = re.search(r"logits show (-?\d\.\d+)", reason)
+    assert share is not None, reason
+    assert str(folder) in reason
+    assert not 0.5 < float(share[1]) < 1.5
 
 
 def test_a_tied_base_and_frozen_matrices(base: Path, corpus: Path, tmp_path: Path) -> None:
@@ -230,7 +235,7 @@ def test_a_tied_base_and_frozen_matrices(base: Path, corpus: Path, tmp_path: Pat
     model = load_model(built(values), device=CPU)
     assert len([name for name in model.trainable if "lora" not in name]) == 1
     edit_tensors(folder, lambda t: t | {"base_model.model.lm_head.weight": t["base_model.model.lm_head.weight"] + 1})
-    with pytest.raises(ConfigError, match="trained embedding and head apart, but this base ties them"):
+    with pytest.raises(ConfigError, match=r"adapter\.continue_from: .*embedding and head"):
         load_model(built(values), device=CPU)
 
 
@@ -249,10 +254,10 @@ def warned(text: str) -> Any:
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_is_refused(base: Path, corpus: Path, earlier: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_is_refused(base: Path, corpus: Path, prior: Path, tmp_path: Path) -> None:
     from tests.peft_adapter import edit_config, edit_tensors
 
-    def refused(expected: str, change: Any = None, source: Path = earlier, **changes: Any) -> None:
+    def refused(expected: str, change: Any = None, source: Path = prior, **changes: Any) -> None:
         folder = Path(shutil.copytree(source, tmp_path / "copy", dirs_exist_ok=True))
         if change is not None:
             change(folder)
@@ -264,39 +269,38 @@ def test_what_does_not_fit_is_refused(base: Path, corpus: Path, earlier: Path, t
 
     q_proj = "base_model.model.model.layers.0.self_attn.q_proj"
     refused(
-        r"trained embed_tokens and lm_head in full, and here they would stay frozen -- "
         r"set embeddings.train: \[embed_tokens, lm_head\], or adapter.continue_from.freeze_embeddings",
         embeddings={"train": []},
     )
-    refused("trained lm_head in full", embeddings={"train": ["embed_tokens"]})
-    refused("has use_dora True", lambda f: edit_config(f, use_dora=True))
-    refused("is of type 'IA3', not LORA", lambda f: edit_config(f, peft_type="IA3"))
-    refused("was started with init_lora_weights 'pissa'", lambda f: edit_config(f, init_lora_weights="pissa"))
-    refused("stands on another adapter", lambda f: edit_config(f, stands_on={"mode": "fold"}))
+    refused(r" lm_head .* set embeddings.train: \[embed_tokens, lm_head\]", embeddings={"train": ["embed_tokens"]})
+    refused("use_dora True", lambda f: edit_config(f, use_dora=True))
+    refused("'IA3'", lambda f: edit_config(f, peft_type="IA3"))
+    refused("init_lora_weights 'pissa'", lambda f: edit_config(f, init_lora_weights="pissa"))
+    refused("set model.path", lambda f: edit_config(f, **{PRIOR_KEY: {"mode": "fold"}}))
     refused(
-        "has a vocabulary of 500, here 512",
+        " 500, here 512",
         lambda f: edit_tensors(f, lambda t: {k: v[:500] if k.endswith(("tokens.weight", "head.weight")) else v
                                              for k, v in t.items()}),
     )  # fmt: skip
     refused(
-        r"has model.layers.0.self_attn.q_proj of shape \[64, 32\] \(rank 6\), here \[64, 64\] -- use the base that",
+        r"model.layers.0.self_attn.q_proj of shape \[64, 32\] \(rank 6\), here \[64, 64\]",
         lambda f: edit_tensors(f, lambda t: t | {f"{q_proj}.lora_A.weight": t[f"{q_proj}.lora_A.weight"][:, :32]}),
     )
     refused(
-        "has LoRA on model.layers.7.mlp.up_proj, which is no linear layer of this base",
+        "model.layers.7.mlp.up_proj",
         lambda f: edit_tensors(f, lambda t: {k.replace("layers.1.mlp.up", "layers.7.mlp.up"): v for k, v in t.items()}),
     )
     refused(
-        "only a pickled adapter_model.bin, which is never opened",
+        "pickled adapter_model.bin",
         lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
     )
-    refused("has no adapter_config.json", lambda f: (f / "adapter_config.json").unlink())
-    frozen = recipe(base, corpus, tmp_path, earlier, "fold", embeddings={"train": []})
+    refused("no adapter_config.json", lambda f: (f / "adapter_config.json").unlink())
+    frozen = recipe(base, corpus, tmp_path, prior, "fold", embeddings={"train": []})
     frozen["adapter"]["continue_from"]["freeze_embeddings"] = True
     assert not [n for n in load_model(built(frozen), device=CPU).trainable if "lora" not in n]
 
 
-def test_an_adapter_of_a_run_knows_its_base(base: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_checkpoints_adapter_is_refused_on_another_base(base: Path, corpus: Path, tmp_path: Path) -> None:
     """A checkpoint of this program over other weights is refused, in every mode, unless the recipe says otherwise."""
     assert train(tiny.recipe(base, corpus, tmp_path / "runs", train={"tokens": 512})) == 0
     checkpoint = tmp_path / "runs" / "tiny" / "checkpoints" / "step-00000001"
@@ -309,9 +313,9 @@ def test_an_adapter_of_a_run_knows_its_base(base: Path, corpus: Path, tmp_path: 
     for mode in ("fold", "train"):
         values = recipe(other, corpus, tmp_path / mode, checkpoint, mode)
         assert train(values) == 64
-        said = json.loads((tmp_path / mode / "tiny" / "exit.json").read_text())["reason"]
-        assert "was trained on a base with sha256" in said
-        assert "other_base: true" in said
+        reason = json.loads((tmp_path / mode / "tiny" / "exit.json").read_text())["reason"]
+        assert "sha256" in reason
+        assert "adapter.continue_from.other_base: true" in reason
         values["adapter"]["continue_from"]["other_base"] = True
         assert train(values | {"name": "again"}) == 0
 
@@ -321,11 +325,11 @@ def test_an_adapter_of_a_run_knows_its_base(base: Path, corpus: Path, tmp_path: 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-def shrunk(path: Path, base: Path, earlier: Path, corpus: Path, out: Path) -> dict[str, Any]:
+def shrunk(path: Path, base: Path, prior: Path, corpus: Path, out: Path) -> dict[str, Any]:
     """A recipe with its adapter, weights, schedule and engine as they are, on a tiny base and little text."""
     values = yaml.safe_load(path.read_text())
-    chosen = values["adapter"]["continue_from"]
-    values["adapter"]["continue_from"] = {**(chosen if isinstance(chosen, dict) else {}), "path": str(earlier)}
+    given = values["adapter"]["continue_from"]
+    values["adapter"]["continue_from"] = {**(given if isinstance(given, dict) else {}), "path": str(prior)}
     values["model"]["path"] = str(base)
     sizes = tiny.recipe(base, corpus, out)
     return values | {key: sizes[key] for key in ("output_dir", "data", "track")} | {
@@ -341,23 +345,23 @@ def shrunk(path: Path, base: Path, earlier: Path, corpus: Path, out: Path) -> di
     "name", ["continue_fsdp", "continue-optimizer_zero3", "stack_fsdp", "instruct-4bit_fold_zero3"]
 )
 def test_the_recipes_run_on_two_ranks_and_resume(
-    name: str, base: Path, corpus: Path, earlier: Path, tmp_path: Path
+    name: str, base: Path, corpus: Path, prior: Path, tmp_path: Path
 ) -> None:
     (path,) = RECIPES.glob(f"*{name}_2xH100.yaml")
     if name.startswith("continue"):
         adapter = {"rank": 64, "alpha": 64}
         assert train(tiny.recipe(base, corpus, tmp_path / "before", adapter=adapter, train={"tokens": 4 * 512})) == 0
-        earlier = tmp_path / "before" / "tiny" / "checkpoints" / "step-00000004"
+        prior = tmp_path / "before" / "tiny" / "checkpoints" / "step-00000004"
     if "4bit" in name:
         base = quantised(base, tmp_path / "tiny-it-4bit")
-    values = shrunk(path, base, earlier, corpus, tmp_path / "runs")
+    values = shrunk(path, base, prior, corpus, tmp_path / "runs")
     recipe_path, log = tiny.write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "log"
     assert run_ranks(recipe_path, 2, log=log) == [0, 0], log.read_text()[-3000:]
     folder = tmp_path / "runs" / values["name"]
-    proof = json.loads((folder / "continued.json").read_text())
-    assert proof["optimizer_steps"] == (4 if "optimizer" in name else 0)
-    assert proof["loss_with"] != proof["loss_without"]
-    assert "loss on 4 blocks without it" in log.read_text()
+    evidence = json.loads((folder / "continued.json").read_text())
+    assert evidence["optimizer_steps"] == (4 if "optimizer" in name else 0)
+    assert evidence["loss_with"] != evidence["loss_without"]
+    assert f"without it {evidence['loss_without']:.4f}" in log.read_text()
     losses = [row["loss"] for row in rows(folder / "metrics.jsonl")]
     shutil.rmtree(folder / "checkpoints" / "step-00000006")
     assert run_ranks(recipe_path, 2, log=log) == [0, 0], log.read_text()[-3000:]
@@ -368,17 +372,17 @@ def test_the_recipes_run_on_two_ranks_and_resume(
         refused = values | {"name": "refused", "model": {**values["model"], "allow_instruct": False}}
         assert train(refused | {"engine": "single"}) == 64
         manifest = json.loads((newest / "manifest.json").read_text())
-        how = manifest.get("content", manifest)["base"]["weights_quantisation"]
-        assert how == {"blocksize": 64, "double_quant": True, "stored": True}
+        quantisation = manifest.get("content", manifest)["base"]["weights_quantisation"]
+        assert quantisation == {"blocksize": 64, "double_quant": True, "stored": True}
 
 
 def quantised(base: Path, folder: Path) -> Path:
-    """An instruct checkpoint in NF4 by its looks: its name, a chat template, and what bitsandbytes saves."""
+    """What looks like an instruct checkpoint in NF4: its name, a chat template, weights saved by bitsandbytes."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.bfloat16, quantization_config=how, device_map={"": "cpu"}
+        base, dtype=torch.bfloat16, quantization_config=nf4, device_map={"": "cpu"}
     )
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -162,8 +162,8 @@ def test_cpt_then_instruct_on_the_same_adapter(made, conversations, tmp_path):
     values = recipe_file(name, tmp_path, 12, conversations, model=model, adapter=adapter, optim=optim)
     assert train(values) == 0
     run = tmp_path / "llama3-8b-stage-2"
-    proof = json.loads((run / "continued.json").read_text())
-    assert proof["loss_with"] != proof["loss_without"]
+    evidence = json.loads((run / "continued.json").read_text())
+    assert evidence["loss_with"] != evidence["loss_without"]
     losses = [row["loss"] for row in rows(run / "metrics.jsonl")]
     assert losses[-1] < losses[0] - 0.5
     answers = rows(run / "evaluations.jsonl")[0]["num_tokens"]
@@ -302,34 +302,34 @@ def test_a_classifier_goes_on_from_one_and_a_new_one_stands_on_text(made, opinio
     assert train(text) == 0
     classifier, language = tmp_path / "first/tiny/checkpoints/step-00000016", tmp_path / "text/tiny/checkpoints"
 
-    def go_on(name: str, path: Path, mode: str, **changes: Any) -> tuple[int, Path]:
+    def continue_run(name: str, path: Path, mode: str, **changes: Any) -> tuple[int, Path]:
         values: dict[str, Any] = classify_recipe(base, opinions, tmp_path, steps=2) | changes | {"name": name}
         values["adapter"] |= {"continue_from": {"path": str(path), "mode": mode}}
         return train(values), tmp_path / name
 
-    code, run = go_on("second", classifier, "train")
-    proof = json.loads((run / "continued.json").read_text())
+    code, run = continue_run("second", classifier, "train")
+    evidence = json.loads((run / "continued.json").read_text())
     assert code == 0
-    assert proof["loss_with"] < 0.5 * proof["loss_without"]
+    assert evidence["loss_with"] < 0.5 * evidence["loss_without"]
     before = rows(tmp_path / "first/tiny/evaluations.jsonl")[-1]["loss"]
     assert rows(run / "evaluations.jsonl")[0]["loss"] == pytest.approx(before, rel=1e-5)
     for mode, weights in (("fold", "nf4"), ("stack", "bf16")):
         model = {"path": str(base), "weights": weights}
-        code, run = go_on(mode, language / "step-00000004", mode, model=model)
+        code, run = continue_run(mode, language / "step-00000004", mode, model=model)
         assert code == 0
-        proof = json.loads((run / "continued.json").read_text())
-        assert proof["loss_of_the_engine"] == pytest.approx(proof["class_loss"], rel=1e-6)
+        evidence = json.loads((run / "continued.json").read_text())
+        assert evidence["loss_of_the_engine"] == pytest.approx(evidence["class_loss"], rel=1e-6)
         assert merge(run / "checkpoints/step-00000002", tmp_path / f"{mode}-merged", "fp32") < 1e-5
 
-    def refused(name: str, path: Path, mode: str, said: str, **changes: Any) -> None:
-        code, run = go_on(name, path, mode, **changes)
+    def refused(name: str, path: Path, mode: str, named: str, **changes: Any) -> None:
+        code, run = continue_run(name, path, mode, **changes)
         assert code == 64
-        assert said in json.loads((run / "exit.json").read_text())["reason"]
+        assert named in json.loads((run / "exit.json").read_text())["reason"]
 
     turned = classify_recipe(base, opinions, tmp_path)["classify"] | {"labels": list(LABELS[::-1])}
-    refused("turned", classifier, "train", "trained on the classes ['praise', 'blame', 'neither']", classify=turned)
-    refused("fold-head", classifier, "fold", "go on with that classifier: adapter.continue_from.mode: train")
-    refused("no-head", language / "step-00000004", "train", "lacks base_model.model.score.weight")
+    refused("turned", classifier, "train", "['praise', 'blame', 'neither']", classify=turned)
+    refused("fold-head", classifier, "fold", "adapter.continue_from.mode: train")
+    refused("no-head", language / "step-00000004", "train", "base_model.model.score.weight")
 
 
 def test_every_recipe_file_is_valid():
