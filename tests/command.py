@@ -16,8 +16,8 @@ class Ended:
     err: str
 
     @property
-    def said(self) -> list[str]:
-        """The lines that tell the user what went wrong."""
+    def error_lines(self) -> list[str]:
+        """The lines that tell the user what is wrong and what to do."""
         return [line for line in self.err.splitlines() if line.startswith("dist-cpt: ")]
 
 

@@ -107,7 +107,7 @@ class Run:
             assert not self.marker.exists(), name
             assert end.code in DOCUMENTED, (name, end)
             assert "Traceback" not in end.out + end.err, (name, end)
-            assert len(end.said) == (0 if end.code == 0 else 1), (name, end)
+            assert len(end.error_lines) == (0 if end.code == 0 else 1), (name, end)
             codes[name] = end.code
         return codes
 

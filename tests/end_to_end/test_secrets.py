@@ -63,5 +63,5 @@ def test_an_error_message_names_the_variable_only(tmp_path: Path, monkeypatch):
     arguments = ["launch", path, "--on=kubernetes", "--cluster", cluster, "--set=output_dir=runs", "--dry-run"]
     ended = command(*arguments, f"--set=data.cache_dir={SENTINEL}")
     assert ended.code == 64
-    assert "HF_TOKEN" in ended.said[0]
+    assert "HF_TOKEN" in ended.error_lines[0]
     assert SENTINEL not in ended.out + ended.err

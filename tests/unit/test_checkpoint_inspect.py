@@ -143,8 +143,8 @@ def test_a_damaged_newest_is_listed_and_the_next_one_shown(tmp_path: Path) -> No
     (tmp_path / "checkpoints/step-00000004/stray.bin").write_text("")
     content = command("inspect", tmp_path)
     assert content.code == 74
-    assert f"step-00000008: {MANIFEST} " in content.said[0]
-    assert "step-00000004: stray.bin " in content.said[0]
+    assert f"step-00000008: {MANIFEST} " in content.error_lines[0]
+    assert "step-00000004: stray.bin " in content.error_lines[0]
     (tmp_path / "checkpoints/step-00000004/stray.bin").unlink()
     ended = command("inspect", tmp_path, "--json")
     content = json.loads(ended.out)
@@ -187,7 +187,7 @@ def test_what_a_forged_manifest_says_cannot_break_the_output(tmp_path: Path) -> 
     rewrite(path, base={"path": "x\n\x1b]0;owned\x07", "revision": None}, tensors=())
     ended = command("inspect", path)
     assert ended.code == 74
-    assert "tensors" in ended.said[0]
+    assert "tensors" in ended.error_lines[0]
     assert "\x1b" not in ended.out
     assert json.loads(command("inspect", path, "--json").out)["bytes_per_parameter"] is None
 

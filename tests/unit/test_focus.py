@@ -197,11 +197,11 @@ def test_the_command_refuses_too_little(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", 20)
     base = write_tokenizer(tmp_path / "base", corpus)
     small = command("tokenizer", "extend", base, corpus, "--add", 20, "--focus", "--out", tmp_path / "out")
-    assert (small.code, len(small.said)) == (65, 1)
-    assert "use more text" in small.said[0]
+    assert (small.code, len(small.error_lines)) == (65, 1)
+    assert "use more text" in small.error_lines[0]
     (tmp_path / "words.txt").write_text("myocarditis\n")
     words = tmp_path / "words.txt"
     none = command("tokenizer", "extend", base, "--words", words, "--focus", "--out", tmp_path / "out")
-    assert (none.code, len(none.said)) == (64, 1)
-    assert "--focus needs a corpus" in none.said[0]
+    assert (none.code, len(none.error_lines)) == (64, 1)
+    assert "--focus needs a corpus" in none.error_lines[0]
     assert not (tmp_path / "out").exists()

@@ -259,8 +259,8 @@ def test_dry_run_prints_what_kubectl_gets(recipe, cluster, tmp_path, monkeypatch
         "#!/bin/sh\ncat > /dev/null\necho 'error: no matches for kind \"TrainJob\"' >&2\nexit 1\n"
     )
     refused = command(*arguments)
-    assert (refused.code, len(refused.said)) == (64, 1)
-    assert 'no matches for kind "TrainJob"' in refused.said[0]
+    assert (refused.code, len(refused.error_lines)) == (64, 1)
+    assert 'no matches for kind "TrainJob"' in refused.error_lines[0]
 
 
 def test_no_kubectl_is_one_line(recipe, monkeypatch):
@@ -284,8 +284,8 @@ def test_no_kubectl_is_one_line(recipe, monkeypatch):
 def test_options_that_do_not_fit_are_refused(recipe, cluster, arguments, named):
     ended = command("launch", recipe, *arguments)
     assert ended.code == 64
-    assert len(ended.said) == 1
-    assert named in ended.said[0]
+    assert len(ended.error_lines) == 1
+    assert named in ended.error_lines[0]
 
 
 def test_the_settings_in_the_document_are_the_ones_that_exist():

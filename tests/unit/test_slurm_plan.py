@@ -177,7 +177,7 @@ def test_local_refuses_what_only_slurm_can_honour(tmp_path):
     ):
         ended = command("launch", recipe, "--dry-run", *options)
         assert ended.code == 64
-        assert named in ended.said[0]
+        assert named in ended.error_lines[0]
 
 
 def test_sbatch_that_is_missing_or_refuses_is_one_line(tmp_path, monkeypatch):

@@ -166,6 +166,6 @@ def test_the_commands(corpus, tmp_path):
     )
     assert json.loads(given.out)["new_tokens"] == 2
     neither = command("tokenizer", "extend", tmp_path / "base", corpus, "--out", tmp_path / "x")
-    assert (neither.code, len(neither.said)) == (64, 1)
+    assert (neither.code, len(neither.error_lines)) == (64, 1)
     missing = command("tokenizer", "report", tmp_path / "more", tmp_path / "nowhere.txt")
-    assert (missing.code, len(missing.said)) == (65, 1)
+    assert (missing.code, len(missing.error_lines)) == (65, 1)
