@@ -63,7 +63,7 @@ def plan(seed: int, num_steps: int, disturbances: int, max_ranks: int) -> list[A
     # On several ranks each has only a part of the moments, so those engines are tried on several only.
     places = [(engine, ranks) for engine in ENGINES for ranks in WORLDS[engine] if 1 < ranks <= max_ranks]
     places.append(("single", 1))
-    saved: list[int] = []  # steps of the checkpoints on the disk that hold
+    saved: list[int] = []  # steps of the valid checkpoints on the disk
     attempts: list[Attempt] = []
     while (left := disturbances - sum(attempt.disturbances for attempt in attempts)) > 0:
         engine, ranks = dice.choice(places)
@@ -127,7 +127,7 @@ class Execution:
     log: Path
 
     def carry_out(self, attempts: Sequence[Attempt]) -> Generator[tuple[int, int | None, str], None, None]:
-        """(attempt, first step, how it ended) of each; no step where it ended before it could say so."""
+        """(attempt, first step, how it ended) of each; no step where it ended before it recorded one."""
         frozen: RunningRanks | None = None
         with ExitStack() as alive:
             for number, attempt in enumerate(attempts):
@@ -239,8 +239,8 @@ def soak(made: tuple[Path, Path], folder: Path, seed: int, attempts: list[Attemp
         assert record_problems(execution.run) == []
     except (AssertionError, TimeoutError) as error:
         planned = "\n".join(f"{number}: {attempt}" for number, attempt in enumerate(attempts))
-        said = execution.log.read_text()[-3000:] if execution.log.exists() else ""
-        raise AssertionError(f"{error}\nseed {seed}, plan:\n{planned}\n{said}") from error
+        output = execution.log.read_text()[-3000:] if execution.log.exists() else ""
+        raise AssertionError(f"{error}\nseed {seed}, plan:\n{planned}\n{output}") from error
     return execution.run
 
 
@@ -326,8 +326,8 @@ def test_a_long_soak_ends_like_the_unbroken_run(made, tmp_path) -> None:
     allowed = [0.0] * LONG_STEPS
     for engine in ("fsdp-full", "zero-1"):
         moved = unbroken(made, tmp_path / engine, LONG_STEPS, engine, 2)
-        found = accumulate(loss_differences(moved, other), max)
-        allowed = [max(pair) for pair in zip(allowed, found, strict=True)]
+        growing = accumulate(loss_differences(moved, other), max)
+        allowed = [max(pair) for pair in zip(allowed, growing, strict=True)]
     ulp = 2.0**-23 * rows(other / "metrics.jsonl")[0]["loss"]
     for step, (difference, control) in enumerate(zip(loss_differences(run, other), allowed, strict=True), start=1):
         assert difference <= 4 * max(control, ulp), f"step {step}, seed {LONG_SEED}: {difference:.2g}, {control:.2g}"
@@ -339,8 +339,8 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(made, tmp_path) -> None:
     assert loss_differences(*runs) == [0.0] * SHORT_STEPS
     first, second = (read_manifest(published(run)[0]).state_sha256 for run in runs)
     assert first == second
-    told = [[_deed(event) for event in rows(run / "events.jsonl")] for run in runs]
-    assert [deed for deed in told[0] if deed] == [deed for deed in told[1] if deed]
+    deeds = [[_deed(event) for event in rows(run / "events.jsonl")] for run in runs]
+    assert [deed for deed in deeds[0] if deed] == [deed for deed in deeds[1] if deed]
 
 
 def _deed(event: dict[str, Any]) -> dict[str, Any]:
