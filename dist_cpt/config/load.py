@@ -1,8 +1,10 @@
-"""Recipe YAML and `--set a.b=value` to RunConfig; every mistake is one line that names the key."""
+"""From recipe YAML and `--set a.b=value` to a RunConfig; each mistake is one line that names the key."""
 
 from __future__ import annotations
 
+import copy
 import difflib
+import re
 import types
 import typing
 from pathlib import Path
@@ -16,7 +18,7 @@ from dist_cpt.errors import ConfigError
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice and reads 1e-5 as the number it is."""
+    """A SafeLoader that refuses duplicate keys and reads 1e-5 as a number."""
 
 
 def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -24,7 +26,7 @@ def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode, deep: bool
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
-            raise ConfigError(f"keys are words, not {key!r}{key_node.start_mark}")
+            raise ConfigError(f"a key must be a string, not {key!r}{key_node.start_mark}")
         if key in seen:
             raise ConfigError(f"key {key!r} is given twice{key_node.start_mark}")
         seen.add(key)
@@ -34,24 +36,24 @@ def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode, deep: bool
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 _UniqueKeyLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    # YAML 1.1 wants a dot in 1e-5; people do not write one.
-    __import__("re").compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    # YAML 1.1 reads 1e-5 as a string, because it has no dot
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML text; `where` names its origin in errors.
+    """Parse YAML; `where` is the origin that errors name.
 
     Raises:
-        ConfigError: the text is no YAML, or a key stands twice.
+        ConfigError: the text is not valid YAML, or a key is given twice.
     """
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader subclass
+        return yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not readable"
+        problem = getattr(error, "problem", None) or "cannot be parsed"
         raise ConfigError(f"{where}{place}: not valid YAML: {problem}") from error
 
 
@@ -59,7 +61,7 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
     """Read a recipe file and apply `a.b=value` overrides.
 
     Raises:
-        ConfigError: the file is missing or unreadable, a key is unknown, or a value does not fit.
+        ConfigError: the file is missing or unreadable, a key is unknown, or a value is invalid.
     """
     path = Path(path)
     try:
@@ -75,8 +77,8 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
 
 
 def apply_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, Any]:
-    """Apply `a.b=value` overrides (values are YAML; list items by number) to a copy of `values`."""
-    result = _copy(values)
+    """A copy of `values` with `a.b=value` overrides; values are YAML, and list items are named by position."""
+    result = copy.deepcopy(values)
     for item in overrides:
         key, sep, text = item.partition("=")
         parts = key.strip().split(".")
@@ -88,7 +90,7 @@ def apply_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> 
             last = depth == len(parts) - 1
             if isinstance(node, list):
                 if not part.isdigit() or int(part) >= len(node):
-                    raise ConfigError(f"--set {key}: {part!r} is not a position in a list of {len(node)}")
+                    raise ConfigError(f"--set {key}: {part!r} is not a position in this list of {len(node)}")
                 if last:
                     node[int(part)] = value
                 else:
@@ -102,16 +104,16 @@ def apply_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> 
                 if child is None:
                     child = node[part] = {}
                 if not isinstance(child, dict | list):
-                    raise ConfigError(f"--set {key}: {'.'.join(parts[: depth + 1])} is a value, not a section")
+                    raise ConfigError(f"--set {key}: {'.'.join(parts[: depth + 1])} is not a section")
                 node = child
     return result
 
 
 def build(values: dict[str, Any], where: str) -> RunConfig:
-    """Validate a mapping as a RunConfig; `where` names its origin in errors.
+    """Validate a mapping as a RunConfig; `where` is the origin that errors name.
 
     Raises:
-        ConfigError: one line naming every key that does not fit, with the nearest known key.
+        ConfigError: one line that names every invalid key, and for an unknown one the nearest known key.
     """
     try:
         return RunConfig.model_validate(values)
@@ -125,7 +127,9 @@ def _explain(problem: Any) -> str:
     key = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
+        name = str(location[-1])
+        initials = "".join(word[:1] for word in name.split("_"))  # learning_rate: lr
+        near = [initials] if initials in known else difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f"did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?" if near else ""
         return f"unknown key {key}; " + (hint or f"keys here are {', '.join(known)}")
     if problem["type"] == "missing":
@@ -143,23 +147,15 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
             continue
         fields = getattr(model, "model_fields", {})
         if part in fields:
-            model = _model_in(fields[part].annotation) or model
+            model = section_of(fields[part].annotation) or model
     return list(getattr(model, "model_fields", {}))
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class in a field's type, as in `HangConfig | None` or `tuple[SourceConfig, ...]`."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return annotation if issubclass(annotation, BaseModel) else None
     for argument in typing.get_args(annotation):
-        found = _model_in(argument)
-        if found is not None:
-            return found
+        if (section := section_of(argument)) is not None:
+            return section
     return None
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _copy(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_copy(v) for v in value]
-    return value

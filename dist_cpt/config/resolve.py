@@ -1,4 +1,4 @@
-"""What follows from a recipe: absolute paths, the fingerprint, and the shape of a step on W ranks."""
+"""What follows from a recipe: explicit paths and defaults, the fingerprint, and the shape of a step."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import yaml
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
 
-# What may change between two starts of one run: where and on how many ranks it runs, how it is watched.
+# what may change between two attempts of a run
 _PLACEMENT = ("engine", "track", "checkpoint", "output_dir", "evaluate")
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """One optimizer step on `world_size` ranks: rank r takes blocks by arithmetic from the global stream."""
+    """How the blocks (sequences) of an optimizer step are divided over `world_size` ranks."""
 
     blocks_per_step: int
     micro_batch: int
@@ -29,7 +29,11 @@ class StepShape:
 
 
 def resolve_paths(config: RunConfig) -> RunConfig:
-    """Make every local path absolute and every default explicit, so that a resume works from anywhere."""
+    """Make local paths absolute and derived defaults explicit, so that a resume works from any directory.
+
+    Raises:
+        ConfigError: two training sources have the same name.
+    """
     values = config.model_dump(mode="json")
     values["output_dir"] = _absolute(config.output_dir)
     values["data"]["cache_dir"] = _absolute(config.data.cache_dir or str(Path(config.output_dir) / "data"))
@@ -41,13 +45,9 @@ def resolve_paths(config: RunConfig) -> RunConfig:
     if config.adapter.continue_from is not None:
         values["adapter"]["continue_from"]["path"] = _absolute(config.adapter.continue_from.path)
     values["model"]["path"] = _folder_or_hub_id(config.model.path)
-    extended = values["embeddings"]["new_tokens"] = _folder_or_hub_id(config.embeddings.new_tokens)
-    values["data"]["tokenizer"] = _folder_or_hub_id(config.data.tokenizer or extended or config.model.path)
-    if extended is not None and values["data"]["tokenizer"] != extended:
-        raise ConfigError(
-            f"data.tokenizer is {values['data']['tokenizer']}, embeddings.new_tokens {extended}",
-            remedy="leave data.tokenizer out: the text is read with the extended tokenizer",
-        )
+    new_tokens = config.embeddings.new_tokens
+    values["embeddings"]["new_tokens"] = _folder_or_hub_id(new_tokens)
+    values["data"]["tokenizer"] = _folder_or_hub_id(new_tokens or config.data.tokenizer or config.model.path)
     if values["optim"]["embedding_lr"] is None:
         values["optim"]["embedding_lr"] = config.optim.lr / (1 if config.embeddings.kind == "lora" else 10)
     if config.task == "classify":
@@ -62,15 +62,15 @@ def resolve_paths(config: RunConfig) -> RunConfig:
 
 
 def is_template_text(template: str) -> bool:
-    """Whether `data.chat_template` is a jinja template itself, and not the path of one."""
+    """Whether `data.chat_template` is a jinja template rather than the path of one."""
     return "{%" in template or "{{" in template
 
 
 def step_shape(config: RunConfig, world_size: int) -> StepShape:
-    """The blocks of one step and how ranks and micro-batches divide them.
+    """The shape of a step on `world_size` ranks.
 
     Raises:
-        ConfigError: the global batch does not divide by world_size x micro_batch.
+        ConfigError: the blocks of a step are not a multiple of world_size x micro_batch.
     """
     blocks = config.batch.global_tokens // config.data.seq_len
     per_forward = world_size * config.batch.micro_batch
@@ -85,12 +85,12 @@ def step_shape(config: RunConfig, world_size: int) -> StepShape:
 
 
 def fingerprint(config: RunConfig) -> str:
-    """sha256 of everything that decides what is learned; engine, placement and tracking aside."""
+    """sha256 of the settings that decide what is learned: not of engine, placement and tracking."""
     return hashlib.sha256(json.dumps(_identity(config), sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Dotted keys in which two recipes would learn something different, with both values."""
+    """`key: old -> new` for each setting of the fingerprint in which two recipes differ."""
     left, right = _flatten(_identity(old)), _flatten(_identity(new))
     return [
         f"{key}: {left.get(key)!r} -> {right.get(key)!r}"
@@ -105,7 +105,7 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The resolved recipe with its fingerprint as a comment; loads back to the same RunConfig."""
+    """The recipe as YAML, with its fingerprint as a comment; it loads back to the same RunConfig."""
     body = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     return f"# resolved by dist-cpt; fingerprint {fingerprint(config)}\n{body}"
 

@@ -1,229 +1,217 @@
-"""The recipe: what a run is, as frozen values. Torch-free, so that it loads on a login node.
+"""The recipe as frozen values. It imports no torch, so that a login node can load it.
 
-A field exists here only if something reads it. Values whose feature does not exist yet are refused by
-name instead of being accepted and ignored.
+Every key has an attribute docstring, which docs/recipe.md shows. A validator here looks at one key, or compares the
+numbers of one section; settings that exclude each other are rows of `exclusions.py`.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from dist_cpt.config.exclusions import refusals
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Frozen):
-    """A causal LM: `path` (folder or hub id), or `config` to initialise one from scratch."""
+    """The causal language model that is trained: a pretrained one, or one initialised from scratch."""
 
     path: str | None = None
+    """A local folder with a Hugging Face model, or a hub id."""
     revision: str | None = None
-    config: dict[str, Any] | None = None  # a transformers config with its model_type; random weights from the seed
-    weights: Literal["fp32", "bf16", "nf4", "int8"] = "bf16"  # storage of the frozen weights
-    kernels: Literal["auto", "triton", "reference"] = "auto"  # triton: what cannot run fused is an error
+    """Branch, tag or commit of the hub id; null means the default branch."""
+    config: dict[str, Any] | None = None
+    """A transformers config, with its `model_type`, for a model with random weights drawn from `seed`."""
+    weights: Literal["fp32", "bf16", "nf4", "int8"] = "bf16"
+    """Storage type of the frozen weights; trainable tensors always have fp32 master weights."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Which operations are fused: `auto` fuses what it can, with `triton` anything left unfused is an error, and
+    `reference` fuses nothing."""
     attention: Literal["auto", "flash_attention_2", "varlen", "flex", "mask", "documents"] = "auto"
-    trust_remote_code: bool = False  # run the Python code of a model that transformers does not have; needs revision
-    allow_instruct: bool = False  # pretrain what looks like an instruct checkpoint
+    """How attention keeps packed documents apart; `auto` takes the fastest way that can run this model here."""
+    trust_remote_code: bool = False
+    """Run the Python code in the model's folder, for an architecture that transformers does not have."""
+    allow_instruct: bool = False
+    """Allow `task: cpt` on a model that looks like an instruct checkpoint."""
 
-    @model_validator(mode="after")
-    def _pinned_code(self) -> ModelConfig:
-        if self.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
-            raise ValueError(
-                f"trust_remote_code runs the code of one commit: revision must be its 40-digit hash, not "
-                f"{self.revision!r}"
-            )
-        return self
+    @field_validator("config")
+    @classmethod
+    def _has_model_type(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None and "model_type" not in value:
+            raise ValueError("needs model_type, for example llama")
+        return value
 
     @property
     def compute_dtype(self) -> Literal["fp32", "bf16"]:
-        """What activations, and the copies of trainable tensors that compute, are in."""
+        """The dtype of activations and of the copies of trainable tensors used in forward and backward."""
         return "fp32" if self.weights == "fp32" else "bf16"
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> ModelConfig:
-        if (self.path is None) == (self.config is None):
-            raise ValueError("give either path (a folder or hub id) or config (initialise from scratch)")
-        if self.config is not None and "model_type" not in self.config:
-            raise ValueError("config needs model_type, for example llama")
-        return self
 
 
 class ContinueFromConfig(Frozen):
-    """The adapter a run starts from, and what becomes of it.
+    """An adapter that the run starts from; a bare path stands for `{path: PATH}`, null starts a new adapter."""
 
-    train: it goes on training; with `optimizer` AdamW's moments and step count are taken over as well. fold: it is
-    merged into the base, and a new adapter starts on top. stack: it stays active and frozen beside the new one.
-    """
-
-    path: str  # a PEFT folder, a Trainer's checkpoint-N or a checkpoint of this program
+    path: str
+    """A PEFT folder, a `checkpoint-N` of the Hugging Face Trainer, or a checkpoint of dist-cpt."""
     mode: Literal["train", "fold", "stack"] = "train"
+    """`train` continues that adapter, `fold` merges it into the base under a new adapter, and `stack` keeps it active
+    and frozen beside a new one."""
     optimizer: bool = False
-    freeze_embeddings: bool = False  # fold, stack: matrices it trained in full may stay as they are
-    other_base: bool = False  # a checkpoint of this program that was trained on other base weights
-
-    @model_validator(mode="after")
-    def _fields_of_mode(self) -> ContinueFromConfig:
-        if self.optimizer and self.mode != "train":
-            raise ValueError(f"optimizer belongs to mode: train; under mode: {self.mode} a new adapter starts")
-        if self.freeze_embeddings and self.mode == "train":
-            raise ValueError(
-                "freeze_embeddings belongs to mode: fold or stack; mode train trains what the folder holds"
-            )
-        return self
+    """Also take over AdamW's moments and step count."""
+    freeze_embeddings: bool = False
+    """Keep the vocabulary matrices frozen that the adapter trained in full, instead of training them further."""
+    other_base: bool = False
+    """Accept a checkpoint of dist-cpt that was trained on other base weights."""
 
 
 class AdapterConfig(Frozen):
-    """PEFT LoRA on `targets`, or `none`: every parameter trains."""
+    """The LoRA adapter, in PEFT's format."""
 
     kind: Literal["lora", "none"] = "lora"
+    """`lora` trains an adapter on a frozen base; `none` trains every parameter."""
     rank: PositiveInt = 128
+    """The rank of the two LoRA matrices of each layer."""
     alpha: PositiveFloat = 128
+    """The numerator of the adapter's scale."""
     rslora: bool = True
+    """Scale the adapter by alpha / sqrt(rank) (rsLoRA) instead of alpha / rank."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Probability with which an input value of the adapter is zeroed in training."""
     targets: str | tuple[str, ...] = "all-linear"
-    lora_plus_ratio: float | None = Field(default=None, gt=1.0)  # LoRA+: the B matrices train at ratio x optim.lr
-    dora: bool = False  # DoRA: a trained length for every row of a weight beside the direction LoRA gives it
-    init: Literal["default", "pissa"] = "default"  # pissa: A and B begin as the strongest part of each weight
-    continue_from: ContinueFromConfig | None = None  # a bare path: its weights, with a fresh optimizer
+    """Names of the linear layers to adapt; `all-linear` means all of them but the output head."""
+    lora_plus_ratio: float | None = Field(default=None, gt=1.0)
+    """LoRA+: the B matrices train at this multiple of `optim.lr`."""
+    dora: bool = False
+    """DoRA: also train the magnitude of each row of the adapted weights."""
+    init: Literal["default", "pissa"] = "default"
+    """How A and B start: `default` as a product of zero, `pissa` as the principal singular part of each weight."""
+    continue_from: ContinueFromConfig | None = None
 
     @field_validator("continue_from", mode="before")
     @classmethod
     def _bare_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
 
-    @model_validator(mode="after")
-    def _continues_an_adapter(self) -> AdapterConfig:
-        if self.kind == "none" and self.continue_from is not None:
-            raise ValueError("continue_from belongs to kind: lora; a full model is continued with model.path")
-        if self.kind == "none" and (self.dora or self.init == "pissa" or self.lora_plus_ratio is not None):
-            raise ValueError("dora, init and lora_plus_ratio belong to kind: lora; kind none has no adapter")
-        return self
-
-    @model_validator(mode="after")
-    def _variants(self) -> AdapterConfig:
-        origin = self.continue_from
-        if self.dora and self.init == "pissa":
-            raise ValueError(
-                "dora and init: pissa: DoRA's lengths are of whole weights, PiSSA leaves a rest; use one of them"
-            )
-        if self.init == "pissa" and origin is not None:
-            raise ValueError(
-                "init: pissa begins from the base's own weights, and continue_from brings others; merge that adapter "
-                "first (dist-cpt merge) and set model.path to the result"
-            )
-        if self.dora and origin is not None and origin.mode == "stack":
-            raise ValueError(
-                "dora with continue_from.mode stack: DoRA's lengths would be of the base without the stacked adapter; "
-                "use mode: fold"
-            )
-        return self
-
 
 class EmbeddingsConfig(Frozen):
-    """Which vocabulary matrices train in full beside the adapter, at `optim.embedding_lr`, and which rows they get."""
+    """Training of the vocabulary matrices beside the adapter, and new tokens."""
 
     train: tuple[Literal["embed_tokens", "lm_head"], ...] = ()
-    kind: Literal["full", "lora"] = "full"  # lora: low-rank updates of them, of the adapter's rank
-    new_tokens: str | None = None  # folder or hub id of a tokenizer that extends the base's
-    init: Literal["mean_of_subtokens", "focus"] = "mean_of_subtokens"  # of a new row
-    rows: Literal["all", "new"] = "all"  # new: only the rows of new tokens move
-    pad_rows_to: PositiveInt = 64  # the number of rows of a matrix that grew is a multiple of it
-    freeze_rest_steps: int = Field(default=0, ge=0)  # first steps in which everything else stands still
-    tie: Literal["keep", "untie"] = "keep"  # untie: the head becomes a copy that trains apart
-
-    @model_validator(mode="after")
-    def _belongs_to_new_tokens(self) -> EmbeddingsConfig:
-        if self.new_tokens is None and self.rows == "new":
-            raise ValueError("rows: new needs new_tokens: without a longer tokenizer there is no new row")
-        if self.new_tokens is None and self.pad_rows_to != 64:
-            raise ValueError("pad_rows_to belongs to new_tokens: no other matrix grows")
-        if self.new_tokens is None and self.init == "focus":
-            raise ValueError("init: focus belongs to new_tokens: its file lies beside that tokenizer")
-        return self
+    """The vocabulary matrices that train beside the adapter, at `optim.embedding_lr`."""
+    kind: Literal["full", "lora"] = "full"
+    """Train these matrices in `full`, or by low-rank updates of the adapter's rank (`lora`)."""
+    new_tokens: str | None = None
+    """A folder or hub id of a tokenizer that extends the base's, as `dist-cpt tokenizer extend` writes it."""
+    init: Literal["mean_of_subtokens", "focus"] = "mean_of_subtokens"
+    """How the row of a new token starts: as the mean of its old tokens' rows, or as a FOCUS mixture of old rows."""
+    rows: Literal["all", "new"] = "all"
+    """Train all rows of these matrices, or only those of new tokens."""
+    pad_rows_to: PositiveInt = 64
+    """A matrix that grows gets a multiple of this many rows."""
+    freeze_rest_steps: int = Field(default=0, ge=0)
+    """Number of first optimizer steps in which only the vocabulary matrices train."""
+    tie: Literal["keep", "untie"] = "keep"
+    """`untie` makes the head of a tied base a separate copy of its embedding."""
 
 
 class SourceConfig(Frozen):
-    """One training source: files or folders of jsonl, txt or md (glob patterns allowed)."""
+    """A training source; a recipe has at least one."""
 
     path: str
-    name: str | None = None  # default: the stem of the path
-    text: str = "text"  # the jsonl field that holds the document
-    messages: str = "messages"  # task instruct: the field with [{role, content}, ...]
-    prompt: str | None = None  # task instruct, instead of messages: the field with the question
-    response: str | None = None  # and the one with its answer
-    weight: PositiveFloat = 1.0  # share of the blocks, relative to the other sources
+    """A file, a folder or a glob pattern of jsonl, txt or md files."""
+    name: str | None = None
+    """The source's name in stores, metrics and the report; null means the stem of the path."""
+    text: str = "text"
+    """The jsonl field with the document."""
+    messages: str = "messages"
+    """The jsonl field with the conversation, a list of `{role, content}`."""
+    prompt: str | None = None
+    """The jsonl field with the question, where records have no `messages`."""
+    response: str | None = None
+    """The jsonl field with the answer to `prompt`."""
+    weight: PositiveFloat = 1.0
+    """Share of the blocks relative to the other sources."""
     role: Literal["domain", "replay"] = "domain"
+    """Whether the source is new text or a replay of what the base knows."""
 
 
 class ValidationConfig(Frozen):
-    """One held-out set; `retention` marks what the base knew and must not lose."""
+    """A held-out set; by default there is none."""
 
     name: str
+    """The set's name in metrics and the report."""
     path: str
+    """A file, a folder or a glob pattern of jsonl, txt or md files."""
     text: str = "text"
+    """The jsonl field with the document."""
     messages: str = "messages"
+    """The jsonl field with the conversation, a list of `{role, content}`."""
     prompt: str | None = None
+    """The jsonl field with the question, where records have no `messages`."""
     response: str | None = None
+    """The jsonl field with the answer to `prompt`."""
     role: Literal["domain", "retention"] = "domain"
+    """Whether the set measures what is learned (`domain`) or what the base must not forget (`retention`)."""
 
 
 class DataConfig(Frozen):
+    """The text, and how it becomes sequences."""
+
     seq_len: PositiveInt = 4096
+    """Length of a sequence in tokens."""
     packing: Literal["best_fit", "windows"] = "best_fit"
-    stride: PositiveInt | None = None  # windows: tokens from one window of a document to the next; default: seq_len
-    overlap: Literal["train", "context"] = "train"  # windows: what a token is that an earlier window had as well
-    chat_template: str | None = None  # task instruct: jinja text or file; default: the tokenizer's own
-    tokenizer: str | None = None  # folder or hub id; default: model.path
+    """`best_fit` packs whole documents and pieces into sequences; `windows` slides a window over each document."""
+    stride: PositiveInt | None = None
+    """Tokens from the start of one window to the next; null means `seq_len`, without overlap."""
+    overlap: Literal["train", "context"] = "train"
+    """Whether tokens that an earlier window had are targets again (`train`) or only `context`."""
+    chat_template: str | None = None
+    """A jinja template or the path of one; null means the tokenizer's own."""
+    tokenizer: str | None = None
+    """A tokenizer's folder or hub id; null means `embeddings.new_tokens`, else `model.path`."""
     on_bad_record: Literal["error", "skip", "quarantine"] = "error"
-    bad_record_budget_fraction: float = Field(default=0.001, ge=0.0, le=1.0)  # of the records, for skip and quarantine
-    cache_dir: str | None = None  # prepared token stores; default: <output_dir>/data
+    """What an unreadable record does: end the run with exit code 65, be left out, or be left out and kept in a file."""
+    bad_record_budget_fraction: float = Field(default=0.001, ge=0.0, le=1.0)
+    """Fraction of a source's records that may be left out before the run ends with exit code 65."""
+    cache_dir: str | None = None
+    """Folder of the prepared token stores; null means `<output_dir>/data`."""
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     validation: tuple[ValidationConfig, ...] = ()
 
-    @model_validator(mode="after")
-    def _distinct_names(self) -> DataConfig:
-        names = [v.name for v in self.validation]
+    @field_validator("validation")
+    @classmethod
+    def _distinct_names(cls, value: tuple[ValidationConfig, ...]) -> tuple[ValidationConfig, ...]:
+        names = [held_out.name for held_out in value]
         if len(set(names)) != len(names):
-            raise ValueError(f"validation names must differ, got {names}")
-        return self
-
-    @model_validator(mode="after")
-    def _windows(self) -> DataConfig:
-        if self.packing != "windows" and (self.stride is not None or self.overlap != "train"):
-            raise ValueError("stride and overlap belong to packing: windows")
-        if self.stride is not None and self.stride > self.seq_len:
-            raise ValueError(f"stride {self.stride} would leave out tokens between windows of seq_len {self.seq_len}")
-        return self
+            raise ValueError(f"names must differ, got {names}")
+        return value
 
 
 class ClassifyConfig(Frozen):
-    """The classes of task: classify, and where a record holds its text and its class."""
+    """The classes of `task: classify`, and the fields of its records."""
 
-    labels: tuple[str, ...] = ()  # the names that records hold, in the order of the logits
-    num_labels: int | None = Field(default=None, ge=2)  # or: records hold numbers from 0 to num_labels - 1
-    label: str = "label"  # the jsonl field with the class
-    text_fields: tuple[str, ...] = ()  # joined by `separator`; default: the field that the source's `text` names
+    labels: tuple[str, ...] = ()
+    """The names of the classes, in the order of the logits."""
+    num_labels: int | None = Field(default=None, ge=2)
+    """The number of classes, where records hold numbers from 0 to `num_labels` - 1."""
+    label: str = "label"
+    """The jsonl field with the class."""
+    text_fields: tuple[str, ...] = ()
+    """The jsonl fields that make up the text; none means the source's `text`."""
     separator: str = "\n"
-    truncate: bool = False  # cut longer examples to data.seq_len tokens; else they are bad records
+    """The text between two of the fields."""
+    truncate: bool = False
+    """Cut longer texts to `data.seq_len` tokens instead of treating them as bad records."""
 
-    @model_validator(mode="after")
-    def _classes(self) -> ClassifyConfig:
-        if bool(self.labels) == (self.num_labels is not None):
-            raise ValueError("give either labels (names) or num_labels (records hold numbers)")
-        if self.labels and len(set(self.labels)) != max(len(self.labels), 2):
-            raise ValueError(f"labels must be two or more different names, got {list(self.labels)}")
-        return self
+    @field_validator("labels")
+    @classmethod
+    def _distinct_labels(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value and len(set(value)) != max(len(value), 2):
+            raise ValueError(f"must be two or more different names, got {list(value)}")
+        return value
 
     @property
     def num_classes(self) -> int:
@@ -231,53 +219,72 @@ class ClassifyConfig(Frozen):
 
 
 class BatchConfig(Frozen):
-    """`global_tokens` per optimizer step over all ranks; accumulation is derived."""
+    """The size of a step; the number of accumulated micro-batches follows from it."""
 
     global_tokens: PositiveInt
-    micro_batch: PositiveInt = 1  # sequences per rank and forward
+    """Tokens of one optimizer step over all ranks, padding included."""
+    micro_batch: PositiveInt = 1
+    """Sequences per rank and forward pass."""
 
 
 class TrainConfig(Frozen):
+    """The length of the run."""
+
     tokens: PositiveInt
+    """Tokens of the whole run, rounded up to whole steps."""
 
 
 class OptimConfig(Frozen):
+    """AdamW."""
+
     lr: PositiveFloat = 1.0e-4
-    embedding_lr: PositiveFloat | None = None  # default: lr / 10
-    head_lr: PositiveFloat | None = None  # of the classification head; default: lr
-    weight_decay: float = Field(default=0.01, ge=0.0)  # on matrices; norms and biases never decay
+    """Peak learning rate of the adapter, or of every weight with `adapter.kind: none`."""
+    embedding_lr: PositiveFloat | None = None
+    """Peak learning rate of `embeddings.train`; null means `lr` / 10, or `lr` with `embeddings.kind: lora`."""
+    head_lr: PositiveFloat | None = None
+    """Peak learning rate of the classification head; null means `lr`."""
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    """Decoupled weight decay of matrices; norms and biases have none."""
     embedding_weight_decay: float = Field(default=0.0, ge=0.0)
+    """Decoupled weight decay of the vocabulary matrices."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
     eps: PositiveFloat = 1.0e-8
+    """Added to the root of the second moment."""
     max_grad_norm: PositiveFloat = 1.0
-    max_skipped_steps: PositiveInt = 10  # consecutive non-finite steps before the run ends with 71
-    state: Literal["fp32", "8bit"] = "fp32"  # moments of LoRA and other matrices between steps; embeddings stay fp32
+    """The gradient is scaled down to this norm, taken over all trainable tensors."""
+    max_skipped_steps: PositiveInt = 10
+    """Consecutive non-finite steps that end the run with exit code 71."""
+    state: Literal["fp32", "8bit"] = "fp32"
+    """Storage of the moments of matrices between steps; those of the vocabulary matrices stay in fp32."""
 
     @field_validator("betas")
     @classmethod
     def _betas(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not all(0.0 <= b < 1.0 for b in value):
-            raise ValueError(f"betas must lie in [0, 1), got {value}")
+        if not all(0.0 <= beta < 1.0 for beta in value):
+            raise ValueError(f"must lie in [0, 1), got {value}")
         return value
 
 
 class ScheduleShape(Frozen):
-    """Learning rate as a fraction of its peak over the run; fractions are of all optimizer steps.
-
-    cosine: warm up, then cosine to `end_fraction`. wsd: warm up, stay, decay linearly over the last
-    `decay_fraction`. infinite: warm up, cool down to `constant_fraction` over `cooldown_fraction`, stay,
-    then decay like wsd. constant: warm up, stay.
-    """
+    """The learning rate as a fraction of its peak; the lengths of phases are fractions of all optimizer steps."""
 
     kind: Literal["cosine", "wsd", "infinite", "constant"] = "cosine"
+    """After the warm-up: `cosine` decays to the end, `wsd` stays and then decays linearly, `infinite` cools down to
+    `constant_fraction`, stays and then decays, `constant` stays."""
     warmup_fraction: float = Field(default=0.02, ge=0.0, le=1.0)
+    """Length of the linear warm-up from 0."""
     end_fraction: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Fraction of the peak that the decay ends at."""
     decay_fraction: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Length of the last decay of `wsd` and `infinite`."""
     cooldown_fraction: float = Field(default=0.2, ge=0.0, le=1.0)
+    """Length of the cool-down of `infinite`."""
     constant_fraction: float = Field(default=0.5, gt=0.0, le=1.0)
+    """Fraction of the peak that `infinite` stays at."""
 
     @model_validator(mode="after")
-    def _fits(self) -> ScheduleShape:
+    def _phases_fit(self) -> ScheduleShape:
         used = self.warmup_fraction
         if self.kind in ("wsd", "infinite"):
             used += self.decay_fraction
@@ -289,12 +296,11 @@ class ScheduleShape(Frozen):
 
 
 class ScheduleConfig(ScheduleShape):
-    """The shape for every group, and other shapes for single groups (adapter, embeddings, weights, head).
-
-    LoRA+ has a group adapter_b, which takes the shape of adapter unless it is named itself.
-    """
+    """The learning-rate schedule of every group, and of single groups."""
 
     per_group: dict[str, ScheduleShape] = {}
+    """Another schedule for a group: adapter, adapter_b (LoRA+; by default that of adapter), embeddings, weights,
+    no_decay or head."""
 
     @field_validator("per_group")
     @classmethod
@@ -307,98 +313,121 @@ class ScheduleConfig(ScheduleShape):
 
 
 class EngineConfig(Frozen):
-    """Who shards what. auto: single on one rank, fsdp full on several."""
+    """How the training state is sharded; a bare word stands for `{kind: WORD}`."""
 
     kind: Literal["auto", "single", "fsdp", "zero"] = "auto"
-    stage: Literal[1, 2, 3] | None = None  # zero
-    shard: Literal["full", "hybrid", "trainable"] | None = None  # fsdp
-    dp_shard: PositiveInt | None = None  # fsdp hybrid: ranks per shard group; default: ranks per node
-    reshard_after_forward: bool = True  # fsdp: free gathered weights between forward and backward
+    """`auto` is `single` on one rank and `fsdp` on several; `zero` is DeepSpeed's ZeRO."""
+    stage: Literal[1, 2, 3] | None = None
+    """ZeRO's stage; null means 3."""
+    shard: Literal["full", "hybrid", "trainable"] | None = None
+    """What FSDP shards: everything (`full`), everything within groups of ranks (`hybrid`), or only what trains
+    (`trainable`); null means `full`."""
+    dp_shard: PositiveInt | None = None
+    """Ranks per shard group of `hybrid`; null means the ranks of one node."""
+    reshard_after_forward: bool = True
+    """Free gathered weights between forward and backward under FSDP, and gather them again."""
     activation_checkpointing: Literal["none", "full"] = "none"
+    """`full` recomputes each decoder layer in backward instead of keeping its activations."""
 
     @model_validator(mode="before")
     @classmethod
     def _bare_word(cls, value: Any) -> Any:
         return {"kind": value} if isinstance(value, str) else value
 
-    @model_validator(mode="after")
-    def _fields_of_kind(self) -> EngineConfig:
-        if self.stage is not None and self.kind != "zero":
-            raise ValueError(f"stage belongs to kind: zero, not to kind: {self.kind}")
-        if self.shard is not None and self.kind != "fsdp":
-            raise ValueError(f"shard belongs to kind: fsdp, not to kind: {self.kind}")
-        if self.dp_shard is not None and self.shard != "hybrid":
-            raise ValueError("dp_shard belongs to {kind: fsdp, shard: hybrid}")
-        if not self.reshard_after_forward and self.kind != "fsdp":
-            raise ValueError("reshard_after_forward belongs to kind: fsdp")
-        return self
-
 
 class CheckpointConfig(Frozen):
+    """When checkpoints are written, and how many are kept."""
+
     every_minutes: PositiveFloat | None = 30.0
+    """Minutes between two checkpoints; null: not by time."""
     every_steps: PositiveInt | None = None
+    """Optimizer steps between two checkpoints; null: not by steps."""
     keep: PositiveInt = 3
-    asynchronous: bool = True  # write beside training, from a copy in host memory
-    trial: bool = True  # before the first step of a new run, save once without publishing
-    retry_minutes: float = Field(default=30.0, ge=0.0)  # how long a disk may refuse before the run ends with 73
+    """Number of newest checkpoints that are kept."""
+    asynchronous: bool = True
+    """Write beside training, from a copy in host memory."""
+    trial: bool = True
+    """Write one checkpoint before the first step, without publishing it, to learn early whether it can be written."""
+    retry_minutes: float = Field(default=30.0, ge=0.0)
+    """Minutes of failing writes after which the run ends with exit code 73."""
 
 
 class HangConfig(Frozen):
-    """When a rank counts as hung: a step longer than max(min_seconds, factor x its median step)."""
+    """A rank hangs if a step takes longer than max(`min_seconds`, `factor` x its median step); null: no watchdog."""
 
     factor: float = Field(default=50.0, gt=1.0)
+    """Multiple of the rank's median step."""
     min_seconds: PositiveFloat = 300.0
-    grace_seconds: PositiveFloat = 10.0  # from the first dump to the end, so that every rank dumps
-    other_phase_seconds: PositiveFloat = 3600.0  # starting, the first step, saving, evaluating, ending
+    """Least seconds of a step that count as a hang."""
+    grace_seconds: PositiveFloat = 10.0
+    """Seconds from the first stack dump to the end, in which the other ranks write theirs."""
+    other_phase_seconds: PositiveFloat = 3600.0
+    """Limit in seconds for starting, the first step, saving, evaluating and ending."""
 
 
 class StragglerConfig(Frozen):
-    """A rank whose own work per step is more than `factor` x the median of all ranks is named."""
+    """A rank is named if its own work per step exceeds `factor` x the median of all ranks; null: no comparison."""
 
     factor: float = Field(default=2.0, gt=1.0)
-    window: PositiveInt = 50  # steps between two comparisons
+    """Multiple of the median over all ranks."""
+    window: PositiveInt = 50
+    """Optimizer steps between two comparisons."""
 
 
 class SpikeConfig(Frozen):
-    """What happens after a loss above mean + sigmas x std of the last `window` good ones."""
+    """What happens after a loss above mean + `sigmas` x standard deviation of the last `window` good ones."""
 
     policy: Literal["off", "skip", "stop", "rollback"] = "off"
+    """`off` counts spikes, `stop` also ends the run after `max_bad_steps`, `skip` drops their updates besides, and
+    `rollback` returns to an earlier checkpoint instead of ending and leaves that data out."""
     sigmas: PositiveFloat = 6.0
-    window: PositiveInt = 128  # steps
-    min_history: PositiveInt = 32  # steps before anything counts as a spike
-    max_bad_steps: PositiveInt = 10  # spikes or non-finite steps in a row
+    """Standard deviations above the mean at which a loss is a spike."""
+    window: PositiveInt = 128
+    """Number of good steps that mean and standard deviation are taken over."""
+    min_history: PositiveInt = 32
+    """Good steps before anything counts as a spike."""
+    max_bad_steps: PositiveInt = 10
+    """Consecutive spikes or non-finite steps that end the run with exit code 71 or roll it back."""
     max_rollbacks: PositiveInt = 2
+    """Rollbacks after which the next one ends the run with exit code 71."""
 
     @field_validator("policy", mode="before")
     @classmethod
     def _policy(cls, value: Any) -> Any:
         return "off" if value is False else value  # YAML reads a bare `off` as false
 
-    @model_validator(mode="after")
-    def _history_fits(self) -> SpikeConfig:
-        if self.min_history > self.window:
-            raise ValueError(f"min_history {self.min_history} is more than window {self.window}: no spike is ever seen")
-        return self
-
 
 class HealthConfig(Frozen):
-    hang: HangConfig | None = HangConfig()  # null: nothing ends a run that stands still
-    straggler: StragglerConfig | None = StragglerConfig()  # null: no rank's pace is measured
+    """Watching a run."""
+
+    hang: HangConfig | None = HangConfig()
+    straggler: StragglerConfig | None = StragglerConfig()
     spike: SpikeConfig = SpikeConfig()
 
 
 class EvaluateConfig(Frozen):
-    every_steps: PositiveInt | None = None  # besides the evaluations before the first and after the last step
-    max_blocks: PositiveInt | None = None  # of each held-out set; default: all of it
+    """Evaluation on the held-out sets, which always takes place before the first step and after the last."""
+
+    every_steps: PositiveInt | None = None
+    """Optimizer steps between two evaluations; null: only at the start and the end."""
+    max_blocks: PositiveInt | None = None
+    """Sequences that are read of each held-out set; null means all."""
 
 
 class WandbConfig(Frozen):
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a key, else offline
+    """Weights & Biases."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto` is `online` if an API key is found, else `offline`."""
     project: str = "dist-cpt"
+    """The project's name."""
     entity: str | None = None
+    """The user or team; null means the API key's default."""
 
 
 class TrackConfig(Frozen):
+    """Experiment trackers."""
+
     wandb: WandbConfig = WandbConfig()
 
 
@@ -406,9 +435,13 @@ class RunConfig(Frozen):
     """A whole recipe."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    """The run's name and that of its folder in `output_dir`."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the data order, of dropout and of initial weights."""
     output_dir: str = "runs"
+    """The folder that holds the run folders."""
     task: Literal["cpt", "instruct", "classify"] = "cpt"
+    """What is trained on: plain text, the answers in conversations, or the classes of texts."""
     classify: ClassifyConfig | None = None
     model: ModelConfig
     adapter: AdapterConfig = AdapterConfig()
@@ -425,106 +458,7 @@ class RunConfig(Frozen):
     track: TrackConfig = TrackConfig()
 
     @model_validator(mode="after")
-    def _across_fields(self) -> RunConfig:
-        if self.batch.global_tokens % self.data.seq_len:
-            raise ValueError(
-                f"batch.global_tokens {self.batch.global_tokens} is not a multiple of data.seq_len {self.data.seq_len}"
-            )
-        if self.model.config is not None and self.data.tokenizer is None:
-            raise ValueError("model.config initialises from scratch, so data.tokenizer must name a tokenizer")
-        weights = self.model.weights
-        if weights in ("nf4", "int8") and self.model.config is not None:
-            raise ValueError(
-                f"model.weights {weights} quantises a pretrained base, and model.config has none; use bf16"
-            )
-        if weights in ("nf4", "int8") and self.adapter.kind == "none":
-            raise ValueError(f"a base in {weights} cannot train in full; use adapter.kind lora, or model.weights bf16")
-        if weights in ("nf4", "int8") and self.adapter.init == "pissa":
-            raise ValueError(
-                f"adapter.init pissa takes the strongest part out of 16-bit weights, but {weights} is all that is "
-                "loaded of them; use model.weights bf16"
-            )
-        if weights in ("nf4", "int8") and self.adapter.dora:
-            raise ValueError(
-                f"adapter.dora measures whole weights at every step, which {weights} keeps packed; use "
-                "model.weights bf16, or plain LoRA"
-            )
-        if self.model.config is not None and self.adapter.kind == "lora":
-            raise ValueError("an adapter on random weights learns nothing useful; use adapter.kind: none")
-        if self.adapter.kind == "none" and self.embeddings.train:
-            raise ValueError("embeddings.train belongs to adapter.kind: lora; kind none trains every parameter")
-        self._vocabulary()
-        saves = self.checkpoint.every_minutes or self.checkpoint.every_steps
-        if self.health.spike.policy == "rollback" and saves is None:
-            raise ValueError("health.spike.policy rollback needs checkpoint.every_steps or every_minutes")
+    def _settings_fit_together(self) -> RunConfig:
+        if lines := refusals(self):
+            raise ValueError("; ".join(lines))
         return self
-
-    @model_validator(mode="after")
-    def _task(self) -> RunConfig:
-        if (self.task == "classify") != (self.classify is not None):
-            raise ValueError("task: classify and a section classify (labels, ...) belong together")
-        if self.task == "classify" and "lm_head" in self.embeddings.train:
-            raise ValueError("task: classify has no lm_head to train; embeddings.train may name embed_tokens")
-        if self.task != "classify" and self.optim.head_lr is not None:
-            raise ValueError("optim.head_lr belongs to task: classify")
-        if self.task != "cpt" and self.data.packing == "windows":
-            raise ValueError(f"data.packing windows belongs to task: cpt; {self.task} keeps every record whole")
-        if self.task == "instruct":
-            for given in (*self.data.sources, *self.data.validation):
-                if (given.prompt is None) != (given.response is None):
-                    raise ValueError(f"{given.path}: prompt and response are given together, or neither of them")
-            return self
-        if self.data.chat_template is not None:
-            raise ValueError("data.chat_template belongs to task: instruct")
-        for given in (*self.data.sources, *self.data.validation):
-            if given.prompt is not None or given.response is not None or given.messages != "messages":
-                raise ValueError(f"{given.path}: messages, prompt and response belong to task: instruct")
-        return self
-
-    def _vocabulary(self) -> None:
-        embeddings, lora = self.embeddings, self.adapter.kind == "lora"
-        if self.model.config is not None and (embeddings.new_tokens or embeddings.tie == "untie"):
-            raise ValueError(
-                "embeddings.new_tokens and tie change a pretrained base; from scratch set data.tokenizer, and "
-                "tie_word_embeddings in model.config"
-            )
-        origin = self.adapter.continue_from
-        inherits = origin is not None and origin.mode != "train"  # then the earlier adapter may hold the rows
-        needed = ["embed_tokens"] if self.task == "classify" else ["embed_tokens", "lm_head"]
-        if embeddings.new_tokens and lora and not inherits and not set(needed) <= set(embeddings.train):
-            raise ValueError(
-                f"embeddings.new_tokens needs embeddings.train: [{', '.join(needed)}]: else no file holds the new rows"
-            )
-        if embeddings.tie == "untie" and self.task == "classify":
-            raise ValueError("embeddings.tie: untie makes a head of its own, which task: classify drops")
-        if embeddings.tie == "untie" and lora and not embeddings.train:
-            raise ValueError("embeddings.tie: untie needs embeddings.train: what does not train stays equal")
-        if embeddings.kind == "lora":
-            self._low_rank_vocabulary()
-        if embeddings.rows == "new" and self.optim.embedding_weight_decay:
-            raise ValueError("embeddings.rows: new needs optim.embedding_weight_decay 0: decay would move the old rows")
-        if embeddings.rows == "new" and origin is not None and origin.optimizer:
-            raise ValueError(
-                "embeddings.rows: new needs adapter.continue_from.optimizer: false: old moments would move the old rows"
-            )
-        num_steps = -(-self.train.tokens // self.batch.global_tokens)
-        if embeddings.freeze_rest_steps and lora and not embeddings.train:
-            raise ValueError("embeddings.freeze_rest_steps needs embeddings.train: nothing would train in those steps")
-        if embeddings.freeze_rest_steps and embeddings.freeze_rest_steps >= num_steps:
-            raise ValueError(
-                f"embeddings.freeze_rest_steps {embeddings.freeze_rest_steps} leaves nothing of the run's {num_steps} steps"
-            )
-
-    def _low_rank_vocabulary(self) -> None:
-        adapter, embeddings = self.adapter, self.embeddings
-        if adapter.kind == "none" or not embeddings.train or self.task == "classify":
-            raise ValueError(
-                "embeddings.kind: lora belongs to adapter.kind: lora, embeddings.train and a task with text"
-            )
-        if embeddings.new_tokens or embeddings.tie == "untie":
-            raise ValueError("embeddings.kind: lora cannot hold new rows or a second matrix; use kind: full")
-        if adapter.dora or adapter.init == "pissa" or adapter.dropout or adapter.continue_from is not None:
-            raise ValueError(
-                "embeddings.kind: lora is plain LoRA from its beginning, without dora, pissa, dropout and "
-                "continue_from; use kind: full"
-            )

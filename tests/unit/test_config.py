@@ -1,4 +1,4 @@
-"""The recipe: what is accepted, what is refused and how it says so."""
+"""The recipe: what is accepted, and refusals that name the key."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dist_cpt.config.exclusions import EXCLUSIONS
 from dist_cpt.config.load import apply_overrides, build, load_recipe, parse_yaml
 from dist_cpt.config.resolve import differences, fingerprint, resolve_paths, step_shape, to_yaml
 from dist_cpt.errors import ConfigError
@@ -36,34 +37,148 @@ def refused(values) -> str:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"optim": {"learning_rate": 1e-4}}, "unknown key optim.learning_rate"),
+        ({"optim": {"learning_rate": 1e-4}}, "unknown key optim.learning_rate; did you mean optim.lr?"),
         ({"optim": {"embeding_lr": 1e-4}}, "did you mean optim.embedding_lr?"),
         ({"modle": {}}, "did you mean model?"),
         ({"data": {"seq_len": 128, "sources": [{"path": "a", "wieght": 1}]}}, "did you mean data.sources.0.weight?"),
         ({"train": {"tokens": 0}}, "train.tokens"),
-        ({"batch": {"global_tokens": 1000}}, "not a multiple of data.seq_len 128"),
         ({"engine": {"kind": "deepspeed"}}, "engine.kind"),
-        ({"engine": {"kind": "fsdp", "stage": 3}}, "stage belongs to kind: zero"),
         ({"engine": {"kind": "zero", "stage": 4}}, "engine.stage"),
-        ({"model": {}}, "give either path"),
+        ({"model": {"config": {"vocab_size": 8}}}, "model.config"),
         ({"model": {"path": "a", "weights": "fp16"}}, "model.weights: Input should be 'fp32', 'bf16', 'nf4' or 'int8'"),
-        ({"model": {"path": "a", "trust_remote_code": True}}, "revision must be its 40-digit hash, not None"),
-        ({"model": {"path": "a", "trust_remote_code": True, "revision": "main"}}, "40-digit hash, not 'main'"),
         ({"optim": {"lr": float("nan")}}, "optim.lr"),
         ({"name": "../escape"}, "name"),
-        ({"adapter": {"kind": "none"}, "embeddings": {"train": ["lm_head"]}}, "embeddings.train belongs to"),
-        ({"adapter": {"kind": "none", "continue_from": "a"}}, "continue_from belongs to kind: lora"),
         ({"adapter": {"continue_from": {"path": "a", "optimiser": True}}}, "adapter.continue_from.optimizer?"),
         ({"adapter": {"continue_from": {"optimizer": True}}}, "adapter.continue_from.path is required"),
         ({"adapter": {"continue_from": {"path": "a", "mode": "merge"}}}, "'train', 'fold' or 'stack'"),
-        ({"adapter": {"continue_from": {"path": "a", "mode": "fold", "optimizer": True}}}, "optimizer belongs to mode"),
-        ({"adapter": {"continue_from": {"path": "a", "freeze_embeddings": True}}}, "belongs to mode: fold or stack"),
-        ({"schedule": {"kind": "wsd", "warmup_fraction": 0.6, "decay_fraction": 0.6}}, "sum to 1.2"),
+        ({"schedule": {"kind": "wsd", "warmup_fraction": 0.6, "decay_fraction": 0.6}}, "schedule"),
+        ({"data": {"sources": [{"path": "a"}], "validation": [{"name": "v", "path": "b"}] * 2}}, "data.validation"),
+        ({"task": "classify", "classify": {"labels": ["a", "a"]}}, "classify.labels"),
         ({"schedule": {"per_group": {"adpater": {}}}}, "unknown group 'adpater'"),
     ],
 )
 def test_refusals_name_the_key(change, expected):
     assert expected in refused(recipe(**change))
+
+
+MATRICES = ["embed_tokens", "lm_head"]
+SCRATCH = {"path": None, "config": {"model_type": "llama"}}
+PRIOR = {"path": "a"}
+CLASSES = {"task": "classify", "classify.num_labels": 2}
+
+EXCLUDED = [  # a recipe for each row of the table, in its order, and what the refusal names
+    ({"model.config": {"model_type": "llama"}}, "model.path: base, model.config: {...}"),
+    ({"model.path": None}, "model.path: null, model.config: null"),
+    (
+        {"model.trust_remote_code": True, "model.revision": "main"},
+        "model.trust_remote_code: true, model.revision: main",
+    ),
+    ({"model": SCRATCH, "adapter.kind": "none"}, "model.config: {...}, data.tokenizer: null"),
+    ({"model": SCRATCH}, "model.config: {...}, adapter.kind: lora"),
+    ({"model": SCRATCH, "embeddings.tie": "untie"}, "model.config: {...}, embeddings.tie: untie"),
+    ({"model": {**SCRATCH, "weights": "nf4"}}, "model.weights: nf4, model.config: {...}"),
+    ({"model.weights": "int8", "adapter.kind": "none"}, "model.weights: int8, adapter.kind: none"),
+    ({"model.weights": "nf4", "adapter.init": "pissa"}, "model.weights: nf4, adapter.init: pissa"),
+    ({"model.weights": "nf4", "adapter.dora": True}, "model.weights: nf4, adapter.dora: true"),
+    ({"adapter.kind": "none", "adapter.lora_plus_ratio": 4}, "adapter.kind: none, adapter.lora_plus_ratio: 4.0"),
+    ({"adapter.kind": "none", "adapter.continue_from": PRIOR}, "adapter.kind: none, adapter.continue_from: {...}"),
+    ({"adapter.dora": True, "adapter.init": "pissa"}, "adapter.dora: true, adapter.init: pissa"),
+    ({"adapter.init": "pissa", "adapter.continue_from": PRIOR}, "adapter.init: pissa, adapter.continue_from: {...}"),
+    (
+        {"adapter.dora": True, "adapter.continue_from": {**PRIOR, "mode": "stack"}},
+        "adapter.dora: true, adapter.continue_from.mode: stack",
+    ),
+    (
+        {"adapter.continue_from": {**PRIOR, "mode": "fold", "optimizer": True}},
+        "adapter.continue_from.optimizer: true, adapter.continue_from.mode: fold",
+    ),
+    (
+        {"adapter.continue_from": {**PRIOR, "freeze_embeddings": True}},
+        "adapter.continue_from.freeze_embeddings: true, adapter.continue_from.mode: train",
+    ),
+    ({"adapter.kind": "none", "embeddings.train": ["lm_head"]}, "adapter.kind: none, embeddings.train: [lm_head]"),
+    ({**CLASSES, "embeddings.train": ["lm_head"]}, "task: classify, embeddings.train: [lm_head]"),
+    ({"embeddings.pad_rows_to": 8}, "embeddings.new_tokens: null, embeddings.pad_rows_to: 8"),
+    (
+        {"embeddings": {"new_tokens": "x", "train": MATRICES}, "data.tokenizer": "y"},
+        "embeddings.new_tokens: x, data.tokenizer: y",
+    ),
+    ({"embeddings.new_tokens": "x"}, "embeddings.train: [], adapter.continue_from: null"),
+    ({**CLASSES, "embeddings.tie": "untie"}, "embeddings.tie: untie, task: classify"),
+    ({"embeddings.tie": "untie"}, "embeddings.tie: untie, adapter.kind: lora, embeddings.train: null"),
+    (
+        {"embeddings.kind": "lora", "adapter.kind": "none"},
+        "embeddings.kind: lora, adapter.kind: none, embeddings.train: null",
+    ),
+    (
+        {"embeddings": {"kind": "lora", "train": MATRICES, "tie": "untie"}},
+        "embeddings.kind: lora, embeddings.tie: untie",
+    ),
+    (
+        {"embeddings": {"kind": "lora", "train": MATRICES}, "adapter.dora": True},
+        "embeddings.kind: lora, adapter.dora: true",
+    ),
+    (
+        {"embeddings": {"rows": "new", "new_tokens": "x", "train": MATRICES}, "optim.embedding_weight_decay": 0.1},
+        "embeddings.rows: new, optim.embedding_weight_decay: 0.1",
+    ),
+    (
+        {
+            "embeddings": {"rows": "new", "new_tokens": "x", "train": MATRICES},
+            "adapter.continue_from": {**PRIOR, "optimizer": True},
+        },
+        "embeddings.rows: new, adapter.continue_from.optimizer: true",
+    ),
+    (
+        {"embeddings.freeze_rest_steps": 2},
+        "embeddings.freeze_rest_steps: 2, adapter.kind: lora, embeddings.train: null",
+    ),
+    (
+        {"embeddings": {"freeze_rest_steps": 10, "train": MATRICES}},
+        "embeddings.freeze_rest_steps: 10, train.tokens: 10000, batch.global_tokens: 1024",
+    ),
+    ({"task": "classify"}, "task: classify, classify: null"),
+    ({"classify.num_labels": 2}, "task: cpt, classify: {...}"),
+    ({**CLASSES, "classify.labels": ["a", "b"]}, "classify.labels: [a, b], classify.num_labels: 2"),
+    ({"task": "classify", "classify": {}}, "classify: {...}, classify.labels: null, classify.num_labels: null"),
+    ({"optim.head_lr": 1e-3}, "task: cpt, optim.head_lr: 0.001"),
+    ({"task": "instruct", "data.packing": "windows"}, "task: instruct, data.packing: windows"),
+    ({"data.chat_template": "a.jinja"}, "task: cpt, data.chat_template: a.jinja"),
+    ({"data.sources.0.messages": "m"}, "task: cpt, data.sources.0.messages: m"),
+    (
+        {"task": "instruct", "data.sources.0.prompt": "q"},
+        "data.sources.0.prompt: q, data.sources.0.response: null",
+    ),
+    ({"data.overlap": "context"}, "data.packing: best_fit, data.overlap: context"),
+    ({"data.packing": "windows", "data.stride": 129}, "data.stride: 129, data.seq_len: 128"),
+    ({"batch.global_tokens": 1000}, "batch.global_tokens: 1000, data.seq_len: 128"),
+    ({"engine": {"kind": "fsdp", "stage": 3}}, "engine.stage: 3, engine.kind: fsdp"),
+    ({"engine": {"kind": "zero", "shard": "full"}}, "engine.shard: full, engine.kind: zero"),
+    ({"engine": {"kind": "fsdp", "dp_shard": 2}}, "engine.dp_shard: 2, engine.shard: null"),
+    ({"engine.reshard_after_forward": False}, "engine.reshard_after_forward: false, engine.kind: auto"),
+    ({"health.spike.window": 16}, "health.spike.min_history: 32, health.spike.window: 16"),
+    (
+        {"health.spike.policy": "rollback", "checkpoint.every_minutes": None},
+        "health.spike.policy: rollback, checkpoint.every_minutes: null, checkpoint.every_steps: null",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "changes", "settings"), [(i, *case) for i, case in enumerate(EXCLUDED)])
+def test_settings_that_exclude_each_other_are_named(row, changes, settings):
+    overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in changes.items()]
+    line = refused(apply_overrides(recipe(), overrides))
+    assert f"{settings}: {EXCLUSIONS[row].why} -- {EXCLUSIONS[row].remedy}" in line
+
+
+def test_every_row_of_the_table_has_a_recipe_above():
+    assert len(EXCLUDED) == len(EXCLUSIONS)
+
+
+def test_all_exclusions_of_a_recipe_are_named_at_once():
+    line = refused(recipe(engine={"kind": "auto", "stage": 3}, optim={"head_lr": 1.0}))
+    assert "engine.stage: 3" in line
+    assert "optim.head_lr: 1.0" in line
 
 
 def test_overrides_are_yaml_and_reach_lists():

@@ -275,7 +275,7 @@ def test_a_text_that_its_tokenizer_ends_with_padding_ends_before_it(tmp_path, to
         ({"optim": {"head_lr": 1.0}}, r"optim\.head_lr"),
         ({"task": "classify", "classify": {"labels": ["a"]}}, "labels"),
         ({"task": "classify", "classify": {"labels": ["a", "b"], "num_labels": 2}}, "labels"),
-        ({"task": "cpt", "data": {"stride": 3}}, "packing: windows"),
+        ({"task": "cpt", "data": {"stride": 3}}, "data.packing: best_fit, data.stride: 3"),
         ({"task": "cpt", "data": {"packing": "windows", "stride": 97}}, "stride"),
     ],
 )

@@ -1,0 +1,310 @@
+"""Settings that exclude each other: one table, read when a recipe is validated and when docs/recipe.md is generated.
+
+To refuse another combination, add a row to `EXCLUSIONS`. What can only be known from the model, the data or the
+number of ranks is checked where these are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from dist_cpt.errors import printable
+
+if TYPE_CHECKING:
+    from dist_cpt.config.schema import RunConfig
+
+Settings = list[tuple[str, Any]]  # dotted keys and their values
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A condition on a recipe: its text for the documentation, and the settings that meet it (none: it is false)."""
+
+    keys: tuple[str, ...]
+    text: str
+    matches: Callable[[RunConfig], Settings]
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """A recipe that meets all `conditions` is refused."""
+
+    conditions: tuple[Condition, ...]
+    why: str
+    remedy: str
+
+    def message(self, config: RunConfig) -> str | None:
+        """The refusal, naming keys and values; None if the recipe is fine."""
+        matches = [condition.matches(config) for condition in self.conditions]
+        if not all(matches):
+            return None
+        settings = dict.fromkeys(f"{key}: {shown(value)}" for found in matches for key, value in found)
+        return f"{', '.join(settings)}: {self.why} -- {self.remedy}"
+
+
+def refusals(config: RunConfig) -> list[str]:
+    """One line for each row of the table that the recipe violates."""
+    return [message for row in EXCLUSIONS if (message := row.message(config)) is not None]
+
+
+def is_(key: str, *values: Any) -> Condition:
+    """`key` has one of `values`."""
+    text = " or ".join(f"`{key}: {shown(value)}`" for value in values)
+    return Condition((key,), text, lambda config: [(k, v) for k, v, _ in _read(config, key) if v in values])
+
+
+def is_not(key: str, value: Any) -> Condition:
+    """`key` has another value than `value`."""
+    text = f"`{key}` other than `{shown(value)}`"
+    return Condition((key,), text, lambda config: [(k, v) for k, v, _ in _read(config, key) if v != value])
+
+
+def given(key: str) -> Condition:
+    """`key` differs from its default."""
+    return Condition(
+        (key,), f"`{key}`", lambda config: [(k, v) for k, v, default in _read(config, key) if v != default]
+    )
+
+
+def absent(key: str) -> Condition:
+    """`key` is left at its default."""
+    return Condition((key,), f"no `{key}`", lambda config: [] if given(key).matches(config) else [(key, None)])
+
+
+def contains(key: str, item: str) -> Condition:
+    """The list `key` names `item`."""
+    text = f"`{item}` in `{key}`"
+    return Condition((key,), text, lambda config: [(k, v) for k, v, _ in _read(config, key) if item in v])
+
+
+def either(*conditions: Condition) -> Condition:
+    """At least one of `conditions` is met."""
+    return Condition(
+        tuple(key for condition in conditions for key in condition.keys),
+        " or ".join(condition.text for condition in conditions),
+        lambda config: [setting for condition in conditions for setting in condition.matches(config)],
+    )
+
+
+def above(left: str, right: str) -> Condition:
+    """The number `left` is given and larger than the number `right`."""
+
+    def test(config: RunConfig) -> bool:
+        ((_, small, _),), ((_, large, _),) = _read(config, right), _read(config, left)
+        return large is not None and large > small
+
+    return when(f"`{left}` above `{right}`", (left, right), test)
+
+
+def when(text: str, keys: tuple[str, ...], test: Callable[[RunConfig], bool]) -> Condition:
+    """A test of the whole recipe that depends on `keys`."""
+    return Condition(
+        keys, text, lambda config: [(k, v) for key in keys for k, v, _ in _read(config, key)] if test(config) else []
+    )
+
+
+def _read(config: RunConfig, key: str) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value, default) of each place `key` names: `a[].b` is b of every item of a; an absent section has none."""
+    *sections, last = key.split(".")
+    places: list[tuple[str, Any]] = [("", config)]
+    for section in sections:
+        name = section.removesuffix("[]")
+        items = [(f"{path}{name}", getattr(place, name)) for path, place in places]
+        if section != name:
+            items = [(f"{path}.{i}", item) for path, values in items for i, item in enumerate(values)]
+        places = [(f"{path}.", item) for path, item in items if item is not None]
+    return ((path + last, getattr(place, last), type(place).model_fields[last].default) for path, place in places)
+
+
+def shown(value: Any) -> str:
+    """A value as a recipe spells it, on one line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, dict | BaseModel):
+        return "{...}" if value else "{}"
+    text = printable(str(value))
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _unpinned(config: RunConfig) -> bool:
+    return re.fullmatch(r"[0-9a-f]{40}", config.model.revision or "") is None
+
+
+def _reads_other_tokens(config: RunConfig) -> bool:
+    named = (config.data.tokenizer, config.embeddings.new_tokens)
+    return None not in named and len({Path(str(path)).expanduser().absolute() for path in named}) == 2
+
+
+def _rows_do_not_train(config: RunConfig) -> bool:
+    needed = {"embed_tokens"} if config.task == "classify" else {"embed_tokens", "lm_head"}
+    return not needed <= set(config.embeddings.train)
+
+
+def _never_thaws(config: RunConfig) -> bool:
+    return config.embeddings.freeze_rest_steps >= -(-config.train.tokens // config.batch.global_tokens)
+
+
+def _half_a_pair(config: RunConfig) -> bool:
+    texts = (*config.data.sources, *config.data.validation)
+    return any((text.prompt is None) != (text.response is None) for text in texts)
+
+
+def _part_of_a_sequence(config: RunConfig) -> bool:
+    return config.batch.global_tokens % config.data.seq_len != 0
+
+
+_TEXTS = ("data.sources[]", "data.validation[]")
+_PAIR = tuple(f"{text}.{field}" for text in _TEXTS for field in ("prompt", "response"))
+_QUANTISED = is_("model.weights", "nf4", "int8")
+_SCRATCH = given("model.config")
+_FULL = is_("adapter.kind", "none")
+_LORA = is_("adapter.kind", "lora")
+_DORA = is_("adapter.dora", True)
+_PISSA = is_("adapter.init", "pissa")
+_CONTINUED = given("adapter.continue_from")
+_NO_MATRIX = absent("embeddings.train")
+_NEW_TOKENS = given("embeddings.new_tokens")
+_UNTIED = is_("embeddings.tie", "untie")
+_LOW_RANK = is_("embeddings.kind", "lora")
+_NEW_ROWS = is_("embeddings.rows", "new")
+_CLASSIFY = is_("task", "classify")
+_MESSAGES = either(*(given(key) for key in (*(f"{text}.messages" for text in _TEXTS), *_PAIR)))
+
+# fmt: off
+EXCLUSIONS = (
+    # where the model comes from
+    Exclusion((given("model.path"), _SCRATCH),
+              "a model is either loaded or initialised from scratch", "give one of them"),
+    Exclusion((absent("model.path"), absent("model.config")),
+              "there is no model to train",
+              "give model.path (a folder or hub id), or model.config to initialise from scratch"),
+    Exclusion((is_("model.trust_remote_code", True),
+               when("`model.revision` other than a 40-digit commit hash", ("model.revision",), _unpinned)),
+              "only the code of one commit may run", "set model.revision to the commit's 40-digit hash"),
+    Exclusion((_SCRATCH, absent("data.tokenizer")),
+              "a model from scratch brings no tokenizer", "set data.tokenizer"),
+    Exclusion((_SCRATCH, _LORA),
+              "an adapter on random weights learns nothing useful", "use adapter.kind: none"),
+    Exclusion((_SCRATCH, either(_NEW_TOKENS, _UNTIED)),
+              "these change a pretrained base", "set data.tokenizer, and tie_word_embeddings in model.config"),
+    # quantised bases
+    Exclusion((_QUANTISED, _SCRATCH),
+              "only pretrained weights can be quantised", "use model.weights: bf16"),
+    Exclusion((_QUANTISED, _FULL),
+              "quantised weights cannot train", "use adapter.kind: lora, or model.weights: bf16"),
+    Exclusion((_QUANTISED, _PISSA),
+              "PiSSA takes the principal part out of 16-bit weights",
+              "use model.weights: bf16, or adapter.init: default"),
+    Exclusion((_QUANTISED, _DORA),
+              "DoRA needs the norms of whole weights at every step", "use model.weights: bf16, or adapter.dora: false"),
+    # variants of the adapter, and the adapter a run starts from
+    Exclusion((_FULL, either(_DORA, _PISSA, given("adapter.lora_plus_ratio"))),
+              "there is no adapter", "use adapter.kind: lora"),
+    Exclusion((_FULL, _CONTINUED),
+              "there is no adapter to continue", "use adapter.kind: lora, or name the full model in model.path"),
+    Exclusion((_DORA, _PISSA),
+              "DoRA's magnitudes are those of whole weights, and PiSSA leaves a residual in the base",
+              "use one of them"),
+    Exclusion((_PISSA, _CONTINUED),
+              "PiSSA starts from the base's own weights",
+              "merge that adapter first (dist-cpt merge) and set model.path to the result"),
+    Exclusion((_DORA, is_("adapter.continue_from.mode", "stack")),
+              "DoRA's magnitudes would be those of the base without the stacked adapter",
+              "use adapter.continue_from.mode: fold"),
+    Exclusion((is_("adapter.continue_from.optimizer", True), is_("adapter.continue_from.mode", "fold", "stack")),
+              "a new adapter has no optimizer state to take over",
+              "use adapter.continue_from.mode: train, or optimizer: false"),
+    Exclusion((is_("adapter.continue_from.freeze_embeddings", True), is_("adapter.continue_from.mode", "train")),
+              "mode train continues everything the adapter trained",
+              "use adapter.continue_from.mode: fold or stack, or freeze_embeddings: false"),
+    # vocabulary
+    Exclusion((_FULL, given("embeddings.train")),
+              "every parameter trains already", "leave embeddings.train out, or use adapter.kind: lora"),
+    Exclusion((_CLASSIFY, contains("embeddings.train", "lm_head")),
+              "a classifier has no lm_head", "use embeddings.train: [embed_tokens]"),
+    Exclusion((absent("embeddings.new_tokens"),
+               either(_NEW_ROWS, given("embeddings.pad_rows_to"), is_("embeddings.init", "focus"))),
+              "without new tokens no row is added", "set embeddings.new_tokens to the extended tokenizer"),
+    Exclusion((_NEW_TOKENS,
+               when("`data.tokenizer` other than `embeddings.new_tokens`", ("data.tokenizer",), _reads_other_tokens)),
+              "the text is read with the extended tokenizer", "leave data.tokenizer out"),
+    Exclusion((_NEW_TOKENS, _LORA,
+               when("`embeddings.train` without a matrix that gets rows", ("embeddings.train",), _rows_do_not_train),
+               either(absent("adapter.continue_from"), is_("adapter.continue_from.mode", "train"))),
+              "the new rows would be in no file of the run",
+              "use embeddings.train: [embed_tokens, lm_head] (task: classify: [embed_tokens])"),
+    Exclusion((_UNTIED, _CLASSIFY),
+              "a classifier drops the head that untie would make", "use embeddings.tie: keep"),
+    Exclusion((_UNTIED, _LORA, _NO_MATRIX),
+              "matrices that do not train stay equal", "set embeddings.train, or embeddings.tie: keep"),
+    Exclusion((_LOW_RANK, either(_FULL, _NO_MATRIX, _CLASSIFY)),
+              "low-rank updates belong to an adapter, to matrices in embeddings.train and to a language model",
+              "use embeddings.kind: full"),
+    Exclusion((_LOW_RANK, either(_NEW_TOKENS, _UNTIED)),
+              "a low-rank update cannot hold new rows or a second matrix", "use embeddings.kind: full"),
+    Exclusion((_LOW_RANK, either(_DORA, _PISSA, given("adapter.dropout"), _CONTINUED)),
+              "low-rank embeddings are implemented for new, plain LoRA only", "use embeddings.kind: full"),
+    Exclusion((_NEW_ROWS, given("optim.embedding_weight_decay")),
+              "weight decay would move the old rows", "use optim.embedding_weight_decay: 0"),
+    Exclusion((_NEW_ROWS, is_("adapter.continue_from.optimizer", True)),
+              "the moments taken over would move the old rows", "use adapter.continue_from.optimizer: false"),
+    Exclusion((given("embeddings.freeze_rest_steps"), _LORA, _NO_MATRIX),
+              "nothing would train in those steps", "set embeddings.train"),
+    Exclusion((given("embeddings.freeze_rest_steps"),
+               when("`train.tokens` for no more steps", ("train.tokens", "batch.global_tokens"), _never_thaws)),
+              "nothing else would ever train", "use fewer steps, or more tokens"),
+    # tasks and their data
+    Exclusion((_CLASSIFY, absent("classify")),
+              "the classes are unknown", "add a section classify with labels or num_labels"),
+    Exclusion((is_not("task", "classify"), given("classify")),
+              "the section is for classification", "use task: classify, or leave it out"),
+    Exclusion((given("classify.labels"), given("classify.num_labels")),
+              "the number of classes is given twice", "give labels (names), or num_labels if records hold numbers"),
+    Exclusion((given("classify"), absent("classify.labels"), absent("classify.num_labels")),
+              "the classes are unknown", "give labels (names), or num_labels if records hold numbers"),
+    Exclusion((is_not("task", "classify"), given("optim.head_lr")),
+              "there is no classification head", "leave optim.head_lr out, or use task: classify"),
+    Exclusion((is_not("task", "cpt"), is_("data.packing", "windows")),
+              "this task keeps every record whole", "use data.packing: best_fit"),
+    Exclusion((is_not("task", "instruct"), given("data.chat_template")),
+              "only conversations are rendered by a template", "leave data.chat_template out, or use task: instruct"),
+    Exclusion((is_not("task", "instruct"), _MESSAGES),
+              "only conversations have these fields", "leave them out, or use task: instruct"),
+    Exclusion((when("`prompt` without `response`, or the reverse", _PAIR, _half_a_pair),),
+              "a question and its answer are read together", "give both, or neither"),
+    Exclusion((is_not("data.packing", "windows"), either(given("data.stride"), is_not("data.overlap", "train"))),
+              "only windows overlap", "use data.packing: windows, or leave them out"),
+    Exclusion((above("data.stride", "data.seq_len"),),
+              "the tokens between two windows would be left out", "use a stride of at most data.seq_len"),
+    Exclusion((when("`batch.global_tokens` not a multiple of `data.seq_len`", ("batch.global_tokens", "data.seq_len"),
+                    _part_of_a_sequence),),
+              "a step is a whole number of sequences", "use a multiple of data.seq_len"),
+    # engines, checkpoints, health
+    Exclusion((given("engine.stage"), is_not("engine.kind", "zero")),
+              "stages are ZeRO's", "use engine.kind: zero, or leave engine.stage out"),
+    Exclusion((given("engine.shard"), is_not("engine.kind", "fsdp")),
+              "this is FSDP's choice of what is sharded", "use engine.kind: fsdp, or leave engine.shard out"),
+    Exclusion((given("engine.dp_shard"), is_not("engine.shard", "hybrid")),
+              "only hybrid sharding has shard groups",
+              "use engine: {kind: fsdp, shard: hybrid}, or leave engine.dp_shard out"),
+    Exclusion((is_("engine.reshard_after_forward", False), is_not("engine.kind", "fsdp")),
+              "only FSDP can keep gathered weights",
+              "use engine.kind: fsdp, or leave engine.reshard_after_forward out"),
+    Exclusion((above("health.spike.min_history", "health.spike.window"),),
+              "the window never holds enough steps, so no spike would be seen",
+              "use a window of at least min_history steps"),
+    Exclusion((is_("health.spike.policy", "rollback"), is_("checkpoint.every_minutes", None),
+               is_("checkpoint.every_steps", None)),
+              "there is no checkpoint to roll back to", "set checkpoint.every_minutes or checkpoint.every_steps"),
+)
+# fmt: on
