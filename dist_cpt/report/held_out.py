@@ -32,9 +32,9 @@ class HeldOutSet:
 
     @property
     def spread(self) -> str:
-        """`4.963 to 11.59 in 11` evaluations."""
+        """`4.963 to 11.59`, the values of all evaluations."""
         values = [value for row in self.rows if (value := real(row.get(self.measure))) is not None]
-        return f"{number(min(values))} to {number(max(values))} in {len(self.rows)}" if values else ""
+        return f"{number(min(values))} to {number(max(values))} ({len(self.rows)} evaluations)" if values else ""
 
     @property
     def change(self) -> tuple[str, str]:

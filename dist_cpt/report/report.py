@@ -63,7 +63,7 @@ def report_html(run: RunFiles) -> str:
     environment.filters |= {function.__name__: function for function in filters}
     script = (TEMPLATES / "hover.js").read_text(encoding="utf-8")
     attempts, held_out = read_attempts(run), held_out_sets(run)
-    return environment.get_template("report.html").render(
+    return environment.get_template("page.html").render(
         run=run,
         name=str(run.recipe.get("name") or run.folder.name),
         status=_status(run, attempts),

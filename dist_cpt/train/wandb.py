@@ -24,6 +24,7 @@ from typing import Any
 
 from dist_cpt.config.schema import WandbConfig
 from dist_cpt.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, MissingExtraError
+from dist_cpt.run_folder.names import WANDB
 from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 from dist_cpt.runtime.log import LOGGER
 from dist_cpt.runtime.secret_values import secret_values
@@ -117,7 +118,7 @@ class WandbObserver:
                 _close_service()
                 return
         if self.mode == "offline":
-            path = shlex.quote(f"{self._folder}/wandb")
+            path = shlex.quote(str(self._folder / WANDB))
             self._report(f"W&B: offline, run {self._run_id}; upload with: wandb sync {path}/offline-run-*")
         else:
             self._report(f"W&B: run {self._run_id} at {self._run.url}")
