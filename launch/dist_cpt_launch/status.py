@@ -103,8 +103,9 @@ class Status:
     problems: list[str]
 
     def as_json(self) -> Row:
-        """One JSON object; goodput with its fraction."""
+        """One JSON object; goodput with its fraction. `said` and `checkpoint_verdict` are names that scripts read."""
         content = asdict(self)
+        content["said"], content["checkpoint_verdict"] = content.pop("summary"), content.pop("checkpoint_check")
         if self.goodput is not None:
             content["goodput"]["fraction"] = round(self.goodput.fraction, 4)
         return content
