@@ -80,33 +80,31 @@ def apply_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> 
     """A copy of `values` with `a.b=value` overrides; values are YAML, and list items are named by position."""
     result = copy.deepcopy(values)
     for item in overrides:
-        key, sep, text = item.partition("=")
-        parts = key.strip().split(".")
-        if not sep or not all(parts):
+        key, equals, text = item.partition("=")
+        *sections, last = parts = key.strip().split(".")
+        if not equals or not all(parts):
             raise ConfigError(f"--set {item!r}: expected a.b=value")
-        value = parse_yaml(text, f"--set {key}")
         node: Any = result
-        for depth, part in enumerate(parts):
-            last = depth == len(parts) - 1
-            if isinstance(node, list):
-                if not part.isdigit() or int(part) >= len(node):
-                    raise ConfigError(f"--set {key}: {part!r} is not a position in this list of {len(node)}")
-                if last:
-                    node[int(part)] = value
-                else:
-                    node = node[int(part)]
-            elif last:
-                node[part] = value
-            else:
-                child = node.get(part)
-                if isinstance(child, str) and part == "engine":
-                    child = node[part] = {"kind": child}
-                if child is None:
-                    child = node[part] = {}
-                if not isinstance(child, dict | list):
-                    raise ConfigError(f"--set {key}: {'.'.join(parts[: depth + 1])} is not a section")
-                node = child
+        for depth, part in enumerate(sections, 1):
+            place = _place(node, part, key)
+            child = node[place] if isinstance(node, list) else node.get(part)
+            if isinstance(child, str) and part == "engine":
+                child = {"kind": child}
+            child = {} if child is None else child
+            if not isinstance(child, dict | list):
+                raise ConfigError(f"--set {key}: {'.'.join(parts[:depth])} is not a section")
+            node[place] = child
+            node = child
+        node[_place(node, last, key)] = parse_yaml(text, f"--set {key}")
     return result
+
+
+def _place(node: dict[str, Any] | list[Any], part: str, key: str) -> Any:
+    if isinstance(node, dict):
+        return part
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"--set {key}: {part!r} is not a position in this list of {len(node)}")
+    return int(part)
 
 
 def build(values: dict[str, Any], where: str) -> RunConfig:
@@ -147,15 +145,15 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
             continue
         fields = getattr(model, "model_fields", {})
         if part in fields:
-            model = section_of(fields[part].annotation) or model
+            model = _section_of(fields[part].annotation) or model
     return list(getattr(model, "model_fields", {}))
 
 
-def section_of(annotation: Any) -> type[BaseModel] | None:
+def _section_of(annotation: Any) -> type[BaseModel] | None:
     """The section class in a field's type, as in `HangConfig | None` or `tuple[SourceConfig, ...]`."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return annotation if issubclass(annotation, BaseModel) else None
     for argument in typing.get_args(annotation):
-        if (section := section_of(argument)) is not None:
+        if (section := _section_of(argument)) is not None:
             return section
     return None

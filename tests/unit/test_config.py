@@ -189,7 +189,9 @@ def test_overrides_are_yaml_and_reach_lists():
     assert config.data.sources[0].weight == 2
 
 
-@pytest.mark.parametrize("bad", ["optim.lr", "=3", "optim..lr=1", "data.sources.7.weight=1", "name.x=1"])
+@pytest.mark.parametrize(
+    "bad", ["optim.lr", "=3", "optim..lr=1", "data.sources.7.weight=1", "name.x=1", "data.sources.0.path.x=1"]
+)
 def test_bad_overrides_are_refused(bad):
     with pytest.raises(ConfigError, match="--set"):
         apply_overrides(recipe(), [bad])
