@@ -12,8 +12,7 @@ import difflib
 import logging
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -26,16 +25,11 @@ from dist_cpt.errors import ConfigError
 VOCABULARY_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 
 
-@dataclass(frozen=True)
-class Adapted:
-    """A model under LoRA and the content of its adapter_config.json."""
-
-    model: nn.Module  # a PeftModel around the same base module
-    adapter_config: dict[str, Any]
-
-
-def apply_lora(model: Any, config: RunConfig, *, head: nn.Linear, embeddings: nn.Embedding) -> Adapted:
-    """Freeze `model`, add LoRA to the recipe's targets and let its vocabulary matrices train.
+def apply_lora(
+    model: Any, config: RunConfig, *, head: nn.Linear, embeddings: nn.Embedding
+) -> tuple[nn.Module, dict[str, Any]]:
+    """(a PeftModel around `model`, its adapter_config.json): LoRA on the recipe's targets, the rest frozen except for
+    its vocabulary matrices.
 
     The head of a classifier always trains. Under `embeddings.kind: lora` the vocabulary matrices stay frozen and are
     targets too. A is drawn from the recipe's seed, the same on every rank. Trainable tensors become fp32.
@@ -94,7 +88,7 @@ def apply_lora(model: Any, config: RunConfig, *, head: nn.Linear, embeddings: nn
     }
     if adapter.init == "pissa":
         adapter_config["init_lora_weights"] = "pissa"  # PEFT then subtracts the same part from the base it loads
-    return Adapted(peft_model, adapter_config)
+    return peft_model, adapter_config
 
 
 def import_peft() -> Any:
@@ -137,12 +131,6 @@ def target_modules(model: Any, targets: str | tuple[str, ...], head: nn.Linear) 
             raise ConfigError(f"adapter.targets: no linear layer is called {target!r}", remedy=_nearest(target, linear))
         wanted += matching
     return _shortest(model, sorted(set(wanted)))
-
-
-def adapter_aliases(names: Iterable[str], ties: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """{alias: name it copies} for adapter_model.safetensors: PEFT restores a tied pair only if both keys are there."""
-    present = set(names)
-    return {alias: name for name, alias in ties if name in present}
 
 
 def _vocabulary_modules(

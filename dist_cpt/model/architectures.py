@@ -13,8 +13,6 @@ from torch import nn
 
 from dist_cpt.errors import ConfigError
 
-TESTED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2")
-
 # config keys that change the logits after the head or inside attention, with their neutral values
 _UNSUPPORTED = {
     "logits_soft_cap": None,
@@ -45,6 +43,7 @@ FUSABLE = {
     "gemma2": Fusable("Gemma2", casting="gemma", window="layer", softcap=True),
     "gemma3_text": Fusable("Gemma3", casting="gemma", window="layer"),
 }
+TESTED = (*FUSABLE, "gpt2")
 
 
 @dataclass(frozen=True)

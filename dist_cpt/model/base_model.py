@@ -70,7 +70,7 @@ def weights_sha256(folder: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def build_config(values: dict[str, Any], vocab_size: int | None) -> Any:
+def build_config(values: dict[str, Any]) -> Any:
     """A transformers config from the recipe's `model.config`; dropout is off unless named there.
 
     Raises:
@@ -89,8 +89,6 @@ def build_config(values: dict[str, Any], vocab_size: int | None) -> Any:
         if key not in known:
             raise _unknown(f"{kind} has no key {key!r}", key, known)
     given = {key: value for key, value in values.items() if key not in ("model_type", "architectures")}
-    if vocab_size is not None:
-        given.setdefault("vocab_size", vocab_size)
     try:
         hf_config = AutoConfig.for_model(kind, **given)
     except Exception as error:  # transformers raises its own validation errors here
@@ -99,10 +97,8 @@ def build_config(values: dict[str, Any], vocab_size: int | None) -> Any:
     return hf_config
 
 
-def load_base(config: RunConfig, vocab_size: int | None, device: torch.device) -> tuple[Any, dict[str, Any]]:
+def load_base(config: RunConfig, device: torch.device) -> tuple[Any, dict[str, Any]]:
     """(transformers causal LM, its identity for manifests): from `model.path`, or initialised from `model.config`.
-
-    `vocab_size` is the tokenizer's; a model from scratch takes it where its config names none.
 
     Raises:
         ConfigError: as `check_base` and `build_config`, or weights that cannot be loaded.
@@ -111,7 +107,7 @@ def load_base(config: RunConfig, vocab_size: int | None, device: torch.device) -
     trains_in_full = config.adapter.kind == "none"
     dtype = torch.float32 if trains_in_full else WEIGHTS_DTYPE[config.model.compute_dtype]
     if config.model.config is not None:
-        return _from_scratch(config.model.config, config.seed, dtype, vocab_size)
+        return _from_scratch(config.model.config, config.seed, dtype)
     return _from_folder(config.model, dtype, device)
 
 
@@ -125,12 +121,10 @@ def describe(hf_config: Any) -> dict[str, Any]:
     }
 
 
-def _from_scratch(
-    values: dict[str, Any], seed: int, dtype: torch.dtype, vocab_size: int | None
-) -> tuple[Any, dict[str, Any]]:
+def _from_scratch(values: dict[str, Any], seed: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
-    hf_config = build_config(values, vocab_size)
+    hf_config = build_config(values)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -127,7 +127,7 @@ def use_prior_adapter(
     adapter.require_fit(model)
     _require_trained_vocabulary(adapter, model, config)
     if probe is not None and config.task == "classify":
-        probe = [replace(block, labels=next_tokens(block)) for block in probe]
+        probe = [replace(block, labels=_next_tokens(block)) for block in probe]
     training = module.training
     module.eval()
     before = _run_probe(module, probe)
@@ -144,7 +144,7 @@ def use_prior_adapter(
     return PriorInUse(adapter, settings, _evidence(before, beside, folded), before.last, (folded or beside).last)
 
 
-def next_tokens(block: ProbeBlock) -> torch.Tensor:
+def _next_tokens(block: ProbeBlock) -> torch.Tensor:
     """Labels [B, L] of language modelling: the next token of the same document, or -100."""
     labels, starts = block.input_ids.roll(-1, 1), block.position_ids.roll(-1, 1) == 0
     starts[:, -1] = True

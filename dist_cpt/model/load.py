@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_cpt.adapters.lora import VOCABULARY_NAMES, adapter_aliases, apply_lora
+from dist_cpt.adapters.lora import VOCABULARY_NAMES, apply_lora
 from dist_cpt.adapters.peft_folder import BASE_PREFIX, canonical_name, write_adapter_config
 from dist_cpt.adapters.vocabulary import NewVocabulary, extend_vocabulary, train_new_rows_only, untie
 from dist_cpt.config.schema import RunConfig
@@ -47,8 +47,9 @@ class TrainableModel:
 
     @property
     def aliases(self) -> dict[str, str]:
-        """{alias: name} of the second keys that an adapter file needs for tied matrices."""
-        return adapter_aliases(self.trainable, self.ties) if self.adapter_config is not None else {}
+        """{second key: name} of tied matrices in an adapter file: PEFT restores a tie only if it finds both keys."""
+        tied = {alias: name for name, alias in self.ties if name in self.trainable}
+        return tied if self.adapter_config is not None else {}
 
     def write_config(self, folder: str | Path) -> None:
         """Write what other programs need to open the trainable tensors: adapter_config.json, or config.json and
@@ -68,26 +69,28 @@ def load_model(
     config: RunConfig,
     *,
     device: torch.device,
-    vocab_size: int | None = None,
     vocabulary: NewVocabulary | None = None,
     probe: Sequence[ProbeBlock] | None = None,
 ) -> TrainableModel:
     """Load or initialise the recipe's model, apply its adapter and move it to `device`.
 
-    The frozen base is stored in `model.weights`, every trainable tensor in fp32. `vocab_size` is the tokenizer's;
-    a model from scratch takes it where its config names none. `vocabulary` has the tokens of `embeddings.new_tokens`.
-    On `probe` blocks the effect of a folded or stacked prior adapter is measured.
+    The frozen base is stored in `model.weights`, every trainable tensor in fp32. `vocabulary` has the tokens of
+    `embeddings.new_tokens`. On `probe` blocks the effect of a folded or stacked prior adapter is measured.
 
     Raises:
-        ConfigError: no such model, no safetensors weights, an unknown architecture or config key, too small
-            a vocabulary, too few positions, nothing to untie, or adapter targets that do not exist.
+        ConfigError: no such model, no safetensors weights, an unknown architecture or config key, too few
+            positions, nothing to untie, or adapter targets that do not exist.
         MissingExtraError: weights are nf4 or int8 and bitsandbytes is not installed.
     """
-    model, identity = load_base(config, vocab_size, device)
+    model, identity = load_base(config, device)
     check_config(model.config)
     parts = parts_of(model)
     identity |= _change_vocabulary(config, model, vocabulary)
-    _check_sizes(config, parts, vocab_size)
+    if parts.max_positions is not None and config.data.seq_len > parts.max_positions:
+        raise ConfigError(
+            f"data.seq_len {config.data.seq_len} exceeds the model's {parts.max_positions} positions",
+            remedy=f"use at most {parts.max_positions}",
+        )
     softcap = getattr(model.config, "final_logit_softcapping", None)
     install_loss_head(parts.head, use_reference=config.model.kernels == "reference", softcap=softcap)
     if model.config.model_type not in TESTED:
@@ -112,9 +115,8 @@ def load_model(
     if config.adapter.kind == "none":
         causal_lm, adapter_config = model.requires_grad_(True), None
     else:
-        adapted = apply_lora(model, config, head=parts.head, embeddings=parts.embeddings)
+        causal_lm, adapter_config = apply_lora(model, config, head=parts.head, embeddings=parts.embeddings)
         install_low_rank_head(model.get_output_embeddings())
-        causal_lm, adapter_config = adapted.model, adapted.adapter_config
     if prior is not None and adapter_config is not None:
         prior.complete(causal_lm, dtype)
         adapter_config |= prior.adapter_config(config.model.path)
@@ -186,20 +188,6 @@ def _require_saved_rows(config: RunConfig, model: Any, parts: Parts, prior: Prio
         raise ConfigError(
             f"embeddings.new_tokens: neither this run nor the prior adapter trains {', '.join(sorted(lost))}",
             remedy="name it in embeddings.train: otherwise no file contains the new rows",
-        )
-
-
-def _check_sizes(config: RunConfig, parts: Parts, vocab_size: int | None) -> None:
-    rows = parts.embeddings.num_embeddings
-    if vocab_size is not None and vocab_size > rows:
-        raise ConfigError(
-            f"the tokenizer has {vocab_size} tokens, the model's embedding {rows} rows",
-            remedy="use the model's own tokenizer (data.tokenizer)",
-        )
-    if parts.max_positions is not None and config.data.seq_len > parts.max_positions:
-        raise ConfigError(
-            f"data.seq_len {config.data.seq_len} exceeds the model's {parts.max_positions} positions",
-            remedy=f"use at most {parts.max_positions}",
         )
 
 

@@ -39,8 +39,8 @@ class AdamW:
             if name in eight_bit
         }
         self.steps = 0
-        self._betas = optim.betas
-        self._eps = optim.eps
+        self._options = {"beta1": optim.betas[0], "beta2": optim.betas[1], "eps": optim.eps}
+        self._options |= {"amsgrad": False, "maximize": False}
 
     def read(self, kind: str, name: str) -> torch.Tensor:
         """The flat fp32 values of `kind` master, exp_avg or exp_avg_sq; a view, or a copy of 8-bit moments."""
@@ -105,21 +105,9 @@ class AdamW:
         weight_decay: float,
     ) -> None:
         step = torch.full((), float(self.steps + 1), dtype=torch.float32, device=grads[0].device)
-        torch._fused_adamw_(
-            masters,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            [],
-            [step] * len(masters),
-            lr=lr,
-            beta1=self._betas[0],
-            beta2=self._betas[1],
-            weight_decay=weight_decay,
-            eps=self._eps,
-            amsgrad=False,
-            maximize=False,
-        )
+        steps = [step] * len(masters)
+        rates: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, **self._options}
+        torch._fused_adamw_(masters, grads, exp_avgs, exp_avg_sqs, [], steps, **rates)
 
 
 class FlatAdamW(torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""What trains, under which name, in which dtype, and which mistakes are refused in one line."""
+"""What trains, its names and dtypes, and which mistakes are refused in one line."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def recipe(model: dict, **changes) -> RunConfig:
 
 
 def test_lora_and_both_matrices_train_and_nothing_else(bases):
-    model = load_model(recipe({"path": str(bases / "untied"), "weights": "bf16"}), device=CPU, vocab_size=V)
+    model = load_model(recipe({"path": str(bases / "untied"), "weights": "bf16"}), device=CPU)
     linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     suffixes = {name.split(".")[-3] for name in model.trainable if ".lora_" in name}
     assert suffixes == set(linears)
@@ -129,7 +129,7 @@ def test_from_scratch_is_the_seed_and_the_config():
     def weights(seed: int):
         config = recipe({"config": dict(LLAMA)}, adapter={"kind": "none"}, embeddings={}, seed=seed)
         torch.manual_seed(seed + 17)  # whatever the process drew before
-        return load_model(config, device=CPU, vocab_size=V)
+        return load_model(config, device=CPU)
 
     first, again, other = weights(1), weights(1), weights(2)
     assert all(torch.equal(p, again.trainable[name]) for name, p in first.trainable.items())
@@ -165,31 +165,30 @@ def test_identity_follows_the_weights(bases, tmp_path):
 def test_dropout_is_off_unless_asked_for(bases):
     assert load_model(recipe({"path": str(bases / "gpt2")}), device=CPU).hf_config.resid_pdrop == 0.0
     values = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.2}
-    config = build_config(values | {"bos_token_id": 0, "eos_token_id": 0}, V)
+    config = build_config(values | {"bos_token_id": 0, "eos_token_id": 0})
     assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.2, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
     ("model", "changes", "message"),
     [
-        ({"path": "/nowhere/model"}, {}, "folder not found: /nowhere/model"),
-        ({"path": "."}, {}, "has no config.json"),
+        ({"path": "/nowhere/model"}, {}, "model.path: folder not found: /nowhere/model"),
+        ({"path": "."}, {}, "model.path: . has no config.json"),
         (
             {"path": "untied"},
             {"adapter": {"targets": ["q_prj"]}},
-            "no linear layer is called 'q_prj' -- did you mean q_proj",
+            "'q_prj' -- did you mean q_proj",
         ),
-        ({"path": "untied"}, {"adapter": {"targets": ["lm_head"]}}, "lm_head is the output head"),
-        ({"path": "untied"}, {"adapter": {"targets": ["embed_tokens"]}}, "no linear layer is called 'embed_tokens'"),
+        ({"path": "untied"}, {"adapter": {"targets": ["lm_head"]}}, "adapter.targets: lm_head"),
+        ({"path": "untied"}, {"adapter": {"targets": ["embed_tokens"]}}, "'embed_tokens'"),
         (
             {"path": "gpt2"},
             {"data": {"seq_len": 64, "sources": [{"path": "x"}]}, "batch": {"global_tokens": 64}},
             "32 positions",
         ),
-        ({"config": LLAMA | {"model_type": "lama"}}, {}, "unknown model_type 'lama' -- did you mean llama"),
-        ({"config": LLAMA | {"hiden_size": 1}}, {}, "llama has no key 'hiden_size' -- did you mean hidden_size"),
+        ({"config": LLAMA | {"model_type": "lama"}}, {}, "'lama' -- did you mean llama"),
+        ({"config": LLAMA | {"hiden_size": 1}}, {}, "'hiden_size' -- did you mean hidden_size"),
         ({"config": LLAMA | {"num_attention_heads": 3}}, {}, "model.config:"),
-        ({"config": LLAMA | {"vocab_size": V - 1}}, {}, f"the tokenizer has {V} tokens, the model's embedding {V - 1}"),
     ],
 )
 def test_mistakes_are_one_line(bases, model, changes, message):
@@ -198,7 +197,7 @@ def test_mistakes_are_one_line(bases, model, changes, message):
     if "config" in model:
         changes = changes | {"adapter": {"kind": "none"}, "embeddings": {}}
     with pytest.raises(ConfigError) as caught:
-        load_model(recipe(model, **changes), device=CPU, vocab_size=V)
+        load_model(recipe(model, **changes), device=CPU)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -279,15 +278,15 @@ UNTESTED = {key: value for key, value in LLAMA.items() if key != "model_type"}
     ("model_type", "more"),
     [("phi3", {"pad_token_id": 0}), ("gpt_neox", {}), ("olmo2", {}), ("granite", {}), ("gemma", {"head_dim": 8})],
 )
-def test_another_architecture_loads_once_proven(model_type, more):
+def test_another_architecture_loads_after_its_self_check(model_type, more):
     values = UNTESTED | {"model_type": model_type} | more
     if model_type == "gpt_neox":
         del values["num_key_value_heads"]
     config = recipe({"config": values}, adapter={"kind": "none"}, embeddings={})
-    assert len(load_model(config, device=CPU, vocab_size=V).layers) == 2
+    assert len(load_model(config, device=CPU).layers) == 2
 
 
-def test_another_architecture_is_proven_in_bf16_too(tmp_path):
+def test_another_architecture_passes_its_self_check_in_bf16(tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     AutoModelForCausalLM.from_config(AutoConfig.for_model("olmo2", **UNTESTED)).save_pretrained(tmp_path)
@@ -296,11 +295,11 @@ def test_another_architecture_is_proven_in_bf16_too(tmp_path):
 
 
 def test_an_architecture_with_other_attention_is_refused():
-    """GPT-OSS adds learned sinks to the softmax, which the packed attention does not know."""
+    """GPT-OSS adds learned sinks to the softmax, which packed attention does not implement."""
     values = UNTESTED | {"model_type": "gpt_oss", "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
     config = recipe({"config": values | {"initializer_range": 1.0}}, adapter={"kind": "none"}, embeddings={})
     with pytest.raises(ConfigError, match="model type gpt_oss: "):
-        load_model(config, device=CPU, vocab_size=V)
+        load_model(config, device=CPU)
 
 
 def test_canonical_names():
