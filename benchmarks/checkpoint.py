@@ -1,10 +1,10 @@
 """Saving and resuming on the CPU: dist-cpt against torch.distributed.checkpoint and deepspeed, on the same state.
 
-Two ranks over gloo hold a Llama that trains in full, masters and moments sharded. Each round saves it in every way
-in turn, in an order that changes, to a new folder on the same disk. Ours hashes every tensor, forces every file to
-the disk and reads it back before it counts; the others do not. `lost_seconds` is the stall plus what the steps beside
-a save took longer than without one. Beside that: bytes per trainable parameter, and the time from opening a checkpoint
-to the end of the next step at two positions of the data stream.
+Two ranks over gloo train all parameters of a Llama, masters and moments sharded. Each round saves them in every way,
+in alternating order, to a new folder on the same disk. Ours hashes every tensor, forces every file to the disk and
+reads it back before it is published; the others do not. `lost_seconds` is the stall plus the slowdown of the steps
+during a save. Also measured: bytes per trainable parameter, and the time from opening a checkpoint to the end of the
+next step at two positions of the data stream.
 
     python benchmarks/checkpoint.py [--rounds 5] [--folder DIR] [--write]
 """
@@ -29,7 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# Beside this file lies kernels.py: on the path it would be taken for Hugging Face's package of that name.
+# kernels.py beside this file would shadow Hugging Face's package of that name.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels", "launch")]
 
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def ratios(saves: dict[str, Any]) -> dict[str, float]:
-    """Ours over theirs, and beside training over in its way; below 1 is less time."""
+    """Ours over theirs, and asynchronous over synchronous; below 1 is less time."""
     wall = {way: saves["ways"][way]["seconds"]["median"] for way in WAYS}
     stall = {way: saves["ways"][way]["stall_seconds"]["median"] for way in WAYS}
     lost = {way: saves["ways"][way]["lost_seconds"]["median"] for way in WAYS}
@@ -101,7 +101,7 @@ def ratios(saves: dict[str, Any]) -> dict[str, float]:
 
 
 def measure_saves(folder: Path, rounds: int) -> dict[str, Any]:
-    """Seconds of every way, on each rank; rank 0's answer is reported, the slowest rank's times."""
+    """Seconds of every way, of the slowest rank; collective, rank 0's result is reported."""
     import torch.distributed as dist
 
     from dist_cpt.checkpoint.background import BackgroundSave
@@ -249,7 +249,7 @@ def start_beside(built: Trained, path: Path, background: Any) -> Callable[[], bo
 
 
 def dcp_save(built: Trained, path: Path, group: Any) -> Callable[[], bool] | None:
-    """Beside training, over its own `group`, if one is given."""
+    """Asynchronous, over its own `group`, if one is given."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.tensor import DTensor
 
@@ -285,7 +285,7 @@ def folder_bytes(path: Path) -> int:
 
 
 def measure_bytes(folder: Path) -> dict[str, float]:
-    """Bytes of a whole checkpoint folder per trainable parameter, tokenizer aside."""
+    """Bytes of a checkpoint folder per trainable parameter, without the tokenizer."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

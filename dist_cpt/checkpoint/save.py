@@ -46,21 +46,10 @@ from dist_cpt.run_folder.train_state import TrainState, state_to_bytes
 from dist_cpt.runtime.collectives import agree, barrier, broadcast_json, gather_json, rank, world_size
 from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, TensorKey, TensorSpec
 
-# Where a save can be interrupted; `fault` is called with these names, in this order, on every rank.
-# "aside" only where another checkpoint of the same step is moved away; the last five on rank 0 only.
-SAVE_POINTS = (
-    "staged",
-    "tensor",
-    "written",
-    "sidecars",
-    "reread",
-    "agreed",
-    "manifest",
-    "aside",
-    "renamed",
-    "published",
-    "pruned",
-)
+# Where a save can be interrupted: `fault` is called with these names, in this order; the others on rank 0 only, and
+# "aside" only where another checkpoint of the same step is moved away.
+POINTS_ON_EVERY_RANK = ("staged", "tensor", "written", "sidecars", "reread", "agreed")
+SAVE_POINTS = (*POINTS_ON_EVERY_RANK, "manifest", "aside", "renamed", "published", "pruned")
 
 _VISIBLE_SECONDS = 60.0  # shared file systems have shown a new folder this late
 _PACKAGES = ("dist-cpt", "torch", "transformers", "peft", "deepspeed")

@@ -14,7 +14,7 @@ from dist_cpt.checkpoint.certificate import ReplayedLoss, certify
 from dist_cpt.checkpoint.load import load, newest_valid
 from dist_cpt.checkpoint.plan_files import owners, plan_files
 from dist_cpt.checkpoint.retention import remove_stale_staging
-from dist_cpt.checkpoint.save import SAVE_POINTS
+from dist_cpt.checkpoint.save import POINTS_ON_EVERY_RANK, SAVE_POINTS
 from dist_cpt.checkpoint.verify import verify_checkpoint
 from dist_cpt.errors import DistCptError
 from dist_cpt.run_folder.checkpoints import published
@@ -110,7 +110,7 @@ def test_all_ranks_skip_the_same_damaged_checkpoint(tmp_path: Path, pool: RankPo
 
 
 def failing_case(folder: str, how: str) -> tuple[str, str, int]:
-    """Rank 1 alone meets an error; every rank reports what it was told."""
+    """Only rank 1 fails; every rank returns the error it raised."""
     import torch
 
     state = ShardedState(2)
@@ -162,12 +162,11 @@ def killed_case(folder: str, point: str, victim: int, seed: int) -> str:
     return save_step(Path(folder), 20, seed=seed, attempt=1, keep=1, fault=fault).path.name
 
 
-ON_ALL_RANKS = ("staged", "tensor", "written", "sidecars", "reread", "agreed")
-KILLS = [(point, 0) for point in SAVE_POINTS] + [(point, 1) for point in ON_ALL_RANKS]
+KILLS = [(point, 0) for point in SAVE_POINTS] + [(point, 1) for point in POINTS_ON_EVERY_RANK]
 
 
 @pytest.mark.parametrize(("point", "victim"), KILLS)
-def test_a_kill_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path, pool: RankPool, point: str, victim: int) -> None:
+def test_a_kill_at_any_point_leaves_a_valid_checkpoint(tmp_path: Path, pool: RankPool, point: str, victim: int) -> None:
     pool.run(f"{HERE}:save_case", folder=str(tmp_path), step=10)
     if point == "aside":  # only reached where step 20 exists with another state
         pool.run(f"{HERE}:save_case", folder=str(tmp_path), step=20)
@@ -180,7 +179,7 @@ def test_a_kill_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path, pool: Ran
         done = point in ("renamed", "published", "pruned")
         assert checkpoint.manifest.step == (20 if done else 10)
         assert matches(checkpoint, 21 if done else 10)
-    # The next attempt clears up, reaches the step and saves it.
+    # The next attempt removes the staging folder, reaches the step and saves it.
     remove_stale_staging(tmp_path, older_than_seconds=0)
     assert pool.run(f"{HERE}:save_case", folder=str(tmp_path), step=20, seed=22, attempt=2, keep=1)
     assert [found.name for found in published(tmp_path)] == ["step-00000020"]

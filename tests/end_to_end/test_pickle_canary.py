@@ -1,4 +1,4 @@
-"""Nothing is ever unpickled: not what a run writes, and not what somebody puts in its place."""
+"""Nothing is ever unpickled: neither what a run writes, nor a pickle put in its place."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests import tiny
 from tests.command import Ended, command
 
 DOCUMENTED = {0, 64, 65, 71, 73, 74, 75}
-FOREIGN = ("optimizer.pt", "pytorch_model.bin", "adapter_model.bin", "training_args.bin", "rng_state.pth")
+OTHER_TRAINERS = ("optimizer.pt", "pytorch_model.bin", "adapter_model.bin", "training_args.bin", "rng_state.pth")
 
 
 class Canary:
-    """Whoever unpickles it makes a folder."""
+    """Unpickling it makes a folder."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -50,7 +50,7 @@ def zipped(marker: Path) -> bytes:
 
 
 def unpickles(content: bytes) -> bool:
-    """Whether pickle would read it to its STOP, or find such a member in a zip archive."""
+    """Whether it is a whole pickle, or a zip archive with one."""
     if zipfile.is_zipfile(io.BytesIO(content)):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return any(unpickles(archive.read(name)) for name in archive.namelist())
@@ -61,7 +61,7 @@ def unpickles(content: bytes) -> bool:
 
 
 class Run:
-    """A finished and once resumed run of two steps, which every case finds as it was."""
+    """A finished run of two steps, resumed once, restored before every case."""
 
     def __init__(self, folder: Path, made: tuple[Path, Path]) -> None:
         values = tiny.recipe(
@@ -82,7 +82,7 @@ class Run:
         shutil.copytree(self._pristine, self.runs)
 
     def commands(self) -> dict[str, Ended]:
-        """Every command that reads a run, in one process; the last one goes on with it."""
+        """Every command that reads a run, in one process; the last one resumes it."""
         self._number += 1
         out = self.runs.parent / f"merged-{self._number}"
         checkpoint, few = self.checkpoint, ("--max-new-tokens", 2)
@@ -101,7 +101,7 @@ class Run:
         }
 
     def codes(self) -> dict[str, int]:
-        """The exit codes; that every command ended as documented, and nobody unpickled anything."""
+        """The exit codes, after checking that every command ended as documented and nothing was unpickled."""
         codes = {}
         for name, end in self.commands().items():
             assert not self.marker.exists(), name
@@ -126,7 +126,7 @@ def run(_run: Run) -> Iterator[Run]:
         signal.signal(number, handler)
 
 
-def test_the_canary_sings(tmp_path):
+def test_unpickling_the_canary_makes_its_folder(tmp_path):
     with pytest.raises(FileNotFoundError):
         pickle.loads(pickled(tmp_path / "missing" / "folder"))
     pickle.loads(pickled(tmp_path / "marker"))
@@ -143,7 +143,7 @@ def test_nothing_a_run_writes_can_be_unpickled(run):
     assert unpickles(zipped(run.marker))
 
 
-def test_unharmed_every_command_is_content(run):
+def test_every_command_accepts_the_untouched_run(run):
     assert set(run.codes().values()) == {0}
 
 
@@ -153,7 +153,7 @@ PAYLOADS = pytest.mark.parametrize("payload", [pickled, pytest.param(zipped, mar
 @pytest.mark.matrix
 @PAYLOADS
 def test_a_pickle_in_place_of_a_file_of_the_newest_checkpoint(run, payload):
-    """Each in turn: it is refused by name, and whoever takes a run goes back to the checkpoint before."""
+    """Each in turn: the checkpoint is refused, and commands on the run use the one before."""
     names = sorted(path.name for path in run.checkpoint.iterdir())
     assert len(names) == 7
     for name in names:
@@ -172,13 +172,13 @@ def test_a_pickle_in_place_of_a_file_of_the_run_folder(run):
         run.restore()
         (run.folder / name).write_bytes(pickled(run.marker))
         codes = run.codes()
-        record = name not in (".lock", "report.html")  # neither is read by anyone
+        record = name not in (".lock", "report.html")  # nothing reads them
         refused = {"recipe.yaml": {"train": 64, "resume": 64}}.get(name, {}) | ({"verify": 74} if record else {})
         assert codes == {command: refused.get(command, 0) for command in codes}, name
 
 
 def test_a_pickle_in_place_of_a_file_of_a_token_store(run):
-    """The store is made again, and the run goes on only because it came out as it was."""
+    """The store is made again, and the run resumes because the new one is the same."""
     stores = sorted(path.relative_to(run.runs) for path in (run.runs / "data").rglob("*") if path.is_file())
     assert len(stores) == 6
     for name in stores:
@@ -192,8 +192,8 @@ def test_a_pickle_in_place_of_a_file_of_a_token_store(run):
 
 
 @PAYLOADS
-def test_a_pickle_whose_hash_stands_in_the_manifest(run, payload):
-    """As somebody would pack it who also writes the manifest."""
+def test_a_pickle_whose_hash_is_in_the_manifest(run, payload):
+    """An attacker who also writes the manifest."""
     names = sorted(path.name for path in run.checkpoint.iterdir() if path.name != "manifest.json")
     for name in names:
         run.restore()
@@ -203,11 +203,11 @@ def test_a_pickle_whose_hash_stands_in_the_manifest(run, payload):
         values["files"][name] = {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         (run.checkpoint / "manifest.json").write_bytes(manifest_to_bytes(Manifest.model_validate(values)))
         codes = run.codes()
-        refused = {"verify", "verify checkpoint"}  # every byte is looked at
+        refused = {"verify", "verify checkpoint"}  # every byte is read
         if name != "optimizer-00001-of-00001.safetensors":
-            refused |= {"generate checkpoint", "merge checkpoint"}  # what they use is looked at
+            refused |= {"generate checkpoint", "merge checkpoint"}  # the files they use are read
         if not name.endswith(".safetensors"):
-            refused |= {"inspect checkpoint"}  # no tensor is looked at
+            refused |= {"inspect checkpoint"}  # no tensor is read
         assert codes == {command: 74 if command in refused else 0 for command in codes}, name
 
 
@@ -219,21 +219,21 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
         _watched.append(arguments[0])
 
 
-def test_foreign_files_in_a_checkpoint_are_named_and_never_opened(run):
-    """What other trainers leave there, and loaders like to pick up."""
+def test_files_of_other_trainers_are_named_and_never_opened(run):
+    """Files that other trainers write and some loaders would unpickle."""
     global _watched
-    sys.addaudithook(_watch)  # for the rest of the process; it looks only while there is a list
-    for name in FOREIGN:
+    sys.addaudithook(_watch)  # for the rest of the process; it records only while there is a list
+    for name in OTHER_TRAINERS:
         (run.checkpoint / name).write_bytes(zipped(run.marker) if name.endswith(".pt") else pickled(run.marker))
     _watched = []
     try:
-        said = command("verify", run.folder).out
+        verified = command("verify", run.folder).out
         codes = run.codes()
         opened = {Path(path).name for path in _watched}
     finally:
         _watched = None
-    assert all(f"{name} is not in manifest.json" in said for name in FOREIGN)
+    assert all(name in verified for name in OTHER_TRAINERS)
     assert codes["train"] == codes["generate"] == 0  # from the checkpoint before
     assert codes["generate checkpoint"] == codes["inspect checkpoint"] == 74
     assert "state.json" in opened
-    assert opened.isdisjoint(FOREIGN)
+    assert opened.isdisjoint(OTHER_TRAINERS)
