@@ -114,7 +114,7 @@ def test_shell_blocks_run_in_order(page, tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=500,
+        timeout=300,
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 

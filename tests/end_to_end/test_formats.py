@@ -16,8 +16,8 @@ from dist_cpt.export.formats import CONVERTER, export_peft, export_vllm
 from dist_cpt.export.merge import Blend, merge
 from dist_cpt.export.task_vector import TaskVector, merge_with_task_vector
 from tests.command import command
-from tests.end_to_end.test_export import IDS, plain_logits, trained, trainer_logits, write_checkpoint
 from tests.tiny import llama, write_base, write_corpus, write_tokenizer
+from tests.trained_checkpoint import IDS, plain_logits, trained, trainer_logits, write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -98,7 +98,7 @@ def test_a_share_of_a_full_run_lies_between_base_and_trained(bases, tokenizer, t
     for key, value in merged.items():
         torch.testing.assert_close(value, before[key] + 0.25 * (after[key] - before[key]), rtol=0, atol=1e-6)
     scratch = trained({"config": llama()}, adapter={"kind": "none"}, embeddings={})
-    with pytest.raises(ConfigError, match="step-2.* scale"):
+    with pytest.raises(ConfigError, match=r"step-2.* scale"):
         merge(write_checkpoint(tmp_path / "step-2", scratch, tokenizer), tmp_path / "no", "fp32", scale=0.5)
 
 

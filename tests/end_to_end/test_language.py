@@ -18,7 +18,7 @@ from dist_cpt.export.generate import generate
 from dist_cpt.export.merge import merge
 from tests import tiny
 from tests.chat import assistant, user, write_jsonl
-from tests.end_to_end.test_tasks import recipe_file
+from tests.published_recipes import recipe_file
 from tests.whole_run import rows, train
 
 LATIN = "abcdefghijklmnopqrstuvwxyz"

@@ -9,25 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from dist_cpt.config.load import parse_yaml
 from dist_cpt.errors import ConfigError
 from tests import tiny
 from tests.chat import assistant, user, write_jsonl
+from tests.published_recipes import RECIPES, recipe_file
 from tests.run_ranks import run_ranks
 from tests.whole_run import StopAfter, rows, train
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-SIZE = {"batch": {"global_tokens": 4 * tiny.SEQ_LEN, "micro_batch": 2}, "track": {"wandb": {"mode": "disabled"}}}
 WORDS = ("good", "bad", "fine")
 LABELS = ("praise", "blame", "neither")
-
-
-def recipe_file(name: str, folder: Path, steps: int, data: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """A recipe of recipes/, its data and size made tiny; `changes` replace whole sections."""
-    values = parse_yaml((RECIPES / f"{name}.yaml").read_text(), name)
-    values["data"] |= {"seq_len": tiny.SEQ_LEN} | data
-    small = {"output_dir": str(folder), "train": {"tokens": steps * 4 * tiny.SEQ_LEN}, "engine": "single"}
-    return values | small | SIZE | changes
 
 
 @pytest.fixture(scope="module")
