@@ -1,12 +1,12 @@
 """Each fused operation against torch eager, torch.compile and the fused kernels of others, in one run.
 
-On a GPU: the shapes of Llama 3.1 8B and Gemma 2 9B at 8192 tokens, random data, several sets of inputs in turn, so
-that none waits in the cache; the median of event timings, forward alone and forward with backward; the bytes that an
-operation cannot but move (or the FLOPs of its products) against the copy bandwidth (the matmul rate) measured in the
-same run; and the peak of memory over the inputs. Of others whatever imports takes part; what does not is named.
+On a GPU: the shapes of Llama 3.1 8B and Gemma 2 9B at 8192 tokens, random data, several sets of inputs in turn so that
+none is cached; the median of event timings, forward and forward with backward; the minimum memory traffic of an
+operation (or the FLOPs of its products) relative to the copy bandwidth (the matmul rate) measured in the same run; and
+the peak memory over the inputs. Competitors that can be imported are measured, the others are named.
 
-On a CPU (--device cpu --small): what a machine without a GPU runs instead, the chunked loss against logits and
-cross-entropy, each side in a fresh process, so that its peak memory is its own, in turn and in rounds.
+On a CPU (--device cpu --small): the chunked loss against logits and cross-entropy, each side in a process of its own so
+that peak memory is separate, in alternating rounds.
 
     python benchmarks/kernels.py [--ops rms_norm rope] [--seconds 600] [--write]
     python benchmarks/kernels.py --device cpu --small [--write]
@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
-# Under its own folder on the path, this file would be taken for Hugging Face's package of the same name.
+# With its own folder on the path, this file would shadow Hugging Face's package of the same name.
 sys.path[:] = [
     str(ROOT),
     str(ROOT / "kernels"),
@@ -47,11 +47,13 @@ import dist_cpt_kernels as fused  # noqa: E402
 from dist_cpt_kernels import reference  # noqa: E402
 from dist_cpt_kernels.projection import NestedScales, Projection  # noqa: E402
 
-NO_DEVICE = 64  # as a wrong configuration
+NO_DEVICE = 64  # the exit code of configuration errors
 WARM_UP, REPEATS = 5, 25
-CACHE_BYTES = 256 * 2**20  # all sets of inputs together: several times the last cache of a GPU
+CACHE_BYTES = 256 * 2**20  # all sets of inputs together: several times a GPU's last-level cache
 MAX_SETS = 8
-SLEEP_CYCLES = 3_000_000  # over a millisecond, in which the host issues the whole call: its own time is not measured
+SLEEP_CYCLES = (
+    3_000_000  # over a millisecond, in which the host issues the whole call, so that host time is not measured
+)
 LORA_RANK = 64
 OURS, EAGER, COMPILED = "dist_cpt_kernels", "torch_eager", "torch_compile"
 PEERS = ("liger-kernel", "unsloth", "cut-cross-entropy", "quack-kernels", "bitsandbytes")
@@ -83,15 +85,15 @@ SMALL_SHAPES = {
 
 @dataclass
 class Work:
-    """One operation at one shape: how inputs are made, who computes it, and what it cannot but move or multiply."""
+    """One operation at one shape: its inputs, its implementations, and its minimum traffic or FLOPs."""
 
     op: str
-    make: Callable[[], list[torch.Tensor]]  # leaves that need a gradient are marked so
+    make: Callable[[], list[torch.Tensor]]  # leaves that need a gradient require it
     sides: dict[str, Callable[..., Any]]
     forward_bytes: int = 0
     both_bytes: int = 0  # forward and backward
     both_flops: int = 0
-    overwritten: tuple[str, ...] = ()  # sides that write over their inputs
+    overwritten: tuple[str, ...] = ()  # sides that overwrite their inputs
     differentiable: bool = True
 
 
@@ -100,7 +102,9 @@ def main() -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--small", action="store_true", help="sizes for a CPU")
     parser.add_argument("--ops", nargs="+", choices=OPS, metavar="OP", help=f"of {', '.join(OPS)}")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="what is not begun by then is named, not run")
+    parser.add_argument(
+        "--seconds", type=float, default=3600.0, help="measurements not started by then are listed, not run"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--rounds", type=int, default=5, help="on a CPU")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
@@ -109,7 +113,7 @@ def main() -> int:
     parser.add_argument("--one", nargs=4, metavar=("BUILDER", "OP", "SHAPE", "SIDE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("kernels.py: no CUDA device here; --device cpu --small compares the path of a CPU", file=sys.stderr)
+        print("kernels.py: no CUDA device; --device cpu --small measures the CPU path", file=sys.stderr)
         return NO_DEVICE
     if arguments.one:
         print(json.dumps(one_on_cpu(*arguments.one, arguments)))
@@ -218,7 +222,7 @@ def cross_entropy(shape: Shape, device: str) -> list[Work]:
         return reference.cross_entropy(logits, labels, scale=scale, softcap=softcap).sum()
 
     sides: dict[str, Callable[..., Any]] = {
-        # as the peers do, the gradient goes over the logits
+        # like the competitors, the gradient overwrites the logits
         OURS: lambda x: fused.cross_entropy(
             x, labels, scale=scale, softcap=softcap, overwrite_logits=device == "cuda"
         ).sum(),
@@ -270,7 +274,7 @@ def linear_cross_entropy(shape: Shape, device: str) -> list[Work]:
 
 
 class ProductsAlone(torch.autograd.Function):
-    """The matrix products of a chunked loss, chunk by chunk, and nothing else: no loss, but the time of one."""
+    """The matrix products of a chunked loss and nothing else: a lower bound of its time."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, chunk: int = 2048) -> torch.Tensor:
@@ -365,7 +369,7 @@ def nf4(shape: Shape, device: str) -> list[Work]:
 
 
 def embedding(shape: Shape, device: str) -> list[Work]:
-    # natural text: few ids hold most of the tokens
+    # as in natural text, few ids make up most tokens
     ids = (shape.V * torch.rand(shape.T, device=device) ** 4).long().clamp_max(shape.V - 1)
 
     def eager(weight: torch.Tensor) -> torch.Tensor:
@@ -441,7 +445,7 @@ def labels_of(shape: Shape, device: str) -> torch.Tensor:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under torch.compile, compiled when it is first called."""
+    """`function` under torch.compile, compiled at its first call."""
     return torch.compile(function, dynamic=False)
 
 
@@ -449,10 +453,10 @@ ABSENT: dict[str, str] = {}
 
 
 def add(sides: dict[str, Callable[..., Any]], peer: str, module: str, build: Callable[[Any], Any]) -> None:
-    """Put a peer's function among the sides where its module imports, and note where it does not."""
+    """Add a competitor's function to the sides, or record why its module cannot be imported."""
     try:
         sides[peer] = build(importlib.import_module(module))
-    except Exception as error:  # a peer may fail in any way when it meets a torch it was not made for
+    except Exception as error:  # anything may fail with an unsupported version of torch
         ABSENT[f"{peer} ({module})"] = one_line(error)
 
 
@@ -499,13 +503,13 @@ def on_gpu(arguments: argparse.Namespace) -> dict[str, Any]:
                     print(f"{shape_name} {work.op} {side}", file=sys.stderr, flush=True)
                     measured[side] = guarded(partial(measure, work, side, run, bandwidth, rate))
                 compare(measured)
-                write(report, arguments.out)  # at once: whoever waits for a peer's compiler may stop waiting
+                write(report, arguments.out)  # now, since a competitor's compiler may take very long
     report["complete"] = True
     return report
 
 
 def guarded(measurement: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was measured, or why nothing was."""
+    """The measurement, or why it failed."""
     try:
         return measurement()
     except Exception as error:
@@ -521,7 +525,7 @@ def measure(work: Work, side: str, run: Callable[..., Any], bandwidth: float, ra
     sets = [first, *(work.make() for _ in range(min(MAX_SETS, max(2, CACHE_BYTES // size)) - 1))]
     kept = [[t.detach().clone() for t in inputs] for inputs in sets] if side in work.overwritten else None
     outs = outputs_of(run(*first))
-    # another allocation for each set, so that no upstream gradient waits in the cache either
+    # one allocation per set, so that upstream gradients are not cached either
     upstream = [[torch.randn_like(out) if out.ndim else torch.ones_like(out) for out in outs] for _ in sets]
     result: dict[str, Any] = {}
     if EAGER in work.sides and side not in (EAGER, "products_alone") and outs:
@@ -557,7 +561,7 @@ def outputs_of(outs: Any) -> list[torch.Tensor]:
 
 
 def refresh(sets: Sequence[Sequence[torch.Tensor]], kept: Any, i: int) -> None:
-    """Give a set back the numbers that its operation wrote over."""
+    """Restore the values that an operation overwrote."""
     if kept is not None:
         with torch.no_grad():
             for tensor, values in zip(sets[i], kept[i], strict=True):
@@ -586,7 +590,7 @@ def time_us(step: Callable[[int], Any], sets: Sequence[Any], kept: Any) -> float
 
 
 def compare(measured: dict[str, dict[str, Any]]) -> None:
-    """How many times faster ours is than each other, and the loss against its products alone."""
+    """How many times faster ours is than each other side."""
     ours = measured.get(OURS, {})
     key = "both_us" if "both_us" in ours else "forward_us"
     for side, theirs in list(measured.items()):
@@ -630,7 +634,7 @@ def on_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
                 names = [side for side in work.sides if side in (OURS, EAGER)]
                 runs: dict[str, list[dict[str, Any]]] = {side: [] for side in names}
                 for number in range(arguments.rounds):
-                    # The order changes, so that a drift of the machine favours no one.
+                    # The order alternates, so that drift of the machine favours no side.
                     for side in sorted(names, reverse=bool(number % 2)):
                         runs[side].append(in_a_process([op, work.op, shape, side], arguments))
                 results.setdefault(shape, {})[work.op] = summary(runs)
@@ -664,7 +668,7 @@ def one_on_cpu(builder: str, op: str, shape: str, side: str, arguments: argparse
     work = next(work for work in OPS[builder](SMALL_SHAPES[shape], "cpu") if work.op == op)
     inputs = work.make()
     wanted = [t for t in inputs if t.requires_grad]
-    held = status_mib("VmRSS")
+    before = status_mib("VmRSS")
     seconds, cpu_seconds, first = [], [], 0.0
     for _ in range(4):
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -677,7 +681,7 @@ def one_on_cpu(builder: str, op: str, shape: str, side: str, arguments: argparse
     return {
         "seconds": min(seconds[1:]),
         "cpu_seconds": min(cpu_seconds[1:]),
-        "peak_mib": status_mib("VmHWM") - held,
+        "peak_mib": status_mib("VmHWM") - before,
         "first_value": first,
     }
 
