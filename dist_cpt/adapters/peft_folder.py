@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -87,6 +88,19 @@ def copy_whole_matrices(folder: Path, model: Any, matrices: Mapping[str, str]) -
     for name, key in matrices.items():
         if (module := modules.get(name)) is not None:  # a classifier has no language head
             module.weight.data.copy_(read_tensor(folder, key, module.weight.device))
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ Source: Meng et al. 2024, PiSSA: Principal Singular Values and Singular Vectors 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_cpt.adapters.peft_folder import BASE_PREFIX
+from dist_cpt.adapters.peft_folder import BASE_PREFIX, file_sha256
 from dist_cpt.adapters.quantize import read_weight, write_weight
 from dist_cpt.errors import CheckpointError, ConfigError
 from dist_cpt.run_folder.checkpoints import published
@@ -125,31 +124,32 @@ def _find_or_make(module: nn.Module, run: Path) -> str:
     from safetensors.torch import save_file
 
     target = run / INITIAL_ADAPTER
-    if not target.is_file():
-        temporary = run / f"{INITIAL_ADAPTER}.tmp"
-        copies = [file for folder in published(run) if (file := folder / INITIAL_ADAPTER).is_file()]
-        if copies:
-            shutil.copyfile(copies[0], temporary)
-        else:
-            tensors, scale = {}, 1.0
-            for name, layer in _layers(module):
-                rank, scale = layer.r["default"], layer.scaling["default"]
-                weight = read_weight(layer.get_base_layer())
-                if rank > min(weight.shape):
-                    raise ConfigError(
-                        f"adapter.init pissa: adapter.rank {rank} is too large for {name} {list(weight.shape)}",
-                        remedy=f"use adapter.rank {min(weight.shape)} or less",
-                    )
-                a, b = principal_part(weight, rank, scale)
-                tensors |= {f"{name}.lora_A.weight": a.cpu(), f"{name}.lora_B.weight": b.cpu()}
-            save_file(tensors, temporary, metadata={"format": "pt", "scale": repr(scale)})
-        os.replace(temporary, target)
-    return _sha256(target)
+    if target.is_file():
+        return file_sha256(target)
+    temporary = run / f"{INITIAL_ADAPTER}.tmp"
+    copies = [file for folder in published(run) if (file := folder / INITIAL_ADAPTER).is_file()]
+    if copies:
+        shutil.copyfile(copies[0], temporary)
+    else:
+        tensors, scale = {}, 1.0
+        for name, layer in _layers(module):
+            rank, scale = layer.r["default"], layer.scaling["default"]
+            weight = read_weight(layer.get_base_layer())
+            if rank > min(weight.shape):
+                raise ConfigError(
+                    f"adapter.init pissa: adapter.rank {rank} is too large for {name} {list(weight.shape)}",
+                    remedy=f"use adapter.rank {min(weight.shape)} or less",
+                )
+            a, b = principal_part(weight, rank, scale)
+            tensors |= {f"{name}.lora_A.weight": a.cpu(), f"{name}.lora_B.weight": b.cpu()}
+        save_file(tensors, temporary, metadata={"format": "pt", "scale": repr(scale)})
+    os.replace(temporary, target)
+    return file_sha256(target)
 
 
 @torch.no_grad()
 def _apply(module: nn.Module, file: Path, sha256: str) -> None:
-    if _sha256(file) != sha256:
+    if file_sha256(file) != sha256:
         raise CheckpointError(f"{file} on this host differs from rank 0's", remedy="use a shared folder")
     initial = read_initial(file)
     layers = dict(_layers(module))
@@ -160,11 +160,3 @@ def _apply(module: nn.Module, file: Path, sha256: str) -> None:
         layer.lora_A["default"].weight.copy_(a)
         layer.lora_B["default"].weight.copy_(b)
         initial.subtract_from(layer.get_base_layer(), name)
-
-
-def _sha256(file: Path) -> str:
-    try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None

@@ -7,7 +7,6 @@ weights alone, so a resume folds to the same bits.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from dist_cpt.adapters.peft_folder import (
     PRIOR_KEY,
     canonical_key,
     copy_whole_matrices,
+    file_sha256,
     manifest_content,
     read_adapter_config,
     read_tensor,
@@ -185,8 +185,7 @@ def open_prior_adapter(
     require_adapter_folder(folder)
     config = read_adapter_config(folder)
     require_plain_lora(folder, config, import_peft().LoraConfig().to_dict())
-    with (folder / ADAPTER_WEIGHTS).open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = file_sha256(folder / ADAPTER_WEIGHTS)
     recorded = _recorded_base(folder, sha256)
     shapes = tensor_shapes(folder)
     vocabulary = whole_matrices(shapes)

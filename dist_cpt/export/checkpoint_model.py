@@ -181,14 +181,10 @@ def plain_model(folder: Path) -> Any:
     return require_complete(folder, *loaded).eval()
 
 
-def probe_ids(vocab_size: int) -> torch.Tensor:
-    """Token ids [1, L], the same for every model of this vocabulary."""
+def probe_logits(model: Any) -> torch.Tensor:
+    """fp32 logits [1, L, V], or [1, C] of a classifier, of tokens that are the same for every model of a vocabulary."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocab_size, (1, _PROBE_TOKENS), generator=generator)
-
-
-def logits_of(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
-    """fp32 logits [1, L, V] of `input_ids` [1, L]; [1, C] of a classifier."""
+    input_ids = torch.randint(0, model.config.vocab_size, (1, _PROBE_TOKENS), generator=generator)
     with torch.no_grad():
         return model(input_ids=input_ids, use_cache=False).logits.float()
 

@@ -29,9 +29,8 @@ from dist_cpt.export.checkpoint_model import (
     base_model,
     find_base,
     load_fp32,
-    logits_of,
     plain_model,
-    probe_ids,
+    probe_logits,
     require_same_logits,
 )
 from dist_cpt.export.merge import merge
@@ -64,14 +63,14 @@ def export_peft(checkpoint: str | Path, out: str | Path, *, base: str | None = N
             f"{checkpoint} was trained on top of another adapter: it is not an adapter of the base alone",
             remedy="use --format vllm, which writes the model under it, or dist-cpt merge",
         )
-    expected, probe = _trained_logits(checkpoint, base_folder)
+    expected = probe_logits(load_fp32(checkpoint, base_folder))
     with staged(out) as folder:
         folder.mkdir()
         _write_plain_lora(checkpoint, folder, str(config.get("base_model_name_or_path")), vocabulary=True)
         copy_tokenizer([checkpoint, base_folder], folder)
         if read_labels(checkpoint) is not None:
             shutil.copyfile(checkpoint / LABELS, folder / LABELS)
-        return require_same_logits("the adapter", logits_of(load_fp32(folder, base_folder), probe), expected)
+        return require_same_logits("the adapter", probe_logits(load_fp32(folder, base_folder)), expected)
 
 
 def export_vllm(checkpoint: str | Path, out: str | Path, dtype: str = "bf16", *, base: str | None = None) -> float:
@@ -96,7 +95,7 @@ def export_vllm(checkpoint: str | Path, out: str | Path, dtype: str = "bf16", *,
     rank = int(config["r"]) * (2 if (checkpoint / INITIAL_ADAPTER).is_file() else 1)
     if rank > _VLLM_RANKS[-1]:
         raise ConfigError(f"{checkpoint}: rank {rank}, vLLM supports up to {_VLLM_RANKS[-1]}", remedy=_SERVE_MERGED)
-    expected, probe = _trained_logits(checkpoint, base_folder)
+    expected = probe_logits(load_fp32(checkpoint, base_folder))
     with staged(out) as folder:
         model = round_to(base_model(checkpoint, base_folder, with_vocabulary=True), dtype)
         adapter = folder / "adapter"
@@ -104,8 +103,8 @@ def export_vllm(checkpoint: str | Path, out: str | Path, dtype: str = "bf16", *,
         write_model(model, folder / "base", [checkpoint, base_folder])
         _write_plain_lora(checkpoint, adapter, str(out.resolve() / "base"), vocabulary=False)
         (folder / "README.md").write_text(_readme(out.name, rank, dtype), encoding="utf-8")
-        logits = logits_of(_under_plain_lora(plain_model(folder / "base"), adapter), probe)
-        rounded = logits_of(_under_plain_lora(model.float(), adapter), probe)
+        logits = probe_logits(_under_plain_lora(plain_model(folder / "base"), adapter))
+        rounded = probe_logits(_under_plain_lora(model.float(), adapter))
         require_same_logits("base/ and adapter/", logits, rounded)
         if dtype == "fp32":
             require_same_logits("base/ and adapter/", logits, expected)
@@ -172,13 +171,6 @@ def _adapter(checkpoint: Path, base: str | None) -> tuple[Path, dict[str, Any]]:
             f"{checkpoint} is {kind}, not an adapter", remedy="use dist-cpt merge, whose result every program reads"
         )
     return base_folder, read_adapter_config(checkpoint)
-
-
-def _trained_logits(checkpoint: Path, base_folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The checkpoint's fp32 logits, and the probe tokens they are of."""
-    model = load_fp32(checkpoint, base_folder)
-    probe = probe_ids(model.config.vocab_size)
-    return logits_of(model, probe), probe
 
 
 def _under_plain_lora(model: Any, adapter: Path) -> Any:

@@ -20,10 +20,9 @@ from dist_cpt.export.checkpoint_model import (
     find_base,
     fit_vocabulary,
     load_fp32,
-    logits_of,
     plain_model,
     prior_adapter,
-    probe_ids,
+    probe_logits,
     require_same_logits,
     under_adapter,
     verified_base,
@@ -65,18 +64,17 @@ def merge(
         raise ConfigError("--base-only leaves out what --scale would scale", remedy="give one of them")
     if base_only and base_folder is not None:
         model = base_model(checkpoint, base_folder)
-        expected = logits_of(model, probe_ids(model.config.vocab_size))
+        expected = probe_logits(model)
     else:
         model, expected = merged_model(checkpoint, base_folder)
-    probe = probe_ids(model.config.vocab_size)
     if scale != 1.0:
         Blend(model, untrained_model(checkpoint, base_folder, base)).set(scale)
-        expected = logits_of(model, probe)
+        expected = probe_logits(model)
     round_to(model, dtype)
     with staged(out) as folder:
         write_model(model, folder, [checkpoint, *([base_folder] if base_folder else [])])
-        logits = logits_of(plain_model(folder), probe)
-        require_same_logits("the written folder", logits, logits_of(model.float(), probe))
+        logits = probe_logits(plain_model(folder))
+        require_same_logits("the written folder", logits, probe_logits(model.float()))
     return float((logits - expected).abs().max())
 
 
@@ -87,11 +85,10 @@ def merged_model(checkpoint: Path, base_folder: Path | None) -> tuple[Any, torch
         CheckpointError: the merged model's logits differ.
     """
     model = load_fp32(checkpoint, base_folder)
-    probe = probe_ids(model.config.vocab_size)
-    expected = logits_of(model, probe)
+    expected = probe_logits(model)
     if base_folder is not None:
         model = model.merge_and_unload()
-        require_same_logits("the merged model", logits_of(model, probe), expected)
+        require_same_logits("the merged model", probe_logits(model), expected)
     return model, expected
 
 
@@ -155,10 +152,7 @@ def quantisation_gap(checkpoint: str | Path, *, base: str | None = None) -> floa
         return None
     base_folder = find_base(checkpoint, base)
     assert base_folder is not None  # only adapters train over quantised weights
-    plain = load_fp32(checkpoint, base_folder)
-    probe = probe_ids(plain.config.vocab_size)
-    expected = logits_of(plain, probe)
-    del plain
+    expected = probe_logits(load_fp32(checkpoint, base_folder))
     quantised = load_quantised(base_folder, None, torch.device("cpu"), weights)
     for parameter in quantised.parameters():
         if parameter.is_floating_point():
@@ -170,4 +164,4 @@ def quantisation_gap(checkpoint: str | Path, *, base: str | None = None) -> floa
             prior.copy_vocabulary(quantised)
             prior.fold(quantised) if mode == "fold" else stack.enter_context(prior.beside(quantised))
         trained = under_adapter(with_class_head(quantised, checkpoint), checkpoint)
-        return float((logits_of(trained, probe) - expected).abs().max())
+        return float((probe_logits(trained) - expected).abs().max())

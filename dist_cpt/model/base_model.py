@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dist_cpt.adapters import quantize
+from dist_cpt.adapters.peft_folder import file_sha256
 from dist_cpt.config.schema import ModelConfig, RunConfig
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.safety_checks import code_sha256s, require_trusted_code
@@ -65,7 +66,7 @@ def weights_sha256(folder: Path) -> str:
     """The sha256 of a folder's safetensors files: over the name and sha256 of each, in order of names."""
     files = sorted(folder.glob(_WEIGHTS))
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
-        digests = list(pool.map(_file_sha256, files))
+        digests = list(pool.map(file_sha256, files))
     lines = "".join(f"{digest}  {file.name}\n" for file, digest in zip(files, digests, strict=True))
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -195,11 +196,6 @@ def _snapshot(repository: str, revision: str | None, own_code: bool) -> Path:
             f"model.path: {repository} is not a folder and cannot be downloaded from the hub: {_one_line(error)}",
             remedy="give a local model folder, or check the name and the network",
         ) from error
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _one_line(error: BaseException) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from dist_cpt.adapters.peft_folder import file_sha256
 from dist_cpt.config.schema import ModelConfig
 from dist_cpt.errors import ConfigError
 from dist_cpt.run_folder.names import MODEL_CONFIG
@@ -43,7 +43,7 @@ def require_trusted_code(folder: Path, settings: ModelConfig) -> bool:
 
 def code_sha256s(folder: Path) -> dict[str, str]:
     """sha256 of every Python file of a model folder, by name."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.py"))}
+    return {path.name: file_sha256(path) for path in sorted(folder.glob("*.py"))}
 
 
 def require_base_checkpoint(settings: ModelConfig, tokenizer: Any) -> None:

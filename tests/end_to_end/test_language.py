@@ -97,7 +97,7 @@ def test_vocabulary_pretraining_and_answers(made, latin_base, language, tmp_path
     small = {"model": model, "embeddings": new | {"freeze_rest_steps": 4}, **OPTIM}
     assert train(recipe_file(stage, tmp_path, STEPS["cpt"], data, adapter=adapter, **small)) == 0
     first = tmp_path / "llama3-8b-language-1"
-    earlier = first / f"checkpoints/step-{STEPS['cpt']:08d}"
+    prior = first / f"checkpoints/step-{STEPS['cpt']:08d}"
 
     # The same base and the same first step without the new vocabulary: the measure of what the stages gained.
     plain = tiny.recipe(latin_base, language["corpus"], tmp_path / "plain", model=model)
@@ -114,7 +114,7 @@ def test_vocabulary_pretraining_and_answers(made, latin_base, language, tmp_path
         "validation": [{"name": "talks", "path": str(language["held-out talks"])}],
     }
     stage = "llama3-8b_language-2-instruct_zero3_8xH100"
-    small = {"model": model, "embeddings": new, "adapter": adapter | {"continue_from": str(earlier)}, **GENTLE}
+    small = {"model": model, "embeddings": new, "adapter": adapter | {"continue_from": str(prior)}, **GENTLE}
     assert train(recipe_file(stage, tmp_path, STEPS["instruct"], talks, **small)) == 0
     second = tmp_path / "llama3-8b-language-2"
     answers = [row["loss"] for row in of_set(second, "talks")]

@@ -172,9 +172,9 @@ def test_new_rows_train_alone_and_everything_opens(bases, made, extended, tmp_pa
         assert train(values) == 74
     finally:
         (extended / "tokenizer.json").write_bytes(original)
-    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dist-cpt: ")]
-    assert len(said) == 1
-    assert "base.new_tokens was" in said[0]
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dist-cpt: ")]
+    assert len(errors) == 1
+    assert "base.new_tokens" in errors[0]
 
 
 def test_an_untied_head_trains_apart_after_embeddings_alone(bases, made, extended, tmp_path):
@@ -207,16 +207,16 @@ def test_a_second_run_goes_on_with_the_new_rows(bases, made, extended, tmp_path,
     """New rows first, then all; or the new rows as they are, under a fresh adapter that does not train them."""
     first = recipe(bases[base], made[1], tmp_path / "first", extended)
     assert train(first) == 0
-    earlier = tmp_path / "first" / "tiny" / LAST
+    prior = tmp_path / "first" / "tiny" / LAST
     second = recipe(bases[base], made[1], tmp_path / "second", extended, rows="all")
-    second["adapter"] |= {"continue_from": {"path": str(earlier), "mode": mode}}
+    second["adapter"] |= {"continue_from": {"path": str(prior), "mode": mode}}
     if mode != "train":
         second["embeddings"] |= {"train": []}
         second["adapter"]["continue_from"] |= {"freeze_embeddings": True}
     assert train(second) == 0
     checkpoint = tmp_path / "second" / "tiny" / LAST
     assert merge(checkpoint, tmp_path / "merged", "fp32") < 1e-5
-    merged, before = matrices(tmp_path / "merged"), matrices(earlier)
+    merged, before = matrices(tmp_path / "merged"), matrices(prior)
     assert merged
     for name, values in merged.items():
         assert values.shape == before[name].shape
@@ -267,19 +267,19 @@ def require_rows_began_as_mixtures(checkpoint: Path, base: Path, tokenizer: Path
 )
 def test_rows_begin_as_mixtures_under_every_engine(bases, made, with_mixtures, tmp_path, ranks, engine):
     base = bases["wide"]
-    found = {}
+    checkpoints = {}
     for init in ("focus", "mean_of_subtokens"):
         values = recipe(base, made[1], tmp_path / init, with_mixtures, weights="fp32", init=init, rows="all")
         values["optim"] |= {"embedding_lr": 1e-7}
         path = tiny.write_recipe(tmp_path / f"{init}.yaml", values)
         log = tmp_path / f"{init}.txt"
         assert run_ranks(path, ranks, f"engine={engine}", log=log) == [0] * ranks, log.read_text()
-        found[init] = tmp_path / init / "tiny" / LAST
-    require_rows_began_as_mixtures(found["focus"], base, with_mixtures, found["mean_of_subtokens"])
-    said = read_manifest(found["focus"]).base["new_tokens"]
-    assert said["init"] == "focus"
-    assert said["mixtures"] == 99
-    assert "mixtures" not in read_manifest(found["mean_of_subtokens"]).base["new_tokens"]
+        checkpoints[init] = tmp_path / init / "tiny" / LAST
+    require_rows_began_as_mixtures(checkpoints["focus"], base, with_mixtures, checkpoints["mean_of_subtokens"])
+    new_tokens = read_manifest(checkpoints["focus"]).base["new_tokens"]
+    assert new_tokens["init"] == "focus"
+    assert new_tokens["mixtures"] == 99
+    assert "mixtures" not in read_manifest(checkpoints["mean_of_subtokens"]).base["new_tokens"]
 
 
 @pytest.mark.matrix

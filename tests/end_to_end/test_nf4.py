@@ -40,5 +40,5 @@ def test_a_run_over_nf4_resumes_on_nf4_alone(tmp_path: Path) -> None:
     here = Identity(manifest.base, manifest.data, manifest.recipe, manifest.engine)
     require_fit(manifest, specs, here)
     plain = {key: value for key, value in manifest.base.items() if not key.startswith("weights")}
-    with pytest.raises(CheckpointError, match=r"base\.weights was 'nf4' when it was saved, now it is None"):
+    with pytest.raises(CheckpointError, match=r"base\.weights .*'nf4'.*None"):
         require_fit(manifest, specs, replace(here, base=plain))

@@ -146,9 +146,9 @@ def test_cpt_then_instruct_on_the_same_adapter(made, conversations, tmp_path):
     model = {"path": str(base)}
     name = "llama3-8b_two-stage-1-cpt_zero3_8xH100"
     assert train(recipe_file(name, tmp_path, 4, data, model=model, adapter=adapter, optim=optim)) == 0
-    earlier = tmp_path / "llama3-8b-stage-1/checkpoints/step-00000004"
+    prior = tmp_path / "llama3-8b-stage-1/checkpoints/step-00000004"
     name = "llama3-8b_two-stage-2-instruct_zero3_8xH100"
-    adapter |= {"continue_from": {"path": str(earlier)}}
+    adapter |= {"continue_from": {"path": str(prior)}}
     values = recipe_file(name, tmp_path, 12, conversations, model=model, adapter=adapter, optim=optim)
     assert train(values) == 0
     run = tmp_path / "llama3-8b-stage-2"
