@@ -109,11 +109,11 @@ def _looks_like_a_pickle(file: Path) -> bool:
 
 def _files_below(path: Path) -> set[str]:
     """Relative names of everything that is not a plain folder; links count, and are not followed."""
-    found = set()
+    names = set()
     for folder, folders, files in os.walk(path):
         here = Path(folder)
         links = [name for name in folders if (here / name).is_symlink()]
-        # .nfs*: what an NFS client leaves of a deleted file that is still open somewhere.
-        names = [name for name in (*files, *links) if not name.startswith(".nfs")]
-        found |= {(here / name).relative_to(path).as_posix() for name in names}
-    return found
+        # .nfs*: left by an NFS client of a deleted file that is still open.
+        present = [name for name in (*files, *links) if not name.startswith(".nfs")]
+        names |= {(here / name).relative_to(path).as_posix() for name in present}
+    return names

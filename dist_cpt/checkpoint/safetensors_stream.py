@@ -27,7 +27,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one fp32 tensor lies: absolute byte offsets in the file."""
+    """The place of one fp32 tensor: absolute byte offsets in the file."""
 
     shape: tuple[int, ...]
     start: int
@@ -36,7 +36,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class TensorScan:
-    """What one tensor in a file turned out to be; `sha256` is of its fp32 bytes in C order."""
+    """The content of one tensor in a file; `sha256` is of its fp32 bytes in C order."""
 
     shape: tuple[int, ...]
     sha256: str
@@ -51,7 +51,7 @@ class FileScan:
 
 
 class StreamWriter:
-    """Writes the header for known shapes at once, then the tensors in any order, each when it comes."""
+    """Writes the header for known shapes first, then the tensors in any order."""
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         header, self._entries = _layout(shapes)
@@ -69,7 +69,7 @@ class StreamWriter:
 
         Raises:
             NumericsError: a value is not finite.
-            CheckpointError: the tensor is empty, or not what the header announced.
+            CheckpointError: the tensor does not have the shape and dtype of the header.
         """
         entry = self._entries[key]
         if tuple(values.shape) != entry.shape or values.dtype != torch.float32 or values.device.type != "cpu":
@@ -78,9 +78,9 @@ class StreamWriter:
                 f"{list(values.shape)} on {values.device}"
             )
         if key not in self._missing:
-            raise CheckpointError(f"{key}: was handed over twice")
+            raise CheckpointError(f"{key} was exported twice")
         if not is_finite(values):
-            raise NumericsError(f"{key}: holds values that are not finite, so it is not saved")
+            raise NumericsError(f"{key} has values that are not finite: it is not saved")
         data = _bytes_of(values.detach().contiguous().view(-1))
         _write_all(self._fd, data, entry.start)
         self._missing.remove(key)
@@ -93,10 +93,10 @@ class StreamWriter:
             CheckpointError: a tensor of the header was never written.
         """
         if self._missing:
-            raise CheckpointError(f"{self._path.name}: {min(self._missing)} was never handed over")
+            raise CheckpointError(f"{self._path.name}: {min(self._missing)} was not exported")
         os.fsync(self._fd)
         if hasattr(os, "posix_fadvise"):
-            # So that the re-read that follows meets the disk and not only the page cache.
+            # So that reading back reads the disk, not the page cache.
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
         self.close()
 
@@ -108,10 +108,10 @@ class StreamWriter:
 
 
 class TensorFile:
-    """Reads slices of the tensors of one file, nothing else of it."""
+    """Reads slices of the tensors of one file."""
 
     def __init__(self, path: Path) -> None:
-        # Plain reads instead of a memory map: a file cut short meanwhile is an error here, not a SIGBUS.
+        # Plain reads, not a memory map: a file truncated meanwhile is an error, not a SIGBUS.
         self._path = path
         self._fd = _open_regular(path)
         try:
@@ -128,7 +128,7 @@ class TensorFile:
         """
         entry = self.entries.get(key)
         if entry is None:
-            raise CheckpointError(f"{self._path}: holds no tensor {key}")
+            raise CheckpointError(f"{self._path} has no tensor {key}")
         if not 0 <= start <= stop <= math.prod(entry.shape):
             raise CheckpointError(
                 f"{self._path}: {key} has {math.prod(entry.shape)} elements, asked for {start}:{stop}"
@@ -147,7 +147,7 @@ class TensorFile:
 
 
 def scan(path: Path) -> FileScan:
-    """Read a whole file once, in order: hash it and every tensor in it, and look for non-finite values.
+    """Read a file once, in order: hash it and every tensor in it, and check that values are finite.
 
     Raises:
         CheckpointError: not a regular file, or not a valid safetensors file of fp32 tensors.
@@ -180,7 +180,7 @@ def tensor_sha256(values: torch.Tensor) -> str:
 
 
 def is_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite; without a temporary of the tensor's size."""
+    """Whether no value is NaN or infinite; allocates no temporary of the tensor's size."""
     low, high = torch.aminmax(values)
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
@@ -197,13 +197,13 @@ def file_sha256(path: Path) -> tuple[int, str]:
 
 
 def _layout(shapes: Mapping[str, tuple[int, ...]]) -> tuple[bytes, dict[str, Entry]]:
-    """Header bytes, and every tensor's place, in the order given."""
+    """Header bytes, and every tensor's place, in the given order."""
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for key, shape in shapes.items():
         stop = offset + math.prod(shape) * _ITEM_BYTES
         if stop == offset:
-            raise CheckpointError(f"{key}: is empty, shape {list(shape)}")
+            raise CheckpointError(f"{key} is empty, shape {list(shape)}")
         fields[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, stop]}
         offset = stop
     body = json.dumps(fields, separators=(",", ":")).encode()
@@ -219,7 +219,7 @@ def _read_header(fd: int, path: Path) -> dict[str, Entry]:
     size = os.fstat(fd).st_size
     length = int.from_bytes(os.pread(fd, 8, 0), "little")
     if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-        raise CheckpointError(f"{path}: is cut short or not a safetensors file ({size} bytes)")
+        raise CheckpointError(f"{path} is truncated or not a safetensors file ({size} bytes)")
     try:
         fields = json.loads(os.pread(fd, length, 8))
         fields.pop("__metadata__", None)
@@ -229,12 +229,12 @@ def _read_header(fd: int, path: Path) -> dict[str, Entry]:
     edge = 8 + length
     for key, entry in sorted(entries.items(), key=lambda item: item[1].start):
         if entry.start != edge or entry.stop - entry.start != math.prod(entry.shape) * _ITEM_BYTES:
-            raise CheckpointError(f"{path}: {key} does not lie where it should")
+            raise CheckpointError(f"{path}: {key} is not at the offsets of its shape")
         if entry.stop == entry.start:
             raise CheckpointError(f"{path}: {key} is empty, shape {list(entry.shape)}")
         edge = entry.stop
     if not entries or edge != size:
-        raise CheckpointError(f"{path}: the header announces {edge} bytes, the file has {size}")
+        raise CheckpointError(f"{path} has {size} bytes, its header describes {edge}")
     return entries
 
 
@@ -253,10 +253,10 @@ def _open_regular(path: Path) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from None
+        raise CheckpointError(f"{path} cannot be opened ({error.strerror})") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise CheckpointError(f"{path}: is not a regular file")
+        raise CheckpointError(f"{path} is not a regular file")
     return fd
 
 
@@ -280,5 +280,5 @@ def _read_all(fd: int, data: memoryview, offset: int, path: Path) -> None:
     while data:
         count = os.preadv(fd, [data], offset)
         if count == 0:
-            raise CheckpointError(f"{path}: ends early, at byte {offset}")
+            raise CheckpointError(f"{path} ends early, at byte {offset}")
         data, offset = data[count:], offset + count

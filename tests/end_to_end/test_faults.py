@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dist_cpt.checkpoint.load import newest_valid
-from dist_cpt.checkpoint.save import SAVE_POINTS
+from dist_cpt.checkpoint.save import POINTS_ON_EVERY_RANK, SAVE_POINTS
 from dist_cpt.checkpoint.verify import verify_checkpoint, verify_run
 from dist_cpt.errors import EXIT_INTERNAL
 from dist_cpt.run_folder.audit import record_problems
@@ -31,7 +31,6 @@ ENGINES = {
     "zero-3": "engine={kind: zero, stage: 3}",
     "zero-1": "engine={kind: zero, stage: 1}",
 }
-ON_ALL_RANKS = ("staged", "tensor", "written", "sidecars", "reread", "agreed")
 PUBLISHED = ("renamed", "published", "pruned")  # a kill there comes after the checkpoint has its name
 KEYS = ("step", "loss", "grad_norm", "lr", "position", "num_tokens", "tokens", "tokens_by_source")
 
@@ -226,9 +225,9 @@ def test_no_rank_waits_for_one_that_was_killed_while_it_saved(new_job) -> None:
 def kills(engine: str, ranks: int, asynchronous: bool) -> list[tuple[str, int]]:
     """This engine's third of all (point, rank); over 2 and 4 ranks, beside and not, it meets every point."""
     everything = [(f"save.{point}", rank) for point in SAVE_POINTS for rank in range(ranks)]
-    everything = [(point, rank) for point, rank in everything if rank == 0 or point[5:] in ON_ALL_RANKS]
+    everything = [(point, rank) for point, rank in everything if rank == 0 or point[5:] in POINTS_ON_EVERY_RANK]
     everything += [(point, rank) for point in ("step", "restore") for rank in range(ranks)]
-    everything += [(f"trial.{point}", rank) for point in ON_ALL_RANKS for rank in range(ranks)]
+    everything += [(f"trial.{point}", rank) for point in POINTS_ON_EVERY_RANK for rank in range(ranks)]
     places = list(dict.fromkeys(point.partition(".")[2] or point for point, _ in everything))
     turn = list(ENGINES).index(engine) + 2 * asynchronous + ranks // 4
     mine = [(p, r) for p, r in everything if (places.index(p.partition(".")[2] or p) + r + turn) % 3 == 0]
@@ -251,7 +250,7 @@ def test_the_matrix_kills_at_every_point_on_every_rank() -> None:
             assert len({cell for _, cell in cells}) == len(cells) == 5 + 2 * ranks + 12 * ranks
             for engine, (point, _) in cells:
                 seen.setdefault(engine, set()).add(point)
-    points = {*(f"save.{p}" for p in SAVE_POINTS), *(f"trial.{p}" for p in ON_ALL_RANKS), "step", "restore"}
+    points = {*(f"save.{p}" for p in SAVE_POINTS), *(f"trial.{p}" for p in POINTS_ON_EVERY_RANK), "step", "restore"}
     assert seen == dict.fromkeys(ENGINES, points)
 
 

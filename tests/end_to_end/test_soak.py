@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from dist_cpt.checkpoint.load import load
-from dist_cpt.checkpoint.save import SAVE_POINTS
+from dist_cpt.checkpoint.save import POINTS_ON_EVERY_RANK, SAVE_POINTS
 from dist_cpt.checkpoint.verify import verify_run
 from dist_cpt.run_folder.audit import record_problems
 from dist_cpt.run_folder.checkpoints import published, read_manifest
@@ -32,7 +32,6 @@ from tests.run_ranks import RunningRanks
 from tests.whole_run import rows
 
 EVERY, KEEP = 5, 3
-ON_ALL_RANKS = ("staged", "tensor", "written", "sidecars", "reread", "agreed")
 POINTS = tuple(point for point in SAVE_POINTS if point != "aside")  # nobody else publishes here
 AFTER_RENAME = ("renamed", "published", "pruned")
 DAMAGES = ("flip", "cut", "delete", "zero")
@@ -99,7 +98,7 @@ def _disturbed(
     target = min(first + EVERY * dice.randrange(stretch), horizon)
     if way == "save" or (way == "freeze" and dice.random() < 0.5):
         victim = 0 if way == "freeze" else victim
-        points = ("agreed", "manifest", "renamed") if way == "freeze" else POINTS if victim == 0 else ON_ALL_RANKS
+        points = ("agreed", "manifest", "renamed") if way == "freeze" else POINTS if victim == 0 else POINTS_ON_EVERY_RANK
         point = dice.choice(points)
         fault = f"save.{point}:rank{victim}:step{target}" + (":freeze" if way == "freeze" else "")
         published_steps = range(first, target + (point in AFTER_RENAME), EVERY)

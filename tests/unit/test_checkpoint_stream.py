@@ -32,8 +32,8 @@ def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
 
 def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "x.safetensors")
-    found = scan(tmp_path / "x.safetensors")
-    assert {key: tensor.sha256 for key, tensor in found.tensors.items()} == {
+    content = scan(tmp_path / "x.safetensors")
+    assert {key: tensor.sha256 for key, tensor in content.tensors.items()} == {
         key: tensor_sha256(value) for key, value in TENSORS.items()
     }
 
@@ -58,18 +58,18 @@ def test_scan_hashes_across_chunk_borders(tmp_path: Path, monkeypatch: pytest.Mo
 
     hashes = write(tmp_path / "x.safetensors")
     monkeypatch.setattr(safetensors_stream, "_CHUNK_BYTES", 16)
-    found = scan(tmp_path / "x.safetensors")
+    content = scan(tmp_path / "x.safetensors")
     raw = (tmp_path / "x.safetensors").read_bytes()
-    assert (found.num_bytes, found.sha256) == (len(raw), hashlib.sha256(raw).hexdigest())
-    assert {key: tensor.sha256 for key, tensor in found.tensors.items()} == hashes
-    assert all(tensor.finite for tensor in found.tensors.values())
+    assert (content.num_bytes, content.sha256) == (len(raw), hashlib.sha256(raw).hexdigest())
+    assert {key: tensor.sha256 for key, tensor in content.tensors.items()} == hashes
+    assert all(tensor.finite for tensor in content.tensors.values())
 
 
-def test_a_file_cut_short_while_open_is_an_error(tmp_path: Path) -> None:
+def test_a_file_truncated_while_open_is_an_error(tmp_path: Path) -> None:
     write(tmp_path / "x.safetensors")
     file = TensorFile(tmp_path / "x.safetensors")
     os.truncate(tmp_path / "x.safetensors", 300)
-    with pytest.raises(CheckpointError, match="ends early"):
+    with pytest.raises(CheckpointError, match=r"x\.safetensors\b.*\b300\b"):
         file.read("é", 0, 6)
     file.close()
 
@@ -77,23 +77,23 @@ def test_a_file_cut_short_while_open_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_non_finite_values_are_refused(tmp_path: Path, value: float) -> None:
     writer = StreamWriter(tmp_path / "x.safetensors", {"a": (2, 2)})
-    with pytest.raises(NumericsError, match="a: holds values that are not finite"):
+    with pytest.raises(NumericsError, match=r"\ba\b"):
         writer.write("a", torch.tensor([[0.0, value], [1.0, 2.0]]))
     writer.close()
 
 
-def test_only_what_was_announced_can_be_written(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is empty"):
+def test_only_the_tensors_of_the_header_can_be_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"\[0, 4\]"):
         StreamWriter(tmp_path / "empty", {"a": (0, 4)})
     writer = StreamWriter(tmp_path / "x.safetensors", {"a": (2, 2), "b": (1,)})
-    with pytest.raises(CheckpointError, match=r"expected fp32 \[2, 2\]"):
+    with pytest.raises(CheckpointError, match=r"fp32 \[2, 2\]"):
         writer.write("a", torch.zeros(4))
     with pytest.raises(CheckpointError, match="bfloat16"):
         writer.write("a", torch.zeros(2, 2, dtype=torch.bfloat16))
     writer.write("a", torch.zeros(2, 2))
-    with pytest.raises(CheckpointError, match="twice"):
+    with pytest.raises(CheckpointError, match=r"^a\b"):
         writer.write("a", torch.zeros(2, 2))
-    with pytest.raises(CheckpointError, match="b was never handed over"):
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: b\b"):
         writer.finish()
     writer.close()
 
@@ -107,9 +107,9 @@ def test_a_transposed_tensor_is_written_in_c_order(tmp_path: Path) -> None:
 def test_links_and_folders_are_not_opened(tmp_path: Path) -> None:
     write(tmp_path / "x.safetensors")
     (tmp_path / "link").symlink_to(tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match="cannot be opened"):
+    with pytest.raises(CheckpointError, match="link"):
         scan(tmp_path / "link")
-    with pytest.raises(CheckpointError, match="not a regular file"):
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
         scan(tmp_path)
 
 
