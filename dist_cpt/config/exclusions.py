@@ -44,8 +44,8 @@ class Exclusion:
         matches = [condition.matches(config) for condition in self.conditions]
         if not all(matches):
             return None
-        settings = dict.fromkeys(f"{key}: {shown(value)}" for found in matches for key, value in found)
-        return f"{', '.join(settings)}: {self.why} -- {self.remedy}"
+        named = dict.fromkeys(f"{key}: {shown(value)}" for settings in matches for key, value in settings)
+        return f"{', '.join(named)}: {self.why} -- {self.remedy}"
 
 
 def refusals(config: RunConfig) -> list[str]:
