@@ -98,7 +98,9 @@ def _disturbed(
     target = min(first + EVERY * dice.randrange(stretch), horizon)
     if way == "save" or (way == "freeze" and dice.random() < 0.5):
         victim = 0 if way == "freeze" else victim
-        points = ("agreed", "manifest", "renamed") if way == "freeze" else POINTS if victim == 0 else POINTS_ON_EVERY_RANK
+        points = (
+            ("agreed", "manifest", "renamed") if way == "freeze" else POINTS if victim == 0 else POINTS_ON_EVERY_RANK
+        )
         point = dice.choice(points)
         fault = f"save.{point}:rank{victim}:step{target}" + (":freeze" if way == "freeze" else "")
         published_steps = range(first, target + (point in AFTER_RENAME), EVERY)

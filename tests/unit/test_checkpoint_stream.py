@@ -69,7 +69,7 @@ def test_a_file_truncated_while_open_is_an_error(tmp_path: Path) -> None:
     write(tmp_path / "x.safetensors")
     file = TensorFile(tmp_path / "x.safetensors")
     os.truncate(tmp_path / "x.safetensors", 300)
-    with pytest.raises(CheckpointError, match=r"x\.safetensors\b.*\b300\b"):
+    with pytest.raises(CheckpointError, match=r"x\.safetensors\b.*\bbyte \d+"):
         file.read("é", 0, 6)
     file.close()
 
