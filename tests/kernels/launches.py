@@ -132,10 +132,9 @@ def _norms(dtype: torch.dtype, name: str) -> Iterator[tuple[str, Callable[[], An
     # one head, hidden sizes of 4096 and 5376, and the longest rows of both backward kernels
     for dim in (128, 4096, 5376, MAX_SHARED_DIM, MAX_DIM):
         for trains in (True, False):
-            if (dtype, dim, trains) == (FP32, 128, False):
-                continue  # ptxas of Triton 3.9 spills 4 bytes here for sm_90: see docs/kernels.md
             suffix = f"{name}_{dim}{'' if trains else '_frozen'}"
-            yield f"rms_norm_{suffix}", partial(alone, dim, trains, "llama")
+            if suffix != "fp32_128_frozen":  # ptxas of Triton 3.9 spills 4 bytes for sm_90: see docs/kernels.md
+                yield f"rms_norm_{suffix}", partial(alone, dim, trains, "llama")
             yield f"add_rms_norm_{suffix}", partial(added, dim, trains, "llama")
     yield f"rms_norm_gemma_{name}", partial(alone, 4096, True, "gemma")
     yield f"add_rms_norm_gemma_{name}", partial(added, 4096, True, "gemma")
