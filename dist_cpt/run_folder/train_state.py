@@ -36,12 +36,12 @@ class TrainState(Frozen):
     tokens: int = Field(ge=0)  # target tokens
     tokens_by_source: dict[str, int]
     skipped_total: int = Field(ge=0)
-    skipped_in_a_row: int = Field(0, ge=0)
+    skipped_in_a_row: int = Field(default=0, ge=0)
     random: Randomness
     schedule: dict[str, Any]  # as in the recipe; learning rates are a function of the step
     wandb_run_id: str
     attempt: int = Field(ge=0)
-    parent: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")  # state_sha256 of the checkpoint this one came from
+    parent: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")  # state_sha256 of the parent checkpoint
     optimizer_steps: int = Field(ge=0)  # AdamW's counter: without skipped steps, with those of an imported optimizer
     skipped_windows: tuple[tuple[int, int], ...] = ()  # blocks left out by a rollback: positions start to stop - 1
     bad_since: tuple[int, int] | None = None  # (step, position) of the first of the bad steps that end here
