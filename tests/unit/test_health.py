@@ -539,7 +539,10 @@ def test_the_spike_policy_changes_the_fingerprint_and_the_hang_limits_do_not():
         ("health: {spike: {window: 16}}", "health.spike.min_history: 32, health.spike.window: 16"),
         ("health: {hang: {factor: 1}}", "health.hang.factor"),
         ("health: {hang: {grace_seconds: 0}}", "health.hang.grace_seconds"),
-        ("health: {spike: {policy: rollback}}\ncheckpoint: {every_minutes: null}", "health.spike.policy: rollback, checkpoint.every_minutes: null"),
+        (
+            "health: {spike: {policy: rollback}}\ncheckpoint: {every_minutes: null}",
+            "health.spike.policy: rollback, checkpoint.every_minutes: null",
+        ),
     ],
 )
 def test_refusals(health, expected):
