@@ -5,6 +5,10 @@ An error that a user can cause prints as one line: what happened, where, the val
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from typing import TextIO
+
 EXIT_DONE = 0
 EXIT_CONFIG = 64
 EXIT_DATA = 65
@@ -15,6 +19,7 @@ EXIT_HANG = 72
 EXIT_CANNOT_WRITE = 73
 EXIT_CHECKPOINT = 74
 EXIT_STOPPED = 75
+EXIT_SUPERSEDED = 76
 
 EXIT_WORDS = {
     EXIT_DONE: "done",
@@ -27,9 +32,13 @@ EXIT_WORDS = {
     EXIT_CANNOT_WRITE: "cannot write",
     EXIT_CHECKPOINT: "checkpoint invalid",
     EXIT_STOPPED: "stopped and saved",
+    EXIT_SUPERSEDED: "superseded by another attempt",
 }
 # Another start would end the same way.
-FINAL_CODES = (EXIT_CONFIG, EXIT_DATA, EXIT_NODE, EXIT_NUMERICS, EXIT_CANNOT_WRITE, EXIT_CHECKPOINT)
+FINAL_CODES = (
+    *(EXIT_CONFIG, EXIT_DATA, EXIT_NODE, EXIT_NUMERICS, EXIT_CANNOT_WRITE, EXIT_CHECKPOINT),
+    EXIT_SUPERSEDED,
+)
 
 
 class DistCptError(Exception):
@@ -60,8 +69,10 @@ class MissingExtraError(ConfigError):
         )
 
 
-class Superseded(ConfigError):
+class Superseded(DistCptError):
     """A later attempt has taken over the run folder; this one must not write there any more."""
+
+    exit_code = EXIT_SUPERSEDED
 
 
 class DataError(DistCptError):
@@ -109,3 +120,9 @@ class Stopped(DistCptError):
 def printable(text: str) -> str:
     """`text` as one line: line breaks and control characters, which a file may contain, are spelled out."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print one line, to stderr by default; a terminal or pipe that is gone ends nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr if stream is None else stream, flush=True)

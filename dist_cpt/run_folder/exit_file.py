@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_cpt.errors import EXIT_HANG
+from dist_cpt.errors import EXIT_HANG, EXIT_SUPERSEDED
 from dist_cpt.run_folder.json_files import read_object, write_object
 from dist_cpt.run_folder.names import EXIT, RUN
 
@@ -38,7 +38,7 @@ def exit_code(run_folder: Path, before: Stamp, code: int) -> int:
 
     `code` also replaces a recorded 0: a rank may have crashed after it was written.
     """
-    if stamp(run_folder) == before:
+    if code == EXIT_SUPERSEDED or stamp(run_folder) == before:  # exit.json is the later attempt's
         return code
     try:
         recorded = int(read_object(run_folder / EXIT)["code"])

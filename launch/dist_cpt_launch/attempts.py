@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from dist_cpt.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, FINAL_CODES
+from dist_cpt.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, EXIT_SUPERSEDED, FINAL_CODES
 from dist_cpt.run_folder.json_files import read_complete_rows, read_object, write_object
 from dist_cpt.run_folder.names import BAD_NODES, LAUNCHES
 
@@ -55,6 +55,8 @@ def decide(end: Ending, *, max_restarts: int, save_before_limit: float) -> Decis
     """The next action after an ending: finish, restart on the same nodes, requeue, or give up."""
     if end.code == EXIT_DONE:
         return Decision("done", "the run is complete")
+    if end.code == EXIT_SUPERSEDED:
+        return Decision("leave", "another attempt holds the run folder and trains on")
     if end.state not in (None, "RUNNING"):
         return Decision("leave", f"the job is {end.state}: cancelled, or requeued by Slurm itself")
     if end.state is None and end.terminated and not end.near_limit:

@@ -440,7 +440,7 @@ def frozen_then_succeeded(job: Job, freeze: str, resumes_at: int, *, half_way: b
             a.send(signal.SIGCONT)
             codes = a.finish()
             assert belongings(job.run) == before, f"A, codes {codes}, changed the folder of B\n{job.output()}"
-            assert codes == [64] * job.ranks, job.output()
+            assert codes == [76] * job.ranks, job.output()
             (line,) = [line for line in job.output().splitlines() if line.startswith("dist-cpt: ")]
             assert all(part in line for part in ("attempt 0", str(job.run), "attempt 1"))
             if half_way:

@@ -168,12 +168,12 @@ class Execution:
         return began[0]["first_step"]
 
     def _wake(self, frozen: RunningRanks, by: int) -> None:
-        """An attempt that was overtaken leaves with 64 and changes nothing."""
+        """An attempt that was overtaken leaves with 76 and changes nothing."""
         files = ("metrics.jsonl", "events.jsonl", "exit.json", "run.json", "certificate.json")
         before = [self._content(name) for name in files]
         frozen.send(signal.SIGCONT)
         codes = frozen.finish()
-        assert set(codes) == {64}, f"attempt {by - 1} was overtaken by {by} and ended with {codes}"
+        assert set(codes) == {76}, f"attempt {by - 1} was overtaken by {by} and ended with {codes}"
         assert [self._content(name) for name in files] == before, f"attempt {by - 1} wrote after it was overtaken"
 
     def _content(self, name: str) -> bytes | None:
