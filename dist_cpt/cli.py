@@ -14,7 +14,7 @@ from dist_cpt_launch.command_line import with_options
 from dist_cpt_launch.launch_options import LaunchOptions, ResumeOptions
 
 from dist_cpt import __version__
-from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, CheckpointError, ConfigError, DistCptError
+from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, CheckpointError, ConfigError, DistCptError, say
 from dist_cpt.run_folder.names import ADAPTER_CONFIG, CHECKPOINTS, MANIFEST, RECIPE
 
 INTERRUPTED = 130
@@ -414,10 +414,9 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         code = _interrupted()
     except DistCptError as error:
-        print(f"dist-cpt: {error}", file=sys.stderr)
+        say(f"dist-cpt: {error}")
         code = error.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has seen enough
         code = EXIT_DONE
     except Exception as error:  # a defect of ours: print the traceback too
         usage = getattr(error, "format_message", None)  # click's own usage errors
@@ -428,7 +427,17 @@ def main() -> None:
             traceback.print_exc()
             print("dist-cpt: internal error; this is a defect of dist-cpt", file=sys.stderr)
             code = EXIT_INTERNAL
+    _flush_output()
     sys.exit(code if isinstance(code, int) else EXIT_DONE)
+
+
+def _flush_output() -> None:
+    """Flush while a failure can still be ignored: at exit, Python would turn it into code 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _interrupted() -> int:

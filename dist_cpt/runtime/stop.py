@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 # Later ones win if ranks received different signals.
-SIGNALS = ("SIGINT", "SIGUSR1", "SIGTERM")
+SIGNALS = ("SIGINT", "SIGHUP", "SIGUSR1", "SIGTERM")
 
 PR_SET_PDEATHSIG = 1  # Source: prctl(2), Linux
 
@@ -25,16 +25,18 @@ def stop_with_parent() -> None:
 
 
 class StopRequest:
-    """The name of the first SIGTERM, SIGUSR1 or SIGINT received; as a context manager it restores the handlers."""
+    """The name of the first stop signal received; as a context manager it restores the handlers."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
         self._earlier: dict[int, Any] = {}
 
     def install(self) -> StopRequest:
-        """Handle the signals, including those that the parent ignored; main thread only."""
+        """Handle the signals, also those that the parent ignored, except SIGHUP under nohup; main thread only."""
         for name in SIGNALS:
             number = signal.Signals[name]
+            if name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             earlier = signal.signal(number, self._remember)
             self._earlier.setdefault(number, earlier)
         return self

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from dist_cpt.checkpoint.save import SAVE_POINTS
 from dist_cpt.config.resolve import StepShape, run_folder, step_shape
 from dist_cpt.config.schema import RunConfig
-from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, DistCptError, Superseded
+from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, DistCptError, Superseded, say
 from dist_cpt.health.nccl import save_flight_record, set_nccl_defaults
 from dist_cpt.health.watchdog import Watchdog, collective_seconds
 from dist_cpt.run_folder.claim import Claim, claim
@@ -99,13 +98,13 @@ def run_attempt(
         code, reason = error.exit_code, str(error)
         superseded = isinstance(error, Superseded)
         if code == EXIT_INTERNAL:
-            traceback.print_exc()
+            LOGGER.error("%s", traceback.format_exc())
         if env.rank == 0 or (joined and not error.agreed):
-            print(f"dist-cpt: {error}", file=sys.stderr, flush=True)
+            say(f"dist-cpt: {error}")
     except Exception as error:  # a defect of ours, or a rank that vanished in a collective
         code, reason = EXIT_INTERNAL, f"{type(error).__name__}: {error}".splitlines()[0]
         LOGGER.error("rank %d ends: %s\n%s", env.rank, reason, traceback.format_exc())
-        print(f"dist-cpt: rank {env.rank}: {reason} -- see logs/rank-{env.rank}.log", file=sys.stderr, flush=True)
+        say(f"dist-cpt: rank {env.rank}: {reason} -- see logs/rank-{env.rank}.log")
     finally:
         if held is not None:
             if not superseded and held.is_current():  # else the folder is another attempt's by now
@@ -134,4 +133,4 @@ def _record_end(observers: Observers, folder: Path, end: RunEnd) -> None:
     try:
         write_exit(folder, end.exit_code, end.reason, end.step)
     except DistCptError as error:
-        print(f"dist-cpt: {error}", file=sys.stderr, flush=True)
+        say(f"dist-cpt: {error}")

@@ -29,6 +29,13 @@ _BRIEF_WIDTH = 60  # of the text beside the bar, including an ETA of a few days
 _ETA_STEPS = 50  # the ETA is based on these last steps, with the evaluations and saves between them
 
 
+class _Console(rich.console.Console):
+    """Rich's own reaction to a closed pipe is to end the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
 class Console:
     """Observer that prints progress to `stream`; on rank 0 only."""
 
@@ -36,7 +43,7 @@ class Console:
         self._stream = sys.stdout if stream is None else stream
         self._live = self._stream.isatty() if live is None else live
         self._every_seconds = every_seconds
-        self._console = rich.console.Console(
+        self._console = _Console(
             file=self._stream,
             force_terminal=self._live,
             no_color=not self._live,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from dist_cpt.errors import DistCptError
+from dist_cpt.errors import DistCptError, say
 from dist_cpt.run_folder.claim import Claim
 from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
+from dist_cpt.runtime.log import LOGGER
 
 
 class Observer(Protocol):
@@ -27,38 +28,47 @@ class Observers:
     def __init__(self, claim: Claim | None) -> None:
         self._claim = claim  # rank 0's
         self._observers: list[Observer] = []
+        self._displays: list[Observer] = []  # those whose errors end nothing but themselves
 
-    def add(self, observer: Observer) -> None:
-        """Address `observer` too from now on."""
+    def add(self, observer: Observer, *, display: bool = False) -> None:
+        """Address `observer` too from now on; an error of a `display` drops it and is noted once, never raised."""
         self._observers.append(observer)
+        if display:
+            self._displays.append(observer)
 
     def on_start(self, start: RunStart) -> None:
-        for observer in self._listening():
-            observer.on_start(start)
+        self._tell(lambda observer: observer.on_start(start))
 
     def on_step(self, record: StepRecord) -> None:
-        for observer in self._listening():
-            observer.on_step(record)
+        self._tell(lambda observer: observer.on_step(record))
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        for observer in self._listening():
-            observer.on_evaluation(record)
+        self._tell(lambda observer: observer.on_evaluation(record))
 
     def on_checkpoint(self, record: CheckpointRecord) -> None:
-        for observer in self._listening():
-            observer.on_checkpoint(record)
+        self._tell(lambda observer: observer.on_checkpoint(record))
 
     def on_message(self, text: str) -> None:
-        for observer in self._listening():
-            observer.on_message(text)
+        self._tell(lambda observer: observer.on_message(text))
 
     def on_end(self, end: RunEnd) -> None:
         """Tell every observer, also when one of them fails: a full disk must not hide the reason of the end."""
-        for observer in self._listening():
+        for observer in list(self._observers):
             try:
-                observer.on_end(end)
+                self._tell(lambda observer: observer.on_end(end), [observer])
             except DistCptError as error:
-                print(f"dist-cpt: {error}", file=sys.stderr, flush=True)
+                say(f"dist-cpt: {error}")
 
-    def _listening(self) -> list[Observer]:
-        return [] if self._claim is not None and not self._claim.is_current() else self._observers
+    def _tell(self, call: Callable[[Observer], None], observers: Sequence[Observer] | None = None) -> None:
+        if self._claim is not None and not self._claim.is_current():
+            return
+        for observer in list(self._observers if observers is None else observers):
+            try:
+                call(observer)
+            except Exception as error:
+                if observer not in self._displays:
+                    raise
+                self._observers.remove(observer)
+                note = f"{type(observer).__name__} is dropped: {type(error).__name__}: {error}"
+                LOGGER.warning("%s", note)
+                self.on_message(note)

@@ -69,9 +69,10 @@ def announce(run: Run, contract: Contract, progress: Progress) -> None:
             console.on_message,
             init_timeout_seconds=WANDB_INIT_SECONDS,
         )
-        for observer in (console, run.metrics, wandb):
-            if observer is not None:
-                context.observers.add(observer)
+        context.observers.add(run.metrics)
+        for display in (console, wandb):
+            if display is not None:
+                context.observers.add(display, display=True)
     record = RunStart(
         config=context.config,
         folder=context.folder,

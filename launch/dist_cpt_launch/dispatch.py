@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dist_cpt.config.load import load_recipe
 from dist_cpt.config.resolve import resolve_paths
-from dist_cpt.errors import EXIT_DONE, ConfigError
+from dist_cpt.errors import EXIT_DONE, ConfigError, say
 from dist_cpt_launch.launch_options import LaunchOptions
 from dist_cpt_launch.launch_plan import local_plan
 
@@ -48,7 +49,7 @@ def launch(
     if dry_run:
         print(plan.shell_line())
         return EXIT_DONE
-    print(plan.run_folder, flush=True)
+    say(str(plan.run_folder), sys.stdout)
     return start(plan)
 
 

@@ -6,21 +6,21 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from types import FrameType
 
-from dist_cpt.errors import EXIT_INTERNAL
+from dist_cpt.errors import EXIT_INTERNAL, say
 from dist_cpt.run_folder.exit_file import exit_code, stamp
 from dist_cpt_launch.launch_plan import LaunchPlan
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def run_local(plan: LaunchPlan) -> int:
     """Run the plan to its end and return the code in exit.json, else the process's own.
 
-    SIGTERM, SIGINT and SIGUSR1 ask the ranks to stop at the next step boundary and save; a third one kills them.
+    SIGTERM, SIGINT, SIGUSR1 and SIGHUP (unless ignored, as under nohup) ask the ranks to stop at the next step boundary
+    and save; a third signal kills them.
     """
     before = stamp(plan.run_folder)
     # In its own session, so that Ctrl-C reaches only this process, which then asks the ranks to stop.
@@ -38,13 +38,15 @@ def run_local(plan: LaunchPlan) -> int:
                     os.kill(rank, signal.SIGKILL)
             return
         if asked == 1:
-            print("stopping at the next step boundary and saving", file=sys.stderr, flush=True)
+            say("stopping at the next step boundary and saving")
             # torchrun forwards SIGTERM; SIGUSR1 would kill it and orphan its ranks.
             child.send_signal(signal.SIGTERM)
         else:
-            print("still saving; the next signal kills the run", file=sys.stderr, flush=True)
+            say("still saving; the next signal kills the run")
 
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    handled = [number for number in FORWARDED if not (nohup and number == signal.SIGHUP)]
+    previous = {number: signal.signal(number, forward) for number in handled}
     try:
         code = child.wait()
     finally:
@@ -54,7 +56,7 @@ def run_local(plan: LaunchPlan) -> int:
             os.killpg(child.pid, signal.SIGKILL)  # a lone rank's own children
     code = exit_code(plan.run_folder, before, code)
     if code < 0 or code > 128:
-        print(f"the run was killed by a signal (code {code}); it can be resumed", file=sys.stderr)
+        say(f"the run was killed by a signal (code {code}); it can be resumed")
         return EXIT_INTERNAL
     return code
 

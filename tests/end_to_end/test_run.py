@@ -161,7 +161,7 @@ def test_kill_9_then_the_same_command_finishes_the_run(made, tmp_path):
     assert [row["step"] for row in rows(metrics)] == list(range(1, 61))
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_a_signal_saves_at_the_step_boundary_and_ends_with_75(made, tmp_path, name):
     values = tiny.recipe(*made, tmp_path, train={"tokens": 4000 * 8 * tiny.SEQ_LEN}, checkpoint={"every_minutes": 30})
     metrics = tmp_path / "tiny/metrics.jsonl"
@@ -177,6 +177,25 @@ def test_a_signal_saves_at_the_step_boundary_and_ends_with_75(made, tmp_path, na
     ended = json.loads((tmp_path / "tiny/exit.json").read_text())
     assert name in ended["reason"]
     assert (tmp_path / f"tiny/checkpoints/step-{ended['step']:08d}/manifest.json").is_file()
+
+
+@pytest.mark.parametrize("stdout", ["/dev/full", "closed pipe"])
+def test_a_lost_stdout_ends_nothing(made, tmp_path, stdout):
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny.recipe(*made, tmp_path))
+    if stdout == "closed pipe":
+        reader, descriptor = os.pipe()
+        os.close(reader)
+    else:
+        descriptor = os.open(stdout, os.O_WRONLY)
+    arguments = [sys.executable, "-m", "dist_cpt.cli", "train", str(recipe)]
+    done = subprocess.run(arguments, stdout=descriptor, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(descriptor)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "tiny"
+    assert json.loads((run / "exit.json").read_text())["code"] == 0
+    assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, 13))
+    dropped = [row for row in rows(run / "events.jsonl") if "Console" in row.get("text", "")]
+    assert len(dropped) == 1
 
 
 def test_ctrl_c_in_prepare_is_one_line_and_loses_nothing(made, tmp_path):
