@@ -16,9 +16,25 @@ from pydantic import BaseModel, ValidationError
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
 
+MAX_NODES = 10_000  # of one YAML document; a recipe has a few hundred
+
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses duplicate keys and reads 1e-5 as a number."""
+    """A SafeLoader that refuses duplicate keys, aliases and huge documents, and reads 1e-5 as a number."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._num_nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Aliases of aliases grow by a factor per level: a recipe of 1 KB would take minutes."""
+        event = self.peek_event()
+        self._num_nodes += 1
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"the YAML alias *{event.anchor} is not supported{event.start_mark}")
+        if self._num_nodes > MAX_NODES:
+            raise ConfigError(f"more than {MAX_NODES:,} YAML nodes{event.start_mark}")
+        return super().compose_node(parent, index)
 
 
 def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -40,6 +40,7 @@ AGENT_SECONDS = 10  # for torchrun's agent to exit after its ranks
 MAX_RECIPE_BYTES = 1 << 19  # a ConfigMap holds 1 MiB
 KUBECTL_SECONDS = 60
 
+_SAFE_PATH = {"name": "PYTHONSAFEPATH", "value": "1"}  # `-m` would import a yaml.py of the working directory
 _COMPLETION_INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 _JOBSET_NAME = "metadata.labels['jobset.sigs.k8s.io/jobset-name']"
 _FINAL_CODES = sorted(set(FINAL_CODES) - {EXIT_NODE})  # a pod that failed its node checks may land on another node
@@ -208,7 +209,7 @@ def _trainer(pods: _Pods, common: Object) -> Object:
         arguments += ["--set", _escaped(override)]
     container: Object = {"name": JOB, "command": ["python"], "args": arguments, **common}
     # Lets a restarted pod take over the run folder although a lost node may still hold the lock on the volume.
-    container["env"] = [_field("DIST_CPT_JOB", _JOBSET_NAME)]
+    container["env"] = [_field("DIST_CPT_JOB", _JOBSET_NAME), _SAFE_PATH]
     container["env"] += [{"name": name, "value": _escaped(value)} for name, value in pods.settings.env.items()]
     for name, ref in pods.settings.secrets.items():
         reference = {"name": ref.name, "key": ref.key, "optional": ref.optional}
@@ -223,6 +224,7 @@ def _preflight(pods: _Pods) -> Object:
     if pods.settings.accelerator == "nvidia.com/gpu":
         arguments.append(f"--gpus={pods.procs_per_node}")
     env = [
+        _SAFE_PATH,
         _field("JOB_UID", "metadata.labels['batch.kubernetes.io/controller-uid']"),  # new with every restart
         _field("NODE_NAME", "spec.nodeName"),
         _field("NODE_INDEX", _COMPLETION_INDEX),

@@ -69,6 +69,7 @@ def local_plan(
         argv += ["--set", override]
     # Waiting threads that spin halve everyone's speed on a busy host; sleeping costs 5 % on an idle one.
     environment = {"OMP_NUM_THREADS": str(threads_per_rank), "OMP_WAIT_POLICY": "passive"}
+    environment["PYTHONSAFEPATH"] = "1"  # `-m` would import a yaml.py of the current folder
     return LaunchPlan(tuple(argv), environment, run_folder(config))
 
 

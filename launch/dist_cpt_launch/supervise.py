@@ -246,6 +246,7 @@ class Supervisor:
             environment.setdefault("SRUN_CPUS_PER_TASK", cpus)  # srun ignores sbatch's --cpus-per-task
         environment.setdefault("OMP_NUM_THREADS", cpus if cpus.isdigit() else "1")
         environment.setdefault("OMP_WAIT_POLICY", "passive")
+        environment["PYTHONSAFEPATH"] = "1"  # `-m` would import a yaml.py of the current folder
         if self.options.predecessor:
             environment["DIST_CPT_PREDECESSOR"] = self.options.predecessor  # its orphans may still hold the run folder
         return Step([*argv, *(self.options.srun or ()), sys.executable, *command], environment)

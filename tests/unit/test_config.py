@@ -257,3 +257,11 @@ def test_configuration_and_help_load_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_aliases_and_huge_documents_are_refused_at_once():
+    bomb = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
+    with pytest.raises(ConfigError, match=r"\*a"):
+        parse_yaml(bomb, "recipe.yaml")
+    with pytest.raises(ConfigError, match="10,000"):
+        parse_yaml("a: [" + "x, " * 20_000 + "x]", "recipe.yaml")

@@ -37,6 +37,14 @@ def test_one_rank_is_a_plain_process_and_more_go_through_torchrun(config, tmp_pa
     assert "'" + str(recipe) + "'" in four.shell_line()
 
 
+def test_a_module_planted_in_the_current_folder_is_not_run(config, tmp_path):
+    (tmp_path / "yaml.py").write_text("open('planted', 'w').close()\n")
+    plan = local_plan(config, tmp_path / "missing.yaml", [], LaunchOptions(), threads_per_rank=1)
+    done = subprocess.run(plan.argv, env=os.environ | plan.environment, cwd=tmp_path, check=False, capture_output=True)
+    assert done.returncode == 64
+    assert not (tmp_path / "planted").exists()
+
+
 def test_ranks_that_cannot_divide_the_batch_are_refused_before_anything_starts(config, tmp_path):
     with pytest.raises(ConfigError, match=r"batch\.global_tokens.* 3 ranks"):
         local_plan(config, tmp_path / "r.yaml", [], LaunchOptions(procs_per_node=3), threads_per_rank=1)

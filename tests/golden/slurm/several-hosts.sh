@@ -1,1 +1,1 @@
-OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive /PYTHON -m dist_cpt.runtime.torchrun --rdzv-backend=c10d --rdzv-endpoint=head:29500 --rdzv-id=tiny --nnodes=2 --nproc-per-node=2 --max-restarts=0 --shutdown-timeout=300 -m dist_cpt.cli train /FOLDER/recipe.yaml
+OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONSAFEPATH=1 /PYTHON -m dist_cpt.runtime.torchrun --rdzv-backend=c10d --rdzv-endpoint=head:29500 --rdzv-id=tiny --nnodes=2 --nproc-per-node=2 --max-restarts=0 --shutdown-timeout=300 -m dist_cpt.cli train /FOLDER/recipe.yaml
