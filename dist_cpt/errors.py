@@ -45,7 +45,7 @@ class DistCptError(Exception):
     """An ending with a documented exit code; `str(error)` is the one line a user sees."""
 
     exit_code = EXIT_INTERNAL
-    agreed = False  # raised on all ranks alike, so that one of them may speak for all
+    agreed = False  # raised on every rank: only rank 0 prints it
 
     def __init__(self, message: str, *, remedy: str | None = None) -> None:
         self.message = message
@@ -82,7 +82,7 @@ class DataError(DistCptError):
 
 
 class NodeError(DistCptError):
-    """A node failed the checks before the start; elsewhere the run may go on."""
+    """A node failed the checks before the start; the run may start on others."""
 
     exit_code = EXIT_NODE
 
@@ -106,7 +106,7 @@ class WriteError(DistCptError):
 
 
 class CheckpointError(DistCptError):
-    """A checkpoint does not hold what its manifest says, or none is usable."""
+    """A checkpoint is damaged, or none is usable."""
 
     exit_code = EXIT_CHECKPOINT
 
