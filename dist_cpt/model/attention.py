@@ -19,7 +19,7 @@ import importlib.util
 import inspect
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal
 
@@ -199,13 +199,11 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     *,
     packing: Packing,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within documents, [B, L, H, N], with the signature of transformers' attention interface.
+
+    Of `options`, `dropout`, `scaling`, `sliding_window` and `softcap` are used.
 
     Raises:
         ValueError: an attention mask is given, or dropout or a softcap that the implementation does not support.
@@ -213,18 +211,18 @@ def packed_attention(
     if attention_mask is not None:
         raise ValueError("packed attention takes document boundaries from the packing, not from an attention mask")
     heads = query_BHLN, key_BKLN, value_BKLN
-    if dropout and (packing.flex or packing.cu_seqlens is not None):
+    attend = _Attend(**{field.name: options[field.name] for field in fields(_Attend) if field.name in options})
+    if attend.dropout and (packing.flex or packing.cu_seqlens is not None):
         name = "flex" if packing.flex else "varlen"
-        raise ValueError(f"attention dropout {dropout}: {name} does not support it; use model.attention: mask")
+        raise ValueError(f"attention dropout {attend.dropout}: {name} does not support it; use model.attention: mask")
     if packing.cu_seqlens is not None:
-        if softcap is not None:
-            raise ValueError(f"softcap {softcap}: varlen does not support it; use model.attention: flex")
-        return _varlen(*heads, packing, scaling, sliding_window), None
+        if attend.softcap is not None:
+            raise ValueError(f"softcap {attend.softcap}: varlen does not support it; use model.attention: flex")
+        return _varlen(*heads, packing, attend.scaling, attend.sliding_window), None
     if packing.flex:
-        return _flex(*heads, packing, scaling, sliding_window, softcap), None
-    attend = _Attend(dropout, scaling, sliding_window, softcap)
+        return _flex(*heads, packing, attend.scaling, attend.sliding_window, attend.softcap), None
     if packing.borders is None:
-        return attend(*heads, packing.mask(sliding_window)).transpose(1, 2).contiguous(), None
+        return attend(*heads, packing.mask(attend.sliding_window)).transpose(1, 2).contiguous(), None
     return _by_document(*heads, packing.borders, attend), None
 
 
@@ -336,10 +334,10 @@ def _listed(blocks_BQS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class _Attend:
     """Causal attention of torch within one document or under a mask [B, 1, L, L]."""
 
-    dropout: float
-    scaling: float | None
-    sliding_window: int | None
-    softcap: float | None
+    dropout: float = 0.0
+    scaling: float | None = None
+    sliding_window: int | None = None
+    softcap: float | None = None
 
     def __call__(
         self,
