@@ -396,12 +396,12 @@ def dist_cpt(run: Run) -> tuple[Any, int]:
 
     import numpy as np
     import torch
+    from dist_cpt.model.flops import model_flops
 
     from dist_cpt.config.schema import RunConfig
     from dist_cpt.data.batch import IGNORE_INDEX, Batch
     from dist_cpt.engines.build import build_engine
     from dist_cpt.model import load
-    from dist_cpt.model.flops import model_flops
     from dist_cpt.optim.groups import param_groups
 
     config = RunConfig.model_validate(recipe(run))
@@ -456,7 +456,6 @@ def recipe(run: Run) -> dict[str, Any]:
 def peer(side: str, run: Run) -> tuple[Any, int]:
     """As `dist_cpt`."""
     import torch
-
     from dist_cpt.model.flops import model_flops
 
     model = by_unsloth(run) if side == "unsloth" else by_transformers(run)

@@ -10,14 +10,13 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel
 
 from dist_cpt.errors import printable
 
-if TYPE_CHECKING:
-    from dist_cpt.config.schema import RunConfig
+Recipe = Any  # a RunConfig, whose module imports this one
 
 Settings = list[tuple[str, Any]]  # dotted keys and their values
 
@@ -28,7 +27,7 @@ class Condition:
 
     keys: tuple[str, ...]
     text: str
-    matches: Callable[[RunConfig], Settings]
+    matches: Callable[[Recipe], Settings]
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Exclusion:
     why: str
     remedy: str
 
-    def message(self, config: RunConfig) -> str | None:
+    def message(self, config: Recipe) -> str | None:
         """The refusal, naming keys and values; None if the recipe is fine."""
         matches = [condition.matches(config) for condition in self.conditions]
         if not all(matches):
@@ -48,7 +47,7 @@ class Exclusion:
         return f"{', '.join(named)}: {self.why} -- {self.remedy}"
 
 
-def refusals(config: RunConfig) -> list[str]:
+def refusals(config: Recipe) -> list[str]:
     """One line for each row of the table that the recipe violates."""
     return [message for row in EXCLUSIONS if (message := row.message(config)) is not None]
 
@@ -95,21 +94,21 @@ def either(*conditions: Condition) -> Condition:
 def above(left: str, right: str) -> Condition:
     """The number `left` is given and larger than the number `right`."""
 
-    def test(config: RunConfig) -> bool:
+    def test(config: Recipe) -> bool:
         ((_, small, _),), ((_, large, _),) = _read(config, right), _read(config, left)
         return large is not None and large > small
 
     return when(f"`{left}` above `{right}`", (left, right), test)
 
 
-def when(text: str, keys: tuple[str, ...], test: Callable[[RunConfig], bool]) -> Condition:
+def when(text: str, keys: tuple[str, ...], test: Callable[[Recipe], bool]) -> Condition:
     """A test of the whole recipe that depends on `keys`."""
     return Condition(
         keys, text, lambda config: [(k, v) for key in keys for k, v, _ in _read(config, key)] if test(config) else []
     )
 
 
-def _read(config: RunConfig, key: str) -> Iterator[tuple[str, Any, Any]]:
+def _read(config: Recipe, key: str) -> Iterator[tuple[str, Any, Any]]:
     """(key, value, default) of each place `key` names: `a[].b` is b of every item of a; an absent section has none."""
     *sections, last = key.split(".")
     places: list[tuple[str, Any]] = [("", config)]
@@ -136,30 +135,30 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _unpinned(config: RunConfig) -> bool:
+def _unpinned(config: Recipe) -> bool:
     return re.fullmatch(r"[0-9a-f]{40}", config.model.revision or "") is None
 
 
-def _reads_other_tokens(config: RunConfig) -> bool:
+def _reads_other_tokens(config: Recipe) -> bool:
     named = (config.data.tokenizer, config.embeddings.new_tokens)
     return None not in named and len({Path(str(path)).expanduser().absolute() for path in named}) == 2
 
 
-def _rows_do_not_train(config: RunConfig) -> bool:
+def _rows_do_not_train(config: Recipe) -> bool:
     needed = {"embed_tokens"} if config.task == "classify" else {"embed_tokens", "lm_head"}
     return not needed <= set(config.embeddings.train)
 
 
-def _never_thaws(config: RunConfig) -> bool:
+def _never_thaws(config: Recipe) -> bool:
     return config.embeddings.freeze_rest_steps >= -(-config.train.tokens // config.batch.global_tokens)
 
 
-def _half_a_pair(config: RunConfig) -> bool:
+def _half_a_pair(config: Recipe) -> bool:
     texts = (*config.data.sources, *config.data.validation)
     return any((text.prompt is None) != (text.response is None) for text in texts)
 
 
-def _part_of_a_sequence(config: RunConfig) -> bool:
+def _part_of_a_sequence(config: Recipe) -> bool:
     return config.batch.global_tokens % config.data.seq_len != 0
 
 

@@ -14,7 +14,7 @@ from dist_cpt.config.schema import ClassifyConfig
 from dist_cpt.data.encode import Encoded, Rejected, Source, gather
 from dist_cpt.data.sources import BadRecord, Parse, Record, field_of, json_object, string_field
 from dist_cpt.data.store import LabelKind
-from dist_cpt.data.tokenizer import batch_ids, unpadded_copy
+from dist_cpt.data.token_ids import batch_ids, unpadded_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -11,7 +11,7 @@ import numpy as np
 from dist_cpt.config.schema import SourceConfig, ValidationConfig
 from dist_cpt.data.sources import BadRecord, Parse, Record, text_parser
 from dist_cpt.data.store import LabelKind
-from dist_cpt.data.tokenizer import batch_ids, unpadded_copy
+from dist_cpt.data.token_ids import batch_ids, unpadded_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dist_cpt.data.tokenizer import batch_ids
+from dist_cpt.data.token_ids import batch_ids
 from dist_cpt.data.tokenizer_train import in_batches, unknown_token_id
 from dist_cpt.errors import DataError, MissingExtraError
 

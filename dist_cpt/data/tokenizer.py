@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import DataError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     from dist_cpt.adapters.vocabulary import NewVocabulary
@@ -96,19 +94,3 @@ def load_new_vocabulary(config: RunConfig) -> NewVocabulary | None:
     sha256s = (tokenizer_hash(base), sha256)
     mixtures, file_sha256 = read_focus(where, vocabulary.first_row, vocabulary.size, sha256s)
     return replace(vocabulary, mixtures=mixtures, mixtures_sha256=file_sha256)
-
-
-def unpadded_copy(backend: Tokenizer) -> Any:
-    """A copy of a tokenizers backend that neither pads nor truncates, and that no later call can change."""
-    from tokenizers import Tokenizer
-
-    copy = Tokenizer.from_str(backend.to_str())
-    copy.no_padding()
-    copy.no_truncation()
-    return copy
-
-
-def batch_ids(backend: Any, texts: Sequence[str], *, special_tokens: bool = False) -> list[list[int]]:
-    """The token ids of each text, tokenised in parallel by the backend's own threads."""
-    # _fast leaves out character offsets, which take as long as the rest.
-    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=special_tokens)]

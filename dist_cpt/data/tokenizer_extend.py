@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dist_cpt.data.focus import Focus, require_gensim, write_focus
-from dist_cpt.data.tokenizer import batch_ids, load_tokenizer, tokenizer_hash, unpadded_copy, vocabulary_size
+from dist_cpt.data.token_ids import batch_ids, unpadded_copy
+from dist_cpt.data.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_size
 from dist_cpt.data.tokenizer_train import Fertility, fertility, new_folder, require_new
 from dist_cpt.errors import ConfigError, DataError
 

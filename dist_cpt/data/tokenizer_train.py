@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dist_cpt.data.sources import RecordTally, find_files, read_records, text_parser
-from dist_cpt.data.tokenizer import batch_ids
+from dist_cpt.data.token_ids import batch_ids
 from dist_cpt.errors import ConfigError, DataError, WriteError
 
 if TYPE_CHECKING:

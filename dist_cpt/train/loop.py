@@ -24,7 +24,7 @@ from dist_cpt.runtime.collectives import all_reduce_floats, all_reduce_ints
 from dist_cpt.runtime.seed import seed_step
 from dist_cpt.train.build import Run
 from dist_cpt.train.contract import Contract
-from dist_cpt.train.evaluate import evaluate_all
+from dist_cpt.train.held_out import evaluate_all
 from dist_cpt.train.progress import Progress, StepResult
 
 Outcome = Literal["done", "stopped", "rollback"]

@@ -10,7 +10,7 @@ from dist_cpt.errors import EXIT_DONE, EXIT_STOPPED, DistCptError, NumericsError
 from dist_cpt.runtime.stop import StopRequest
 from dist_cpt.train.attempt import RunContext, run_attempt
 from dist_cpt.train.build import build_model, check_before_hours_of_work, open_data, open_run
-from dist_cpt.train.evaluate import evaluate_all
+from dist_cpt.train.held_out import evaluate_all
 from dist_cpt.train.loop import train_loop
 from dist_cpt.train.restore import restore, roll_back
 from dist_cpt.train.sample import write_sample

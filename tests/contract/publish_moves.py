@@ -13,8 +13,8 @@ TITLES = {"lora-only": "LoRA", "lora": "LoRA, embeddings and head", "nf4": "LoRA
           "full": "every parameter"}  # fmt: skip
 HEAD = """# Moves
 
-A training state is saved after 3 steps on the engine and number of ranks of a row and resumed on those of a column. After
-5 more steps it is compared with the run that stayed on the engine and ranks of the row. Written by
+A training state is saved after 3 steps on the engine and number of ranks of a row and resumed on those of a column.
+After 5 more steps it is compared with the run that stayed on the engine and ranks of the row. Written by
 `python -m tests.contract.publish_moves` (CPU, gloo, a two-layer model whose sizes have no common divisors); the same
 moves are tests: `pytest -m matrix tests/contract/test_moves.py`.
 
