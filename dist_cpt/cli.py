@@ -239,8 +239,8 @@ def merge(
     if scales:
         from dist_cpt.export.sweep import sweep as losses
 
-        for at, found in losses(checkpoint, scales, base=base):
-            print(f"scale {at:g}: " + ", ".join(f"{name} {loss:.6f}" for name, loss in found.items()), flush=True)
+        for factor, by_set in losses(checkpoint, scales, base=base):
+            print(f"scale {factor:g}: " + ", ".join(f"{name} {loss:.6f}" for name, loss in by_set.items()), flush=True)
     if out is None:
         return
     if add_residual is not None:
@@ -338,8 +338,8 @@ def tokenizer_train(
     from dist_cpt.data.tokenizer_train import corpus_texts, fertility, train_tokenizer
 
     trained = train_tokenizer(corpus_texts(corpus, text), out, vocab_size, kind)
-    found = {"vocab_size": trained.get_vocab_size()} | fertility(trained, corpus_texts(corpus, text)).as_json()
-    print(json.dumps(found, indent=1))
+    measured = {"vocab_size": trained.get_vocab_size()} | fertility(trained, corpus_texts(corpus, text)).as_json()
+    print(json.dumps(measured, indent=1))
 
 
 @tokenizer_app.command("extend")
@@ -482,12 +482,12 @@ def _checkpoint_folder(path: Path, *, adapters: bool = False) -> Path:
         return path
     from dist_cpt.checkpoint.load import newest_valid
 
-    found, skipped = newest_valid(_run_folder(path))
+    newest, skipped = newest_valid(_run_folder(path))
     for name, reason in skipped:
         print(f"skipped {name}: {reason}", file=sys.stderr)
-    if found is None:
+    if newest is None:
         raise CheckpointError(f"{path} has no valid checkpoint")
-    return found
+    return newest
 
 
 if __name__ == "__main__":

@@ -96,8 +96,8 @@ def base_model(checkpoint: Path, base_folder: Path, *, with_vocabulary: bool = F
     `with_vocabulary` also sets the embedding and the head that the run trained in full.
     """
     model = plain_model(base_folder)
-    if (found := prior_adapter(checkpoint)) is not None:
-        prior, _ = found
+    if (recorded := prior_adapter(checkpoint)) is not None:
+        prior, _ = recorded
         fit_vocabulary(model, prior.folder)
         prior.require_fit(model)
         prior.copy_vocabulary(model)

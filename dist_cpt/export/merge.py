@@ -158,8 +158,8 @@ def quantisation_gap(checkpoint: str | Path, *, base: str | None = None) -> floa
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
     with ExitStack() as stack:
-        if (found := prior_adapter(checkpoint)) is not None:
-            prior, mode = found
+        if (recorded := prior_adapter(checkpoint)) is not None:
+            prior, mode = recorded
             fit_vocabulary(quantised, prior.folder)
             prior.copy_vocabulary(quantised)
             prior.fold(quantised) if mode == "fold" else stack.enter_context(prior.beside(quantised))

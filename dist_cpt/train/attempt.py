@@ -72,7 +72,7 @@ def run_attempt(
     folder = run_folder(config)
     owns_group = not torch.distributed.is_initialized()
     joined, superseded = False, False
-    held: Claim | None = None
+    own_claim: Claim | None = None
     watchdog: Watchdog | None = None
     observers = Observers(None)
     code, reason = EXIT_INTERNAL, ""
@@ -83,8 +83,8 @@ def run_attempt(
         device = init_distributed(env, RENDEZVOUS_SECONDS, collective_seconds(config.health.hang))
         joined = True
         faults = on_every_rank(VARIABLE, lambda: planned_faults(FAULT_POINTS))
-        held, attempt, run_id = _claim(folder, config, env)
-        observers = Observers(held)
+        own_claim, attempt, run_id = _claim(folder, config, env)
+        observers = Observers(own_claim)
         open_log(log_file(folder, env.rank), env.rank)
         fault = Faults(faults, env.rank, attempt)
         if fault:
@@ -92,8 +92,21 @@ def run_attempt(
         with Watchdog(
             folder, env, attempt, config.health.hang, lambda reason: save_flight_record(folder, env.rank)
         ) as watchdog:
-            placed = (config, env, folder, shape, device)
-            code, reason = body(RunContext(*placed, attempt, run_id, held, stop, fault, watchdog, observers))
+            context = RunContext(
+                config=config,
+                env=env,
+                folder=folder,
+                shape=shape,
+                device=device,
+                attempt=attempt,
+                wandb_run_id=run_id,
+                claim=own_claim,
+                stop=stop,
+                fault=fault,
+                watchdog=watchdog,
+                observers=observers,
+            )
+            code, reason = body(context)
     except DistCptError as error:
         code, reason = error.exit_code, str(error)
         superseded = isinstance(error, Superseded)
@@ -106,14 +119,14 @@ def run_attempt(
         LOGGER.error("rank %d ends: %s\n%s", env.rank, reason, traceback.format_exc())
         say(f"dist-cpt: rank {env.rank}: {reason} -- see logs/rank-{env.rank}.log")
     finally:
-        if held is not None:
-            if not superseded and held.is_current():  # else the folder is another attempt's by now
+        if own_claim is not None:
+            if not superseded and own_claim.is_current():  # else the folder is another attempt's by now
                 _record_end(observers, folder, RunEnd(code, reason, 0 if watchdog is None else watchdog.step))
-            held.close()
+            own_claim.close()
         close_log()
         if owns_group and code in (EXIT_DONE, EXIT_STOPPED):
             shutdown()  # after a failure another rank may be inside a collective: leave by the end of the process
-    return code, None if held is None else folder
+    return code, None if own_claim is None else folder
 
 
 def _claim(folder: Path, config: RunConfig, env: ProcessEnv) -> tuple[Claim | None, int, str]:

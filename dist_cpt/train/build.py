@@ -197,7 +197,19 @@ def open_run(context: RunContext, data: TrainingData, model: TrainableModel) -> 
         clock = ComputeClock(timed_modules(model.layers, engine.kind), context.device)
         stragglers = StragglerWatch(config.health.straggler, clock, context.observers.on_message)
     return Run(
-        context, data, model, groups, specs, engine, stream, schedule, identity, metrics, saver, clock, stragglers
+        context=context,
+        data=data,
+        model=model,
+        groups=groups,
+        specs=specs,
+        engine=engine,
+        stream=stream,
+        schedule=schedule,
+        identity=identity,
+        metrics=metrics,
+        saver=saver,
+        clock=clock,
+        stragglers=stragglers,
     )
 
 

@@ -140,7 +140,7 @@ def _require_bearable(run: Run, before: Progress, progress: Progress, result: St
             f"{progress.bad_in_a_row} bad steps in a row up to step {progress.step} ({progress.skipped_in_a_row} of "
             f"them skipped); the last blocks were {before.next_position} to {progress.position - 1}, the last loss "
             f"{result.loss:.4g}",
-            remedy="lower the learning rate or look at that data; the last checkpoint is from before",
+            remedy="lower the learning rate or inspect that data; the last checkpoint is older",
         )
 
 

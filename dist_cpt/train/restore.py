@@ -56,7 +56,7 @@ def roll_back(run: Run, progress: Progress) -> Progress:
     if restored is None:
         raise NumericsError(
             f"steps {bad_step} to {progress.step} were bad, and there is no valid checkpoint from before them",
-            remedy="save more often (checkpoint.every_steps), lower the learning rate, or look at that data",
+            remedy="save more often (checkpoint.every_steps), lower the learning rate, or inspect that data",
         )
     text = (
         f"steps {bad_step} to {progress.step} were bad: back to {restored.resumed_from}, "
@@ -111,7 +111,7 @@ def _restore(run: Run, windows: Windows, up_to_step: int | None = None) -> Progr
 
 
 def _leave_behind(run: Run, restored: Path, step: int) -> None:
-    """What the folder holds of later steps is no longer part of this run: it moves aside."""
+    """Move checkpoints and rows of later steps aside: they are no longer part of this run."""
     folder = run.context.folder
     for name in set_aside_after(folder, step):
         LOGGER.warning("%s does not descend from %s and was moved to superseded/", name, restored.name)

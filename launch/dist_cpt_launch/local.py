@@ -63,9 +63,9 @@ def run_local(plan: LaunchPlan) -> int:
 
 def _descendants(process: int) -> list[int]:
     """All descendants of a process. Source: proc(5), /proc/pid/task/tid/children."""
-    found: list[int] = []
+    pids: list[int] = []
     for path in Path(f"/proc/{process}/task").glob("*/children"):
         with contextlib.suppress(OSError):
             for child in map(int, path.read_text().split()):
-                found += [child, *_descendants(child)]
-    return found
+                pids += [child, *_descendants(child)]
+    return pids

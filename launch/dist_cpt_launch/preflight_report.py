@@ -66,7 +66,7 @@ def combine(
     return {
         "ok": not general and not any(reasons.values()),
         "reasons": general,
-        "nodes": {name: {"ok": not found, "reasons": found} for name, found in reasons.items()},
+        "nodes": {name: {"ok": not failures, "reasons": failures} for name, failures in reasons.items()},
         "all_reduce_gb_per_s": min(speeds, default=None),
         "reports": {name: asdict(report) for name, report in sorted(reports.items())},
     }

@@ -59,8 +59,8 @@ class Step:
 
     def first_exit_code(self, otherwise: int) -> int:
         """The exit code of the first task that failed, if known; srun's own may be that of a task it killed."""
-        found = re.search(r"exit code (\d+)", self.first_failure.reason) if self.first_failure else None
-        return int(found[1]) if found else otherwise
+        match = re.search(r"exit code (\d+)", self.first_failure.reason) if self.first_failure else None
+        return int(match[1]) if match else otherwise
 
     def ask_to_stop(self) -> None:
         """Send SIGUSR1 to every task on every node, through srun."""
