@@ -14,9 +14,10 @@ from dist_cpt.checkpoint.retention import reinstate, remove_stale_staging, set_a
 from dist_cpt.errors import CheckpointError, NumericsError
 from dist_cpt.optim.eight_bit import within_half_step
 from dist_cpt.optim.groups import eight_bit_names
-from dist_cpt.run_folder.json_files import read_object, write_object
+from dist_cpt.run_folder.checkpoints import checkpoints_folder
+from dist_cpt.run_folder.json_files import read_complete_rows, read_object, write_object
 from dist_cpt.run_folder.metrics import rewind
-from dist_cpt.run_folder.names import CERTIFICATE, ROLLBACKS
+from dist_cpt.run_folder.names import CERTIFICATE, EVENTS, ROLLBACKS
 from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
 from dist_cpt.runtime.log import LOGGER
 from dist_cpt.runtime.seed import first_draws
@@ -33,12 +34,25 @@ def restore(run: Run) -> Progress | None:
     """The newest valid checkpoint into the engine; None if there is none, and the run starts. Collective.
 
     Raises:
-        CheckpointError: it was not restored as it was saved; certificate.json names the failure.
+        CheckpointError: it was not restored as it was saved (certificate.json names the failure), or checkpoints that
+            were published are gone.
     """
     progress = _restore(run, recorded_windows(run))
     if progress is None:
+        on_rank_zero("checkpoints", lambda: _require_none_published(run.context.folder))
         on_rank_zero("metrics", lambda: rewind(run.context.folder, -1))
     return progress
+
+
+def _require_none_published(folder: Path) -> None:
+    """Lost checkpoints must not look like a run that has saved none yet."""
+    events, _ = read_complete_rows(folder / EVENTS)
+    names = [str(event.get("path")) for event in events if event.get("kind") == "checkpoint"]
+    if names:
+        raise CheckpointError(
+            f"{names[-1]} was published in {checkpoints_folder(folder)}, where no checkpoint is now",
+            remedy="move them back (a linked step is not followed), or begin anew with dist-cpt launch --from-start",
+        )
 
 
 def roll_back(run: Run, progress: Progress) -> Progress:

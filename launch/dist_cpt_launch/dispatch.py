@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from dist_cpt.config.load import load_recipe
-from dist_cpt.config.resolve import resolve_paths
+from dist_cpt.config.resolve import resolve_paths, run_folder
 from dist_cpt.errors import EXIT_DONE, ConfigError, say
+from dist_cpt.health.heartbeats import read_heartbeats
 from dist_cpt_launch.launch_options import LaunchOptions
 from dist_cpt_launch.launch_plan import local_plan
 
@@ -18,6 +20,7 @@ SLURM_ONLY = (
     *("save_before_limit", "max_restarts", "requeue_by", "max_running", "sbatch", "srun"),
 )
 KUBERNETES_ONLY = ("cluster", "kind")
+ALIVE_SECONDS = 60.0  # since a rank's last heartbeat
 
 
 def launch(
@@ -49,8 +52,32 @@ def launch(
     if dry_run:
         print(plan.shell_line())
         return EXIT_DONE
+    if options.from_start:
+        for config, _ in loaded:
+            _move_aside(run_folder(config))
     say(str(plan.run_folder), sys.stdout)
     return start(plan)
+
+
+def _move_aside(folder: Path) -> None:
+    """Rename the folder of an earlier run, so that the next one finds nothing to resume.
+
+    Raises:
+        ConfigError: a rank of it has been alive within the last minute, or the folder cannot be renamed.
+    """
+    if not folder.exists():
+        return
+    alive = [beat for beat in read_heartbeats(folder) if not beat.ended and time.time() - beat.written < ALIVE_SECONDS]
+    if alive:
+        raise ConfigError(
+            f"--from-start: rank {alive[0].rank} on {alive[0].host} still trains in {folder}", remedy="stop it first"
+        )
+    aside = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise ConfigError(f"--from-start: {folder} cannot be renamed: {error.strerror}") from error
+    say(f"moved the earlier run to {aside}")
 
 
 def _on_kubernetes(recipes: Sequence[Path], overrides: Sequence[str], options: LaunchOptions, dry_run: bool) -> int:
@@ -59,7 +86,7 @@ def _on_kubernetes(recipes: Sequence[Path], overrides: Sequence[str], options: L
 
     if options.cluster is None:
         raise ConfigError("--on kubernetes needs --cluster FILE", remedy="docs/kubernetes.md has an example")
-    _refuse(options, (*SLURM_ONLY, "rdzv"), "--on kubernetes cannot honour that", recipes)
+    _refuse(options, (*SLURM_ONLY, "rdzv", "from_start"), "--on kubernetes cannot honour that", recipes)
     kind = options.kind or "trainjob"
     if kind not in KINDS:
         raise ConfigError(f"--kind {kind}: expected {' or '.join(KINDS)}")

@@ -53,6 +53,9 @@ class ResumeOptions:
 class LaunchOptions(ResumeOptions):
     """What only `launch` takes beside."""
 
+    from_start: Annotated[
+        bool | None, typer.Option("--from-start", help="Begin anew: an earlier run of this name is moved aside.")
+    ] = None
     max_running: Annotated[
         int | None, typer.Option(min=1, help="slurm: of several recipes, how many run at a time.")
     ] = None

@@ -198,6 +198,20 @@ def test_a_lost_stdout_ends_nothing(made, tmp_path, stdout):
     assert len(dropped) == 1
 
 
+def test_lost_checkpoints_are_no_fresh_start(made, tmp_path, capfd):
+    values = tiny.recipe(*made, tmp_path)
+    run = tmp_path / "tiny"
+    assert train(values, StopAfter(run / "metrics.jsonl", 6)) == 75
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    before = rows(run / "metrics.jsonl")
+    assert train(values) == 74
+    assert f"step-{len(before):08d}" in capfd.readouterr().err
+    assert rows(run / "metrics.jsonl") == before
+    (run / "checkpoints").symlink_to(tmp_path / "elsewhere")  # the folder itself may be a link
+    assert train(values) == 0
+    assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, 13))
+
+
 def test_ctrl_c_in_prepare_is_one_line_and_loses_nothing(made, tmp_path):
     base, _ = made
     big = tmp_path / "big"

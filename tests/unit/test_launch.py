@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from dist_cpt_launch.local import run_local
 
 from dist_cpt.config.load import build
 from dist_cpt.errors import ConfigError
+from dist_cpt.health.heartbeats import Heartbeat, write_heartbeat
 from tests import tiny
 from tests.command import command
 
@@ -187,3 +189,17 @@ def test_dry_run_prints_the_command_and_starts_nothing(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--nproc-per-node=2" in done.stdout
     assert not (tmp_path / "runs").exists()
+
+
+def test_from_start_moves_the_earlier_run_aside(tmp_path, capfd):
+    recipe = tiny.write_recipe(tmp_path / "r.yaml", tiny.recipe(tmp_path / "base", tmp_path / "c.jsonl", tmp_path))
+    run = tmp_path / "tiny"
+    (run / "logs").mkdir(parents=True)
+    beat = Heartbeat(0, "here", 1, None, 0, 3, "training", "", time.time(), 0.0)
+    write_heartbeat(run, beat)
+    ended = command("launch", recipe, "--from-start")
+    assert ended.code == 64
+    assert "rank 0" in ended.err
+    write_heartbeat(run, replace(beat, ended=True))
+    assert command("launch", recipe, "--from-start").code == 64  # its base does not exist
+    assert [path.name[:12] for path in tmp_path.glob("tiny.before-*")] == ["tiny.before-"]
