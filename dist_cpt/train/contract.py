@@ -1,9 +1,10 @@
 """The trainability contract: what trains, at which rate, in which precision, and the check that it does.
 
 Before step 0 the run writes every group to contract.json. Within the first two updates every declared tensor must
-have a finite, non-zero gradient and must move, and every frozen tensor must be unchanged. (LoRA's A has no gradient
-while B is zero, hence two updates.) A group that is frozen at first must be unchanged until its first step, and is
-watched from there.
+have a finite, non-zero gradient and a non-zero moment, and every frozen tensor must be unchanged. (LoRA's A has no
+gradient while B is zero, hence two updates.) The update is judged, not the rounded master: a learning rate below an
+ulp or decayed to zero ends no healthy run. Rows of rare tokens and experts without tokens are reported at the end. A
+group that is frozen at first must be unchanged until its first step, and is watched from there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dist_cpt.run_folder.json_files import write_object
 from dist_cpt.run_folder.names import CONTRACT
 from dist_cpt.runtime.collectives import gather_json
 from dist_cpt.train.attempt import RunContext
-from dist_cpt.training_state import TensorSpec
+from dist_cpt.training_state import StateKind, TensorSpec
 
 UPDATES_TO_WATCH = 2
 
@@ -51,7 +52,9 @@ class Contract:
         self._watched: list[str] | None = None  # whose updates are watched now
         self._without_gradient: set[str] = set()
         self._updates = 0
-        self._masters_before = self._master_hashes()
+        self._waiting_before = self._waiting_hashes()
+        self._may_wait = {name for name in self._names if _may_wait(name, groups, context.config)}
+        self._unreached: set[str] = set()  # those that had no gradient in the watched updates
         self._frozen_before = self._frozen_checksums()
         self.finished = False
         self.content: dict[str, Any] = {
@@ -86,7 +89,7 @@ class Contract:
         """Count an update; after the second, check every clause. Collective.
 
         Raises:
-            NumericsError: a declared tensor got no gradient or did not move, or a frozen one changed.
+            NumericsError: a declared tensor got no gradient or no moment, or a frozen one changed.
         """
         if self.finished or skipped or self._watched is None:
             return
@@ -94,8 +97,8 @@ class Contract:
         if self._updates < UPDATES_TO_WATCH:
             return
         watched, self._watched = self._watched, None
-        after = self._master_hashes()
-        moved = {name for name in self._names if after[name] != self._masters_before[name]}
+        reached = self._nonzero("exp_avg")
+        self._unreached = {name for name in watched if name in self._may_wait and name not in reached}
         frozen_after = self._frozen_checksums()
         changed = sorted(
             name
@@ -103,19 +106,27 @@ class Contract:
             for name in mine
         )
         count = f"{len(watched)} tensors"
-        gradientless = sorted(self._without_gradient)
+        due = [name for name in watched if name not in self._unreached]
+        gradientless = [name for name in due if name in self._without_gradient]
         self._check("every trainable tensor had a finite, non-zero gradient", step, gradientless, count)
-        self._check("every trainable tensor moved", step, [name for name in watched if name not in moved], count)
+        motionless = [name for name in due if name not in reached]
+        self._check("every trainable tensor has a non-zero first moment", step, motionless, count)
         waiting = [name for name in self._names if self._begins[name] > step]
         if waiting:
-            early = [name for name in waiting if name in moved]
+            hashes = self._waiting_hashes()
+            early = [name for name in waiting if hashes[name] != self._waiting_before[name]]
             self._check("every trainable tensor that waits is unchanged", step, early, f"{len(waiting)} tensors")
         self._check("every frozen tensor is unchanged", step, sorted(set(changed)), "by checksum")
         self.finished = len(watched) == len(self._names)
         self._write()
 
     def close(self, step: int) -> None:
-        """Record that the attempt ended before the contract could be checked, if it did."""
+        """Record what could not be checked, and tensors that the data did not reach. Collective."""
+        if self._unreached:
+            never = sorted(self._unreached - self._nonzero("exp_avg_sq"))
+            detail = ", ".join(never) or f"{len(self._unreached)} tensors later than update {UPDATES_TO_WATCH}"
+            self._record("every trainable tensor was reached by the data", None if never else True, step, detail)
+            self._write()
         if not self.finished:
             why = "some groups had not begun" if self.content["checks"] else f"only {self._updates} updates were made"
             self._record("checked over the first two updates", None, step, why)
@@ -138,11 +149,19 @@ class Contract:
     def _record(self, clause: str, passed: bool | None, step: int, detail: str) -> None:
         self.content["checks"].append({"name": clause, "passed": passed, "step": step, "detail": detail})
 
-    def _master_hashes(self) -> dict[str, str]:
-        """sha256 of every fp32 master by name, the same on all ranks."""
+    def _nonzero(self, kind: StateKind) -> set[str]:
+        """The tensors of which some element of `kind` is not zero, the same on all ranks."""
+        exported = self._engine.export_state(lambda kind, name: self._owner[name], kinds=(kind,))
+        mine = [tensor.name for tensor in exported if tensor.values is not None and bool(tensor.values.any())]
+        return {name for part in gather_json(mine) for name in part}
+
+    def _waiting_hashes(self) -> dict[str, str]:
+        """sha256 of every fp32 master that does not train from the first step, by name, the same on all ranks."""
         mine: dict[str, str] = {}
+        if all(begin == 1 for begin in self._begins.values()):
+            return mine
         for exported in self._engine.export_state(lambda kind, name: self._owner[name], kinds=("master",)):
-            if exported.values is not None:
+            if exported.values is not None and self._begins[exported.name] > 1:
                 data = exported.values.contiguous().numpy().tobytes()
                 mine[exported.name] = hashlib.sha256(data).hexdigest()
         return {name: value for part in gather_json(mine) for name, value in part.items()}
@@ -164,6 +183,12 @@ class Contract:
     def _write(self) -> None:
         if self._rank == 0:
             write_object(self._path, self.content)
+
+
+def _may_wait(name: str, groups: Sequence[ParamGroup], config: RunConfig) -> bool:
+    """Whether the first updates may pass a tensor by: rows of new, perhaps rare tokens, and experts without tokens."""
+    embeddings = {member for group in groups if group.name == "embeddings" for member in group.names}
+    return ".experts." in name or (config.embeddings.rows == "new" and name in embeddings)
 
 
 def _describe(

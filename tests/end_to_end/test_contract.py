@@ -8,7 +8,7 @@ import pytest
 
 from dist_cpt.engines.single import SingleEngine
 from tests import tiny
-from tests.whole_run import rows, train
+from tests.whole_run import StopAfter, rows, train
 
 
 def broken(values, run, capfd) -> str:
@@ -53,7 +53,7 @@ def test_a_tensor_that_does_not_move_is_named(made, tmp_path, monkeypatch, capfd
 
     monkeypatch.setattr(AdamW, "update", without_embeddings)
     check = broken(tiny.recipe(*made, tmp_path), tmp_path / "tiny", capfd)
-    assert "moved" in check["name"]
+    assert "moment" in check["name"]
     assert check["detail"] == "base_model.model.model.embed_tokens.weight"
 
 
@@ -111,3 +111,37 @@ def test_tied_and_full_parameter_models_keep_the_contract(made, tmp_path, kind):
     contract = json.loads((tmp_path / "tiny/contract.json").read_text())
     assert [check["passed"] for check in contract["checks"]] == [True] * 3
     assert len(contract["ties"]) == 1
+
+
+def test_rates_below_an_ulp_and_decay_to_zero_end_no_healthy_run(made, tmp_path):
+    """Norm weights of 1.0 at a rate of 1e-9 round to themselves; the last step of a cosine to zero has rate 0."""
+    base, corpus = made
+    schedule = {"kind": "cosine", "warmup_fraction": 0.0, "end_fraction": 0.0}
+    full = tiny.recipe(base, corpus, tmp_path, adapter={"kind": "none"}, embeddings={}, schedule=schedule)
+    full["optim"] = {"lr": 1e-9}
+    metrics = tmp_path / "tiny" / "metrics.jsonl"
+    assert train(full, StopAfter(metrics, 10)) == 75
+    assert train(full) == 0  # its first two updates are the last two of the schedule
+    checks = json.loads((tmp_path / "tiny/contract.json").read_text())["checks"]
+    assert [check["passed"] for check in checks if "moment" in check["name"]] == [True]
+
+
+def test_rows_of_rare_tokens_are_watched_and_reported(made, tmp_path, monkeypatch):
+    """No gradient of the embeddings in the first two updates: watched, reached later, recorded as such."""
+    keep = SingleEngine._keep
+
+    def late(self, name):
+        kept = keep(self, name)
+
+        def delayed(parameter):
+            if name.endswith("embed_tokens.weight") and self._adam.steps < 4:
+                parameter.grad.zero_()
+            kept(parameter)
+
+        return delayed
+
+    monkeypatch.setattr(SingleEngine, "_keep", late)
+    monkeypatch.setattr("dist_cpt.train.contract._may_wait", lambda name, groups, config: "embed_tokens" in name)
+    assert train(tiny.recipe(*made, tmp_path)) == 0
+    checks = json.loads((tmp_path / "tiny/contract.json").read_text())["checks"]
+    assert [check["passed"] for check in checks if "reached by the data" in check["name"]] == [True]

@@ -192,7 +192,7 @@ def test_an_untied_head_trains_apart_after_embeddings_alone(bases, made, extende
     assert all(lr["embeddings"] > 0.0 for lr in rates)
     checks = json.loads((run / "contract.json").read_text())["checks"]
     assert all(check["passed"] for check in checks)
-    assert [(check["step"], check["detail"]) for check in checks if "moved" in check["name"]] == [
+    assert [(check["step"], check["detail"]) for check in checks if "moment" in check["name"]] == [
         (2, "2 tensors"),
         (7, "30 tensors"),
     ]
