@@ -97,6 +97,7 @@ def test_the_quickstart_runs():
     assert ROOT / "docs" / "quickstart.md" in [page.values[0] for page in _pages_that_run()]
 
 
+@pytest.mark.matrix  # a minute on a free core; .ci/run runs it too
 @pytest.mark.parametrize("page", _pages_that_run())
 def test_shell_blocks_run_in_order(page, tmp_path):
     """In an empty folder; a block of YAML with a file's name in its fence is that file."""
