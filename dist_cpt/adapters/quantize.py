@@ -169,12 +169,6 @@ def nf4_scales(layer: Any) -> Nf4Scales:
     return Nf4Scales(state.absmax, tuple(state.shape), nested)
 
 
-def weight_elements(parameter: torch.Tensor) -> int:
-    """Elements of a parameter's matrix, quantised or not; before an engine shards it."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()
-
-
 def read_weight(layer: Any) -> torch.Tensor:
     """A linear layer's weight as fp32 [out, in], stored plain, transposed, as NF4 or as int8."""
     if _state(layer) is not None:

@@ -25,7 +25,6 @@ NORM_ELEMENTS = 1 << 16  # of one fp32 sum of squares
 
 Read = Callable[[StateKind, str], torch.Tensor]  # fp32 [stop - start]: this rank's elements, live or a copy
 Write = Callable[[StateKind, str, torch.Tensor], None]  # replaces them by fp32 CPU values [stop - start]
-Layout = Mapping[str, Sequence[tuple[int, int, int]]]  # name -> (rank, start, stop) of every part that is sent
 
 
 class SlicedState:

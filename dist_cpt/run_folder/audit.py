@@ -23,7 +23,7 @@ from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state
 from dist_cpt.run_folder.json_files import read_rows, strict_json
 from dist_cpt.run_folder.manifest import Manifest
 from dist_cpt.run_folder.names import CERTIFICATE, EVALUATIONS, EVENTS, EXIT, METRICS, RECIPE, ROLLBACKS, RUN
-from dist_cpt.run_folder.train_state import TrainState, first_line
+from dist_cpt.run_folder.train_state import TrainState, first_line, past_windows
 
 
 class _Row(BaseModel):
@@ -125,7 +125,7 @@ def _sequence_problems(
     blocks, tokens, skipped = [], [], []
     before = _Row(step=0, position=(0, 0), num_tokens=0, tokens=0, tokens_by_source={}, skipped=False, skipped_total=0)
     for row in rows:
-        starts = [_past(before.position[1], skipped_blocks) for skipped_blocks in (windows, done)]
+        starts = [past_windows(before.position[1], skipped_blocks) for skipped_blocks in (windows, done)]
         if row.position[0] not in starts or row.position[1] <= row.position[0]:
             blocks.append(
                 f"step {row.step} took blocks {row.position[0]} to {row.position[1]}, expected from {starts[0]}"
@@ -136,13 +136,6 @@ def _sequence_problems(
             skipped.append(f"step {row.step} counts {row.skipped_total} skipped steps after {before.skipped_total}")
         before = row
     return [f"{METRICS}: {listed[0]}{_more(listed)}" for listed in (blocks, tokens, skipped) if listed]
-
-
-def _past(position: int, windows: Sequence[tuple[int, int]]) -> int:
-    """The first position at or after `position` outside of the windows."""
-    for start, stop in windows:
-        position = stop if start <= position < stop else position
-    return position
 
 
 def _checkpoint_problems(one: _Checkpoint, rows: Sequence[_Row]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from dist_cpt.run_folder import names
-from dist_cpt.run_folder.json_files import read_rows_leniently
+from dist_cpt.run_folder.json_files import rows_or_problem
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ def read_run(folder: Path) -> RunFiles:
         folder=folder,
         recipe_text=text,
         recipe=recipe if isinstance(recipe, dict) else {},
-        steps=_rows(folder / names.METRICS, problems),
-        rewound=_rows(folder / names.METRICS_REWOUND, problems),
-        evaluations=_rows(folder / names.EVALUATIONS, problems),
-        events=_rows(folder / names.EVENTS, problems),
+        steps=rows_or_problem(folder / names.METRICS, problems, ended=True),
+        rewound=rows_or_problem(folder / names.METRICS_REWOUND, problems, ended=True),
+        evaluations=rows_or_problem(folder / names.EVALUATIONS, problems, ended=True),
+        events=rows_or_problem(folder / names.EVENTS, problems, ended=True),
         contract=object_or_problem(folder / names.CONTRACT, problems),
         certificate=object_or_problem(folder / names.CERTIFICATE, problems),
         exit=object_or_problem(folder / names.EXIT, problems),
@@ -79,15 +79,3 @@ def _text(path: Path, problems: list[str]) -> str:
     except OSError as error:
         problems.append(f"{path.name}: {error.strerror}")
         return ""
-
-
-def _rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    damaged: list[int] = []
-    try:
-        rows = read_rows_leniently(path, damaged.append)
-    except OSError as error:
-        problems.append(f"{path.name}: {error.strerror}")
-        return []
-    if damaged:
-        problems.append(f"{path.name}: line {', '.join(map(str, damaged[:5]))} cannot be read")
-    return rows

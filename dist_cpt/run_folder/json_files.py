@@ -1,7 +1,7 @@
-"""JSON files of a run: objects are replaced as a whole, rows are appended one per line.
+"""JSON as a run writes and reads it: objects replaced whole, rows appended one per line.
 
-A resume depends on the strict readers, which raise on damage; `read_object`, `read_rows_leniently` and
-`read_complete_rows` skip what cannot be read, for status and report.
+A resume depends on the strict readers, which raise on damage; `read_object` and `read_complete_rows` skip what cannot
+be read, for status and report.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,31 +98,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_rows_leniently(path: Path, unreadable: Callable[[int], None]) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file of a run that can be parsed; `unreadable` gets the number of every other line.
+def read_complete_rows(
+    path: Path, tail_bytes: int | None = None, *, ended: bool = False
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """(rows, numbers of unreadable lines) of a .jsonl file that another process may be appending to.
 
-    Raises:
-        OSError: the file cannot be read; an absent one has no rows.
-    """
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        row = parse_row(line)
-        if row is not None:
-            rows.append(row)
-        elif line:
-            unreadable(number)
-    return rows
-
-
-def read_complete_rows(path: Path, tail_bytes: int | None = None) -> tuple[list[dict[str, Any]], int]:
-    """(rows, number of unreadable lines) of a .jsonl file that another process may be appending to.
-
-    A last line without its newline is still being written and left out. With `tail_bytes` only the end of the
-    file is read, without the line that this cuts.
+    A last line without its newline is still being written and left out, unless the writer has `ended`. With
+    `tail_bytes` only the end of the file is read, without the line that this cuts, and lines are counted from there.
 
     Raises:
         OSError: the file cannot be read; an absent one has no rows.
@@ -132,11 +113,25 @@ def read_complete_rows(path: Path, tail_bytes: int | None = None) -> tuple[list[
         with path.open("rb") as file:
             start = 0 if tail_bytes is None else max(file.seek(0, os.SEEK_END) - tail_bytes, 0)
             file.seek(start)
-            lines = file.read().split(b"\n")[bool(start) : -1]
+            lines = file.read().split(b"\n")[bool(start) : None if ended else -1]
     except FileNotFoundError:
-        return [], 0
-    parsed = [parse_row(line) for line in lines if line.strip()]
-    return [row for row in parsed if row is not None], parsed.count(None)
+        return [], []
+    parsed = [(number, parse_row(line)) for number, line in enumerate(lines, start=1) if line.strip()]
+    return [row for _, row in parsed if row is not None], [number for number, row in parsed if row is None]
+
+
+def rows_or_problem(
+    path: Path, problems: list[str], tail_bytes: int | None = None, *, ended: bool = False
+) -> list[dict[str, Any]]:
+    """As `read_complete_rows`; what cannot be read is appended to `problems`."""
+    try:
+        rows, unreadable = read_complete_rows(path, tail_bytes, ended=ended)
+    except OSError as error:
+        problems.append(f"{path.name}: {error.strerror}")
+        return []
+    if unreadable:
+        problems.append(f"{path.name}: line {', '.join(map(str, unreadable[:5]))} cannot be read")
+    return rows
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -73,3 +74,11 @@ def first_line(error: Exception) -> str:
         first = error.errors()[0]
         return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def past_windows(position: int, windows: Sequence[tuple[int, int]]) -> int:
+    """The first position from `position` on that lies in no window; windows are sorted, whole steps."""
+    for start, stop in windows:
+        if start <= position < stop:
+            position = stop
+    return position

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from dist_cpt.config.resolve import StepShape
-from dist_cpt.run_folder.train_state import TrainState
+from dist_cpt.run_folder.train_state import TrainState, past_windows
 
 Windows = tuple[tuple[int, int], ...]  # positions [start, stop) that rollbacks left out; sorted, whole steps
 
@@ -83,14 +83,6 @@ def progress_of(state: TrainState, checkpoint: str, windows: Windows) -> Progres
         recent_losses=state.recent_losses,
         resumed_from=checkpoint,
     )
-
-
-def past_windows(position: int, windows: Sequence[tuple[int, int]]) -> int:
-    """The first position from `position` on that lies in no window; windows are sorted, whole steps."""
-    for start, stop in windows:
-        if start <= position < stop:
-            position = stop
-    return position
 
 
 def step_starts(shape: StepShape, progress: Progress) -> Iterator[int]:

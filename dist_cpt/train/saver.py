@@ -22,7 +22,6 @@ from dist_cpt.runtime.seed import first_draws
 from dist_cpt.train.attempt import RunContext
 from dist_cpt.train.probe import PROBE_BLOCKS, Stream
 from dist_cpt.train.progress import Progress
-from dist_cpt.training_state import ExportState
 
 GROUP_TIMEOUT_SECONDS = 1800.0  # of one exchange between the ranks' saving threads
 ABANDON_SECONDS = 5.0  # for this rank's part of a save that has failed on another one
@@ -90,7 +89,7 @@ class Saver:
         Raises:
             WriteError: they do not fit, or the file system refuses.
         """
-        info = self._write(self._engine.export_state, self.state(progress), trial=True)
+        info = save_checkpoint(self._checkpoints, self._engine.export_state, self.state(progress), trial=True)
         on_rank_zero("trial save", lambda: self._require_space(info.num_bytes))
         if rank() == 0:
             LOGGER.info("trial save: %.1f MiB in %.1f s", info.num_bytes / 2**20, info.seconds)
@@ -115,7 +114,7 @@ class Saver:
                 self._write_now(progress, begun)
             else:
                 state, export = self.state(progress), self._engine.snapshot()
-                self._background.start(lambda: self._write(export, state, trial=False))
+                self._background.start(lambda: save_checkpoint(self._checkpoints, export, state))
                 self._step_in_background = progress.step
                 self._stall_seconds = time.perf_counter() - begun
         except WriteError as error:
@@ -213,11 +212,8 @@ class Saver:
             probe=Probe(block_ids=probed, loss=probe_loss),
         )
 
-    def _write(self, export: ExportState, state: TrainState, *, trial: bool) -> CheckpointInfo:
-        return save_checkpoint(self._checkpoints, export, state, trial=trial)
-
     def _write_now(self, progress: Progress, begun: float) -> None:
-        info = self._write(self._engine.export_state, self.state(progress), trial=False)
+        info = save_checkpoint(self._checkpoints, self._engine.export_state, self.state(progress))
         self._saved_at(info, progress.step, time.perf_counter() - begun)
 
     def _saved_at(self, info: CheckpointInfo, step: int, stall_seconds: float) -> None:

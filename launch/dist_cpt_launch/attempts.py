@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dist_cpt.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, EXIT_SUPERSEDED, FINAL_CODES
-from dist_cpt.run_folder.json_files import read_complete_rows, read_object, write_object
+from dist_cpt.run_folder.json_files import read_object, rows_or_problem, write_object
 from dist_cpt.run_folder.names import BAD_NODES, LAUNCHES
 
 EARLY_SECONDS = 90.0  # Slurm may send the signal before the limit up to 60 s early
@@ -138,9 +138,7 @@ class LaunchRecord:
         return {}
 
     def _rows(self) -> list[dict[str, Any]]:
-        with suppress(OSError):
-            return read_complete_rows(self.run_folder / LAUNCHES)[0]
-        return []
+        return rows_or_problem(self.run_folder / LAUNCHES, [])
 
     def _rows_of(self, job: str) -> list[dict[str, Any]]:
         return [row for row in self._rows() if row.get("slurm_job") == job]

@@ -22,7 +22,7 @@ from dist_cpt.health.heartbeats import Heartbeat, read_heartbeats
 from dist_cpt.report.values import duration
 from dist_cpt.run_folder.checkpoints import published
 from dist_cpt.run_folder.contents import object_or_problem
-from dist_cpt.run_folder.json_files import read_complete_rows
+from dist_cpt.run_folder.json_files import rows_or_problem
 from dist_cpt.run_folder.names import CERTIFICATE, EVENTS, EXIT, LAUNCHES, METRICS, METRICS_REWOUND, RUN
 from dist_cpt_launch.attempts import LaunchRecord
 from dist_cpt_launch.slurm_query import queue_state
@@ -223,23 +223,12 @@ def _read_files(folder: Path, now: float) -> _Files:
         now=now,
         run=run,
         exit=object_or_problem(folder / EXIT, problems),
-        events=_rows(folder / EVENTS, problems),
-        launches=_rows(folder / LAUNCHES, problems),
-        last_steps=_rows(folder / METRICS, problems, TAIL_BYTES),
+        events=rows_or_problem(folder / EVENTS, problems),
+        launches=rows_or_problem(folder / LAUNCHES, problems),
+        last_steps=rows_or_problem(folder / METRICS, problems, TAIL_BYTES),
         beats=[beat for beat in read_heartbeats(folder) if attempts is None or beat.attempt == attempts - 1],
         problems=problems,
     )
-
-
-def _rows(path: Path, problems: list[str], tail_bytes: int | None = None) -> list[Row]:
-    try:
-        rows, num_unreadable = read_complete_rows(path, tail_bytes)
-    except OSError as error:
-        problems.append(f"{path.name}: {error.strerror}")
-        return []
-    if num_unreadable:
-        problems.append(f"{path.name}: {num_unreadable} lines cannot be read")
-    return rows
 
 
 def _modified(path: Path) -> float:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dist_cpt.run_folder.checkpoints import published, step_of
-from dist_cpt.run_folder.json_files import read_complete_rows
+from dist_cpt.run_folder.json_files import rows_or_problem
 from dist_cpt.run_folder.names import EVALUATIONS, EVENTS, MANIFEST, METRICS
 
 DEFAULT_SAVE_SECONDS = 300  # before a save was measured
@@ -37,11 +36,11 @@ def save_before_limit(run_folder: Path) -> int:
     Two saves, since one may be in progress when the signal arrives. Steps and saves count with their slowest
     measured time; before the first step or save a default is used.
     """
-    steps = _rows(run_folder / METRICS, TAIL_BYTES)[-NUM_STEPS:]
+    steps = rows_or_problem(run_folder / METRICS, [], TAIL_BYTES)[-NUM_STEPS:]
     step_seconds = _numbers(steps, "step_seconds")
     if not step_seconds:
         return DEFAULT_SAVE_SECONDS
-    events = _rows(run_folder / EVENTS)
+    events = rows_or_problem(run_folder / EVENTS, [])
     saves = _numbers((event for event in events if event.get("kind") == "checkpoint"), "seconds")
     saving = MARGIN_SECONDS + 2 * max(saves) if saves else DEFAULT_SAVE_SECONDS
     return round(max(step_seconds) + _evaluation_seconds(run_folder, steps) + saving)
@@ -55,15 +54,9 @@ def newest_step(run_folder: Path) -> int:
 def _evaluation_seconds(run_folder: Path, steps: list[dict[str, Any]]) -> float:
     """An upper bound: the held-out tokens at the slowest training speed, which does more work per token."""
     speeds = [speed for speed in _numbers(steps, "tokens_per_second") if speed > 0]
-    rows = _rows(run_folder / EVALUATIONS)
+    rows = rows_or_problem(run_folder / EVALUATIONS, [])
     num_tokens = {str(row.get("name")): count for row in rows for count in _numbers([row], "num_tokens")}
     return sum(num_tokens.values()) / min(speeds) if speeds else 0.0
-
-
-def _rows(path: Path, tail_bytes: int | None = None) -> list[dict[str, Any]]:
-    with suppress(OSError):
-        return read_complete_rows(path, tail_bytes)[0]
-    return []
 
 
 def _numbers(rows: Iterable[dict[str, Any]], key: str) -> list[float]:

@@ -19,7 +19,7 @@ from dist_cpt.model.classify import ClassHead, is_classifier, read_labels
 from dist_cpt.model.load import TrainableModel, load_model
 from dist_cpt.optim.groups import param_groups
 from dist_cpt.run_folder.names import ADAPTER_WEIGHTS
-from dist_cpt.train.class_scores import class_scores
+from dist_cpt.train.held_out import class_scores
 
 CPU = torch.device("cpu")
 V, PAD, C = 53, 1, 3

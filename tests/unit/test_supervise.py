@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -397,11 +396,11 @@ def test_the_time_to_save_grows_with_what_is_measured(fake, monkeypatch):
     assert supervisor.save_before_limit == MARGIN_SECONDS + 10 + 2 * 600  # of the hour that is left, half at most
 
 
-def test_the_time_to_save_of_a_long_run_is_read_quickly(tmp_path):
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "step_seconds": 2.0, "lr": 0.1}\n' * 400_000)
-    began = time.perf_counter()
+def test_the_time_to_save_of_a_long_run_is_read_from_its_end(tmp_path):
+    """From the end of metrics.jsonl alone: its first row, of a slow step, does not count."""
+    first, others = b'{"step": 1, "step_seconds": 99.0}\n', b'{"step": 2, "step_seconds": 2.0, "lr": 0.1}\n' * 400_000
+    (tmp_path / "metrics.jsonl").write_bytes(first + others)
     assert save_before_limit(tmp_path) == DEFAULT_SAVE_SECONDS + 2
-    assert time.perf_counter() - began < 0.2
 
 
 def test_a_node_that_the_job_asked_for_by_name_is_not_excluded(fake):
