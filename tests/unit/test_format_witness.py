@@ -1,7 +1,7 @@
 """A run folder of format 1, made once by tests/fixtures/make_run.py: every reader still opens it, and it resumes.
 
-A failure here is a change of a file format. Whoever wants it makes a new fixture beside this one, and keeps reading
-this one or refuses it with the reason.
+A failure here means that a file format has changed. To change one, add a new fixture beside this one and keep reading
+this one, or refuse it with the reason.
 """
 
 from __future__ import annotations
