@@ -6,12 +6,14 @@ An error that a user can cause prints as one line: what happened, where, the val
 from __future__ import annotations
 
 import contextlib
+import errno
 import sys
 from typing import TextIO
 
 EXIT_DONE = 0
 EXIT_CONFIG = 64
 EXIT_DATA = 65
+EXIT_STORAGE = 66
 EXIT_NODE = 69
 EXIT_INTERNAL = 70
 EXIT_NUMERICS = 71
@@ -25,6 +27,7 @@ EXIT_WORDS = {
     EXIT_DONE: "done",
     EXIT_CONFIG: "configuration error",
     EXIT_DATA: "data error",
+    EXIT_STORAGE: "storage unreadable",
     EXIT_NODE: "unfit node",
     EXIT_INTERNAL: "internal error",
     EXIT_NUMERICS: "numerical error",
@@ -79,6 +82,19 @@ class DataError(DistCptError):
     """The corpus, the tokenizer or the token store cannot be used as asked."""
 
     exit_code = EXIT_DATA
+
+
+class StorageError(DistCptError):
+    """The file system does not answer for a file; nothing is known about its content, and nothing was changed."""
+
+    exit_code = EXIT_STORAGE
+
+    def __init__(self, path: object, error: OSError) -> None:
+        code = errno.errorcode.get(error.errno or 0, "no errno")
+        super().__init__(
+            f"{path} cannot be read: {error.strerror or error} ({code})",
+            remedy="restore the file system, then start again: nothing was moved or removed",
+        )
 
 
 class NodeError(DistCptError):

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
+from dist_cpt.storage import read_bytes
 
 MAX_NODES = 10_000  # of one YAML document; a recipe has a few hundred
 
@@ -77,11 +78,12 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
     """Read a recipe file and apply `a.b=value` overrides.
 
     Raises:
-        ConfigError: the file is missing or unreadable, a key is unknown, or a value is invalid.
+        ConfigError: the file is missing or not a file, a key is unknown, or a value is invalid.
+        StorageError: the file system does not answer.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path).decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"recipe not found: {path}", remedy="give the path of a recipe file") from None
     except (OSError, UnicodeDecodeError) as error:

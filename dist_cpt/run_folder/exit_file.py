@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_cpt.errors import EXIT_HANG, EXIT_SUPERSEDED
+from dist_cpt.errors import EXIT_HANG, EXIT_SUPERSEDED, StorageError
 from dist_cpt.run_folder.json_files import read_object, write_object
 from dist_cpt.run_folder.names import EXIT, RUN
 
@@ -42,7 +42,7 @@ def exit_code(run_folder: Path, before: Stamp, code: int) -> int:
         return code
     try:
         recorded = int(read_object(run_folder / EXIT)["code"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (StorageError, ValueError, KeyError, TypeError):
         return code
     return recorded if recorded != 0 else code
 
@@ -100,7 +100,8 @@ def _write_temporary(run_folder: Path, hang: Hang, rank: int) -> Path:
 
 
 def _read_or_empty(path: Path) -> dict[str, Any]:
-    """A failing file system must not stop the watchdog."""
-    with contextlib.suppress(OSError):
-        return read_object(path)
+    """A failing file system must not stop the watchdog, not even for a minute."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(path.read_bytes())
+        return content if isinstance(content, dict) else {}
     return {}

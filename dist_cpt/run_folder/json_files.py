@@ -1,7 +1,7 @@
 """JSON as a run writes and reads it: objects replaced whole, rows appended one per line.
 
 A resume depends on the strict readers, which raise on damage; `read_object` and `read_complete_rows` skip what cannot
-be read, for status and report.
+be parsed, for status and report. An errno is never taken for damage.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from dist_cpt.errors import DataError, WriteError
+from dist_cpt.storage import read_bytes
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if the file is absent or contains anything else.
 
     Raises:
-        OSError: it exists and cannot be read.
+        StorageError: the file system does not answer.
     """
     try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        content = json.loads(read_bytes(path))
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -80,10 +81,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file of a run, in order; none if the file is absent, without a torn last line.
 
     Raises:
-        DataError: the file cannot be read, or a line other than the last is not a JSON object.
+        DataError: not a file, or a line other than the last is not a JSON object.
+        StorageError: the file system does not answer.
     """
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        lines = read_bytes(path).splitlines(keepends=True)
     except FileNotFoundError:
         return []
     except OSError as error:

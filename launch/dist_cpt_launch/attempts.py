@@ -7,7 +7,6 @@ how often a node was the first to fail; remove a node's entry to trust it again.
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -132,10 +131,8 @@ class LaunchRecord:
         return len(before) < STRIKES <= len(strikes[node])
 
     def _strikes(self) -> dict[str, list[str]]:
-        with suppress(OSError):
-            content = read_object(self.run_folder / BAD_NODES)
-            return {node: reasons for node, reasons in content.items() if isinstance(reasons, list)}
-        return {}
+        content = read_object(self.run_folder / BAD_NODES)
+        return {node: reasons for node, reasons in content.items() if isinstance(reasons, list)}
 
     def _rows(self) -> list[dict[str, Any]]:
         return rows_or_problem(self.run_folder / LAUNCHES, [])

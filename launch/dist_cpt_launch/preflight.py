@@ -93,7 +93,7 @@ def read_node_reports(folder: Path) -> dict[str, NodeReport]:
     """The readable reports by node."""
     reports = {}
     for path in folder.glob("*.json"):
-        with suppress(OSError, TypeError):
+        with suppress(TypeError):
             report = NodeReport(**read_object(path))
             reports[report.node] = report
     return reports

@@ -22,7 +22,7 @@ import typer
 
 from dist_cpt.config.load import load_recipe
 from dist_cpt.config.resolve import resolve_paths, run_folder
-from dist_cpt.errors import EXIT_INTERNAL, EXIT_NODE, EXIT_STOPPED, ConfigError, WriteError
+from dist_cpt.errors import EXIT_INTERNAL, EXIT_NODE, EXIT_STOPPED, ConfigError, StorageError, WriteError
 from dist_cpt.run_folder.exit_file import exit_code, stamp
 from dist_cpt.run_folder.json_files import read_object
 from dist_cpt.run_folder.names import PREFLIGHT
@@ -40,6 +40,7 @@ ASK_AGAIN_SECONDS = 10.0  # a rank that was still loading when the signal came h
 FAILED_GRACE_SECONDS = 30.0  # for the other ranks of a failed one, before they are killed
 LAST_SECONDS = 20.0  # before the limit: an unfinished save is abandoned and the job requeued; half of it to kill ranks
 MAX_MOVES = 3  # requeues before a start, for a job that was given a bad node
+MAX_STORAGE_REQUEUES = 20  # of a job whose run folder cannot be read
 MEASURE_SECONDS = 60.0  # between two looks at the durations of steps and saves
 REPORT_SECONDS = 30.0  # until a file that another node has written is visible here
 NOT_REQUEUED = 1  # an exit code that no site requeues
@@ -140,6 +141,12 @@ class Supervisor:
                 log(f"{decision.action}: {decision.reason}")
                 if decision.action != "restart":
                     return self._leave(code, decision)
+        except StorageError as error:  # the file server may be back by then; a successor waits for it too
+            log(str(error))
+            again = options.requeue_by == "requeue" and job.restarts < MAX_STORAGE_REQUEUES
+            if again and job.requeue(set()):
+                return EXIT_STOPPED
+            raise
         except Exception:  # a full disk, for example: the successor would fail alike and queue one of its own
             if self.successor:
                 query(["scancel", self.successor])
@@ -320,7 +327,7 @@ class Supervisor:
         """The report of the node checks; empty if there is none after `seconds`."""
         deadline = time.monotonic() + seconds
         while True:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(StorageError):
                 if report := read_object(self.folder / PREFLIGHT / f"{identifier}.json"):
                     return report
             if time.monotonic() >= deadline:

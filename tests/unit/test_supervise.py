@@ -45,6 +45,9 @@ CRASHED = Ending(
         ({}, "restart"),
         ({"code": 72}, "restart"),
         ({"code": 137}, "restart"),
+        ({"code": 66}, "restart"),  # the file server may be back
+        ({"code": 66, "resumable": False}, "restart"),
+        ({"code": 66, "tries": 4}, "give up"),
         ({"tries": 3}, "restart"),
         ({"tries": 4}, "give up"),
         ({"newly_bad": True}, "requeue"),
