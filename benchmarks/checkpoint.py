@@ -6,7 +6,11 @@ reads it back before it is published; the others do not. `lost_seconds` is the s
 during a save. Also measured: bytes per trainable parameter, and the time from opening a checkpoint to the end of the
 next step at two positions of the data stream.
 
-    python benchmarks/checkpoint.py [--rounds 5] [--folder DIR] [--write]
+`scale` is the same state on 1, 2, 4 and 8 ranks behind a file layer (slow_files.c) that gives each thread a bandwidth,
+so that two cores show what ranks on nodes of their own would do; `efficiency` is the time of one rank, over the ranks
+times theirs.
+
+    python benchmarks/checkpoint.py [--rounds 5] [--only scale] [--folder DIR] [--write]
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -53,34 +58,44 @@ WAYS = {
     "deepspeed": "engine.save_checkpoint of the same state under ZeRO-3",
     "ours_zero": "ours under ZeRO-3",
 }
+SCALE_RANKS = (1, 2, 4, 8)
+SCALE_LAYERS = 4
+MICROSECONDS_PER_MIB = 30_000  # of one thread's reads and writes: 33 MiB/s, far below what the cores need for hashing
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=("saves", "scale"), default=None, help="one part of it")
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure; default: a temporary one")
     parser.add_argument("--write", action="store_true", help="to benchmarks/results/")
     arguments = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory(prefix="dist-cpt-bench-", dir=arguments.folder) as folder:
         load_before = os.getloadavg()
-        saves = on_ranks("measure_saves", Path(folder), arguments.rounds)
-        result = {
-            "what": "saving and resuming one training state, 2 ranks over gloo on one host",
+        result: dict[str, Any] = {
+            "what": "saving and resuming one training state over gloo on one host",
             "date": date.today().isoformat(),
             "machine": {"cores": len(os.sched_getaffinity(0)), "threads_per_rank": 1},
             "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "deepspeed")},
             "ways": WAYS,
-            "saves": saves,
-            "ratios": ratios(saves),
-            "bytes_per_trainable_parameter": in_a_process(measure_bytes, Path(folder)),
-            "resume": in_a_process(measure_resume, Path(folder), arguments.rounds),
-            "load_average": {"before": load_before, "after": os.getloadavg()},
         }
+        if arguments.only != "scale":
+            saves = on_ranks("measure_saves", Path(folder), arguments.rounds)
+            result |= {
+                "saves": saves,
+                "ratios": ratios(saves),
+                "bytes_per_trainable_parameter": in_a_process(measure_bytes, Path(folder)),
+                "resume": in_a_process(measure_resume, Path(folder), arguments.rounds),
+            }
+        if arguments.only != "saves":
+            result["scale"] = measure_scale(Path(folder), arguments.rounds)
+        result["load_average"] = {"before": load_before, "after": os.getloadavg()}
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.write:
-        target = Path(__file__).parent / "results" / f"{date.today().isoformat()}_cpu_checkpoint.json"
+        part = "" if arguments.only is None else f"_{arguments.only}"
+        target = Path(__file__).parent / "results" / f"{date.today().isoformat()}_cpu_checkpoint{part}.json"
         target.write_text(text + "\n")
 
 
@@ -148,6 +163,84 @@ def measure_saves(folder: Path, rounds: int) -> dict[str, Any]:
     return {"trainable_parameters": fsdp.num_parameters, "step_seconds": spread(step_seconds), "ways": summary}
 
 
+def measure_scale(folder: Path, rounds: int) -> dict[str, Any]:
+    """Seconds of a save and a load by number of ranks behind the slow file layer, and what follows from them."""
+    layer, slow = folder / "slow_files.so", folder / "slow"
+    source = Path(__file__).with_name("slow_files.c")
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", str(layer), str(source), "-ldl"], check=True)
+    slow.mkdir()
+    os.environ |= {"SLOW_FILES_UNDER": str(slow), "SLOW_FILES_US_PER_MIB": str(MICROSECONDS_PER_MIB)}
+    os.environ["LD_PRELOAD"] = str(layer)
+    seconds = {ranks: on_ranks("measure_slow_files", slow, rounds, ranks) for ranks in SCALE_RANKS}
+    del os.environ["LD_PRELOAD"]
+    median = {ranks: {way: spread["median"] for way, spread in ways.items()} for ranks, ways in seconds.items()}
+    first = median[1]
+    return {
+        "microseconds_per_mib": MICROSECONDS_PER_MIB,
+        "seconds": seconds,
+        "efficiency": {n: {way: first[way] / (n * of[way]) for way in of if way in first} for n, of in median.items()},
+        "ours_over_dcp": {
+            n: {w: of[f"ours_{w}"] / of[f"dcp_{w}"] for w in ("save", "load")} for n, of in median.items()
+        },
+        "ours_over_deepspeed": {
+            n: {w: of[f"ours_zero_{w}"] / of[f"deepspeed_{w}"] for w in ("save", "load")}
+            for n, of in median.items()
+            if "deepspeed_save" in of
+        },
+    }
+
+
+def measure_slow_files(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of the slowest rank: each way's save, and its load into the same engine. Collective."""
+    import torch.distributed as dist
+
+    from dist_cpt.runtime.collectives import all_reduce_max_int
+
+    model = MODEL | {"num_hidden_layers": SCALE_LAYERS}
+    fsdp = trained({"kind": "fsdp", "shard": "full"}, model={"config": model, "weights": "bf16"})
+    ways: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
+        "ours": (lambda path: save(fsdp, path), lambda path: load_ours(fsdp, path)),
+        "dcp": (lambda path: dcp_save(fsdp, path, None), lambda path: dcp_load(fsdp, path)),
+    }
+    if dist.get_world_size() > 1:
+        zero = trained({"kind": "zero", "stage": 3}, model={"config": model, "weights": "bf16"})
+        engine = zero.engine._engine
+        ways["ours_zero"] = (lambda path: save(zero, path), lambda path: load_ours(zero, path))
+        ways["deepspeed"] = (
+            lambda path: engine.save_checkpoint(str(path), tag="x"),
+            lambda path: engine.load_checkpoint(str(path), tag="x"),
+        )
+    found: dict[str, list[float]] = {}
+    for number in range(rounds):
+        for way in sorted(ways, reverse=bool(number % 2)):
+            path = folder / f"{way}-{number}"
+            for what, function in zip(("save", "load"), ways[way], strict=True):
+                barrier()
+                begun = time.perf_counter()
+                function(path)
+                slowest = all_reduce_max_int(round((time.perf_counter() - begun) * 1e6)) / 1e6
+                found.setdefault(f"{way}_{what}", []).append(slowest)
+            shutil.rmtree(path, ignore_errors=True)
+    return {way: spread(values) for way, values in found.items()}
+
+
+def load_ours(built: Trained, path: Path) -> None:
+    """As a resume: every byte verified, restored, exported again and compared with the manifest."""
+    from dist_cpt.checkpoint.certificate import ReplayedLoss, certify
+    from dist_cpt.checkpoint.load import load, newest_valid
+    from dist_cpt.checkpoint.plan_files import owners
+    from dist_cpt.runtime.collectives import world_size
+
+    found, _ = newest_valid(path)
+    assert found is not None
+    placed = owners(built.specs, world_size(), adapter=False)
+    with load(found, verified=True) as checkpoint:
+        built.engine.import_state(checkpoint.read, checkpoint.state.optimizer_steps)
+        exported = built.engine.export_state(lambda kind, name: placed[kind, name])
+        certificate = certify(checkpoint.manifest, exported, {}, ReplayedLoss(0.0, 0.0, 0.0))
+    assert certificate["verdict"] == "pass", certificate["failed"]
+
+
 class Trained:
     """An engine two steps into training, and what a save of it needs."""
 
@@ -172,8 +265,8 @@ class Trained:
         )
 
 
-def trained(engine: dict[str, Any]) -> Trained:
-    built = Trained(engine)
+def trained(engine: dict[str, Any], **changes: Any) -> Trained:
+    built = Trained(engine, **changes)
     timed_steps(built, 2)
     return built
 
@@ -248,9 +341,8 @@ def start_beside(built: Trained, path: Path, background: Any) -> Callable[[], bo
     return done
 
 
-def dcp_save(built: Trained, path: Path, group: Any) -> Callable[[], bool] | None:
-    """Asynchronous, over its own `group`, if one is given."""
-    import torch.distributed.checkpoint as dcp
+def dcp_state(built: Trained) -> dict[str, Any]:
+    """The training state as DTensors over the engine's own memory."""
     from torch.distributed.tensor import DTensor
 
     state: dict[str, Any] = {}
@@ -261,11 +353,24 @@ def dcp_save(built: Trained, path: Path, group: Any) -> Callable[[], bool] | Non
             state[f"{kind}.{name}"] = DTensor.from_local(
                 local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
             )
+    return state
+
+
+def dcp_save(built: Trained, path: Path, group: Any) -> Callable[[], bool] | None:
+    """Asynchronous, over its own `group`, if one is given."""
+    import torch.distributed.checkpoint as dcp
+
     if group is None:
-        dcp.save(state, checkpoint_id=path)
+        dcp.save(dcp_state(built), checkpoint_id=path)
         return None
-    future: Any = dcp.async_save(state, checkpoint_id=path, process_group=group)
+    future: Any = dcp.async_save(dcp_state(built), checkpoint_id=path, process_group=group)
     return lambda: all_ended(future.done())
+
+
+def dcp_load(built: Trained, path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    dcp.load(dcp_state(built), checkpoint_id=path)
 
 
 def all_ended(mine: bool) -> bool:
@@ -357,10 +462,10 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def on_ranks(function: str, folder: Path, rounds: int) -> Any:
+def on_ranks(function: str, folder: Path, rounds: int, ranks: int = RANKS) -> Any:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    arguments = [(rank, function, folder, rounds, there if rank == 0 else None) for rank in range(RANKS)]
+    arguments = [(rank, ranks, function, folder, rounds, there if rank == 0 else None) for rank in range(ranks)]
     processes = [context.Process(target=one_rank, args=each) for each in arguments]
     for process in processes:
         process.start()
@@ -372,14 +477,14 @@ def on_ranks(function: str, folder: Path, rounds: int) -> Any:
             process.join()
 
 
-def one_rank(rank: int, function: str, folder: Path, rounds: int, answer: Any) -> None:
+def one_rank(rank: int, ranks: int, function: str, folder: Path, rounds: int, answer: Any) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS)}
-    store = dist.FileStore(str(folder / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+    store = dist.FileStore(str(folder / f"store-{ranks}"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     result = globals()[function](folder, rounds)
     if answer is not None:
         answer.send(result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from dist_cpt.checkpoint.safetensors_stream import tensor_sha256
 from dist_cpt.run_folder.manifest import Manifest
-from dist_cpt.runtime.collectives import gather_json
+from dist_cpt.runtime.collectives import broadcast_json, gather_json_to_rank_zero
 from dist_cpt.training_state import STATE_KINDS, ExportedTensor, StateKind
 
 Tolerates = Callable[[StateKind, str, torch.Tensor], bool]
@@ -52,11 +52,9 @@ def certify(
             sha256 = expected
             num_tolerated[tensor.kind] += 1
         hashes[tensor.kind][tensor.name] = sha256
-    shares = gather_json([hashes, num_tolerated])
+    shares = gather_json_to_rank_zero([hashes, num_tolerated])
     checks = [_names_check(manifest, list(order))]
-    for kind in STATE_KINDS:
-        restored = {name: sha256 for share, _ in shares for name, sha256 in share[kind].items()}
-        checks.append(_hash_check(manifest, kind, restored, sum(counts[kind] for _, counts in shares)))
+    checks += broadcast_json(None if shares is None else _hash_checks(manifest, shares))
     checks += [_equal_check(name, *pair) for name, pair in facts.items()]
     checks.append(_loss_check(loss))
     failed = [check["name"] for check in checks if not check["passed"]]
@@ -79,6 +77,15 @@ def _names_check(manifest: Manifest, order: list[str]) -> dict[str, Any]:
     elif order != manifest.names():
         detail = "the same names in another order"
     return {"name": "trainable_names", "passed": order == manifest.names(), "detail": detail}
+
+
+def _hash_checks(manifest: Manifest, shares: Sequence[Any]) -> list[dict[str, Any]]:
+    """One check per kind, from the (hashes, numbers of tolerated tensors) of every rank."""
+    checks = []
+    for kind in STATE_KINDS:
+        restored = {name: sha256 for share, _ in shares for name, sha256 in share[kind].items()}
+        checks.append(_hash_check(manifest, kind, restored, sum(counts[kind] for _, counts in shares)))
+    return checks
 
 
 def _hash_check(manifest: Manifest, kind: StateKind, restored: dict[str, str], num_tolerated: int) -> dict[str, Any]:

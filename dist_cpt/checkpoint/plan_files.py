@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,20 +28,22 @@ def owners(specs: Sequence[TensorSpec], world_size: int, adapter: bool) -> Owner
 
     Greedy, largest first to the least loaded rank; the same result on every rank.
     """
-    load = [0] * world_size
     placed: Owners = {}
+    in_one_file = 0  # elements
     free: list[tuple[int, int, TensorKey]] = []
     for index, spec in enumerate(specs):
         for kind in STATE_KINDS:
             if adapter and kind == "master":
                 placed[kind, spec.name] = 0
-                load[0] += math.prod(spec.shape)
+                in_one_file += math.prod(spec.shape)
             else:
                 free.append((math.prod(spec.shape), index, (kind, spec.name)))
+    load = [(in_one_file if rank == 0 else 0, rank) for rank in range(world_size)]
+    heapq.heapify(load)
     for size, _, key in sorted(free, key=lambda item: (-item[0], item[1])):
-        rank = load.index(min(load))
+        elements, rank = load[0]
         placed[key] = rank
-        load[rank] += size
+        heapq.heapreplace(load, (elements + size, rank))
     return placed
 
 

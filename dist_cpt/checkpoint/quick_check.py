@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 from dist_cpt.errors import CheckpointError
@@ -39,7 +40,7 @@ def summary(problems: list[str]) -> str:
 
 
 def _problems(path: Path, manifest: Manifest) -> list[str]:
-    problems = _manifest_problems(manifest)
+    problems = manifest_problems(manifest)
     if path.name.split(".")[0] != step_name(manifest.step):
         problems.append(f"{MANIFEST} is of step {manifest.step}, but the folder is {path.name}")
     for name, entry in manifest.files.items():
@@ -52,12 +53,13 @@ def _problems(path: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def _manifest_problems(manifest: Manifest) -> list[str]:
+def manifest_problems(manifest: Manifest) -> list[str]:
+    """What is missing in a manifest, doubled, or contradicts itself."""
     problems = []
-    names = manifest.names()
+    names = Counter(manifest.names())
     if not names:
         problems.append(f"{MANIFEST} lists no tensors")
-    problems += [f"{MANIFEST} lists tensor {name} twice" for name in {n for n in names if names.count(n) > 1}]
+    problems += [f"{MANIFEST} lists tensor {name} twice" for name, count in names.items() if count > 1]
     needed = (STATE, *((ADAPTER_WEIGHTS, ADAPTER_CONFIG) if manifest.adapter else (MODEL_INDEX, MODEL_CONFIG)))
     problems += [f"{MANIFEST} does not list {name}" for name in needed if name not in manifest.files]
     for tensor in manifest.tensors:
@@ -67,7 +69,7 @@ def _manifest_problems(manifest: Manifest) -> list[str]:
     for alias, name in manifest.aliases.items():
         if name not in names:
             problems.append(f"{MANIFEST}: {alias} is an alias of {name}, which is not listed")
-    if len(set(names)) == len(names):
+    if len(names) == len(manifest.tensors):
         with_tensors = {name for tensor in manifest.tensors for name in tensor.file.values()} | {INITIAL_ADAPTER}
         stray = {name for name in manifest.files if name.endswith(".safetensors")} - with_tensors
         problems += [f"{MANIFEST} lists {name} without a tensor in it" for name in sorted(stray)]

@@ -43,7 +43,7 @@ from dist_cpt.run_folder.manifest import (
 )
 from dist_cpt.run_folder.names import MANIFEST, MODEL_INDEX, STATE
 from dist_cpt.run_folder.train_state import TrainState, state_to_bytes
-from dist_cpt.runtime.collectives import agree, barrier, broadcast_json, gather_json, rank, world_size
+from dist_cpt.runtime.collectives import agree, barrier, broadcast_json, gather_json_to_rank_zero, rank, world_size
 from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, TensorKey, TensorSpec
 
 # Where a save can be interrupted: `fault` is called with these names, in this order; the others on rank 0 only, and
@@ -111,16 +111,18 @@ def save(run: RunCheckpoints, export: ExportState, state: TrainState, *, trial: 
             error = caught
     running.agree_or_clean(error)
     running.fault("agreed")
-    shares = gather_json([files, hashes])
-    manifest = running.manifest(shares)
-    num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
+    shares = gather_json_to_rank_zero([files, hashes])
+    manifest = None if shares is None else running.manifest(shares)
+    num_bytes, state_sha256 = broadcast_json(
+        None if manifest is None else [manifest.num_bytes(), manifest.state_sha256]
+    )
     path = running.staging if trial else running.commit(manifest)
     if rank() == 0 and trial:
         remove_folder(path)
     elif rank() == 0:
         _prune(run, path)
         running.fault("pruned")
-    return CheckpointInfo(path, num_bytes, time.perf_counter() - begun, manifest.state_sha256)
+    return CheckpointInfo(path, num_bytes, time.perf_counter() - begun, state_sha256)
 
 
 class _Save:
@@ -283,11 +285,11 @@ class _Save:
             state_sha256=state_digest(state.step, state.position, tensors),
         )
 
-    def commit(self, manifest: Manifest) -> Path:
-        """Rank 0 writes the manifest and publishes; returns the published folder on every rank, once it is there."""
-        final = checkpoints_folder(self._run.folder) / step_name(manifest.step)
+    def commit(self, manifest: Manifest | None) -> Path:
+        """Rank 0 writes its manifest and publishes; returns the published folder on every rank, once it is there."""
+        final = checkpoints_folder(self._run.folder) / step_name(self._state.step)
         error: Exception | None = None
-        if rank() == 0:
+        if manifest is not None:
             try:
                 (self.staging / MANIFEST).write_bytes(manifest_to_bytes(manifest))
                 fsync_path(self.staging / MANIFEST)

@@ -62,6 +62,7 @@ def verify_together(path: Path) -> list[str]:
 def _file_problems(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
     """Read these files to their end and compare: bytes, sha256, and every tensor of a tensor file."""
     problems: list[str] = []
+    expected_of = _expected_tensors(manifest)
     for name in names:
         try:
             if not name.endswith(".safetensors") or name == INITIAL_ADAPTER:
@@ -69,7 +70,7 @@ def _file_problems(path: Path, manifest: Manifest, names: Iterable[str]) -> list
             else:
                 scanned = scan(path / name)
                 content = (scanned.num_bytes, scanned.sha256)
-                expected = _expected_tensors(manifest, name)
+                expected = expected_of[name]
                 for key in sorted(expected.keys() ^ scanned.tensors.keys()):
                     problems.append(f"{name}: {'lacks' if key in expected else 'has the unexpected'} tensor {key}")
                 for key in sorted(expected.keys() & scanned.tensors.keys()):
@@ -90,13 +91,15 @@ def _file_problems(path: Path, manifest: Manifest, names: Iterable[str]) -> list
     return problems
 
 
-def _expected_tensors(manifest: Manifest, file_name: str) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Key -> (shape, sha256) of every tensor of this file."""
-    expected: dict[str, tuple[tuple[int, ...], str]] = {}
+def _expected_tensors(manifest: Manifest) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
+    """Key -> (shape, sha256) of every tensor of each file."""
+    expected: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {name: {} for name in manifest.files}
+    tensors = {tensor.name: tensor for tensor in manifest.tensors}
     for tensor in manifest.tensors:
-        second_keys = [alias for alias, name in manifest.aliases.items() if name == tensor.name]
         for kind in STATE_KINDS:
-            if tensor.file[kind] == file_name:
-                keys = [tensor.name, *second_keys] if kind == "master" else [f"{kind}.{tensor.name}"]
-                expected |= dict.fromkeys(keys, (tensor.shape, tensor.sha256[kind]))
+            key = tensor.name if kind == "master" else f"{kind}.{tensor.name}"
+            expected[tensor.file[kind]][key] = (tensor.shape, tensor.sha256[kind])
+    for alias, name in manifest.aliases.items():
+        tensor = tensors[name]
+        expected[tensor.file["master"]][alias] = (tensor.shape, tensor.sha256["master"])
     return expected

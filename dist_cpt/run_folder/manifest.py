@@ -76,6 +76,10 @@ class Manifest(Frozen):
         """Trainable names in order."""
         return [tensor.name for tensor in self.tensors]
 
+    def num_bytes(self) -> int:
+        """Of all files but the manifest itself."""
+        return sum(entry.num_bytes for entry in self.files.values())
+
 
 def state_digest(step: int, position: int, tensors: Sequence[TensorEntry]) -> str:
     """One hash of the whole training state, independent of engine, world size and files."""

@@ -80,13 +80,24 @@ def gather_json(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     payload = _encode(value)
-    lengths = torch.zeros(world_size(), dtype=torch.int64, device=_device())
-    lengths[rank()] = len(payload)
-    dist.all_reduce(lengths, group=current_group())
-    sizes: list[int] = lengths.tolist()
+    sizes = _lengths(payload)
     mine = _buffer(payload, max(sizes))
     buffers = [torch.empty_like(mine) for _ in sizes]
     dist.all_gather(buffers, mine, group=current_group())
+    return [_decode(buffer[:size]) for buffer, size in zip(buffers, sizes, strict=True)]
+
+
+def gather_json_to_rank_zero(value: Any) -> list[Any] | None:
+    """Every rank's `value`, in rank order, on rank 0; None on the others, which receive only the lengths."""
+    if world_size() == 1:
+        return [value]
+    payload = _encode(value)
+    sizes = _lengths(payload)
+    mine = _buffer(payload, max(sizes))
+    buffers = [torch.empty_like(mine) for _ in sizes] if rank() == 0 else None
+    dist.gather(mine, buffers, dst=0, group=current_group())
+    if buffers is None:
+        return None
     return [_decode(buffer[:size]) for buffer, size in zip(buffers, sizes, strict=True)]
 
 
@@ -160,6 +171,13 @@ def _device() -> torch.device:
     if dist.get_backend(current_group()) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def _lengths(payload: bytes) -> list[int]:
+    """Bytes of every rank's payload."""
+    mine = [0] * world_size()
+    mine[rank()] = len(payload)
+    return all_reduce_ints(mine)
 
 
 def _encode(value: Any) -> bytes:

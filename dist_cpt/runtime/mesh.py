@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from datetime import timedelta
 
 import torch
@@ -24,6 +25,7 @@ def init_distributed(env: ProcessEnv, timeout_seconds: float, collective_seconds
         HangError: the rendezvous timed out; the next start may find the port free or the host back.
     """
     device = _device(env)
+    raise_file_limit()
     if dist.is_initialized():
         if (dist.get_rank(), dist.get_world_size()) != (env.rank, env.world_size):
             raise ConfigError(
@@ -53,6 +55,12 @@ def init_distributed(env: ProcessEnv, timeout_seconds: float, collective_seconds
             remedy="check that every rank was started and that this host and port are reachable from all nodes",
         ) from error
     return device
+
+
+def raise_file_limit() -> None:
+    """Raise the soft limit of open files, often 1024, to the hard one: a rank has sockets to every other."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def shutdown() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dist_cpt.checkpoint.certificate import ReplayedLoss, certify
 from dist_cpt.checkpoint.load import load, newest_valid
@@ -19,6 +21,7 @@ from dist_cpt.checkpoint.verify import verify_checkpoint
 from dist_cpt.errors import DistCptError
 from dist_cpt.run_folder.checkpoints import published
 from dist_cpt.runtime.collectives import rank, world_size
+from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, OwnerOf, StateKind, TensorSpec
 from tests.checkpoint_state import FULL_SPECS, LORA_A, SPECS, ShardedState, matches, save_step
 from tests.ranks import RankError, RankPool
 
@@ -111,8 +114,6 @@ def test_all_ranks_skip_the_same_damaged_checkpoint(tmp_path: Path, pool: RankPo
 
 def failing_case(folder: str, how: str) -> tuple[str, str, int]:
     """Only rank 1 fails; every rank returns the error it raised."""
-    import torch
-
     state = ShardedState(2)
     changes: dict[str, Any] = {"export": state.export_state}
     if how == "nan":
@@ -188,25 +189,26 @@ def test_a_kill_at_any_point_leaves_a_valid_checkpoint(tmp_path: Path, pool: Ran
         assert matches(checkpoint, 22)
 
 
+def whole_tensors(specs: Sequence[TensorSpec]) -> ExportState:
+    """An export without collectives: every owner makes up its tensors."""
+
+    def export(owner_of: OwnerOf, kinds: Sequence[StateKind] = STATE_KINDS) -> Iterator[ExportedTensor]:
+        for spec in specs:
+            for kind in kinds:
+                mine = owner_of(kind, spec.name) == rank()
+                yield ExportedTensor(kind, spec.name, torch.randn(spec.shape) if mine else None)
+
+    return export
+
+
 def peak_case(folder: str) -> float:
     """MiB by which this rank's resident set grew at most while it saved 24 tensors of 4 MiB (288 MiB)."""
     import resource
 
-    import torch
-
-    from dist_cpt.training_state import STATE_KINDS, ExportedTensor, TensorSpec
-
-    specs = tuple(TensorSpec(f"w{i}.weight", (1024, 1024), "bfloat16", "weights") for i in range(24))
-
-    def export(owner_of: Any) -> Iterator[ExportedTensor]:
-        for spec in specs:
-            for kind in STATE_KINDS:
-                mine = owner_of(kind, spec.name) == rank()
-                yield ExportedTensor(kind, spec.name, torch.randn(spec.shape) if mine else None)
-
     save_step(Path(folder), 0)  # everything is imported and mapped after this
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    save_step(Path(folder), 1, specs=specs, export=export)
+    specs = tuple(TensorSpec(f"w{i}.weight", (1024, 1024), "bfloat16", "weights") for i in range(24))
+    save_step(Path(folder), 1, specs=specs, export=whole_tensors(specs))
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
@@ -214,6 +216,37 @@ def test_saving_holds_one_tensor_at_a_time(tmp_path: Path, four: RankPool) -> No
     four.close()  # fresh processes: the peak of a process never falls
     grown = four.run(f"{HERE}:peak_case", folder=str(tmp_path))
     assert max(grown) < 48  # a few tensors and the 16 MiB read buffer, out of 72 or more per rank
+
+
+def received_case(folder: str, count: int) -> int:
+    """Bytes that the collectives of a save with `count` tensors bring to this rank, the export left out."""
+    import torch.distributed as dist
+
+    received = 0
+
+    def counting(collective: Any, received_by: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal received
+            received += sum(tensor.nbytes for tensor in received_by(arguments[0], arguments) or ())
+            return collective(*arguments, **options)
+
+        return call
+
+    specs = tuple(replace(SPECS[0], name=f"{LORA_A}.{number}") for number in range(count))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "broadcast"):
+            patch.setattr(dist, name, counting(getattr(dist, name), lambda first, _: [first]))
+        patch.setattr(dist, "all_gather", counting(dist.all_gather, lambda first, _: first))
+        patch.setattr(dist, "gather", counting(dist.gather, lambda _, arguments: arguments[1]))
+        save_step(Path(folder), count, specs=specs, export=whole_tensors(specs))
+    return received
+
+
+def test_only_rank_0_receives_what_the_manifest_lists(tmp_path: Path, four: RankPool) -> None:
+    few = four.run(f"{HERE}:received_case", folder=str(tmp_path), count=10)
+    many = four.run(f"{HERE}:received_case", folder=str(tmp_path), count=100)
+    assert max(abs(more - less) for more, less in zip(many[1:], few[1:], strict=True)) < 16  # digits of a number
+    assert many[0] > 4 * few[0]
 
 
 def test_the_plan_names_a_file_for_every_rank_that_writes() -> None:

@@ -29,12 +29,13 @@ def exchange_case() -> list[Any]:
         collectives.broadcast_json(long, src=1)["rank"],
         collectives.broadcast_json(None),
         [len(found["text"]) for found in collectives.gather_json(long)],
+        [len(found["text"]) for found in collectives.gather_json_to_rank_zero(long) or ()],
     ]
 
 
 def test_all_ranks_get_the_same_exact_answers(pool: RankPool) -> None:
     expected = [[1, 2**54 + 1], 0, 1, None, [1, 3001]]
-    assert pool.run(f"{HERE}:exchange_case") == [expected, expected]
+    assert pool.run(f"{HERE}:exchange_case") == [[*expected, [1, 3001]], [*expected, []]]
 
 
 ERRORS = {

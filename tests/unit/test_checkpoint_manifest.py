@@ -2,16 +2,20 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
 from dist_cpt.checkpoint.plan_files import model_index, owners, plan_files
-from dist_cpt.checkpoint.quick_check import quick_check
+from dist_cpt.checkpoint.quick_check import manifest_problems, quick_check
 from dist_cpt.errors import CheckpointError
 from dist_cpt.run_folder.checkpoints import read_manifest
 from dist_cpt.run_folder.json_files import canonical_json
-from dist_cpt.run_folder.manifest import manifest_from_bytes, manifest_to_bytes
+from dist_cpt.run_folder.manifest import Manifest, manifest_from_bytes, manifest_to_bytes
 from dist_cpt.run_folder.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from dist_cpt.run_folder.train_state import state_from_bytes, state_to_bytes
 from dist_cpt.training_state import STATE_KINDS, TensorSpec
@@ -117,3 +121,43 @@ def test_the_state_is_the_same_after_a_round_trip() -> None:
     for raw in (b"", b"[]", b'{"step": 1}', state_to_bytes(state).replace(b'"step": 100', b'"step": -1')):
         with pytest.raises(CheckpointError, match=r"state\.json"):
             state_from_bytes(raw)
+
+
+def lines_run(function: Callable[[], object]) -> int:
+    """Lines of Python that a call executes: the work it does, whatever the machine."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+class Compared(str):
+    """A name whose comparisons run a line of Python."""
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_the_checks_of_a_manifest_grow_no_faster_than_it(tmp_path: Path) -> None:
+    manifest = read_manifest(save_step(tmp_path, 1).path)
+
+    def with_tensors(count: int) -> Manifest:
+        names = [Compared(f"w{i}") for i in range(count)]
+        tensors = tuple(manifest.tensors[0].model_copy(update={"name": name}) for name in names)
+        aliases = {f"alias{i}": Compared(f"w{i}") for i in range(count)}
+        return manifest.model_copy(update={"tensors": tensors, "aliases": aliases})
+
+    few, many = (lines_run(lambda n=n: manifest_problems(with_tensors(n))) for n in (100, 400))
+    assert many < 5 * few

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -99,6 +100,17 @@ def test_a_world_of_one_binds_no_port() -> None:
     finally:
         shutdown()
     assert not dist.is_initialized()
+
+
+def test_every_open_file_that_the_system_grants_may_be_used() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        init_distributed(ProcessEnv(0, 0, 1, 1, "alone"), timeout_seconds=10)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        shutdown()
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def _is_open(fd: str) -> bool:
