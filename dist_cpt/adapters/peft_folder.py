@@ -13,9 +13,11 @@ import torch
 
 from dist_cpt.errors import CheckpointError, ConfigError, printable
 from dist_cpt.run_folder.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKPOINTS, MANIFEST, MODEL_CONFIG
+from dist_cpt.runtime.liveness import made_progress
 
 BASE_PREFIX = "base_model.model."  # precedes a base module's name in the keys of an adapter file
 PRIOR_KEY = "stands_on"  # key of adapter_config.json: the prior adapter without which this one is meaningless
+_CHUNK_BYTES = 16 * 2**20
 _WRAPPER_PREFIX = "causal_lm."  # the attribute of CausalLMForLoss that holds the model
 
 
@@ -97,8 +99,12 @@ def file_sha256(path: Path) -> str:
         CheckpointError: it cannot be read.
     """
     try:
+        digest = hashlib.sha256()
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                made_progress()
+        return digest.hexdigest()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dist_cpt.errors import CheckpointError, NumericsError
+from dist_cpt.runtime.liveness import made_progress
 
 _ITEM_BYTES = 4  # every tensor of a checkpoint is fp32
 _CHUNK_BYTES = 16 * 2**20
@@ -193,6 +194,7 @@ def file_sha256(path: Path) -> tuple[int, str]:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)
+            made_progress()
     return size, digest.hexdigest()
 
 
@@ -274,6 +276,7 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(fd, data, offset)
         data, offset = data[written:], offset + written
+        made_progress()
 
 
 def _read_all(fd: int, data: memoryview, offset: int, path: Path) -> None:
@@ -282,3 +285,4 @@ def _read_all(fd: int, data: memoryview, offset: int, path: Path) -> None:
         if count == 0:
             raise CheckpointError(f"{path} ends early, at byte {offset}")
         data, offset = data[count:], offset + count
+        made_progress()

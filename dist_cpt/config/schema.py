@@ -362,7 +362,7 @@ class HangConfig(Frozen):
     grace_seconds: PositiveFloat = 10.0
     """Seconds from the first stack dump to the end, in which the other ranks write theirs."""
     other_phase_seconds: PositiveFloat = 3600.0
-    """Limit in seconds for starting, the first step, saving, evaluating and ending."""
+    """Limit in seconds for the first step, and for one piece (a block, a tensor, a chunk of a file) of other phases."""
 
 
 class StragglerConfig(Frozen):

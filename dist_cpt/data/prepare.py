@@ -33,6 +33,7 @@ from dist_cpt.data.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_s
 from dist_cpt.errors import DataError, WriteError
 from dist_cpt.run_folder.json_files import fsync_path
 from dist_cpt.run_folder.names import MANIFEST
+from dist_cpt.runtime.liveness import made_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -226,6 +227,7 @@ def _write_store(
                 tally.reject(bad, record.where, record.raw)
             writer.append(encoded.ids, encoded.lengths, encoded.labels)
             num_texts += num_records - len(encoded.rejected)
+            made_progress()
             if on_progress is not None:
                 on_progress(planned.name, num_texts)
         check_budget(planned.name, tally.counts, config.data.bad_record_budget_fraction)

@@ -19,6 +19,7 @@ from torch import nn
 from dist_cpt.adapters.quantize import quantisation_state
 from dist_cpt.errors import CheckpointError
 from dist_cpt.runtime.collectives import agree, current_group, gather_json, rank, world_size
+from dist_cpt.runtime.liveness import made_progress
 from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, OwnerOf, ReadState, StateKind
 
 NORM_ELEMENTS = 1 << 16  # of one fp32 sum of squares
@@ -118,6 +119,7 @@ class SlicedState:
                 local = partial(read, kind, name)
                 whole = _assemble(shape.numel(), self._layout[name], local, device, owner_of(kind, name))
                 yield ExportedTensor(kind, name, None if whole is None else whole.view(shape))
+                made_progress()
 
 
 def _assemble(

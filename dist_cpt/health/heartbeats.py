@@ -34,7 +34,7 @@ class Heartbeat:
     phase: str
     at: str  # file, line and function that the main thread executes
     time: float  # unix seconds, by the clock of the rank's host
-    seconds_in_phase: float  # since the main thread last reported a step or a phase
+    seconds_in_phase: float  # since the rank last reported a step, a phase or a piece of work
     ended: bool = False  # the watchdog of this process has stopped
     written: float = 0.0  # unix seconds, by the clock of the file system
     network: str = ""  # on a hang: why rank 0's host cannot be reached

@@ -35,25 +35,27 @@ from dist_cpt.health.heartbeats import (
 from dist_cpt.run_folder.exit_file import Hang, hang_reason, replace_hang, write_first_hang
 from dist_cpt.run_folder.names import LOGS, hang_file, heartbeat_file, stack_file
 from dist_cpt.runtime.env import ProcessEnv
+from dist_cpt.runtime.liveness import listen
 from dist_cpt.runtime.log import LOGGER
 
-Phase = Literal["starting", "training", "saving", "evaluating", "waiting for a save", "ending"]
+Phase = Literal["starting", "preparing", "restoring", "training", "checking", "saving", "evaluating", "ending"]
 
 PERIOD_SECONDS = 5.0  # between two heartbeats
 STALE_PERIODS = 3  # missed heartbeats after which a process counts as frozen
 NUM_STEP_TIMES = 64
 WITHOUT_WATCHDOG_SECONDS = 1800.0  # of one collective
+LONGEST_WAIT_SECONDS = 86400.0  # of a rank for one that makes progress: a download, the hash of a base
 
 
 def collective_seconds(limits: HangConfig | None) -> float:
     """Timeout of a collective: above every limit of the watchdog, which names the culprit and ends all ranks."""
     if limits is None:
         return WITHOUT_WATCHDOG_SECONDS
-    return max(limits.min_seconds, limits.other_phase_seconds) + 4 * limits.grace_seconds + 60.0
+    return LONGEST_WAIT_SECONDS + max(limits.min_seconds, limits.other_phase_seconds) + 4 * limits.grace_seconds
 
 
 def limit_seconds(limits: HangConfig | None, phase: str, step_times: Iterable[float]) -> float:
-    """Seconds that a rank may spend in `phase` without a tick, given the seconds of its last steps."""
+    """Seconds that a rank may spend in `phase` without progress, given the seconds of its last steps."""
     if limits is None:
         return math.inf
     times = list(step_times)
@@ -70,13 +72,12 @@ class _Position(NamedTuple):
     step: int
     since: float  # time.monotonic()
 
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.since
-
 
 class Watchdog:
     """Watches the main thread of one rank: `with Watchdog(...) as watchdog:`, then `watchdog.tick(phase, step)`.
+
+    Between two ticks, pieces of work (`made_progress`) count too, except in training, where a step is the piece and
+    saves run beside it. A rank that waits for others has stalled only if they have, too: rank 0 finds out.
 
     Without `limits` it writes heartbeats and ends nothing. `on_hang` is called with the reason on a thread of its
     own and has `grace_seconds` to finish.
@@ -103,6 +104,7 @@ class Watchdog:
         self._period = PERIOD_SECONDS if limits is None else min(PERIOD_SECONDS, limits.grace_seconds / 2)
         self._step_times: deque[float] = deque(maxlen=NUM_STEP_TIMES)
         self._position = _Position("", 0, 0.0)
+        self._last_piece = self._excused_until = 0.0  # time.monotonic()
         self._timer_due = 0.0
         self._network_error = ""
         self._host, self._pid = socket.gethostname(), os.getpid()
@@ -124,6 +126,7 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         faulthandler.register(STACKS_SIGNAL, file=self._stacks_file, all_threads=True)
         self.tick("starting", 0)
+        listen(self._piece)
         self._beat()
         self._thread.start()
         return self
@@ -131,6 +134,7 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        listen(None)
         self._leave.set()
         self._thread.join()  # forever, if it is just ending the process
         faulthandler.cancel_dump_traceback_later()
@@ -146,33 +150,66 @@ class Watchdog:
         now, before = time.monotonic(), self._position
         if phase == before.phase == "training" and step > before.step:
             self._step_times.append(now - before.since)
-        self._position = _Position(phase, step, now)
-        limit_changed = phase != before.phase or len(self._step_times) == 1
+        self._position, self._excused_until = _Position(phase, step, now), 0.0
+        self._set_timer(now, limit_changed=phase != before.phase or len(self._step_times) == 1)
+
+    def _piece(self) -> None:
+        """A piece of work is done, on any thread."""
+        if self._position.phase != "training" and not self._leave.is_set():
+            self._last_piece = now = time.monotonic()
+            self._set_timer(now)
+
+    def _set_timer(self, now: float, *, limit_changed: bool = False) -> None:
         if self._limits is not None and (limit_changed or now >= self._timer_due):
             self._timer_due = now + self._period
-            seconds = self._limit(phase) + self._limits.grace_seconds + 2 * self._period
+            seconds = self._limit(self._position.phase) + self._limits.grace_seconds + 2 * self._period
             faulthandler.dump_traceback_later(seconds, exit=True, file=self._hang_file)
 
     def _limit(self, phase: str) -> float:
         return limit_seconds(self._limits, phase, self._step_times)
 
+    def _idle_seconds(self) -> float:
+        """Since the last tick or piece."""
+        return time.monotonic() - max(self._position.since, self._last_piece)
+
     # -- on the watchdog's thread -----------------------------------------------------------------------------
 
     def _watch(self) -> None:
         while not self._leave.wait(min(self._period, max(0.05, self._seconds_left()))):
-            reason = self._timeout_reason() if self._seconds_left() <= 0 else hang_reason(self._folder, self._attempt)
+            stalled = self._seconds_left() <= 0 and not self._waits_for_others()
+            reason = self._timeout_reason() if stalled else hang_reason(self._folder, self._attempt)
             if reason is not None and self._limits is not None:
                 self._end(reason, self._limits.grace_seconds)
             self._beat()
 
     def _seconds_left(self) -> float:
-        position = self._position
-        return self._limit(position.phase) - position.seconds
+        left = self._limit(self._position.phase) - self._idle_seconds()
+        return max(left, self._excused_until - time.monotonic())
+
+    def _waits_for_others(self) -> bool:
+        """Whether some rank makes progress. Rank 0 sees it in all heartbeats; the others leave that to a living rank 0.
+
+        A thousand ranks that read a thousand files each would load the file server.
+        """
+        rank, phase = self._env.rank, self._position.phase
+        if phase == "training" or self._env.world_size == 1:
+            return False
+        beats = self._heartbeats(range(self._env.world_size) if rank == 0 else [0, rank])
+        frozen = frozen_ranks(beats, STALE_PERIODS * self._period)
+        others = [beat for beat in beats if beat.rank != rank and not beat.ended and beat not in frozen]
+        if rank == 0:
+            seconds = max((self._limit(phase) - beat.seconds_in_phase for beat in others), default=0.0)
+        else:
+            seconds = self._period if others else 0.0
+        now = time.monotonic()
+        self._excused_until = now + seconds
+        self._set_timer(now)
+        return seconds > 0
 
     def _timeout_reason(self) -> str:
         position = self._position
         return (
-            f"rank {self._env.rank} made no progress for {position.seconds:.0f} s in {position.phase} "
+            f"rank {self._env.rank} made no progress for {self._idle_seconds():.0f} s in {position.phase} "
             f"at step {position.step} (limit {self._limit(position.phase):.0f} s)"
         )
 
@@ -207,7 +244,7 @@ class Watchdog:
         header = (
             f"--- {datetime.now(UTC).isoformat(timespec='seconds')} rank {self._env.rank} host {self._host} "
             f"pid {self._pid} step {position.step} phase {position.phase}, "
-            f"{position.seconds:.1f} s without progress: {reason}\n"
+            f"{self._idle_seconds():.1f} s without progress: {reason}\n"
         )
         try:
             self._hang_file.write(header.encode())
@@ -235,7 +272,7 @@ class Watchdog:
         first = self._env.rank - self._env.local_rank
         return range(first, first + self._env.local_world_size)
 
-    def _heartbeats(self, ranks: range) -> list[Heartbeat]:
+    def _heartbeats(self, ranks: Iterable[int]) -> list[Heartbeat]:
         return [beat for beat in read_heartbeats(self._folder, ranks) if beat.attempt == self._attempt]
 
     def _beat(self, *, ended: bool = False) -> None:
@@ -250,7 +287,7 @@ class Watchdog:
             phase=position.phase,
             at=_current_line(self._main_thread),
             time=time.time(),
-            seconds_in_phase=round(position.seconds, 3),
+            seconds_in_phase=round(self._idle_seconds(), 3),
             ended=ended,
             network=self._network_error,
         )

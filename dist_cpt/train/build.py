@@ -242,15 +242,16 @@ def _prepare(context: RunContext) -> None:
         except BaseException as error:  # handed to all ranks below
             failed.append(error)
 
+    context.watchdog.tick("preparing", 0)
     worker = threading.Thread(target=work, name="prepare", daemon=True)
     if context.env.rank == 0:
         worker.start()
     while True:
         if context.env.rank == 0:
             worker.join(PREPARE_SECONDS)
-        context.watchdog.tick("starting", 0)
         at_work, stop = all_reduce_ints([int(worker.is_alive()), int(context.stop.requested is not None)])
         if not at_work:
+            context.watchdog.tick("starting", 0)
             agree(failed[0] if failed else None, "prepare data")
             return
         if stop:

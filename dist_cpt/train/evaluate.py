@@ -12,6 +12,7 @@ from dist_cpt.data.batch import Batch
 from dist_cpt.engines.engine import Engine
 from dist_cpt.runtime.collectives import all_reduce_floats
 from dist_cpt.runtime.env import ProcessEnv
+from dist_cpt.runtime.liveness import made_progress
 
 
 @dataclass(frozen=True)
@@ -50,5 +51,6 @@ def evaluate(
         batch = batch_of(padded[start : start + micro_batch])
         loss_sum += engine.evaluate(batch).double().cpu()
         num_tokens += batch.num_targets
+        made_progress()
     total, count = all_reduce_floats([float(loss_sum), float(num_tokens)])
     return HeldOut(total / count if count else math.nan, int(count))

@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 # -- ranks as processes: each runs one of these functions, which its stack must name ----------------------------
 
 RANK = """
-import os, re, resource, sys, time
+import os, re, resource, sys, threading, time
 from datetime import timedelta
 from pathlib import Path
 
@@ -48,8 +48,10 @@ from dist_cpt.config.schema import HangConfig
 from dist_cpt.errors import HangError
 from dist_cpt.health.watchdog import Watchdog
 from dist_cpt.runtime.env import ProcessEnv
+from dist_cpt.runtime.liveness import made_progress
 
 LIMITS = HangConfig(factor=2.0, min_seconds=2.0, grace_seconds=1.5, other_phase_seconds=60.0)
+IN_PIECES = HangConfig(min_seconds=4.0, grace_seconds=1.5, other_phase_seconds=4.0)
 
 
 def sleeps(folder):
@@ -124,10 +126,48 @@ def stops_reducing(folder):
     reduces(folder, forever=False)
 
 
+def meets_its_peer(folder):
+    watchdog.tick("evaluating", 5)
+    (folder / f"here-{rank}").touch()
+    while len(list(folder.glob("here-*"))) < world_size:
+        time.sleep(0.05)
+        made_progress()
+
+
+def works_in_pieces(folder):
+    meets_its_peer(folder)
+    for _ in range(80):
+        time.sleep(0.1)
+        made_progress()
+    (folder / "worked").touch()
+
+
+def works_in_pieces_and_stalls(folder):
+    works_in_pieces(folder)
+    sleeps(folder)
+
+
+def waits_for_pieces_of_its_peer(folder):
+    meets_its_peer(folder)
+    while not (folder / "worked").exists():
+        time.sleep(0.05)
+
+
+def trains_beside_pieces(folder):
+    def work():
+        while True:
+            time.sleep(0.1)
+            made_progress()
+
+    threading.Thread(target=work, daemon=True).start()
+    sleeps(folder)
+
+
 folder, rank, world_size, attempt = Path(sys.argv[1]), *map(int, sys.argv[2:5])
 env = ProcessEnv(rank, rank, world_size, world_size, "environment")
 try:
-    with Watchdog(folder, env, attempt, LIMITS, (folder / f"reason-{rank}").write_text) as watchdog:
+    limits = IN_PIECES if "pieces" in sys.argv[5] else LIMITS
+    with Watchdog(folder, env, attempt, limits, (folder / f"reason-{rank}").write_text) as watchdog:
         for step in range(1, 6):
             watchdog.tick("training", step)
             time.sleep(0.01)
@@ -193,6 +233,10 @@ def unattended(tmp_path_factory):
         ("cannot_write_heartbeats",),
         ("reads_from_its_peer", "writes_a_while"),
         ("reduces", "stops_reducing"),
+        ("works_in_pieces_and_stalls", "works_in_pieces_and_stalls"),
+        ("works_in_pieces", "waits_for_pieces_of_its_peer"),
+        ("waits_for_pieces_of_its_peer", "works_in_pieces"),
+        ("trains_beside_pieces",),
     ]
     with ExitStack() as stack:
         ranks = {job[-1]: Ranks(tmp_path_factory.mktemp("job"), *job) for job in jobs}
@@ -304,6 +348,28 @@ def test_two_gloo_ranks_end_where_one_never_enters(unattended):
     assert "sleeps" in reason
     assert "all_reduce" in reason
     assert [reason in error for error in errors if "hang: " in error] == [True]  # one rank writes for all
+
+
+def test_slow_work_in_pieces_is_no_hang_and_a_stall_after_it_is_one(unattended):
+    ranks = unattended["works_in_pieces_and_stalls"]
+    codes, _ = ranks.end()
+    assert codes == [72, 72]
+    assert (ranks.folder / "worked").exists()
+    assert " s in evaluating at step 5 (limit 4 s)" in ranks.exit()["reason"]
+    assert "in sleeps" in ranks.text("logs/hang-rank-0.txt")
+
+
+@pytest.mark.parametrize("last", ["works_in_pieces", "waits_for_pieces_of_its_peer"])
+def test_a_rank_that_waits_for_one_that_makes_progress_has_not_stalled(unattended, last):
+    ranks = unattended[last]
+    assert ranks.end() == ([0, 0], ["", ""])
+
+
+def test_in_training_steps_alone_count(unattended):
+    ranks = unattended["trains_beside_pieces"]
+    codes, _ = ranks.end()
+    assert codes == [72]
+    assert "in training at step 5" in ranks.exit()["reason"]
 
 
 def test_an_attempt_that_was_superseded_ends_but_writes_no_exit_json(unattended):
