@@ -6,11 +6,32 @@ numbers of one section; settings that exclude each other are rows of `exclusions
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from string import Formatter
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from dist_cpt.config.exclusions import refusals
+
+
+def _text_template(value: str) -> str:
+    """Refuse what is neither a field nor a template of fields."""
+    for _, name, spec, conversion in Formatter().parse(value):
+        if name == "" or spec or conversion:
+            raise ValueError("name a field in each pair of braces, without a format; {{ is a brace")
+    return value
+
+
+TextField = Annotated[str, AfterValidator(_text_template)]
 
 
 class Frozen(BaseModel):
@@ -121,17 +142,21 @@ class SourceConfig(Frozen):
     """A training source; a recipe has at least one."""
 
     path: str
-    """A file, a folder or a glob pattern of jsonl, txt or md files."""
+    """A file, a folder, a glob pattern, or a data set that `datasets` saved to disk; docs/data.md lists the formats."""
     name: str | None = None
     """The source's name in stores, metrics and the report; null means the stem of the path."""
-    text: str = "text"
-    """The jsonl field with the document."""
+    text: TextField = "text"
+    """The document: a field, a dotted path (`meta.text`) or a template (`"{title}\\n\\n{body}"`)."""
+    split: str | None = None
+    """The split of a saved data set that has several."""
+    ignore: tuple[str, ...] = ()
+    """Patterns of files in the folder or archive that are not read, such as `"*.png"`; any other is an error."""
     messages: str = "messages"
-    """The jsonl field with the conversation, a list of `{role, content}`."""
+    """The field with the conversation, a list of `{role, content}`."""
     prompt: str | None = None
-    """The jsonl field with the question, where records have no `messages`."""
+    """The field with the question, where records have no `messages`."""
     response: str | None = None
-    """The jsonl field with the answer to `prompt`."""
+    """The field with the answer to `prompt`."""
     weight: PositiveFloat = 1.0
     """Share of the blocks relative to the other sources."""
     role: Literal["domain", "replay"] = "domain"
@@ -144,15 +169,19 @@ class ValidationConfig(Frozen):
     name: str
     """The set's name in metrics and the report."""
     path: str
-    """A file, a folder or a glob pattern of jsonl, txt or md files."""
-    text: str = "text"
-    """The jsonl field with the document."""
+    """A file, a folder, a glob pattern, or a data set that `datasets` saved to disk; docs/data.md lists the formats."""
+    text: TextField = "text"
+    """The document: a field, a dotted path (`meta.text`) or a template (`"{title}\\n\\n{body}"`)."""
+    split: str | None = None
+    """The split of a saved data set that has several."""
+    ignore: tuple[str, ...] = ()
+    """Patterns of files in the folder or archive that are not read, such as `"*.png"`; any other is an error."""
     messages: str = "messages"
-    """The jsonl field with the conversation, a list of `{role, content}`."""
+    """The field with the conversation, a list of `{role, content}`."""
     prompt: str | None = None
-    """The jsonl field with the question, where records have no `messages`."""
+    """The field with the question, where records have no `messages`."""
     response: str | None = None
-    """The jsonl field with the answer to `prompt`."""
+    """The field with the answer to `prompt`."""
     role: Literal["domain", "retention"] = "domain"
     """Whether the set measures what is learned (`domain`) or what the base must not forget (`retention`)."""
 
@@ -198,9 +227,9 @@ class ClassifyConfig(Frozen):
     num_labels: int | None = Field(default=None, ge=2)
     """The number of classes, where records hold numbers from 0 to `num_labels` - 1."""
     label: str = "label"
-    """The jsonl field with the class."""
+    """The field with the class."""
     text_fields: tuple[str, ...] = ()
-    """The jsonl fields that make up the text; none means the source's `text`."""
+    """The fields that make up the text; none means the source's `text`."""
     separator: str = "\n"
     """The text between two of the fields."""
     truncate: bool = False

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_cpt.config.resolve import is_template_text
+from dist_cpt.data.containers import BadRecord, Fields, RawRecord
 from dist_cpt.data.encode import Encoded, Rejected, Source, gather
-from dist_cpt.data.sources import BadRecord, Parse, Record, field_of, json_object, string_field, valid_text
+from dist_cpt.data.sources import Parse, Record, field_of, string_field, valid_text
 from dist_cpt.data.store import LabelKind
 from dist_cpt.data.token_ids import batch_ids, unpadded_copy
 from dist_cpt.errors import DataError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Message = dict[str, str]
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _JINJA_LOCK = threading.Lock()  # transformers keeps the marked spans in a global; jinja is no faster in threads
 
@@ -86,14 +88,11 @@ class ConversationEncoder:
     def parser(self, source: Source) -> Parse[list[Message]]:
         fields = self._fields(source)
 
-        def parse(raw: bytes, is_json: bool) -> list[Message] | None:
-            if not is_json:
-                raise BadRecord("no_conversation", "conversations are read from .jsonl only")
-            record = json_object(raw)
+        def parse(raw: RawRecord) -> list[Message] | None:
+            record = raw.fields()
             if len(fields) == 2:
-                pairs = zip(("user", "assistant"), fields, strict=True)
-                return [{"role": role, "content": string_field(record, field)} for role, field in pairs]
-            return _messages(field_of(record, fields[0]), fields[0])
+                return _turns(user=string_field(record, fields[0]), assistant=string_field(record, fields[1]))
+            return _conversation(record, fields[0])
 
         return parse
 
@@ -179,14 +178,34 @@ class ConversationEncoder:
         return mask
 
 
+def _conversation(record: Fields, field: str) -> list[Message] | None:
+    """The messages of a record: in `field`, else as ShareGPT (conversations) or Alpaca (instruction) write them."""
+    if field not in record and "instruction" in record:
+        given = string_field(record, "input") if record.get("input") else ""
+        question = "\n\n".join(filter(None, (string_field(record, "instruction"), given)))
+        system = string_field(record, "system") if record.get("system") else None
+        return _turns(system=system, user=question, assistant=string_field(record, "output"))
+    if field not in record and "conversations" in record:
+        field = "conversations"
+    return _messages(field_of(record, field), field)
+
+
+def _turns(**contents: str | None) -> list[Message]:
+    return [{"role": role, "content": content} for role, content in contents.items() if content is not None]
+
+
 def _messages(value: Any, field: str) -> list[Message] | None:
     if not isinstance(value, list):
         raise BadRecord("no_conversation", f"field {field!r} is of type {type(value).__name__}, not a list of messages")
+    messages: list[Message] = []
     for number, message in enumerate(value):
         if not isinstance(message, dict):
             raise BadRecord("no_conversation", f"message {number} is of type {type(message).__name__}, not an object")
+        if "from" in message and "role" not in message:
+            message = {"role": _SHAREGPT_ROLES.get(message["from"]), "content": message.get("value")}
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise BadRecord("no_conversation", f"message {number}: {key!r} is missing or not a string")
             valid_text(message[key])
-    return value or None
+        messages.append(message)
+    return messages or None

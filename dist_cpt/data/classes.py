@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dist_cpt.config.schema import ClassifyConfig
+from dist_cpt.data.containers import BadRecord, RawRecord
 from dist_cpt.data.encode import Encoded, Rejected, Source, gather
-from dist_cpt.data.sources import BadRecord, Parse, Record, field_of, json_object, string_field
+from dist_cpt.data.sources import Parse, Record, field_of, text_of
 from dist_cpt.data.store import LabelKind
 from dist_cpt.data.token_ids import batch_ids, unpadded_copy
 
@@ -41,12 +42,10 @@ class ExampleEncoder:
     def parser(self, source: Source) -> Parse[Example]:
         *texts, label = self._fields(source)
 
-        def parse(raw: bytes, is_json: bool) -> Example | None:
-            if not is_json:
-                raise BadRecord("no_class", "texts with a class are read from .jsonl only")
-            record = json_object(raw)
+        def parse(raw: RawRecord) -> Example | None:
+            record = raw.fields()
             number = self._class_number(field_of(record, label))
-            text = self._classify.separator.join(string_field(record, field) for field in texts)
+            text = self._classify.separator.join(text_of(record, field) for field in texts)
             return None if not text or text.isspace() else (text, number)
 
         return parse
@@ -78,6 +77,8 @@ class ExampleEncoder:
             if isinstance(value, str) and value in self._number_of:
                 return self._number_of[value]
             raise BadRecord("unknown_class", f"class {value!r} is not in classify.labels {list(self._number_of)[:8]}")
+        if isinstance(value, str) and value.isdecimal():  # from a file without types
+            value = int(value)
         if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < self._classify.num_classes:
             return value
         raise BadRecord(

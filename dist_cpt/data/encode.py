@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from dist_cpt.config.schema import SourceConfig, ValidationConfig
-from dist_cpt.data.sources import BadRecord, Parse, Record, text_parser
+from dist_cpt.data.containers import BadRecord, RawRecord
+from dist_cpt.data.sources import Parse, Record, text_parser
 from dist_cpt.data.store import LabelKind
 from dist_cpt.data.token_ids import batch_ids, unpadded_copy
 
@@ -47,7 +48,8 @@ class Encoder(Protocol):
 
 
 class TextEncoder:
-    """Plain text; every document ends with exactly one EOS, and the tokenizer's own special tokens are not added.
+    """Plain text, or token ids; every document ends with exactly one EOS, and the tokenizer's own special tokens are
+    not added.
 
     An EOS spelled out in a text ends a document there: at the end of a text it is not doubled, in the middle it
     splits the text in two.
@@ -64,13 +66,22 @@ class TextEncoder:
     def describe(self, source: Source) -> dict[str, Any]:
         return {}
 
-    def parser(self, source: Source) -> Parse[str]:
-        return text_parser(source.text)
+    def parser(self, source: Source) -> Parse[str | np.ndarray]:
+        read_text = text_parser(source.text)
 
-    def __call__(self, records: Sequence[Record[str]]) -> Encoded:
+        def parse(raw: RawRecord) -> str | np.ndarray | None:
+            if isinstance(raw.content, np.ndarray):
+                return raw.content if len(raw.content) else None
+            return read_text(raw)
+
+        return parse
+
+    def __call__(self, records: Sequence[Record[str | np.ndarray]]) -> Encoded:
         flat: list[int] = []
-        for document in batch_ids(self._backend, [record.value for record in records]):
-            flat.extend(document)
+        values = [record.value for record in records]
+        encoded = iter(batch_ids(self._backend, [value for value in values if isinstance(value, str)]))
+        for value in values:
+            flat.extend(next(encoded) if isinstance(value, str) else value.tolist())
             flat.append(self._eos_id)
         ids = np.array(flat, dtype=np.int32)
         is_eos = ids == self._eos_id

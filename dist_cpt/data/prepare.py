@@ -23,6 +23,7 @@ import numpy as np
 from dist_cpt.config.schema import RunConfig, SourceConfig
 from dist_cpt.data.chat import ConversationEncoder, chat_template
 from dist_cpt.data.classes import ExampleEncoder
+from dist_cpt.data.containers import files_of, stem_of
 from dist_cpt.data.encode import Encoded, Encoder, Source, TextEncoder
 from dist_cpt.data.mixture import Mixture
 from dist_cpt.data.packing import pack
@@ -146,8 +147,8 @@ def _encoder(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Encoder:
 def _plan_store(source: Source, config: RunConfig, encoder: Encoder, sha256: str) -> _PlannedStore:
     if config.data.cache_dir is None:
         raise ValueError("prepare takes a recipe after resolve_paths")
-    name = source.name or Path(source.path).stem
-    files = find_files(source.path, name)
+    name = source.name or stem_of(Path(source.path).name)
+    files = find_files(source.path, name, source.ignore, source.split)
     inputs = _input_state(files)
     key: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -156,6 +157,7 @@ def _plan_store(source: Source, config: RunConfig, encoder: Encoder, sha256: str
         "on_bad_record": config.data.on_bad_record,
         "inputs": inputs,
     }
+    key |= {name: value for name in ("split", "ignore") if (value := getattr(source, name))}
     if encoder.label_kind is not None:
         key |= {"task": config.task} | encoder.describe(source)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
@@ -165,7 +167,7 @@ def _plan_store(source: Source, config: RunConfig, encoder: Encoder, sha256: str
 
 def _input_state(files: SourceFiles) -> list[dict[str, Any]]:
     states = []
-    for file in files.files:
+    for file in (part for path in files.files for part in files_of(path)):
         try:
             stat = file.stat()
         except OSError as error:
@@ -214,7 +216,7 @@ def _write_store(
         if policy == "quarantine":
             quarantine = stack.enter_context((work / QUARANTINE).open("w", encoding="ascii"))
         tally = RecordTally(policy, quarantine)
-        records = read_records(planned.name, planned.files.files, plan.encoder.parser(planned.source), tally)
+        records = read_records(planned.name, planned.files, plan.encoder.parser(planned.source), tally)
         threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS) + 1
 
         def encode(batch: list[Record[Any]]) -> tuple[int, Encoded]:
@@ -224,7 +226,7 @@ def _write_store(
         batches = prefetch(encode, _batches(records), depth=threads, threads=threads)
         for num_records, encoded in stack.enter_context(closing(batches)):
             for record, bad in encoded.rejected:
-                tally.reject(bad, record.where, record.raw)
+                tally.reject(bad, record.origin)
             writer.append(encoded.ids, encoded.lengths, encoded.labels)
             num_texts += num_records - len(encoded.rejected)
             made_progress()
@@ -244,7 +246,7 @@ def _batches(records: Iterator[Record[Any]]) -> Iterator[list[Record[Any]]]:
     num_bytes = 0
     for record in records:
         batch.append(record)
-        num_bytes += len(record.raw)
+        num_bytes += record.origin.num_bytes
         if num_bytes >= BATCH_BYTES or len(batch) == BATCH_RECORDS:
             yield batch
             batch, num_bytes = [], 0

@@ -5,48 +5,51 @@ from __future__ import annotations
 import glob
 import json
 import os
+import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TextIO, TypeVar
 
+from dist_cpt.data.containers import (
+    FORMATS,
+    BadRecord,
+    Fields,
+    RawRecord,
+    is_dataset_folder,
+    is_ignored,
+    read_container,
+    suffix_of,
+)
 from dist_cpt.errors import DataError
 
-SUFFIXES = (".jsonl", ".txt", ".md")
 OnBadRecord = Literal["error", "skip", "quarantine"]
 T = TypeVar("T")
-Parse = Callable[[bytes, bool], T | None]  # (raw bytes, is jsonl) -> the record's value, or None for an empty record
+Parse = Callable[[RawRecord], T | None]  # the record's value, or None for an empty record
+_NAMED = 5  # files in a message
 
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """The files of a source in reading order, and the number of files skipped for their suffix."""
+    """The files of a source in reading order, and what of the recipe says how they are read."""
 
-    files: list[Path]
-    ignored_files: int
+    files: list[Path]  # or folders, of data sets that `datasets` saved
+    ignored_files: int = 0
+    ignore: tuple[str, ...] = ()  # patterns, for the members of archives too
+    split: str | None = None  # of saved data sets
 
 
 @dataclass(frozen=True)
 class Record(Generic[T]):
-    """One parsed record. `where` is `file:line` for jsonl and `file` otherwise; `raw` are its bytes."""
+    """One parsed record and where it comes from."""
 
     value: T
-    where: str
-    raw: bytes
-
-
-class BadRecord(Exception):
-    """One invalid record: `reason` is the key it is counted under, `detail` the message."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        self.reason = reason
-        self.detail = detail
-        super().__init__(detail)
+    origin: RawRecord
 
 
 @dataclass
 class ReadCounts:
-    """Counts of one source. `records` are non-blank jsonl lines and whole txt or md files, bad ones included."""
+    """Counts of one source. `records` are non-blank lines, rows, and whole txt or md files, bad ones included."""
 
     records: int = 0
     blank_lines: int = 0
@@ -67,7 +70,7 @@ class RecordTally:
         self._on_bad_record = on_bad_record
         self._quarantine = quarantine
 
-    def reject(self, bad: BadRecord, where: str, raw: bytes) -> None:
+    def reject(self, bad: BadRecord, origin: RawRecord) -> None:
         """Count a bad record and, under `quarantine`, write it down.
 
         Raises:
@@ -75,64 +78,80 @@ class RecordTally:
         """
         if self._on_bad_record == "error":
             raise DataError(
-                f"{where}: {bad.detail}", remedy="repair it, or set data.on_bad_record to skip or quarantine"
+                f"{origin.where}: {bad.detail}", remedy="repair it, or set data.on_bad_record to skip or quarantine"
             )
         self.counts.bad[bad.reason] = self.counts.bad.get(bad.reason, 0) + 1
-        self.counts.first_bad = self.counts.first_bad or f"{where}: {bad.detail}"
+        self.counts.first_bad = self.counts.first_bad or f"{origin.where}: {bad.detail}"
         if self._quarantine is not None:
             # Invalid UTF-8 becomes lone surrogates in ASCII JSON: json.loads restores the bytes exactly.
-            text = raw.decode("utf-8", "surrogateescape")
-            record = {"where": where, "reason": bad.reason, "detail": bad.detail, "record": text}
+            text = origin.raw.decode("utf-8", "surrogateescape")
+            record = {"where": origin.where, "reason": bad.reason, "detail": bad.detail, "record": text}
             self._quarantine.write(json.dumps(record) + "\n")
 
 
-def find_files(path: str, name: str) -> SourceFiles:
+def find_files(path: str, name: str, ignore: Sequence[str] = (), split: str | None = None) -> SourceFiles:
     """The files of a source: a file, a folder (recursive, without hidden entries) or a glob pattern; sorted.
 
+    Patterns of `ignore` match a file's name, or its path inside the folder.
+
     Raises:
-        DataError: nothing there, or nothing with a supported suffix.
+        DataError: nothing there, or a file that is not read and that `ignore` does not name.
     """
     target = Path(path)
-    supported = f"supported are {', '.join(SUFFIXES)}"
     if target.is_file():
-        if target.suffix.lower() not in SUFFIXES:
-            raise DataError(f"source {name!r}: {path} has the unknown suffix {target.suffix!r}", remedy=supported)
-        return SourceFiles([target], 0)
-    if target.is_dir():
-        candidates = _walk(target)
+        root, candidates = target.parent, [target]
+    elif target.is_dir():
+        root, candidates = target, _walk(target)
     elif glob.has_magic(path):
         matches = [Path(match) for match in glob.glob(path, recursive=True)]
         # ** matches both a folder and the files in it; a file counts once.
         candidates = list(dict.fromkeys(f for m in matches for f in (_walk(m) if m.is_dir() else [m])))
+        root = Path(os.path.commonpath(candidates)) if candidates else target
         if not candidates:
             raise DataError(f"source {name!r}: no file matches {path}", remedy="check the pattern")
     else:
         raise DataError(f"source {name!r}: {path} does not exist", remedy="check the path in the recipe")
-    files = sorted((f for f in candidates if f.suffix.lower() in SUFFIXES), key=lambda f: f.as_posix())
+    wanted = [f for f in candidates if not is_ignored(Path(os.path.relpath(f, root)).as_posix(), ignore)]
+    # Token files of Megatron-LM come in pairs; the index stands for both.
+    files = {f.with_suffix(".idx") if f.suffix == ".bin" and f.with_suffix(".idx").is_file() else f for f in wanted}
+    unread = sorted(f.as_posix() for f in files if not (suffix_of(f.name) or f.is_dir()))
+    if unread:
+        listed = ", ".join(unread[:_NAMED]) + (f" and {len(unread) - _NAMED} more" if len(unread) > _NAMED else "")
+        raise DataError(
+            f"source {name!r}: {listed}: not a format that is read",
+            remedy=f"name it in the source's ignore (a pattern such as '*.png'); read are {FORMATS}",
+        )
     if not files:
-        raise DataError(f"source {name!r}: {path}: no readable file among {len(candidates)} files", remedy=supported)
-    return SourceFiles(files, len(candidates) - len(files))
+        raise DataError(
+            f"source {name!r}: {path}: no file among {len(candidates)} that ignore does not name",
+            remedy="check the path and ignore",
+        )
+    ordered = sorted(files, key=lambda f: f.as_posix())
+    return SourceFiles(ordered, len(candidates) - len(wanted), tuple(ignore), split)
 
 
-def read_records(name: str, files: Sequence[Path], parse: Parse[T], tally: RecordTally) -> Iterator[Record[T]]:
+def read_records(name: str, files: SourceFiles, parse: Parse[T], tally: RecordTally) -> Iterator[Record[T]]:
     """Yield the records of source `name` in order, counting them and rejecting bad ones in `tally`.
 
     Raises:
         DataError: a bad record under `error`, or an unreadable file.
     """
-    for file in files:
+    for file in files.files:
         try:
-            for where, raw, is_json in _raw_records(file, tally.counts):
+            for raw in read_container(file, files.ignore, files.split):
+                if raw is None:
+                    tally.counts.blank_lines += 1
+                    continue
                 tally.counts.records += 1
                 try:
-                    value = parse(raw, is_json)
+                    value = parse(raw)
                 except BadRecord as bad:
-                    tally.reject(bad, where, raw)
+                    tally.reject(bad, raw)
                     continue
                 if value is None:
                     tally.counts.empty += 1
                     continue
-                yield Record(value, where, raw)
+                yield Record(value, raw)
         except OSError as error:
             raise DataError(f"source {name!r}: cannot read {file}: {error.strerror or error}") from error
 
@@ -153,37 +172,35 @@ def check_budget(name: str, counts: ReadCounts, budget_fraction: float) -> None:
     )
 
 
-def text_parser(field_name: str) -> Parse[str]:
-    """Parse plain text: a jsonl field or a whole file."""
+def text_parser(text: str) -> Parse[str]:
+    """Parse plain text: a whole file, or of an object the field, dotted path or template `text`."""
 
-    def parse(raw: bytes, is_json: bool) -> str | None:
-        text = string_field(json_object(raw), field_name) if is_json else _file_text(raw)
-        return None if not text or text.isspace() else text
+    def parse(raw: RawRecord) -> str | None:
+        found = _file_text(raw) if raw.is_text else text_of(raw.fields(), text)
+        return None if not found or found.isspace() else found
 
     return parse
 
 
-def json_object(raw: bytes) -> dict[str, Any]:
-    """The object on one line of jsonl; BadRecord if it is not valid UTF-8, not JSON, or not an object."""
-    try:
-        record: Any = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRecord("invalid_utf8", f"invalid UTF-8 at byte {error.start} of the line") from None
-    except (ValueError, RecursionError) as error:
-        raise BadRecord("bad_json", f"not valid JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise BadRecord("bad_json", f"a JSON {type(record).__name__}, not an object")
-    return record
+def text_of(record: Fields, text: str) -> str:
+    """The text of a record: one field, or a template such as `{title}\n\n{body}`; BadRecord as `string_field`."""
+    if "{" not in text:
+        return string_field(record, text)
+    pieces = string.Formatter().parse(text)
+    return "".join(literal + ("" if name is None else string_field(record, name)) for literal, name, _, _ in pieces)
 
 
-def field_of(record: dict[str, Any], key: str) -> Any:
-    """The value of a field; BadRecord if it is missing."""
-    if key not in record:
-        raise BadRecord("missing_field", f"no field {key!r}; fields are {sorted(record)[:8]}")
-    return record[key]
+def field_of(record: Fields, key: str) -> Any:
+    """The value of a field, or at a dotted path such as `meta.text`; BadRecord if it is missing."""
+    value: Any = record
+    for part in [key] if key in record else key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise BadRecord("missing_field", f"no field {key!r}; fields are {sorted(map(str, record))[:8]}")
+        value = value[part]
+    return value
 
 
-def string_field(record: dict[str, Any], key: str) -> str:
+def string_field(record: Fields, key: str) -> str:
     """The text of a field; BadRecord if it is missing, not a string, or not valid text."""
     text = field_of(record, key)
     if not isinstance(text, str):
@@ -203,28 +220,18 @@ def valid_text(text: str) -> str:
     return text
 
 
-def _file_text(raw: bytes) -> str:
+def _file_text(raw: RawRecord) -> str:
+    assert isinstance(raw.content, bytes)
+    if raw.bad is not None:
+        raise raw.bad
     try:
-        return valid_text(raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+        return valid_text(raw.content.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRecord("invalid_utf8", f"invalid UTF-8 at byte {error.start}") from None
 
 
-def _raw_records(file: Path, counts: ReadCounts) -> Iterator[tuple[str, bytes, bool]]:
-    """Yield (where, raw bytes, is jsonl). Lines end at \\n only: U+2028 may occur inside a string."""
-    if file.suffix.lower() != ".jsonl":
-        yield str(file), file.read_bytes(), False
-        return
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            raw = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if raw.isspace() or not raw:
-                counts.blank_lines += 1
-                continue
-            yield f"{file}:{number}", raw, True
-
-
 def _walk(folder: Path) -> list[Path]:
+    """The files in a folder, and the folders in it that are saved data sets."""
     files: list[Path] = []
     visited: set[str] = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -233,6 +240,10 @@ def _walk(folder: Path) -> list[Path]:
             folders.clear()
             continue
         visited.add(real)
+        if is_dataset_folder(Path(parent)):
+            folders.clear()
+            files.append(Path(parent))
+            continue
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         files += [Path(parent, n) for n in sorted(names) if not n.startswith(".")]
     return files

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from dist_cpt.data.containers import stem_of
 from dist_cpt.data.sources import RecordTally, find_files, read_records, text_parser
 from dist_cpt.data.token_ids import batch_ids
 from dist_cpt.errors import ConfigError, DataError, WriteError
@@ -43,14 +44,14 @@ class Fertility:
 
 
 def corpus_texts(paths: Sequence[str], field: str = "text") -> Iterator[str]:
-    """The documents of files, folders or glob patterns of jsonl, txt and md, in order, read as a recipe's sources are.
+    """The documents of files, folders or glob patterns, in order, read as a recipe's sources are.
 
     Raises:
         DataError: no such file, or a bad record.
     """
     for path in paths:
-        name = Path(path).stem
-        for record in read_records(name, find_files(path, name).files, text_parser(field), RecordTally()):
+        name = stem_of(Path(path).name)
+        for record in read_records(name, find_files(path, name), text_parser(field), RecordTally()):
             yield record.value
 
 

@@ -13,6 +13,7 @@ import pytest
 from dist_cpt.config.resolve import resolve_paths
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data import prepare as prepare_module
+from dist_cpt.data.containers import RawRecord
 from dist_cpt.data.encode import TextEncoder
 from dist_cpt.data.prepare import check_vocabulary, data_report, open_prepared, prepare
 from dist_cpt.data.sources import Record
@@ -85,7 +86,7 @@ def leftovers(config: RunConfig) -> list[str]:
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """The documents that plain text becomes."""
-    encoded = TextEncoder(tokenizer)([Record(text, "here", text.encode()) for text in texts])
+    encoded = TextEncoder(tokenizer)([Record(text, RawRecord("here", text.encode())) for text in texts])
     assert encoded.labels is None
     assert not encoded.rejected
     ends = np.cumsum(encoded.lengths).tolist()

@@ -24,11 +24,11 @@ from dist_cpt.errors import EXIT_DATA, DataError
 def read(path: Path, policy: OnBadRecord = "error", text: str = "text") -> tuple[list[Record[str]], ReadCounts, str]:
     quarantine = io.StringIO() if policy == "quarantine" else None
     tally = RecordTally(policy, quarantine)
-    records = list(read_records("s", find_files(str(path), "s").files, text_parser(text), tally))
+    records = list(read_records("s", find_files(str(path), "s", ["*.png"]), text_parser(text), tally))
     return records, tally.counts, "" if quarantine is None else quarantine.getvalue()
 
 
-def test_folder_is_read_recursively_in_path_order_without_hidden_and_foreign_files(tmp_path: Path) -> None:
+def test_folder_is_read_recursively_in_path_order_without_hidden_and_ignored_files(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / ".git").mkdir()
     (tmp_path / "b" / "z.txt").write_text("z")
@@ -39,9 +39,12 @@ def test_folder_is_read_recursively_in_path_order_without_hidden_and_foreign_fil
     (tmp_path / "b" / "loop").symlink_to(tmp_path)
     documents, counts, _ = read(tmp_path)
     assert [d.value for d in documents] == ["a", "z", "c1", "c2"]
-    assert [d.where for d in documents][2:] == [f"{tmp_path}/c.jsonl:1", f"{tmp_path}/c.jsonl:2"]
+    assert [d.origin.where for d in documents][2:] == [f"{tmp_path}/c.jsonl:1", f"{tmp_path}/c.jsonl:2"]
     assert counts.records == 4
-    assert find_files(str(tmp_path), "s").ignored_files == 1
+    assert find_files(str(tmp_path), "s", ["*.png"]).ignored_files == 1
+    with pytest.raises(DataError, match=r"photo\.png") as raised:
+        find_files(str(tmp_path), "s")
+    assert "ignore" in str(raised.value)
 
 
 def test_glob_matches_each_file_once(tmp_path: Path) -> None:
@@ -124,9 +127,9 @@ def test_budget_is_of_all_records_and_inclusive() -> None:
     [
         (None, "absent.jsonl", "absent.jsonl"),
         (None, "*.jsonl", "*.jsonl"),
-        ("a.csv", "a.csv", "'.csv'"),
-        ("a.jsonl.zst", "a.jsonl.zst", "'.zst'"),
-        ("a.csv", "", ".jsonl, .txt, .md"),
+        ("a.png", "a.png", "a.png"),
+        ("a.jsonl.lz4", "a.jsonl.lz4", ".jsonl"),
+        ("a.png", "", "ignore"),
     ],
 )
 def test_unusable_path_is_named(tmp_path: Path, make: str | None, path: str, message: str) -> None:

@@ -1,0 +1,371 @@
+"""The files that hold records: which formats are read, how each is opened, and how it yields its records.
+
+A format is known by the end of the file's name, a compression by what follows it: `a.jsonl`, `a.parquet`,
+`a.csv.gz`, `a.tar.zst`. The members of a tar archive are files of these formats again. Records come in the order of
+the file, and every one becomes a text (bytes), an object (a dictionary) or, from Megatron-LM's files, token ids.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import fnmatch
+import gzip
+import io
+import itertools
+import json
+import lzma
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from dist_cpt.data.store import HEADER, INDEX_VERSION, MAGIC
+from dist_cpt.errors import DataError
+
+Fields = dict[str, Any]
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_READ_BYTES = 1 << 20
+_MEGATRON_DTYPES = {1: np.uint8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # by code; the rest are floats
+_ROWS = 1024  # of a columnar file that are Python objects at a time
+
+
+class BadRecord(Exception):
+    """One invalid record: `reason` is the key it is counted under, `detail` the message."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason = reason
+        self.detail = detail
+        super().__init__(detail)
+
+
+@dataclass(frozen=True)
+class RawRecord:
+    """One record as its file holds it. `where` is `file`, `file:line` or `file:row`, counted from 1."""
+
+    where: str
+    content: bytes | Fields | np.ndarray  # a text or a line of JSON, an object, or token ids
+    is_text: bool = False
+    bad: BadRecord | None = None  # why the record cannot be read
+
+    def fields(self) -> Fields:
+        """The record's object; BadRecord if it is a text or not a valid object."""
+        if self.bad is not None:
+            raise self.bad
+        if isinstance(self.content, dict):
+            return self.content
+        if self.is_text or isinstance(self.content, np.ndarray):
+            raise BadRecord("no_fields", "a file of text or tokens has no fields")
+        return json_object(self.content)
+
+    @property
+    def raw(self) -> bytes:
+        """The bytes to keep of a bad record: those of the file, or an object as JSON."""
+        if isinstance(self.content, dict):
+            return json.dumps(self.content, default=str).encode()
+        return self.content if isinstance(self.content, bytes) else self.content.tobytes()
+
+    @property
+    def num_bytes(self) -> int:
+        """About what the record takes in memory."""
+        if isinstance(self.content, dict):
+            return sum(len(value) for value in self.content.values() if isinstance(value, str))
+        return self.content.nbytes if isinstance(self.content, np.ndarray) else len(self.content)
+
+
+def json_object(raw: bytes) -> Fields:
+    """The object on one line of jsonl; BadRecord if it is not valid UTF-8, not JSON, or not an object."""
+    try:
+        record: Any = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRecord("invalid_utf8", f"invalid UTF-8 at byte {error.start} of the line") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRecord("bad_json", f"not valid JSON ({error})") from None
+    return _object(record)
+
+
+def _object(value: Any) -> Fields:
+    if not isinstance(value, dict):
+        raise BadRecord("bad_json", f"a JSON {type(value).__name__}, not an object")
+    return value
+
+
+Records = Iterator[RawRecord | None]  # None: a blank line
+Read = Callable[[BinaryIO, str], Records]  # (stream, name for messages)
+
+
+def suffix_of(name: str) -> str | None:
+    """The end of a file's name that says how it is read, such as `.jsonl.gz`; None for a file that is not read."""
+    lower = name.lower()
+    for compression in ("", *_OPEN):
+        for format_ in _FORMATS:
+            if lower.endswith(format_ + compression):
+                return format_ + compression
+    return None
+
+
+def stem_of(name: str) -> str:
+    """A file's name without the suffix that says how it is read: `legal.jsonl.zst` -> `legal`."""
+    suffix = suffix_of(name)
+    return Path(name).stem if suffix is None else name[: -len(suffix)]
+
+
+def is_dataset_folder(folder: Path) -> bool:
+    """Whether `datasets` saved a data set, or one per split, in this folder."""
+    is_one = (folder / "dataset_info.json").is_file() and any(folder.glob("*.arrow"))
+    return is_one or (folder / "dataset_dict.json").is_file()
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files whose change is a change of `path`: of a saved data set all, of Megatron-LM's index the pair."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    return [path, path.with_suffix(".bin")] if path.suffix.lower() == ".idx" else [path]
+
+
+def read_container(path: Path, ignore: Sequence[str] = (), split: str | None = None) -> Records:
+    """The records of one file, or of a folder that `datasets` saved; None stands for a blank line.
+
+    A file that is cut off, damaged or not what its name says ends with a bad record.
+
+    Raises:
+        DataError: an archive has a file that is not read and that `ignore` does not name.
+        OSError: from the file system.
+    """
+    if path.is_dir():
+        yield from _dataset(path, split)
+    elif path.suffix.lower() == ".idx":
+        yield from _until_damage(_megatron(path), str(path))
+    else:
+        with path.open("rb") as file:
+            yield from _read(file, path.name, str(path), ignore)
+
+
+def _read(stream: BinaryIO, name: str, where: str, ignore: Sequence[str]) -> Records:
+    suffix = suffix_of(name)
+    assert suffix is not None  # the caller has asked
+    format_ = next(known for known in _FORMATS if suffix.startswith(known))
+    opened = stream if suffix == format_ else _OPEN[suffix.removeprefix(format_)](stream)
+    records = _archive(opened, where, ignore) if format_ == ".tar" else _READ[format_](opened, where)
+    yield from _until_damage(records, where)
+
+
+def _until_damage(records: Records, where: str) -> Records:
+    try:
+        yield from records
+    except BadRecord as bad:
+        yield RawRecord(where, b"", bad=bad)
+    except (EOFError, ValueError, RecursionError, OSError, lzma.LZMAError, tarfile.TarError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # gzip, bz2 and pyarrow raise it without a number
+            raise
+        detail = f"the rest of the file is damaged or cut off ({error})".replace("\n", " ")
+        yield RawRecord(where, b"", bad=BadRecord("damaged_file", detail))
+
+
+def _text(stream: BinaryIO, where: str) -> Records:
+    yield RawRecord(where, stream.read(), is_text=True)
+
+
+def _lines(stream: BinaryIO, where: str) -> Records:
+    """One object per line. Lines end at \\n only: U+2028 may occur inside a string."""
+    for number, line in enumerate(stream, start=1):
+        raw = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+        yield RawRecord(f"{where}:{number}", raw) if raw and not raw.isspace() else None
+
+
+def _json(stream: BinaryIO, where: str) -> Records:
+    """One array of objects, or one object per line."""
+    head = stream.read(_READ_BYTES)
+    start = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
+    if not start.startswith(b"["):
+        yield from _lines(io.BufferedReader(_Behind(head, stream)), where)
+        return
+    reader = io.TextIOWrapper(io.BufferedReader(_Behind(start[1:], stream)), encoding="utf-8")
+    decoder, text, number = json.JSONDecoder(), "", 0
+    while True:
+        text = text.lstrip(" \t\r\n" + ("," if number else ""))
+        if text.startswith("]"):
+            return
+        try:
+            value, end = decoder.raw_decode(text)
+        except ValueError as error:
+            more = reader.read(max(_READ_BYTES, len(text)))
+            if not more:
+                raise BadRecord("bad_json", f"not valid JSON after element {number} of the array ({error})") from None
+            text += more
+            continue
+        number += 1
+        text = text[end:]
+        # What is no object is counted as the bad record that a line with it would be.
+        content = value if isinstance(value, dict) else json.dumps(value).encode()
+        yield RawRecord(f"{where}:{number}", content)
+
+
+class _Behind(io.RawIOBase):
+    """A stream with bytes that were already read put back before the rest."""
+
+    def __init__(self, head: bytes, rest: BinaryIO) -> None:
+        self._head, self._rest = memoryview(head), rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._head[: len(buffer)] if self._head else self._rest.read(len(buffer))
+        self._head = self._head[len(data) :]
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _csv(stream: BinaryIO, where: str) -> Records:
+    """One object per row, named by the first row; a file that ends in .tsv has tabs."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses documents above 128 KiB
+    lines = (line.decode("utf-8", "surrogateescape") for line in stream)  # a bad byte spoils its record only
+    reader = csv.reader(lines, delimiter="\t" if ".tsv" in PurePosixPath(where).suffixes else ",", strict=True)
+    header = [name.removeprefix("\ufeff") for name in next(reader, [])]
+    if len(set(header)) != len(header):
+        raise BadRecord("damaged_file", f"two columns have one name: {header[:8]}")
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:  # the next row is read afresh
+            yield RawRecord(f"{where}:{reader.line_num}", b"", bad=BadRecord("bad_csv", str(error)))
+            continue
+        if not row:
+            yield None
+        elif len(row) == len(header):
+            yield RawRecord(f"{where}:{reader.line_num}", dict(zip(header, row, strict=True)))
+        else:
+            bad = BadRecord("wrong_columns", f"{len(row)} values for {len(header)} columns")
+            yield RawRecord(f"{where}:{reader.line_num}", json.dumps(row).encode(), bad=bad)
+
+
+def _parquet(stream: BinaryIO, where: str) -> Records:
+    import pyarrow.parquet as parquet
+
+    yield from _rows(parquet.ParquetFile(_seekable(stream)).iter_batches(_ROWS), where)
+
+
+def _arrow(stream: BinaryIO, where: str) -> Records:
+    """Arrow's IPC format: a file, or a stream such as `datasets` writes."""
+    import pyarrow as pa
+
+    seekable = _seekable(stream)
+    is_file = seekable.read(6) == b"ARROW1"
+    seekable.seek(0)
+    if is_file:
+        opened = pa.ipc.open_file(seekable)
+        batches = (opened.get_batch(index) for index in range(opened.num_record_batches))
+    else:
+        batches = iter(pa.ipc.open_stream(seekable))
+    pieces = (batch.slice(start, _ROWS) for batch in batches for start in range(0, batch.num_rows, _ROWS))
+    yield from _rows(pieces, where)
+
+
+def _rows(batches: Iterator[Any], where: str) -> Records:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield RawRecord(f"{where}:{number}", row)
+
+
+def _seekable(stream: BinaryIO) -> BinaryIO:
+    """The stream, or its content in memory: inside a compressed file or an archive, one cannot go back cheaply."""
+    return stream if isinstance(stream, io.BufferedReader) and stream.seekable() else io.BytesIO(stream.read())
+
+
+def _archive(stream: BinaryIO, where: str, ignore: Sequence[str]) -> Records:
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            name = PurePosixPath(member.name)
+            if not member.isfile() or any(part.startswith(".") for part in name.parts if part != "."):
+                continue
+            if is_ignored(member.name, ignore):
+                continue
+            place = f"{where}/{member.name}"
+            if suffix_of(name.name) is None:
+                raise DataError(f"{place} is not read", remedy=f"name it in the source's ignore, or use {FORMATS}")
+            content = archive.extractfile(member)
+            assert content is not None  # of a regular file
+            yield from _read(io.BytesIO(content.read()), name.name, place, ignore)
+
+
+def _dataset(folder: Path, split: str | None) -> Records:
+    import datasets
+
+    dataset = datasets.load_from_disk(str(folder))
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise DataError(
+                f"{folder}: split {split!r} is none of {', '.join(map(str, dataset))}", remedy="set the source's split"
+            )
+        dataset = dataset[split]
+    for number, row in enumerate(dataset, start=1):
+        yield RawRecord(f"{folder}:{number}", dict(row))
+
+
+def _megatron(index: Path) -> Records:
+    """The documents of a .bin/.idx pair as int64 ids.
+
+    Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py (MMIDIDX, version 1).
+    """
+    raw = index.read_bytes()
+    if len(raw) < HEADER.itemsize or not raw.startswith(MAGIC):
+        raise BadRecord("damaged_file", "does not start with MMIDIDX")
+    header = np.frombuffer(raw, HEADER, 1)[0]
+    keys = ("version", "dtype", "sequences", "documents")
+    version, code, num_sequences, num_documents = (int(header[key]) for key in keys)
+    if version != INDEX_VERSION or code not in _MEGATRON_DTYPES:
+        raise BadRecord("damaged_file", f"version {version} and type {code} are not known")
+    at = HEADER.itemsize
+    lengths = np.frombuffer(raw, "<i4", num_sequences, at)
+    pointers = np.frombuffer(raw, "<i8", num_sequences, at + 4 * num_sequences)
+    borders = np.frombuffer(raw, "<i8", num_documents, at + 12 * num_sequences)
+    dtype = np.dtype(_MEGATRON_DTYPES[code])
+    tokens = np.memmap(index.with_suffix(".bin"), dtype, "r") if lengths.sum(dtype=np.int64) else np.zeros(0, dtype)
+    for number, (first, last) in enumerate(itertools.pairwise(borders), start=1):
+        parts = [
+            tokens[pointer // dtype.itemsize :][:length]
+            for pointer, length in zip(pointers[first:last], lengths[first:last], strict=True)
+        ]
+        ids = np.concatenate([np.zeros(0, np.int64), *parts])
+        if len(ids) != int(lengths[first:last].sum(dtype=np.int64)):
+            raise BadRecord("damaged_file", f"the .bin file ends inside document {number}")
+        yield RawRecord(f"{index}:{number}", ids)
+
+
+def is_ignored(name: str, ignore: Sequence[str]) -> bool:
+    """Whether a pattern of `ignore` matches the path `name` or its last part."""
+    return any(fnmatch.fnmatch(part, pattern) for pattern in ignore for part in (name, PurePosixPath(name).name))
+
+
+def _zstd(stream: BinaryIO) -> BinaryIO:
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.CompressedInputStream(stream, "zstd"))  # type: ignore[arg-type]
+
+
+_OPEN: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": lambda stream: gzip.GzipFile(fileobj=stream),
+    ".zst": _zstd,
+    ".xz": lzma.LZMAFile,
+    ".bz2": bz2.BZ2File,
+}
+_READ: dict[str, Read] = {
+    ".jsonl": _lines,
+    ".json": _json,
+    ".txt": _text,
+    ".md": _text,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}
+_FORMATS = (*_READ, ".tar", ".idx")
+FORMATS = f"{', '.join(_FORMATS)}, each also with {', '.join(_OPEN)}"
