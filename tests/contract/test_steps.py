@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from tests.contract.compare import assert_same
-from tests.contract.engines import ENGINES, grid
+from tests.contract.engines import ENGINES, by_weights, grid
 
-WEIGHTS = ["bf16", *(pytest.param(weights, marks=pytest.mark.matrix) for weights in ("fp32", "nf4"))]
 FROZEN_SHARE = {"fsdp-full": 2, "zero-3": 2, "fsdp-trainable": 1}  # over how many of two ranks a frozen base is sharded
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize(
-    ("engine", "ranks", "variant"), grid(("fsdp-full", 2, "lora"), ("fsdp-trainable", 2, "lora"), ("zero-2", 2, "lora"))
+    ("engine", "ranks", "variant", "weights"),
+    by_weights(grid(("fsdp-full", 2, "lora"), ("fsdp-trainable", 2, "lora"), ("zero-2", 2, "lora"))),
 )
 def test_a_nan_on_one_rank_skips_on_all(
     engine: str, ranks: int, variant: str, weights: str, pool: Any, base: Any
@@ -34,15 +33,16 @@ def test_a_nan_on_one_rank_skips_on_all(
     assert_same(with_bad[1], without[1])
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize(
-    ("engine", "ranks", "variant"),
-    grid(
-        ("single", 1, "lora"),
-        ("fsdp-trainable", 2, "lora"),
-        ("zero-3", 2, "lora"),
-        ("zero-2", 2, "8bit"),
-        variants=("lora", "8bit"),
+    ("engine", "ranks", "variant", "weights"),
+    by_weights(
+        grid(
+            ("single", 1, "lora"),
+            ("fsdp-trainable", 2, "lora"),
+            ("zero-3", 2, "lora"),
+            ("zero-2", 2, "8bit"),
+            variants=("lora", "8bit"),
+        )
     ),
 )
 def test_a_dropped_step_leaves_no_trace(
