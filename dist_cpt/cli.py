@@ -33,6 +33,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="a.b=value", help="Override a recipe key; the value is YAML."),
 ]
+Accept = Annotated[
+    str | None,
+    typer.Option("--accept-changes", metavar="KEY,...", help="Settings that a resume may change (docs/recipe.md)."),
+]
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder: <output_dir>/<name>.")]
 On = Annotated[str, typer.Option("--on", help="local, slurm or kubernetes")]
@@ -66,14 +70,14 @@ def prepare(recipe: Recipe, set_: Overrides = None) -> None:
 
 
 @app.command(rich_help_panel=RUN)
-def train(recipe: Recipe, set_: Overrides = None) -> None:
+def train(recipe: Recipe, set_: Overrides = None, accept: Accept = None) -> None:
     """Train as one process: alone, or as one rank under torchrun, srun, accelerate or deepspeed launch."""
     from dist_cpt.runtime.stop import StopRequest, stop_with_parent
 
     stop = StopRequest().install()  # before torch is loaded: a signal during imports already counts
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_with_parent()
-    config = _load(recipe, set_)
+    config = _load(recipe, _overrides(set_, accept))
     from dist_cpt.train.run import train as train_run
 
     code, folder = train_run(config, stop)
@@ -92,17 +96,25 @@ def launch(
     on: On = "local",
     dry_run: DryRun = False,
     set_: Overrides = None,
+    accept: Accept = None,
 ) -> None:
     """Start all ranks of a run and return the run's exit code; on slurm, submit the job that does."""
     from dist_cpt_launch.dispatch import launch as launch_recipes
 
-    raise typer.Exit(launch_recipes(recipe, set_ or [], options, on=on, dry_run=dry_run))
+    raise typer.Exit(launch_recipes(recipe, _overrides(set_, accept), options, on=on, dry_run=dry_run))
 
 
 @app.command(rich_help_panel=RUN)
 @with_options(ResumeOptions)
-def resume(run: Run, options: ResumeOptions, on: On = "local", dry_run: DryRun = False, set_: Overrides = None) -> None:
-    """Continue a run from its newest valid checkpoint; engine and number of ranks may change."""
+def resume(
+    run: Run,
+    options: ResumeOptions,
+    on: On = "local",
+    dry_run: DryRun = False,
+    set_: Overrides = None,
+    accept: Accept = None,
+) -> None:
+    """Continue a run from its newest valid checkpoint; engine, number of ranks and every path may change."""
     recipe = _run_folder(run) / RECIPE
     if not any(run.glob(f"{CHECKPOINTS}/step-*/{MANIFEST}")):
         raise CheckpointError(
@@ -113,16 +125,14 @@ def resume(run: Run, options: ResumeOptions, on: On = "local", dry_run: DryRun =
         raise ConfigError("resume does not take --on kubernetes", remedy="dist-cpt launch RECIPE --on kubernetes")
     from dist_cpt_launch.dispatch import launch as launch_recipes
 
-    from dist_cpt.config.resolve import run_folder
+    from dist_cpt.config.resolve import run_folder, settings_of_place
 
-    folder = run_folder(_load(recipe, set_))
+    overrides = [*settings_of_place(_load(recipe, None), run), *_overrides(set_, accept)]
+    folder = run_folder(_load(recipe, overrides))
     if not (folder.is_dir() and folder.samefile(run)):  # else it would start from nothing over there
-        raise ConfigError(
-            f"{run} resumes in {folder}, which its recipe.yaml names",
-            remedy=f"name it {folder.name} and add --set output_dir={run.absolute().parent}",
-        )
+        raise ConfigError(f"--set names {folder}, not {run}", remedy="leave out --set name and --set output_dir")
     options = LaunchOptions(**vars(options))
-    raise typer.Exit(launch_recipes([recipe], set_ or [], options, on=on, dry_run=dry_run))
+    raise typer.Exit(launch_recipes([recipe], overrides, options, on=on, dry_run=dry_run))
 
 
 @app.command(rich_help_panel=LOOK)
@@ -450,6 +460,11 @@ def _load(recipe: Path, overrides: list[str] | None):
     from dist_cpt.config.resolve import resolve_paths
 
     return resolve_paths(load_recipe(recipe, overrides or []))
+
+
+def _overrides(set_: list[str] | None, accept: str | None) -> list[str]:
+    """`--set` and `--accept-changes` as overrides of the recipe."""
+    return [*(set_ or []), *([] if accept is None else [f"accept_changes={json.dumps(accept.split(','))}"])]
 
 
 def _run_folder(path: Path) -> Path:

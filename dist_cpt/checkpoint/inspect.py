@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_cpt.checkpoint.quick_check import quick_check, summary
+from dist_cpt.config.resolve import fingerprint
 from dist_cpt.errors import CheckpointError, ConfigError, printable
 from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state, superseded
 from dist_cpt.run_folder.json_files import strict_json
@@ -97,6 +98,7 @@ def _checkpoint(one: _Opened, family: _Family) -> dict[str, Any]:
     num_parameters = sum(math.prod(tensor.shape) for tensor in manifest.tensors)
     base = {key: value for key, value in manifest.base.items() if key != "config"}
     lineage, origin = _lineage(one, family.by_state)
+    recipe = manifest.recipe_config()
     return {
         "kind": "checkpoint",
         "path": str(one.path),
@@ -125,7 +127,7 @@ def _checkpoint(one: _Opened, family: _Family) -> dict[str, Any]:
         ],
         "base": base,
         "data": manifest.data,
-        "recipe": manifest.recipe,
+        "recipe": manifest.recipe if recipe is None else fingerprint(recipe),
         "schedule": state.schedule,
         "wandb_run_id": state.wandb_run_id,
         "probe_loss": state.probe.loss,

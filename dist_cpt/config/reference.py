@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dist_cpt.config.exclusions import EXCLUSIONS, shown
+from dist_cpt.config.resume_changes import RESUME_CHANGES
 from dist_cpt.config.schema import RunConfig
 
 _HEADER = """# The recipe, key by key
@@ -15,7 +16,8 @@ Generated from the schema by `python -m dist_cpt.config.reference > docs/recipe.
 
 A key without a default is required, and an unknown key is an error. On the command line `--set a.b=value` overrides a
 key, and `--set data.sources.0.weight=2` that of an item of a list. The last column numbers the
-[settings that exclude each other](#settings-that-exclude-each-other).
+[settings that exclude each other](#settings-that-exclude-each-other), and the page ends with the
+[settings that a resume may change](#settings-that-a-resume-may-change).
 """
 _EXCLUSIONS = """## Settings that exclude each other
 
@@ -24,12 +26,21 @@ values. A key alone stands for any value but its default, and "no" before a key 
 
 | | refused | because | instead |
 |---|---|---|---|"""
+_CHANGES = """
+## Settings that a resume may change
+
+A resume compares its recipe with those of `recipe.yaml` and of the checkpoint. Rows may change as said, any other
+setting is refused by name with exit code 64: it would be another run.
+
+| settings | may change | because |
+|---|---|---|"""
+_HOW = {"freely": "freely", "same content": "to a place with the same content", "accepted": "if accepted by name"}
 _BOUNDS = {"exclusiveMinimum": "> {}", "minimum": "≥ {}", "exclusiveMaximum": "< {}", "maximum": "≤ {}"}
 _WORDS = {"boolean": "true or false", "object": "mapping"}
 
 
 def reference() -> str:
-    """The page: a table of keys for each section, then the table of exclusions."""
+    """The page: a table of keys for each section, then the tables of exclusions and of changes in a resume."""
     page = [_HEADER]
     for path, section in sections():
         title = f"`{path.removesuffix('.')}`" if path else "Top level"
@@ -43,6 +54,9 @@ def reference() -> str:
     for number, exclusion in enumerate(EXCLUSIONS, 1):
         refused = " **with** ".join(condition.text for condition in exclusion.conditions)
         page.append(f"| {number} | {refused} | {exclusion.why} | {exclusion.remedy} |")
+    page.append(_CHANGES)
+    for row in RESUME_CHANGES:
+        page.append(f"| {', '.join(f'`{key}`' for key in row.keys)} | {_HOW[row.how]} | {row.why} |")
     return "\n".join(page) + "\n"
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dist_cpt.config.exclusions import shown
+from dist_cpt.config.resume_changes import how_may_change, is_below
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
 
-# what may change between two attempts of a run
-_PLACEMENT = ("engine", "track", "checkpoint", "output_dir", "evaluate")
+_SHOWN_DIFFERENCES = 5  # in one message
 
 
 @dataclass(frozen=True)
@@ -85,23 +87,56 @@ def step_shape(config: RunConfig, world_size: int) -> StepShape:
 
 
 def fingerprint(config: RunConfig) -> str:
-    """sha256 of the settings that decide what is learned: not of engine, placement and tracking."""
-    return hashlib.sha256(json.dumps(_identity(config), sort_keys=True).encode()).hexdigest()
+    """sha256 of the settings that decide what is learned: not of places, engine and tracking."""
+    return hashlib.sha256(json.dumps(_meaning(config), sort_keys=True).encode()).hexdigest()
 
 
-def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """`key: old -> new` for each setting of the fingerprint in which two recipes differ."""
-    left, right = _flatten(_identity(old)), _flatten(_identity(new))
-    return [
-        f"{key}: {left.get(key)!r} -> {right.get(key)!r}"
+def differences(old: RunConfig, new: RunConfig) -> dict[str, str]:
+    """`old -> new` by dotted key, for each setting of the fingerprint in which two recipes differ."""
+    left, right = _meaning(old), _meaning(new)
+    return {
+        key: f"{shown(left.get(key))} -> {shown(right.get(key))}"
         for key in sorted(left.keys() | right.keys())
         if left.get(key) != right.get(key)
-    ]
+    }
+
+
+def require_same_recipe(recorded: RunConfig, config: RunConfig, where: str) -> dict[str, str]:
+    """The changes against the recorded recipe that `accept_changes` names, as `differences` gives them.
+
+    Raises:
+        ConfigError: other changes; `where` is what has the recorded recipe.
+    """
+    changed = differences(recorded, config)
+    accepted = {key for key in changed if any(is_below(key, name) for name in config.accept_changes)}
+    accepted = {key for key in accepted if how_may_change(key) == "accepted"}
+    refused = {key: text for key, text in changed.items() if key not in accepted}
+    if refused:
+        listed = "; ".join(f"{key}: {text}" for key, text in list(refused.items())[:_SHOWN_DIFFERENCES])
+        more = f" and {len(refused) - _SHOWN_DIFFERENCES} more" if len(refused) > _SHOWN_DIFFERENCES else ""
+        remedy = "give this run another name, or undo the change"
+        if all(how_may_change(key) == "accepted" for key in refused):
+            keys = dict.fromkeys(re.sub(r"\.\d+(\.|$).*", "", key) for key in changed)
+            remedy += f", or resume with --accept-changes {','.join(keys)}"
+        raise ConfigError(f"{where} has a run of another recipe ({listed}{more})", remedy=remedy)
+    return changed
 
 
 def run_folder(config: RunConfig) -> Path:
     """`<output_dir>/<name>`."""
     return Path(config.output_dir) / config.name
+
+
+def settings_of_place(config: RunConfig, folder: Path) -> list[str]:
+    """The overrides that make `folder` the run folder of its own recorded recipe, wherever it was moved."""
+    folder, recorded = folder.absolute(), run_folder(config)
+    if recorded.is_dir() and recorded.samefile(folder):
+        return []
+    places = {"output_dir": str(folder.parent), "name": folder.name}
+    cache = Path(config.data.cache_dir or "")
+    if cache.is_relative_to(config.output_dir):
+        places["data.cache_dir"] = str(folder.parent / cache.relative_to(config.output_dir))
+    return [f"{key}={json.dumps(value)}" for key, value in places.items()]
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -110,17 +145,14 @@ def to_yaml(config: RunConfig) -> str:
     return f"# resolved by dist-cpt; fingerprint {fingerprint(config)}\n{body}"
 
 
-def _identity(config: RunConfig) -> dict[str, Any]:
-    values = config.model_dump(mode="json")
-    for key in _PLACEMENT:
-        values.pop(key)
-    values["batch"].pop("micro_batch")
-    values["data"].pop("cache_dir")
-    values["model"].pop("kernels")
-    values["model"].pop("attention")
-    values["health"].pop("hang")
-    values["health"].pop("straggler")
-    return values
+def _meaning(config: RunConfig) -> dict[str, Any]:
+    """The settings that may not change in a resume, by dotted key; of a place only whether there is one."""
+    meaning = {}
+    for key, value in _flatten(config.model_dump(mode="json")).items():
+        how = how_may_change(key)
+        if how != "freely":
+            meaning[key] = "(given)" if how == "same content" and value is not None else value
+    return meaning
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -471,6 +471,9 @@ class RunConfig(Frozen):
     """The folder that holds the run folders."""
     task: Literal["cpt", "instruct", "classify"] = "cpt"
     """What is trained on: plain text, the answers in conversations, or the classes of texts."""
+    accept_changes: tuple[str, ...] = ()
+    """Settings that this start may change against the run's checkpoints; the option `--accept-changes KEY,...` sets it,
+    and the run's recorded recipe forgets it."""
     classify: ClassifyConfig | None = None
     model: ModelConfig
     adapter: AdapterConfig = AdapterConfig()

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from dist_cpt import __version__
 from dist_cpt.config.load import load_recipe
-from dist_cpt.config.resolve import fingerprint
+from dist_cpt.config.resolve import differences, fingerprint
 from dist_cpt.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DistCptError
 from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state, step_of, superseded
 from dist_cpt.run_folder.json_files import read_rows, strict_json
@@ -174,21 +174,24 @@ def _end_problems(end: Mapping[str, Any], last_step: int, newest_step: int) -> l
 
 
 def _recipe_problems(run_folder: Path, run: Mapping[str, Any], checkpoints: Sequence[_Checkpoint]) -> list[str]:
-    """Fingerprints; those that another version of dist-cpt wrote are of other keys and not compared."""
+    """Checkpoints of another recipe; the fingerprint of run.json, unless another version of dist-cpt computed it."""
+    problems = []
     try:
-        expected = fingerprint(load_recipe(run_folder / RECIPE))
+        recipe = load_recipe(run_folder / RECIPE)
+        for one in checkpoints:
+            saved = one.manifest.recipe_config()
+            changed = {} if saved is None else differences(saved, recipe)
+            listed = [f"{k}: {text}" for k, text in changed.items() if k not in run.get("accepted_changes", ())]
+            problems += [f"{one.name} has another recipe than {RECIPE}: {listed[0]}{_more(listed)}"] if listed else []
     except DistCptError as error:
         return [error.message]
-    recorded = {
-        one.name: one.manifest.recipe for one in checkpoints if one.manifest.versions.get("dist-cpt") == __version__
-    }
-    if checkpoints and checkpoints[0].name in recorded and "fingerprint" in run:
-        recorded[RUN] = str(run["fingerprint"])
-    return [
-        f"{name} has the recipe fingerprint {value[:12]}, {RECIPE} {expected[:12]}"
-        for name, value in recorded.items()
-        if value != expected
-    ]
+    recorded, expected = run.get("fingerprint"), fingerprint(recipe)
+    newest = checkpoints[0].manifest if checkpoints else None
+    if newest is None or newest.format_version == 1 or newest.versions.get("dist-cpt") != __version__:
+        return problems
+    if recorded not in (None, expected):
+        problems.append(f"{RUN} has the recipe fingerprint {str(recorded)[:12]}, {RECIPE} {expected[:12]}")
+    return problems
 
 
 def _wandb_problems(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import secrets
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dist_cpt.config.load import load_recipe
-from dist_cpt.config.resolve import differences, fingerprint, to_yaml
+from dist_cpt.config.resolve import fingerprint, require_same_recipe, to_yaml
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import CheckpointError, ConfigError, Superseded, WriteError
-from dist_cpt.run_folder.checkpoints import published, read_state
+from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state
 from dist_cpt.run_folder.json_files import read_object, replace_file, write_object
 from dist_cpt.run_folder.names import EXIT, LOCK, RECIPE, RUN
 
@@ -75,13 +76,14 @@ def claim(folder: Path, config: RunConfig, new_run_id: str) -> Claim:
             f"run folder {folder} cannot be written: {error.strerror}", remedy="choose another output_dir"
         ) from error
     try:
-        _same_recipe(folder / RECIPE, config)
+        changed = _accepted_changes(folder, config)
         attempts, wandb_run_id = _earlier_starts(folder)
         now = round(time.time(), 3)
         started = {
             "wandb_run_id": wandb_run_id or new_run_id,
             "attempts": attempts + 1,
             "fingerprint": fingerprint(config),
+            "accepted_changes": changed,
             "token": secrets.token_hex(8),
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -90,7 +92,8 @@ def claim(folder: Path, config: RunConfig, new_run_id: str) -> Claim:
             "started": now,
             "ends": _earlier_ends(folder, attempts - 1),
         }
-        replace_file(folder / RECIPE, to_yaml(config).encode())
+        recorded = config.model_copy(update={"accept_changes": ()})  # consent is for this start
+        replace_file(folder / RECIPE, to_yaml(recorded).encode())
         write_object(folder / RUN, started)
         (folder / EXIT).unlink(missing_ok=True)
     except OSError as error:
@@ -153,13 +156,16 @@ def _job() -> str | None:
     return os.environ.get("DIST_CPT_JOB") or os.environ.get("SLURM_JOB_ID")
 
 
-def _same_recipe(path: Path, config: RunConfig) -> None:
-    if not path.exists():
-        return
-    recorded = load_recipe(path)
-    if fingerprint(recorded) != fingerprint(config):
-        changed = "; ".join(differences(recorded, config)[:5])
-        raise ConfigError(
-            f"{path.parent} has a run of another recipe ({changed})",
-            remedy="give this run another name, or undo the change",
-        )
+def _accepted_changes(folder: Path, config: RunConfig) -> list[str]:
+    """The settings that this and earlier attempts changed with consent.
+
+    Raises:
+        ConfigError: recipe.yaml or the newest readable checkpoint has another recipe.
+    """
+    recorded = [load_recipe(folder / RECIPE)] if (folder / RECIPE).exists() else []
+    for path in published(folder):
+        with contextlib.suppress(CheckpointError):  # damaged: a restore says so
+            recorded += [recipe for recipe in [read_manifest(path).recipe_config()] if recipe is not None]
+            break
+    changed = read_object(folder / RUN).get("accepted_changes", [])
+    return sorted({*changed, *(key for one in recorded for key in require_same_recipe(one, config, str(folder)))})

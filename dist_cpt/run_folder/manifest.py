@@ -11,23 +11,25 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from dist_cpt.config.schema import Frozen
+from dist_cpt.config.load import build
+from dist_cpt.config.schema import Frozen, RunConfig
 from dist_cpt.errors import CheckpointError
 from dist_cpt.run_folder.json_files import canonical_json
 from dist_cpt.run_folder.names import MANIFEST
 from dist_cpt.run_folder.train_state import first_line
 from dist_cpt.training_state import StateKind
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READ_VERSIONS = (1, FORMAT_VERSION)  # 1 has only the fingerprint of the recipe
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What the tensors belong to; a resume compares base and data."""
+    """What the tensors belong to; a resume compares base, data and recipe."""
 
     base: dict[str, Any]  # path, revision, hash of the frozen weights
     data: dict[str, Any]  # token stores by hash
-    recipe: str  # fingerprint
+    recipe: str | dict[str, Any]  # resolved, with every default; of format 1 the fingerprint
     engine: str  # not compared
 
 
@@ -50,7 +52,7 @@ class TensorEntry(Frozen):
 class Manifest(Frozen):
     """The content of manifest.json; `tensors` in the order of the optimizer's groups."""
 
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     step: int = Field(ge=0)
     attempt: int = Field(ge=0)
     adapter: bool
@@ -59,7 +61,7 @@ class Manifest(Frozen):
     aliases: dict[str, str]  # second key in the adapter file -> canonical name of the same tensor
     base: dict[str, Any]
     data: dict[str, Any]
-    recipe: str
+    recipe: str | dict[str, Any]  # in format 1 its fingerprint
     engine: str
     world_size: int = Field(ge=1)
     versions: dict[str, str]
@@ -71,6 +73,14 @@ class Manifest(Frozen):
         for name in value:
             check_relative(name)
         return value
+
+    def recipe_config(self) -> RunConfig | None:
+        """The recipe that was trained; None in format 1.
+
+        Raises:
+            ConfigError: it has keys that this version does not know.
+        """
+        return None if isinstance(self.recipe, str) else build(self.recipe, f"the recipe in {MANIFEST}")
 
     def names(self) -> list[str]:
         """Trainable names in order."""
@@ -109,9 +119,9 @@ def manifest_from_bytes(raw: bytes) -> Manifest:
         raise CheckpointError(f"{MANIFEST} is damaged: {first_line(error)}") from None
     if not (intact and same_layout):
         raise CheckpointError(f"{MANIFEST} is damaged: its content does not have the sha256 in it")
-    if version != FORMAT_VERSION:
+    if version not in _READ_VERSIONS:
         raise CheckpointError(
-            f"{MANIFEST} has format {version}, this version reads {FORMAT_VERSION}",
+            f"{MANIFEST} has format {version}, this version reads {' and '.join(map(str, _READ_VERSIONS))}",
             remedy="use the dist-cpt version that wrote it",
         )
     try:

@@ -14,7 +14,6 @@ from dist_cpt.adapters.pissa import PISSA, copy_initial, init_pissa
 from dist_cpt.adapters.prior_adapter import open_prior_adapter
 from dist_cpt.adapters.quantize import QUANTISED, require_bitsandbytes
 from dist_cpt.checkpoint.save import RunCheckpoints
-from dist_cpt.config.resolve import fingerprint
 from dist_cpt.data.batch import Batch
 from dist_cpt.data.chat import chat_template
 from dist_cpt.data.loader import BlockLoader, ValidationLoader
@@ -174,7 +173,7 @@ def open_run(context: RunContext, data: TrainingData, model: TrainableModel) -> 
     identity = Identity(
         base=model.identity,
         data={"identity": data.prepared.identity, "seq_len": config.data.seq_len, "seed": config.seed},
-        recipe=fingerprint(config),
+        recipe=config.model_dump(mode="json"),
         engine=engine.kind,
     )
     schedule = {"num_steps": context.shape.num_steps, **config.schedule.model_dump(mode="json")}

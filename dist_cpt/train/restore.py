@@ -11,6 +11,7 @@ from dist_cpt.checkpoint.certificate import ReplayedLoss, certify
 from dist_cpt.checkpoint.load import LoadedCheckpoint, load, newest_valid, require_fit
 from dist_cpt.checkpoint.plan_files import owners
 from dist_cpt.checkpoint.retention import reinstate, remove_stale_staging, set_aside_after
+from dist_cpt.config.resolve import differences, require_same_recipe
 from dist_cpt.errors import CheckpointError, NumericsError
 from dist_cpt.optim.eight_bit import within_half_step
 from dist_cpt.optim.groups import eight_bit_names
@@ -114,10 +115,11 @@ def _restore(run: Run, windows: Windows, up_to_step: int | None = None) -> Progr
         return None
     run.context.fault("restore", 0)
     with load(newest, verified=True) as checkpoint:
+        changes = on_every_rank("recipe", lambda: _recipe_changes(run, checkpoint))
         on_every_rank("checkpoint", lambda: require_fit(checkpoint.manifest, run.specs, run.identity))
         progress = progress_of(checkpoint.state, newest.name, windows)
         run.engine.import_state(checkpoint.read, checkpoint.state.optimizer_steps)
-        _certify(run, checkpoint)
+        _certify(run, checkpoint, changes)
         run.saver.resumed_from(progress.step, checkpoint.manifest.state_sha256)
     on_rank_zero("checkpoints", lambda: _leave_behind(run, newest, progress.step))
     run.context.watchdog.tick("starting", progress.step)
@@ -134,7 +136,22 @@ def _leave_behind(run: Run, restored: Path, step: int) -> None:
     rewind(folder, step)
 
 
-def _certify(run: Run, checkpoint: LoadedCheckpoint) -> None:
+def _recipe_changes(run: Run, checkpoint: LoadedCheckpoint) -> tuple[dict[str, str], dict[str, str]]:
+    """The changes against the checkpoint's recipe: all of them, and those that this start accepts.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    saved, config = checkpoint.manifest.recipe_config(), run.context.config
+    if saved is None:  # of format 1: tensors, data, seed and schedule are compared
+        return {}, {}
+    accepted = require_same_recipe(saved, config, checkpoint.path.name)
+    for key, text in accepted.items():
+        LOGGER.warning("%s: %s from step %d on", key, text, checkpoint.state.step + 1)
+    return differences(saved, config), accepted
+
+
+def _certify(run: Run, checkpoint: LoadedCheckpoint, changes: tuple[dict[str, str], dict[str, str]]) -> None:
     """Compare what was restored with what was saved, and write certificate.json."""
     config, context, state = run.context.config, run.context, checkpoint.state
     placed = owners(run.specs, context.env.world_size, config.adapter.kind == "lora")
@@ -152,8 +169,9 @@ def _certify(run: Run, checkpoint: LoadedCheckpoint) -> None:
                 [list(draws) for draws in state.random.next_draws],
                 [first_draws(seed, next_step, rank) for rank in range(len(state.random.next_draws))],
             ),
-            "schedule": (state.schedule, run.schedule),
-        },
+            "recipe": changes,
+        }
+        | ({} if changes[0] else {"schedule": (state.schedule, run.schedule)}),
         loss=ReplayedLoss(
             recorded=state.probe.loss,
             replayed=run.stream.probe_loss(state.probe.block_ids),

@@ -95,8 +95,8 @@ def test_file_names_that_lead_out_are_refused(tmp_path: Path, name: str) -> None
 
 def test_an_unknown_format_is_refused_by_number(tmp_path: Path) -> None:
     path = save_step(tmp_path, 3).path
-    rewrite_manifest(path, format_version=2)
-    with pytest.raises(CheckpointError, match=r"format 2\b.*\b1\b"):
+    rewrite_manifest(path, format_version=3)
+    with pytest.raises(CheckpointError, match=r"format 3\b.*\b1 and 2\b"):
         read_manifest(path)
 
 

@@ -11,7 +11,18 @@ import yaml
 
 from dist_cpt.config.exclusions import EXCLUSIONS
 from dist_cpt.config.load import apply_overrides, build, load_recipe, parse_yaml
-from dist_cpt.config.resolve import differences, fingerprint, resolve_paths, step_shape, to_yaml
+from dist_cpt.config.reference import sections
+from dist_cpt.config.resolve import (
+    differences,
+    fingerprint,
+    require_same_recipe,
+    resolve_paths,
+    run_folder,
+    settings_of_place,
+    step_shape,
+    to_yaml,
+)
+from dist_cpt.config.resume_changes import RESUME_CHANGES, how_may_change
 from dist_cpt.errors import ConfigError
 
 
@@ -224,7 +235,7 @@ def test_fingerprint_ignores_placement_only():
     assert fingerprint(config) == fingerprint(moved)
     other = resolve_paths(build(recipe(seed=1), "x"))
     assert fingerprint(config) != fingerprint(other)
-    assert differences(config, other) == ["seed: 0 -> 1"]
+    assert differences(config, other) == {"seed": "0 -> 1"}
 
 
 def test_continue_from_takes_a_path_alone_or_with_the_optimizer():
@@ -235,7 +246,7 @@ def test_continue_from_takes_a_path_alone_or_with_the_optimizer():
     whole = resolve_paths(build(recipe(adapter={"continue_from": {"path": "old", "optimizer": True}}), "x"))
     fresh = resolve_paths(build(recipe(), "x"))
     assert len({fingerprint(fresh), fingerprint(bare), fingerprint(whole)}) == 3
-    assert differences(bare, whole) == ["adapter.continue_from.optimizer: False -> True"]
+    assert differences(bare, whole) == {"adapter.continue_from.optimizer": "false -> true"}
 
 
 def test_step_shape_divides_or_says_why():
@@ -265,3 +276,53 @@ def test_aliases_and_huge_documents_are_refused_at_once():
         parse_yaml(bomb, "recipe.yaml")
     with pytest.raises(ConfigError, match="10,000"):
         parse_yaml("a: [" + "x, " * 20_000 + "x]", "recipe.yaml")
+
+
+def test_the_table_of_changes_names_keys_of_the_schema():
+    known = {f"{path}{key}" for path, section in sections() for key in section["properties"]}
+    assert {key for row in RESUME_CHANGES for key in row.keys} <= known
+    assert how_may_change("data.sources.1.path") == "same content"
+    assert how_may_change("optim.betas.0") == "accepted"
+    assert how_may_change("data.sources.0.weight") is None
+    assert how_may_change("optim.state") is None
+
+
+def test_places_are_no_part_of_the_fingerprint_and_their_presence_is():
+    config = resolve_paths(build(recipe(adapter={"continue_from": "old"}), "x"))
+    moved = config.model_dump(mode="json")
+    moved |= {"output_dir": "/elsewhere", "model": moved["model"] | {"path": "/elsewhere/base", "revision": "v2"}}
+    moved["adapter"]["continue_from"]["path"] = "/elsewhere/old"
+    moved["data"] |= {"cache_dir": "/elsewhere/data", "tokenizer": "/elsewhere/base"}
+    moved["data"]["sources"][0]["path"] = "/elsewhere/text.jsonl"
+    assert fingerprint(build(moved, "moved")) == fingerprint(config)
+    moved["adapter"]["continue_from"] = None
+    assert fingerprint(build(moved, "moved")) != fingerprint(config)
+
+
+def test_a_change_is_accepted_by_name_or_refused_by_name():
+    config = resolve_paths(build(recipe(), "x"))
+    hotter = resolve_paths(build(recipe(optim={"lr": 3e-3, "betas": [0.5, 0.5]}), "x"))
+    with pytest.raises(ConfigError, match=r"step-1 .*optim\.lr: .*--accept-changes optim\.betas,optim\.") as raised:
+        require_same_recipe(config, hotter, "step-1")
+    assert "optim.betas.0: 0.9 -> 0.5" in str(raised.value)
+    accepted = hotter.model_copy(update={"accept_changes": ("optim.lr", "optim.embedding_lr", "optim.betas")})
+    assert set(require_same_recipe(config, accepted, "x")) == {
+        "optim.lr",
+        "optim.embedding_lr",
+        "optim.betas.0",
+        "optim.betas.1",
+    }
+    other = config.model_copy(update={"seed": 1, "accept_changes": ("seed", "optim")})
+    with pytest.raises(ConfigError, match=r"seed: 0 -> 1\) -- give this run another name, or undo the change$"):
+        require_same_recipe(config, other, "x")  # which no flag allows
+
+
+def test_a_run_folder_is_where_it_is(tmp_path):
+    config = resolve_paths(build(recipe(output_dir=str(tmp_path / "old")), "x"))
+    moved = tmp_path / "new" / "renamed"
+    moved.mkdir(parents=True)
+    overrides = settings_of_place(config, moved)
+    again = build(apply_overrides(config.model_dump(mode="json"), overrides), "x")
+    assert run_folder(again) == moved
+    assert again.data.cache_dir == str(tmp_path / "new/data")
+    assert settings_of_place(again, moved) == []

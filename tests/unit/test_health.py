@@ -594,7 +594,7 @@ def test_the_spike_policy_changes_the_fingerprint_and_the_hang_limits_do_not():
     assert recipe("health: {hang: null}").health.hang is None
     assert fingerprint(recipe("health: {hang: null}")) == fingerprint(plain)
     assert fingerprint(recipe("health: {hang: {min_seconds: 5}}")) == fingerprint(plain)
-    assert differences(plain, recipe("health: {spike: {policy: skip}}")) == ["health.spike.policy: 'off' -> 'skip'"]
+    assert differences(plain, recipe("health: {spike: {policy: skip}}")) == {"health.spike.policy": "off -> skip"}
 
 
 @pytest.mark.parametrize(
