@@ -25,6 +25,7 @@ from dist_cpt.runtime.env import ProcessEnv, process_env
 from dist_cpt.runtime.faults import VARIABLE, Faults, planned_faults
 from dist_cpt.runtime.log import LOGGER, close_log, open_log
 from dist_cpt.runtime.mesh import init_distributed, shutdown
+from dist_cpt.runtime.node_address import with_address
 from dist_cpt.runtime.stop import StopRequest
 from dist_cpt.train.observers import Observers
 from dist_cpt.train.wandb import new_run_id
@@ -77,6 +78,7 @@ def run_attempt(
     observers = Observers(None)
     code, reason = EXIT_INTERNAL, ""
     try:
+        env = with_address(env)
         shape = step_shape(config, env.world_size)
         if env.world_size > 1:
             set_nccl_defaults(folder)

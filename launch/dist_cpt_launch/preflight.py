@@ -19,7 +19,7 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +29,7 @@ from dist_cpt.errors import EXIT_DONE, ConfigError, NodeError, WriteError
 from dist_cpt.run_folder.json_files import parse_row, read_object, write_object
 from dist_cpt.run_folder.names import PREFLIGHT
 from dist_cpt.runtime.env import slurm_hosts
+from dist_cpt.runtime.node_address import node_address
 from dist_cpt_launch.command_line import run_command
 from dist_cpt_launch.node_checks import check_node
 from dist_cpt_launch.preflight_report import Limits, NodeReport, combine, report_text
@@ -75,11 +76,17 @@ def preflight(
             shared.unlink(missing_ok=True)
         node, own = NodeReport(place.node, index=place.index), folder / f"{place.node}.json"
         check_node(node, folder, limits, num_gpus)
+        if collective and place.num_nodes > 1:
+            try:
+                place = replace(place, master=node_address(place.master))
+            except ConfigError as error:
+                node.unresolved = str(error)
         write_object(own, asdict(node))
         if shared.exists():  # this node is late: the others have finished without it
             return read_object(shared)
         seen = _wait_for_reports(folder, place.num_nodes, limits.timeout_seconds, finished=False)
-        if collective and (place.num_nodes > 1 or node.gpus) and len(seen) == place.num_nodes:
+        can_meet = len(seen) == place.num_nodes and not any(other.unresolved for other in seen.values())
+        if collective and can_meet and (place.num_nodes > 1 or node.gpus):
             _check_links(node, seen, place, limits, zlib.crc32(f"{identifier} {sorted(seen)}".encode()))
         node.finished = True
         write_object(own, asdict(node))

@@ -34,6 +34,7 @@ class NodeReport:
     all_reduce_gb_per_s: float | None = None
     pairs: dict[str, float] = field(default_factory=dict)  # GB/s by neighbour
     stage: str = ""  # the last stage of the link check
+    unresolved: str = ""  # why the first node has no name or address that this one resolves
     cut_off: str = ""  # why this node cannot reach the first one
     index: int = 0
     finished: bool = False
@@ -55,8 +56,10 @@ def combine(
         general.append(f"{num_nodes - len(reports)} of {num_nodes} nodes did not report")
     unfinished = [(name, "did not finish its checks") for name, report in reports.items() if not report.finished]
     odd_versions, differing = _odd_versions(reports)
-    general += differing
-    for name, reason in [*unfinished, *odd_versions, *_cut_off(reports), *_slow_nodes(reports, limits.slow_factor)]:
+    unresolved, nowhere = _unresolved(reports)
+    general += differing + nowhere
+    slow = _slow_nodes(reports, limits.slow_factor)
+    for name, reason in [*unfinished, *odd_versions, *unresolved, *_cut_off(reports), *slow]:
         reasons[name].append(reason)
     stages = [f"{name}: {one.stage}" for name, one in sorted(reports.items()) if one.stage not in ("", "done")]
     if stages and not any(reasons.values()):
@@ -83,6 +86,13 @@ def report_text(report: Mapping[str, Any]) -> str:
         measured = "" if speed is None else f", all-reduce {speed:.2f} GB/s"
         lines.append(f"preflight: {len(report['nodes'])} nodes are fit{measured}")
     return "\n".join(lines)
+
+
+def _unresolved(reports: Mapping[str, NodeReport]) -> tuple[Problems, list[str]]:
+    """(nodes that cannot resolve the first one though others can, why none can: that is the site's to mend)."""
+    failed = [(name, report.unresolved) for name, report in sorted(reports.items()) if report.unresolved]
+    resolve = any(not report.unresolved for report in reports.values() if report.index != 0)
+    return (failed, []) if resolve or not failed else ([], [failed[0][1]])
 
 
 def _cut_off(reports: Mapping[str, NodeReport]) -> Problems:

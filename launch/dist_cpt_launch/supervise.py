@@ -26,6 +26,7 @@ from dist_cpt.errors import EXIT_INTERNAL, EXIT_NODE, EXIT_STOPPED, ConfigError,
 from dist_cpt.run_folder.exit_file import exit_code, stamp
 from dist_cpt.run_folder.json_files import read_object
 from dist_cpt.run_folder.names import PREFLIGHT
+from dist_cpt.runtime.node_address import node_address
 from dist_cpt_launch.attempts import STRIKES, Decision, Ending, LaunchRecord, decide
 from dist_cpt_launch.batch_job import OVERTAKEN, Job
 from dist_cpt_launch.command_line import run_command
@@ -190,8 +191,7 @@ class Supervisor:
         )
         decision = decide(end, max_restarts=self.options.max_restarts, save_before_limit=self.save_before_limit)
         if outcome.unfit:
-            named = "; ".join(f"{node}: {reason}" for node, reason in outcome.unfit.items())
-            decision = replace(decision, reason=f"unfit nodes: {named}")
+            decision = replace(decision, reason=_unfit_reason(outcome))
         if state == OVERTAKEN:
             return replace(decision, continues=True)  # the record belongs to the later start
         details = self.job.details() if decision.action == "leave" else {}
@@ -253,6 +253,9 @@ class Supervisor:
             environment.setdefault("SRUN_CPUS_PER_TASK", cpus)  # srun ignores sbatch's --cpus-per-task
         environment.setdefault("OMP_NUM_THREADS", cpus if cpus.isdigit() else "1")
         environment.setdefault("OMP_WAIT_POLICY", "passive")
+        with contextlib.suppress(ConfigError):  # the nodes may resolve what this host does not, and say it if not
+            if (address := node_address(nodes[0])) != nodes[0]:
+                environment.setdefault("MASTER_ADDR", address)  # a container of the ranks may have no scontrol
         environment["PYTHONSAFEPATH"] = "1"  # `-m` would import a yaml.py of the current folder
         if self.options.predecessor:
             environment["DIST_CPT_PREDECESSOR"] = self.options.predecessor  # its orphans may still hold the run folder
@@ -320,8 +323,9 @@ class Supervisor:
         if not unfit:
             log("the node checks ended without a report: no node is blamed")
             return Outcome(step.first_exit_code(code), step.first_failure)
-        all_unfit = len(unfit) == len(nodes) > 1
-        return Outcome(EXIT_NODE if all_unfit else EXIT_INTERNAL, Failure(*next(iter(unfit.items()))), unfit)
+        if len(unfit) == len(nodes) > 1:  # the cause is not in the nodes
+            return Outcome(EXIT_NODE, None, unfit)
+        return Outcome(EXIT_INTERNAL, Failure(*next(iter(unfit.items()))), unfit)
 
     def _report(self, identifier: str, seconds: float) -> dict[str, Any]:
         """The report of the node checks; empty if there is none after `seconds`."""
@@ -384,6 +388,13 @@ def unfit_nodes(report: Mapping[str, Any], nodes: Sequence[str]) -> dict[str, st
     failed = {node: "; ".join(entry["reasons"]) for node, entry in report.get("nodes", {}).items() if not entry["ok"]}
     unfit = {node: reasons for node, reasons in failed.items() if node in nodes}
     return unfit or (dict.fromkeys(nodes, "; ".join(report["reasons"])) if report.get("reasons") else {})
+
+
+def _unfit_reason(outcome: Outcome) -> str:
+    reasons = set(outcome.unfit.values())
+    if outcome.failure is None and len(reasons) == 1:
+        return f"no node is blamed: {reasons.pop()}"
+    return "unfit nodes: " + "; ".join(f"{node}: {reason}" for node, reason in outcome.unfit.items())
 
 
 def recipe_of_task(recipes: Sequence[str], task: int | None) -> str:

@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
-NODES = ("n1", "n2", "n3", "n4")
 CPUS = 4  # claimed per node, whatever the host has
 
 CONFIG = """
@@ -61,23 +60,24 @@ MinJobAge=300
 SlurmctldTimeout=30
 SlurmdTimeout=10
 MessageTimeout=10
-NodeName=n[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_slurmd_port}-{last_slurmd_port}] CPUs={cpus} \
-Boards=1 SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=4000 Gres=gpu:fake:2 State=UNKNOWN
-PartitionName=low Nodes=n[1-4] Default=YES DefaultTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime=30 State=UP
-PartitionName=high Nodes=n[1-4] DefaultTime=60 PriorityTier=10 PreemptMode=OFF State=UP
+NodeName={prefix}[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_slurmd_port}-{last_slurmd_port}] \
+CPUs={cpus} Boards=1 SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 \
+RealMemory=4000 Gres=gpu:fake:2 State=UNKNOWN
+PartitionName=low Nodes={prefix}[1-4] Default=YES DefaultTime=60 PriorityTier=1 \
+PreemptMode=REQUEUE GraceTime=30 State=UP
+PartitionName=high Nodes={prefix}[1-4] DefaultTime=60 PriorityTier=10 PreemptMode=OFF State=UP
 """
 
 
 class Cluster:
-    """Started daemons; `environment` is what clients need."""
+    """Started daemons; `environment` is what clients need. The nodes, PREFIX1 to PREFIX4, share one address."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, prefix: str = "n") -> None:
+        self.folder, self.prefix = folder, prefix
+        self.nodes = [f"{prefix}{number}" for number in range(1, 5)]
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.config = folder / "slurm.conf"
         self.environment = {"SLURM_CONF": str(self.config), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
-        if not all(_resolves(name) for name in NODES):
-            self.environment["MASTER_ADDR"] = "127.0.0.1"  # install.sh gives the nodes names that resolve
 
     def start(self) -> None:
         """Bring all daemons up and wait until every node is idle.
@@ -91,6 +91,7 @@ class Cluster:
         self.config.write_text(
             CONFIG.format(
                 folder=self.folder,
+                prefix=self.prefix,
                 host=socket.gethostname(),
                 port=ports[0],
                 first_slurmd_port=ports[1],
@@ -102,7 +103,7 @@ class Cluster:
             device = self.folder / "dev" / f"gpu{number}"
             if not device.exists():
                 os.mknod(device, 0o20600, os.makedev(1, 3))  # a GPU that is /dev/null
-        gres = f"AutoDetect=off\nNodeName=n[1-4] Name=gpu Type=fake File={self.folder}/dev/gpu[0-1]\n"
+        gres = f"AutoDetect=off\nNodeName={self.prefix}[1-4] Name=gpu Type=fake File={self.folder}/dev/gpu[0-1]\n"
         (self.folder / "gres.conf").write_text(gres)
         prolog = self.folder / "prolog"  # what it prints, `export A=B`, a task of that node has in its environment
         prolog.write_text(f"#!/bin/sh\ncat {self.folder}/task-of-$SLURMD_NODENAME 2> /dev/null; true\n")
@@ -116,7 +117,7 @@ class Cluster:
         # fmt: on
         _until(lambda: (self.folder / "munge.socket").exists(), 10, "munged opens its socket")
         self._daemon("slurmctld", "slurmctld", "-D", "-f", str(self.config), "-c", "-i")
-        for name in NODES:
+        for name in self.nodes:
             self.start_node(name)
         try:
             self.wait_until_idle()
@@ -131,7 +132,7 @@ class Cluster:
             TimeoutError: some node has, for a minute.
         """
         try:
-            _until(lambda: self.states() == dict.fromkeys(NODES, "idle"), 60, "all nodes are idle")
+            _until(lambda: self.states() == dict.fromkeys(self.nodes, "idle"), 60, "all nodes are idle")
         except TimeoutError as error:
             raise TimeoutError(f"{error}; they are {self.states()}") from None
 
@@ -188,13 +189,13 @@ class Cluster:
         with contextlib.suppress(subprocess.SubprocessError, OSError):
             for job in self.jobs():
                 self.run("scancel", job, check=False)
-            for name in NODES:
+            for name in self.nodes:
                 if name not in self.daemons:
                     self.start_node(name)
             for job in self.jobs():
                 self.run("scancel", "--signal=KILL", "--full", job, check=False)
             _until(lambda: not self.jobs(), 30, "all jobs have ended", optional=True)
-        for name in [*NODES, "slurmctld", "munged"]:
+        for name in [*self.nodes, "slurmctld", "munged"]:
             daemon = self.daemons.pop(name, None)
             if daemon is not None:
                 daemon.terminate()
@@ -249,13 +250,6 @@ def _free_ports(count: int) -> list[int]:
                 continue
             return ports
     raise OSError("no free ports")
-
-
-def _resolves(name: str) -> bool:
-    try:
-        return socket.gethostbyname(name).startswith("127.")
-    except OSError:
-        return False
 
 
 def _end_with_parent() -> None:

@@ -16,10 +16,20 @@ pytest.register_assert_rewrite("tests.slurm.case")  # before a test imports it: 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
     """munge, slurmctld and four slurmd."""
+    yield from _running(tmp_path_factory.mktemp("slurm"))
+
+
+@pytest.fixture
+def nameless(tmp_path_factory) -> Iterator[Cluster]:
+    """A cluster whose node names resolve nowhere."""
+    yield from _running(tmp_path_factory.mktemp("slurm"), prefix="nowhere-")
+
+
+def _running(folder: Path, **how: str) -> Iterator[Cluster]:
     absent = missing()
     if absent:
         pytest.skip(f"SLURM TESTS DID NOT RUN: this host lacks {', '.join(absent)} (sudo tests/slurm/install.sh)")
-    running = Cluster(tmp_path_factory.mktemp("slurm"))
+    running = Cluster(folder, **how)
     try:
         running.start()
         yield running

@@ -16,7 +16,7 @@ if [ -n "$need" ]; then
     exit 0
   fi
 fi
-# The nodes' names, as a cluster's resolve; without this line the ranks are told an address.
+# The nodes' names, as a cluster's resolve; where they do not, the ranks ask Slurm for an address.
 if ! getent hosts n4 > /dev/null; then
   echo "127.0.0.1 n1 n2 n3 n4 # nodes of tests/slurm" >> /etc/hosts || true
 fi

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from dist_cpt.errors import EXIT_CONFIG, EXIT_NODE
 from tests.slurm.case import case, processes
 
 pytestmark = [pytest.mark.slurm, pytest.mark.matrix]
@@ -135,6 +137,33 @@ def test_the_nodes_are_checked_first_and_an_unfit_one_is_left_out(cluster, made,
     reasons = json.loads((one.run / "bad_nodes.json").read_text())
     assert list(reasons) == ["n2"]
     assert "peft" in reasons["n2"][0]
+
+
+def test_nodes_whose_names_resolve_nowhere_meet_at_slurms_address(nameless, made, tmp_path):
+    one = case(nameless, made, tmp_path, steps=8)
+    one.launch("--preflight", DIST_CPT_PREFLIGHT="--slow-factor 1000")
+    assert one.finish()["Restarts"] == "0"
+    one.complete()
+    assert not (one.run / "bad_nodes.json").exists()
+    assert one.launches("start")[0]["nodes"] == ["nowhere-1", "nowhere-2"]
+    by_hand = nameless.run(  # without the batch job, which tells its ranks an address
+        *("srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", sys.executable, "-m", "dist_cpt.cli"),
+        *("train", str(one.recipe), "--set", "name=by-hand"),
+        check=False,
+    )
+    assert by_hand.returncode == 0, by_hand.stderr
+
+
+@pytest.mark.parametrize("checks", ["--preflight", "--no-preflight"])
+def test_names_that_nobody_resolves_blame_no_node_and_end_the_job(nameless, made, tmp_path, checks):
+    one = case(nameless, made, tmp_path, steps=8).launch(checks, MASTER_ADDR="nowhere-0")
+    ended = one.finish("FAILED")
+    assert (ended["Restarts"], ended["ExitCode"]) == ("0", f"{EXIT_NODE if checks == '--preflight' else EXIT_CONFIG}:0")
+    (end,) = one.launches("end")
+    assert (end["action"], end["first_failure"] is None) == ("give up", checks == "--preflight")
+    assert not (one.run / "bad_nodes.json").exists()
+    for word in ("nowhere-0", "NodeAddr", "MASTER_ADDR"):
+        assert word in one.log()
 
 
 def test_restarts_without_progress_are_capped(cluster, made, tmp_path):

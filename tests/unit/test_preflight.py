@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dist_cpt_launch.preflight import Place, main, preflight, read_node_reports,
 from dist_cpt_launch.preflight_report import Limits, NodeReport, combine, report_text
 
 from dist_cpt.errors import EXIT_CANNOT_WRITE, EXIT_CONFIG, EXIT_NODE, ConfigError
+from dist_cpt.run_folder.json_files import write_object
 
 FAST = Limits(write_mb_per_s=0.001, write_mib=1, timeout_seconds=0.5)
 
@@ -76,6 +78,26 @@ def test_who_is_cut_off():
     assert only(failing(first, fine, node("n2", index=2, **lost)), "n2") == lost["cut_off"]
     both = [node("n1", index=1, **lost), node("n2", index=2, **lost)]
     assert lost["cut_off"] in only(failing(first, *both), "n0")
+
+
+def test_a_first_node_that_nobody_resolves_is_no_nodes_fault(tmp_path):
+    lost = {"unresolved": "cannot resolve n0", "stage": ""}
+    first, fine = node("n0", stage=""), node("n1", index=1, stage="")
+    both = [node("n1", index=1, **lost), node("n2", index=2, **lost)]
+    assert only(failing(first, *both), "") == only(failing(first, both[0]), "") == lost["unresolved"]
+    assert only(failing(node("n0", **lost), *both), "") == lost["unresolved"]
+    assert only(failing(first, fine, both[1]), "n2") == lost["unresolved"]  # its own resolver
+
+
+def test_nodes_that_cannot_resolve_the_first_one_do_not_wait_for_it(tmp_path):
+    limits = Limits(write_mb_per_s=0.001, write_mib=1, timeout_seconds=60.0)
+    other = tmp_path / "preflight/7/n2.json"
+    other.parent.mkdir(parents=True)
+    write_object(other, asdict(node("n2", index=1, stage="", unresolved="n1.invalid?")))
+    report = preflight(tmp_path, "7", Place("n1", 0, 2, "n1.invalid"), limits=limits)
+    assert (report["ok"], [entry["ok"] for entry in report["nodes"].values()]) == (False, [True, True])
+    assert [reason for reason in report["reasons"] if "NodeAddr" in reason]
+    assert not [reason for reason in report["reasons"] if "all-reduce" in reason]  # never tried
 
 
 def test_an_all_reduce_that_never_ends_is_nobodys_in_particular():
