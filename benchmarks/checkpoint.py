@@ -305,6 +305,7 @@ def timed_steps(built: Trained, count: int) -> list[float]:
 def save(built: Trained, path: Path, export: Any = None, position: int = 8) -> Any:
     from dist_cpt.checkpoint.save import RunCheckpoints
     from dist_cpt.checkpoint.save import save as save_checkpoint
+    from dist_cpt.run_folder.claim import Claim
     from dist_cpt.run_folder.manifest import Identity
     from dist_cpt.run_folder.train_state import Probe, Randomness, TrainState
 
@@ -324,7 +325,7 @@ def save(built: Trained, path: Path, export: Any = None, position: int = 8) -> A
     )
     adapter = built.model.adapter_config is not None
     identity = Identity({}, {}, "benchmark", built.engine.kind)
-    run = RunCheckpoints(path, built.specs, identity, adapter, sidecars=[built.model.write_config])
+    run = RunCheckpoints(Claim(path, 0, "", ""), built.specs, identity, adapter, sidecars=[built.model.write_config])
     return save_checkpoint(run, export or built.engine.export_state, state)
 
 

@@ -18,6 +18,7 @@ from dist_cpt.run_folder.manifest import Identity
 from dist_cpt.run_folder.train_state import Probe, Randomness, TrainState
 from dist_cpt.runtime.collectives import rank, world_size
 from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, OwnerOf, StateKind, TensorSpec
+from tests.claimed import claimed
 
 LORA_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 LORA_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
@@ -119,7 +120,7 @@ def save_step(
     specs = changes.get("specs", SPECS)
     full = specs is FULL_SPECS
     run = RunCheckpoints(
-        folder=run_folder,
+        claim=claimed(run_folder, attempt),
         specs=specs,
         identity=IDENTITY,
         adapter=not full,

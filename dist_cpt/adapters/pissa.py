@@ -7,7 +7,6 @@ Source: Meng et al. 2024, PiSSA: Principal Singular Values and Singular Vectors 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from dist_cpt.adapters.peft_folder import BASE_PREFIX, file_sha256
 from dist_cpt.adapters.quantize import read_weight, write_weight
 from dist_cpt.errors import CheckpointError, ConfigError
 from dist_cpt.run_folder.checkpoints import published
+from dist_cpt.run_folder.claim import Claim
 from dist_cpt.run_folder.names import INITIAL_ADAPTER
 from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
 
@@ -44,18 +44,19 @@ class InitialAdapter:
         write_weight(layer, weight.addmm_(b, a, alpha=-self.scale))
 
 
-def init_pissa(module: nn.Module, run: Path) -> str:
+def init_pissa(module: nn.Module, claim: Claim) -> str:
     """Set a new LoRA to the principal part of each weight and subtract that from the base; the sha256 of the file.
 
     Before an engine shards the model. Rank 0 decomposes the weights once per run; all other ranks, and all resumes,
     read its file. Collective.
 
     Raises:
+        Superseded: a later attempt has claimed the run.
         ConfigError: adapter.rank exceeds the rank of a weight.
         CheckpointError: the file is damaged.
     """
-    sha256 = on_rank_zero("adapter.init", lambda: _find_or_make(module, run))
-    on_every_rank("adapter.init", lambda: _apply(module, run / INITIAL_ADAPTER, sha256))
+    sha256 = on_rank_zero("adapter.init", lambda: _find_or_make(module, claim))
+    on_every_rank("adapter.init", lambda: _apply(module, claim.folder / INITIAL_ADAPTER, sha256))
     return sha256
 
 
@@ -120,13 +121,14 @@ def _layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 @torch.no_grad()
-def _find_or_make(module: nn.Module, run: Path) -> str:
+def _find_or_make(module: nn.Module, claim: Claim) -> str:
     from safetensors.torch import save_file
 
+    run = claim.folder
     target = run / INITIAL_ADAPTER
     if target.is_file():
         return file_sha256(target)
-    temporary = run / f"{INITIAL_ADAPTER}.tmp"
+    temporary = run / f"{INITIAL_ADAPTER}.attempt-{claim.attempt}.tmp"
     copies = [file for folder in published(run) if (file := folder / INITIAL_ADAPTER).is_file()]
     if copies:
         shutil.copyfile(copies[0], temporary)
@@ -143,7 +145,7 @@ def _find_or_make(module: nn.Module, run: Path) -> str:
             a, b = principal_part(weight, rank, scale)
             tensors |= {f"{name}.lora_A.weight": a.cpu(), f"{name}.lora_B.weight": b.cpu()}
         save_file(tensors, temporary, metadata={"format": "pt", "scale": repr(scale)})
-    os.replace(temporary, target)
+    claim.put(temporary, INITIAL_ADAPTER)
     return file_sha256(target)
 
 

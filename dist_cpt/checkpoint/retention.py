@@ -10,54 +10,88 @@ import time
 from pathlib import Path
 
 from dist_cpt.checkpoint.quick_check import quick_check
-from dist_cpt.run_folder.checkpoints import checkpoints_folder, published, step_name, superseded, superseded_folder
+from dist_cpt.errors import CheckpointError
+from dist_cpt.run_folder.checkpoints import (
+    checkpoints_folder,
+    published,
+    read_manifest,
+    step_name,
+    step_of,
+    superseded,
+    superseded_folder,
+)
+from dist_cpt.run_folder.claim import Claim
 from dist_cpt.run_folder.json_files import fsync_path
 
 LOGGER = logging.getLogger("dist_cpt")
 
 
-def prune(run_folder: Path, newest: Path, keep: int) -> list[str]:
+def prune(claim: Claim, newest: Path, keep: int) -> list[str]:
     """Remove all but the `keep` newest valid checkpoints up to `newest`, which was just published.
 
     Only checkpoints older than the last one kept are removed, so a damaged one never counts as kept, and `newest`,
     whose every byte was re-read, always stays. Returns the names of the removed ones.
+
+    Raises:
+        Superseded: a later attempt has claimed the run; what it may need is untouched, or was put back.
     """
-    up_to_newest = [path for path in published(run_folder) if path.name <= newest.name]
+    up_to_newest = [path for path in published(claim.folder) if path.name <= newest.name]
     valid = [path for path in up_to_newest if path == newest or not quick_check(path)]
     old = [path for path in up_to_newest if path.name < valid[keep - 1].name] if len(valid) >= keep else []
-    # The last one moved aside stays, so that what happened can be looked up.
-    old += sorted(superseded(run_folder), key=lambda path: path.lstat().st_mtime)[:-1]
+    # The last one moved aside stays, so that what happened can be looked up; so do those of steps to come.
+    aside = sorted(superseded(claim.folder), key=lambda path: path.lstat().st_mtime)[:-1]
+    old += [path for path in aside if step_of(path) <= step_of(newest)]
     for path in old:
         # The new name first: a half-deleted folder must not look like a published one.
         doomed = path.with_name(f"{path.name}.pruned-{secrets.token_hex(4)}.tmp")
-        os.rename(path, doomed)
+        with claim.change("prune", lambda doomed=doomed, path=path: _put_back(doomed, path)):
+            os.rename(path, doomed)
         remove_folder(doomed)
     return [path.name for path in old]
 
 
-def set_aside_after(run_folder: Path, step: int) -> list[str]:
+def set_aside(claim: Claim, path: Path) -> Path:
+    """Move a published checkpoint to `superseded/`; returns where it is now. Rank 0 only.
+
+    Raises:
+        Superseded: a later attempt has claimed the run; a checkpoint that it published is untouched, or was put back.
+    """
+    aside = superseded_folder(claim.folder)
+    target = aside / f"{path.name}.{secrets.token_hex(4)}"
+
+    def put_back() -> None:
+        if _attempt_of(target) > claim.attempt:  # else it was moved before that attempt began, or means nothing to it
+            _put_back(target, path)
+
+    with claim.change("aside", put_back):
+        aside.mkdir(exist_ok=True)
+        os.rename(path, target)
+    fsync_path(aside)
+    fsync_path(aside.parent)
+    return target
+
+
+def set_aside_after(claim: Claim, step: int) -> list[str]:
     """Move published checkpoints after `step`, from which the run continues, to `superseded/`; returns their names.
 
     They are damaged or were rolled back: the next start must not prefer them. Rank 0 only.
+
+    Raises:
+        as `set_aside`.
     """
-    aside = superseded_folder(run_folder)
-    moved = []
-    for path in published(run_folder):
-        if path.name > step_name(step):
-            aside.mkdir(exist_ok=True)
-            os.rename(path, aside / f"{path.name}.{secrets.token_hex(4)}")
-            moved.append(path.name)
-    if moved:
-        fsync_path(aside)
-        fsync_path(aside.parent)
-    return moved
+    return [set_aside(claim, path).name for path in published(claim.folder) if path.name > step_name(step)]
 
 
-def reinstate(run_folder: Path, restored: Path, step: int) -> None:
-    """Publish a checkpoint that had been moved aside again, now that the run continues from it. Rank 0 only."""
-    final = checkpoints_folder(run_folder) / step_name(step)
+def reinstate(claim: Claim, restored: Path, step: int) -> None:
+    """Publish a checkpoint that had been moved aside again, now that the run continues from it. Rank 0 only.
+
+    Raises:
+        Superseded: a later attempt has claimed the run.
+    """
+    final = checkpoints_folder(claim.folder) / step_name(step)
     if restored != final and not os.path.lexists(final):
-        os.rename(restored, final)
+        with claim.change("reinstate", lambda: _put_back(final, restored)):
+            os.rename(restored, final)
         fsync_path(final.parent)
 
 
@@ -83,6 +117,20 @@ def remove_folder(path: Path) -> None:
         return
     except OSError as error:
         LOGGER.warning("cannot remove %s: %s", path, error.strerror)
+
+
+def _put_back(moved: Path, path: Path) -> None:
+    """Undo a rename, unless the name has been used again."""
+    if os.path.lexists(moved) and not os.path.lexists(path):
+        os.rename(moved, path)
+
+
+def _attempt_of(checkpoint: Path) -> int:
+    """The attempt that published it; -1 if its manifest cannot be read."""
+    try:
+        return read_manifest(checkpoint).attempt
+    except CheckpointError:
+        return -1
 
 
 def _last_change(path: Path) -> float:

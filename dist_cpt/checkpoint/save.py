@@ -10,7 +10,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import Any
 
 from dist_cpt.checkpoint.plan_files import PlannedFile, model_index, owners, plan_files
 from dist_cpt.checkpoint.quick_check import quick_check
-from dist_cpt.checkpoint.retention import LOGGER, prune, remove_folder
+from dist_cpt.checkpoint.retention import LOGGER, prune, remove_folder, set_aside
 from dist_cpt.checkpoint.safetensors_stream import StreamWriter, file_sha256, scan
 from dist_cpt.checkpoint.verify import verify_checkpoint
 from dist_cpt.errors import CheckpointError, DistCptError, Superseded, WriteError
@@ -28,9 +27,9 @@ from dist_cpt.run_folder.checkpoints import (
     read_manifest,
     staging_name,
     step_name,
-    superseded_folder,
     write_error,
 )
+from dist_cpt.run_folder.claim import Claim
 from dist_cpt.run_folder.json_files import fsync_path
 from dist_cpt.run_folder.manifest import (
     FORMAT_VERSION,
@@ -60,19 +59,22 @@ class RunCheckpoints:
     """What all checkpoints of one run have in common.
 
     `sidecars` write what makes the folder usable elsewhere (adapter_config.json or config.json, the tokenizer);
-    rank 0 calls them with the staging folder. `fence` is called on rank 0 before the first file, before the last
-    rename, and before old checkpoints are removed; it raises Superseded when a later attempt has claimed the run.
+    rank 0 calls them with the staging folder.
     """
 
-    folder: Path  # of the run
+    claim: Claim  # on the run's folder; every change goes through it
     specs: Sequence[TensorSpec]
     identity: Identity
     adapter: bool
     sidecars: Sequence[Callable[[Path], object]]
     aliases: Mapping[str, str] = field(default_factory=dict)  # second keys of tied matrices in an adapter file
     keep: int = 3
-    fence: Callable[[], object] = lambda: None
     fault: Callable[[str, int], object] = lambda point, step: None  # (save.POINT or trial.POINT, step)
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return self.claim.folder
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def save(run: RunCheckpoints, export: ExportState, state: TrainState, *, trial: 
     `export` is the engine's `export_state`. A `trial` does everything but publish, and leaves nothing behind.
 
     Raises:
-        Superseded: from the fence.
+        Superseded: a later attempt has claimed the run.
         WriteError: the file system refused on some rank; earlier checkpoints are untouched.
         NumericsError: a tensor is not finite; nothing is published.
         CheckpointError: the exported tensors differ from the specs.
@@ -146,9 +148,8 @@ class _Save:
         error: Exception | None = None
         if rank() == 0:
             try:
-                self._run.fence()
-                self.staging.parent.mkdir(parents=True, exist_ok=True)
-                self.staging.mkdir()
+                with self._run.claim.change("stage"):
+                    self.staging.mkdir(parents=True)
             except (Superseded, OSError) as caught:
                 error = self._as_write_error(caught)
         agree(error, "save")
@@ -297,7 +298,6 @@ class _Save:
                 if problems := quick_check(self.staging):
                     raise CheckpointError(f"step {manifest.step} is not published: {problems[0]}")
                 self.fault("manifest")
-                self._run.fence()
                 self._publish(final, manifest.state_sha256)
             except Exception as caught:  # the other ranks wait for the outcome
                 error = caught
@@ -312,13 +312,10 @@ class _Save:
             remove_folder(self.staging)
             return
         if os.path.lexists(final):
-            aside = superseded_folder(self._run.folder)
-            aside.mkdir(exist_ok=True)
-            os.rename(final, aside / f"{final.name}.{secrets.token_hex(4)}")
-            fsync_path(aside)
-            LOGGER.warning("%s of an earlier attempt was moved to %s", final.name, aside)
+            LOGGER.warning("%s of an earlier attempt was moved to %s", final.name, set_aside(self._run.claim, final))
             self.fault("aside")
-        os.rename(self.staging, final)
+        with self._run.claim.change("publish"):
+            os.rename(self.staging, final)
         self.fault("renamed")
         fsync_path(final.parent)
         self.fault("published")
@@ -353,8 +350,7 @@ def _write_tensor(tensor: ExportedTensor, targets: Sequence[tuple[StreamWriter, 
 
 def _prune(run: RunCheckpoints, newest: Path) -> None:
     try:
-        run.fence()
-        prune(run.folder, newest, run.keep)
+        prune(run.claim, newest, run.keep)
     except Superseded:  # the old ones belong to the later attempt now; the next boundary ends this one
         LOGGER.warning("a later attempt has claimed the run: no old checkpoint is removed")
     except OSError as error:  # the new checkpoint is safe; too many old ones are no reason to stop

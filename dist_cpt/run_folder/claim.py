@@ -1,13 +1,15 @@
-"""The claim on a run folder: one attempt at a time may train in it."""
+"""The claim on a run folder: one attempt at a time may train in it, and every change of the folder goes through it."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
 import socket
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,13 +19,31 @@ from dist_cpt.config.resolve import fingerprint, require_same_recipe, to_yaml
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import CheckpointError, ConfigError, Superseded, WriteError
 from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state
-from dist_cpt.run_folder.json_files import read_object, replace_file, write_object
-from dist_cpt.run_folder.names import EXIT, LOCK, RECIPE, RUN
+from dist_cpt.run_folder.json_files import (
+    cannot_write,
+    is_at,
+    json_bytes,
+    read_object,
+    replace_file,
+    swap_in,
+    write_object,
+    write_temporary,
+)
+from dist_cpt.run_folder.names import APPENDED, EXIT, LOCK, RECIPE, REPLACED, RUN
+
+MOVES = ("stage", "publish", "aside", "reinstate", "prune")  # of checkpoints
+CHANGES = (*MOVES, *REPLACED, *(f"append.{name}" for name in APPENDED))  # what `Claim.change` is asked for
+
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # Lustre without -o flock, NFS without lockd
+
+
+class Occupied(ConfigError):
+    """Another attempt trains in the run folder."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Rank 0's claim on a run folder; released with `close` or by the end of the process.
+    """An attempt's claim on a run folder; released with `close` or by the end of the process.
 
     The lock separates two starts on one host. It may not reach another host, where an old attempt may still run
     after the scheduler has given it up; run.json therefore has the token of the current claim, and an attempt that
@@ -34,14 +54,15 @@ class Claim:
     attempt: int  # 0 for the first start
     wandb_run_id: str
     token: str
-    lock: TextIO
+    lock: TextIO | None = None  # rank 0's, where the file system has locks
+    reached: Callable[[str], object] = lambda change: None  # a planned fault, in the middle of a change
 
     def is_current(self) -> bool:
         """Whether no later attempt has claimed the folder; True also while run.json is missing or damaged."""
         return read_object(self.folder / RUN).get("token", self.token) == self.token
 
     def require_current(self) -> None:
-        """The fence before anything is published.
+        """The fence.
 
         Raises:
             Superseded: a later attempt has claimed the folder.
@@ -53,24 +74,83 @@ class Claim:
                 remedy="nothing to do: the later attempt continues from the last checkpoint",
             )
 
+    @contextlib.contextmanager
+    def change(self, what: str, undo: Callable[[], object] | None = None) -> Iterator[None]:
+        """The one door to the run folder: `with claim.change("prune"):` around a single rename, write or append.
+
+        The process may freeze anywhere and wake up when another attempt trains. A freeze in the middle is noticed
+        after the change, which `undo` then takes back.
+
+        Raises:
+            Superseded: a later attempt has claimed the folder.
+        """
+        self.require_current()
+        self.reached(what)
+        try:
+            yield
+        except (OSError, WriteError):
+            self.require_current()  # the later attempt may be why it failed
+            raise
+        if undo is not None and not self.is_current():
+            undo()
+        self.require_current()
+
+    def replace(self, name: str, content: bytes) -> None:
+        """Replace a file of the folder: after a crash it has the old content or the new one.
+
+        Raises:
+            Superseded: a later attempt has claimed the folder; its file is untouched, or was put back.
+            WriteError: the file cannot be written.
+        """
+        self.put(write_temporary(self.folder / name, content), name)
+
+    def put(self, temporary: Path, name: str) -> None:
+        """Replace a file of the folder by a complete one from beside it.
+
+        Raises:
+            as `replace`.
+        """
+        path = self.folder / name
+        undo: list[Callable[[], None]] = []
+        try:
+            with self.change(name, lambda: undo[0]()):
+                undo.append(swap_in(temporary, path))
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def write(self, name: str, value: Any) -> None:
+        """Replace a JSON file of the folder.
+
+        Raises:
+            as `replace`.
+        """
+        self.replace(name, json_bytes(value))
+
     def close(self) -> None:
         """Let another process train in the folder."""
-        self.lock.close()
+        if self.lock is not None:
+            self.lock.close()
 
 
-def claim(folder: Path, config: RunConfig, new_run_id: str) -> Claim:
+def claim(
+    folder: Path, config: RunConfig, new_run_id: str, alive: Callable[[Path], bool] = lambda folder: False
+) -> Claim:
     """Claim the folder for a new attempt, and count it.
 
     A batch job that starts again (same DIST_CPT_JOB or SLURM_JOB_ID), or the next one of a chain
-    (DIST_CPT_PREDECESSOR), supersedes the earlier start even if that is still alive.
+    (DIST_CPT_PREDECESSOR), supersedes the earlier start even if that is still alive. Where the file system has no
+    locks, `alive` says whether it is.
 
     Raises:
-        ConfigError: the folder has a run of another recipe, or another process trains in it.
-        WriteError: the folder cannot be made or written.
+        Occupied: another process trains in the folder.
+        ConfigError: it has a run of another recipe.
+        WriteError: it cannot be made or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
+        lock = _lock(folder, alive)
     except OSError as error:
         raise WriteError(
             f"run folder {folder} cannot be written: {error.strerror}", remedy="choose another output_dir"
@@ -92,34 +172,44 @@ def claim(folder: Path, config: RunConfig, new_run_id: str) -> Claim:
             "started": now,
             "ends": _earlier_ends(folder, attempts - 1),
         }
+        if lock is not None and not is_at(lock.fileno(), folder / LOCK):
+            raise Superseded(f"another attempt has claimed {folder} meanwhile")
         recorded = config.model_copy(update={"accept_changes": ()})  # consent is for this start
         replace_file(folder / RECIPE, to_yaml(recorded).encode())
         write_object(folder / RUN, started)
         (folder / EXIT).unlink(missing_ok=True)
-    except OSError as error:
-        lock.close()
-        raise WriteError(f"run folder {folder} cannot be written: {error.strerror}") from error
-    except Exception:
-        lock.close()
+        for left_over in folder.glob("*.tmp"):  # an earlier attempt that still lives is superseded now
+            left_over.unlink(missing_ok=True)
+    except BaseException as error:
+        if lock is not None:
+            lock.close()
+        if isinstance(error, OSError):
+            raise WriteError(f"run folder {folder} cannot be written: {error.strerror}") from error
         raise
     return Claim(folder, started["attempts"] - 1, started["wandb_run_id"], started["token"], lock)
 
 
-def _lock(folder: Path) -> TextIO:
+def _lock(folder: Path, alive: Callable[[Path], bool]) -> TextIO | None:
     path = folder / LOCK
     lock = path.open("a", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
-    except OSError:
+    except OSError as error:
         lock.close()
+        has_locks = error.errno not in _NO_LOCKS
+        if has_locks and not isinstance(error, BlockingIOError):
+            raise
     current = read_object(folder / RUN)
-    if _job() is None or current.get("job") not in (_job(), os.environ.get("DIST_CPT_PREDECESSOR")):
+    same_job = _job() is not None and current.get("job") in (_job(), os.environ.get("DIST_CPT_PREDECESSOR"))
+    if not same_job and (has_locks or alive(folder)):
         where = f" (process {current['pid']} on {current['host']})" if {"pid", "host"} <= current.keys() else ""
-        raise ConfigError(
+        raise Occupied(
             f"another process trains in {folder}{where}",
             remedy="wait for it, stop it, or give this run another name",
         )
+    if not has_locks:
+        return None
     path.unlink(missing_ok=True)  # the earlier start keeps its lock on the removed file
     lock = path.open("a", encoding="utf-8")
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

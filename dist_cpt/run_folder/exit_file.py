@@ -10,19 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dist_cpt.errors import EXIT_HANG, EXIT_SUPERSEDED, StorageError
-from dist_cpt.run_folder.json_files import read_object, write_object
+from dist_cpt.run_folder.json_files import read_object
 from dist_cpt.run_folder.names import EXIT, RUN
 
 Stamp = tuple[int, int] | None
-
-
-def write_exit(run_folder: Path, code: int, reason: str, step: int) -> None:
-    """Record how an attempt ended.
-
-    Raises:
-        WriteError: the file cannot be written.
-    """
-    write_object(run_folder / EXIT, {"code": code, "reason": reason, "step": step})
 
 
 def stamp(run_folder: Path) -> Stamp:
@@ -61,7 +52,7 @@ def write_first_hang(run_folder: Path, hang: Hang, rank: int) -> bool:
 
     A folder that cannot be written leaves every rank the first: each then reports by itself.
     """
-    if _read_or_empty(run_folder / RUN).get("attempts", 0) - 1 > hang.attempt:
+    if _superseded(run_folder, hang):
         return False
     path = run_folder / EXIT
     with contextlib.suppress(OSError):
@@ -76,13 +67,21 @@ def write_first_hang(run_folder: Path, hang: Hang, rank: int) -> bool:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+        if _superseded(run_folder, hang):
+            path.unlink(missing_ok=True)
+            return False
     return True
 
 
 def replace_hang(run_folder: Path, hang: Hang, rank: int) -> None:
     """Replace exit.json by a more complete reason, if the folder can be written."""
     with contextlib.suppress(OSError):
-        os.replace(_write_temporary(run_folder, hang, rank), run_folder / EXIT)
+        if not _superseded(run_folder, hang):
+            os.replace(_write_temporary(run_folder, hang, rank), run_folder / EXIT)
+
+
+def _superseded(run_folder: Path, hang: Hang) -> bool:
+    return _read_or_empty(run_folder / RUN).get("attempts", 0) - 1 > hang.attempt
 
 
 def hang_reason(run_folder: Path, attempt: int) -> str | None:

@@ -6,10 +6,13 @@ be parsed, for status and report. An errno is never taken for damage.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import math
 import os
+import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,12 @@ def write_object(path: Path, value: Any) -> None:
     Raises:
         WriteError: the file cannot be written.
     """
-    replace_file(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    replace_file(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """As JSON files of a run are laid out."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -45,16 +53,83 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         WriteError: the file cannot be written.
     """
+    temporary = write_temporary(path, content)
     try:
-        temporary = path.with_name(path.name + ".tmp")
+        os.replace(temporary, path)
+        fsync_path(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def write_temporary(path: Path, content: bytes) -> Path:
+    """Write a file beside `path` that no other writer uses, and force it to the disk.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync_path(path.parent)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
+    return temporary
+
+
+def swap_in(temporary: Path, path: Path) -> Callable[[], None]:
+    """Rename `temporary` to `path`; returns what takes that back, unless another file has come there since.
+
+    Where two names can be exchanged, `temporary` is the earlier file afterwards; elsewhere there is no way back.
+    """
+    mine = temporary.stat()
+
+    def still_there() -> bool:
+        return path.exists() and os.path.samestat(path.stat(), mine)
+
+    def exchange_again() -> None:
+        if still_there():
+            _rename(temporary, path, _EXCHANGE)
+
+    def remove() -> None:
+        if still_there():
+            path.unlink()
+
+    def no_way_back() -> None:
+        return
+
+    if _rename(temporary, path, _EXCHANGE):
+        undo = exchange_again
+    elif _rename(temporary, path, _NO_REPLACE):
+        undo = remove
+    else:
+        os.replace(temporary, path)
+        undo = no_way_back
+    fsync_path(path.parent)
+    return undo
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file still has this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:  # no file has it, or another client has removed ours
+        return False
+
+
+_NO_REPLACE, _EXCHANGE = 1, 2  # Source: renameat2(2), Linux; not on NFS
+
+
+def _rename(source: Path, target: Path, flag: int) -> bool:
+    """Rename without replacing a file, or exchange two; False where there is one or none, or no such call."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    return rename(-100, os.fsencode(source), -100, os.fsencode(target), flag) == 0
 
 
 def fsync_path(path: Path) -> None:

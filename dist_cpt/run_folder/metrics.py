@@ -1,7 +1,8 @@
 """metrics.jsonl, evaluations.jsonl and events.jsonl: what the report, `status` and `verify` read.
 
 A line is a JSON object, appended with one system call: a killed process leaves at most one torn line, at the end,
-which the next start repairs.
+which the next start repairs. Every attempt begins with files of its own, copies of the earlier ones up to its first
+step: what an overtaken attempt still appends goes to the file that it has open, which has no name any more.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_cpt.errors import WriteError
-from dist_cpt.run_folder.json_files import cannot_write, encode_row, parse_row, replace_file
+from dist_cpt.run_folder.claim import Claim
+from dist_cpt.run_folder.json_files import cannot_write, encode_row, is_at, parse_row
 from dist_cpt.run_folder.names import EVALUATIONS, EVENTS, METRICS, rewound_name
 from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 
@@ -28,18 +30,18 @@ class MetricsFile:
     A line that the file system refuses (full disk, lost mount) waits, and all later ones behind it.
 
     Raises:
-        WriteError: from every method, when lines have waited for `patience_seconds`.
+        Superseded: from every method, when a later attempt has claimed the folder.
+        WriteError: when lines have waited for `patience_seconds`.
     """
 
-    def __init__(self, folder: Path, patience_seconds: float = 0.0) -> None:
-        self._folder = folder
+    def __init__(self, claim: Claim, patience_seconds: float = 0.0) -> None:
+        self._claim = claim
         self._patience_seconds = patience_seconds
         self._waiting: deque[tuple[str, bytes]] = deque()
         self._refused_since: float | None = None
         self._open: dict[str, int] = {}
 
     def on_start(self, start: RunStart) -> None:
-        self.close()  # a rewind may have replaced the files since the first message
         self._event(
             "start" if start.resumed_from is None else "resume",
             name=start.config.name,
@@ -81,7 +83,21 @@ class MetricsFile:
         while self._waiting:
             self._write_first()
         for name, descriptor in self._open.items():
-            _or_write_error(self._folder / name, lambda descriptor=descriptor: os.fsync(descriptor))
+            _or_write_error(self._claim.folder / name, lambda descriptor=descriptor: os.fsync(descriptor))
+
+    def rewind(self, step: int) -> int:
+        """Begin files of this attempt's own; rows after `step` go to the *.rewound.jsonl files. Returns their number.
+
+        For a resume from a checkpoint at `step`: every step is then once in metrics.jsonl. Rows of earlier steps that
+        had been rewound come back, and unreadable lines go. Idempotent, also after a crash half way.
+
+        Raises:
+            Superseded: a later attempt has claimed the folder.
+            WriteError: the new files cannot be written; the old ones are untouched.
+        """
+        self.close()
+        _renew(self._claim, EVENTS)
+        return sum(_rewind_file(self._claim, name, step) for name in (METRICS, EVALUATIONS))
 
     def close(self) -> None:
         """Close the files; the next record opens them again."""
@@ -107,64 +123,79 @@ class MetricsFile:
 
     def _write_first(self) -> None:
         name, line = self._waiting[0]
-        path = self._folder / name
-        if name not in self._open:
-            _or_write_error(path, lambda: _repair(path))
-            self._open[name] = _or_write_error(path, lambda: os.open(path, _APPEND, 0o644))
-        _or_write_error(path, lambda: _write_line(self._open[name], line))
+        descriptor = self._descriptor(name)
+        with self._claim.change(f"append.{name}"):  # of a file that was there before any later claim
+            _or_write_error(self._claim.folder / name, lambda: _write_line(descriptor, line))
         self._waiting.popleft()
 
-
-_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-
-
-def rewind(folder: Path, step: int) -> int:
-    """Move rows and evaluations after `step` to the *.rewound.jsonl files; returns the number of rows moved.
-
-    For a resume from a checkpoint at `step`, before the first record of the new attempt: every step is then once
-    in metrics.jsonl. Idempotent, also after a crash half way. Unreadable lines move too.
-
-    Raises:
-        WriteError: the new files cannot be written; the old ones are untouched.
-    """
-    return sum(_rewind_file(folder / name, step) for name in (METRICS, EVALUATIONS))
+    def _descriptor(self, name: str) -> int:
+        """The open file of that name; where an overtaken attempt has replaced it, this one's comes back first."""
+        path, descriptor = self._claim.folder / name, self._open.get(name)
+        if descriptor is not None and not is_at(descriptor, path):
+            with contextlib.suppress(OSError), open(descriptor, "rb", closefd=False) as file:
+                file.seek(0)
+                self._claim.replace(name, file.read())
+            os.close(self._open.pop(name))
+        if name not in self._open:
+            _or_write_error(path, lambda: _repair(self._claim, name))
+            self._open[name] = _or_write_error(path, lambda: os.open(path, _APPEND, 0o644))
+        return self._open[name]
 
 
-def _rewind_file(path: Path, step: int) -> int:
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        return 0
-    kept, moved = [], []
+_APPEND = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+
+
+def _rewind_file(claim: Claim, name: str, step: int) -> int:
+    rewound = rewound_name(name)
+    kept: dict[tuple[int, str], bytes] = {}
+    moved: list[bytes] = []
+    lines, earlier = (_lines(claim.folder / file) for file in (name, rewound))
     for line in lines:
-        row = parse_row(line)
-        keep = row is not None and isinstance(row.get("step"), int) and row["step"] <= step
-        (kept if keep else moved).append(line if line.endswith(b"\n") else line + b"\n")
-    if not moved:
-        return 0
-    rewound = path.with_name(rewound_name(path.name))
-    earlier = rewound.read_bytes().splitlines(keepends=True) if rewound.exists() else []
+        key = _key(line, step)
+        if key is None or key in kept:
+            moved.append(line)
+        else:
+            kept[key] = line
+    back = {key: line for line in earlier if (key := _key(line, step)) is not None and key not in kept}
     seen = set(earlier)  # a crash between the two replacements must not double the rows
-    replace_file(rewound, b"".join(earlier + [line for line in moved if line not in seen]))
-    replace_file(path, b"".join(kept))
+    left = [line for line in earlier if line not in back.values()] + [line for line in moved if line not in seen]
+    if left != earlier:
+        claim.replace(rewound, b"".join(left))
+    if (claim.folder / name).exists() or back:
+        rows = kept | back
+        claim.replace(name, b"".join(rows[key] for key in sorted(rows, key=lambda key: key[0])))
     return len(moved)
 
 
-def _repair(path: Path) -> None:
-    """End the file with a complete line: add a missing newline, or cut a torn line."""
+def _key(line: bytes, step: int) -> tuple[int, str] | None:
+    """What a row is about, if that is not after `step`: its step, and its held-out set if it has one."""
+    row = parse_row(line)
+    if row is None or not isinstance(row.get("step"), int) or row["step"] > step:
+        return None
+    return row["step"], str(row.get("name", ""))
+
+
+def _lines(path: Path) -> list[bytes]:
+    """Its lines, each with a newline; none if it is absent."""
     try:
-        content = path.read_bytes()
+        lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
-        return
-    if not content or content.endswith(b"\n"):
-        return
-    start = content.rfind(b"\n") + 1
-    with path.open("r+b") as file:
-        if parse_row(content[start:]) is None:
-            file.truncate(start)
-        else:
-            file.seek(0, os.SEEK_END)
-            file.write(b"\n")
+        return []
+    return [line if line.endswith(b"\n") else line + b"\n" for line in lines]
+
+
+def _repair(claim: Claim, name: str) -> None:
+    """End the file with a complete line: add a missing newline, or leave out a torn line."""
+    path = claim.folder / name
+    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        _renew(claim, name)
+
+
+def _renew(claim: Claim, name: str) -> None:
+    """Replace the file by a copy without a torn last line."""
+    if (claim.folder / name).exists():
+        lines = _lines(claim.folder / name)
+        claim.replace(name, b"".join(lines[:-1] if lines and parse_row(lines[-1]) is None else lines))
 
 
 def _write_line(descriptor: int, line: bytes) -> None:

@@ -18,6 +18,7 @@ METRICS = "metrics.jsonl"  # one row per optimizer step
 EVALUATIONS = "evaluations.jsonl"  # one row per held-out set and evaluation
 EVENTS = "events.jsonl"  # starts, resumes, checkpoints, messages, ends
 METRICS_REWOUND = "metrics.rewound.jsonl"  # rows of steps that were trained again
+EVALUATIONS_REWOUND = "evaluations.rewound.jsonl"
 LAUNCHES = "launches.jsonl"  # a batch job's starts of the ranks and what it decided after each
 BAD_NODES = "bad_nodes.json"  # failures by node
 PREFLIGHT = "preflight"  # folder: node checks before a start
@@ -35,6 +36,13 @@ ADAPTER_CONFIG = "adapter_config.json"
 INITIAL_ADAPTER = "initial_adapter.safetensors"  # what PiSSA took out of the base; not part of the training state
 MODEL_CONFIG = "config.json"
 MODEL_INDEX = "model.safetensors.index.json"
+
+# What an attempt replaces whole, and what it appends to, in the run folder itself.
+APPENDED = (METRICS, EVALUATIONS, EVENTS)
+REPLACED = (
+    *(CONTRACT, CERTIFICATE, CONTINUED, ROLLBACKS, SAMPLE, EXIT, INITIAL_ADAPTER),
+    *(*APPENDED, METRICS_REWOUND, EVALUATIONS_REWOUND),  # in a rewind
+)
 
 
 def rewound_name(name: str) -> str:

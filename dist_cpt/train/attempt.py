@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, DistCptError, Superseded, say
 from dist_cpt.health.nccl import save_flight_record, set_nccl_defaults
 from dist_cpt.health.watchdog import Watchdog, collective_seconds
-from dist_cpt.run_folder.claim import Claim, claim
-from dist_cpt.run_folder.exit_file import write_exit
-from dist_cpt.run_folder.names import log_file
+from dist_cpt.run_folder.claim import CHANGES, Claim, claim
+from dist_cpt.run_folder.names import EXIT, log_file
 from dist_cpt.run_folder.records import RunEnd
 from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
 from dist_cpt.runtime.env import ProcessEnv, process_env
@@ -31,7 +30,11 @@ from dist_cpt.train.observers import Observers
 from dist_cpt.train.wandb import new_run_id
 
 RENDEZVOUS_SECONDS = 1800.0
-FAULT_POINTS = ("step", "restore", *(f"{kind}.{point}" for kind in ("trial", "save") for point in SAVE_POINTS))
+FAULT_POINTS = (
+    *("step", "restore"),
+    *(f"{kind}.{point}" for kind in ("trial", "save") for point in SAVE_POINTS),
+    *(f"change.{change}" for change in CHANGES),  # in the middle of a change of the run folder
+)
 
 
 @dataclass(frozen=True)
@@ -43,22 +46,30 @@ class RunContext:
     folder: Path
     shape: StepShape
     device: torch.device
-    attempt: int  # 0 for the first start
-    wandb_run_id: str
-    claim: Claim | None  # rank 0's
+    claim: Claim
     stop: StopRequest
     fault: Faults
     watchdog: Watchdog
     observers: Observers
 
+    @property
+    def attempt(self) -> int:
+        """0 for the first start."""
+        return self.claim.attempt
+
+    @property
+    def wandb_run_id(self) -> str:
+        """The same in every attempt."""
+        return self.claim.wandb_run_id
+
     def require_claim(self) -> None:
         """End here, on all ranks, if a later attempt has taken the folder. Collective."""
-        on_rank_zero("run folder", lambda: None if self.claim is None else self.claim.require_current())
+        on_rank_zero("run folder", self.claim.require_current)
 
     @property
     def stop_requested(self) -> bool:
         """A signal, or a later attempt that has taken the folder; the fence then names it."""
-        return self.stop.requested is not None or (self.claim is not None and not self.claim.is_current())
+        return self.stop.requested is not None or (self.env.rank == 0 and not self.claim.is_current())
 
 
 def run_attempt(
@@ -85,23 +96,22 @@ def run_attempt(
         device = init_distributed(env, RENDEZVOUS_SECONDS, collective_seconds(config.health.hang))
         joined = True
         faults = on_every_rank(VARIABLE, lambda: planned_faults(FAULT_POINTS))
-        own_claim, attempt, run_id = _claim(folder, config, env)
-        observers = Observers(own_claim)
+        own_claim = _claim(folder, config)
         open_log(log_file(folder, env.rank), env.rank)
-        fault = Faults(faults, env.rank, attempt)
+        fault = Faults(faults, env.rank, own_claim.attempt)
         if fault:
             LOGGER.warning("%s is set: this run will be disturbed on purpose", VARIABLE)
         with Watchdog(
-            folder, env, attempt, config.health.hang, lambda reason: save_flight_record(folder, env.rank)
+            folder, env, own_claim.attempt, config.health.hang, lambda reason: save_flight_record(folder, env.rank)
         ) as watchdog:
+            own_claim = replace(own_claim, reached=_planned(fault, watchdog))
+            observers = Observers(own_claim)
             context = RunContext(
                 config=config,
                 env=env,
                 folder=folder,
                 shape=shape,
                 device=device,
-                attempt=attempt,
-                wandb_run_id=run_id,
                 claim=own_claim,
                 stop=stop,
                 fault=fault,
@@ -122,30 +132,36 @@ def run_attempt(
         say(f"dist-cpt: rank {env.rank}: {reason} -- see logs/rank-{env.rank}.log")
     finally:
         if own_claim is not None:
-            if not superseded and own_claim.is_current():  # else the folder is another attempt's by now
-                _record_end(observers, folder, RunEnd(code, reason, 0 if watchdog is None else watchdog.step))
+            if env.rank == 0 and not superseded and own_claim.is_current():  # else another attempt's by now
+                _record_end(observers, own_claim, RunEnd(code, reason, 0 if watchdog is None else watchdog.step))
             own_claim.close()
         close_log()
         if owns_group and code in (EXIT_DONE, EXIT_STOPPED):
             shutdown()  # after a failure another rank may be inside a collective: leave by the end of the process
-    return code, None if own_claim is None else folder
+    return code, folder if env.rank == 0 and own_claim is not None and own_claim.is_current() else None
 
 
-def _claim(folder: Path, config: RunConfig, env: ProcessEnv) -> tuple[Claim | None, int, str]:
-    """Rank 0 takes the folder; all ranks learn the attempt's number and the W&B run id."""
+def _planned(fault: Faults, watchdog: Watchdog) -> Callable[[str], None]:
+    return lambda change: fault(f"change.{change}", watchdog.step)
+
+
+def _claim(folder: Path, config: RunConfig) -> Claim:
+    """Rank 0 takes the folder; every rank knows its claim. Collective."""
     taken: list[Claim] = []
 
     def take() -> list[Any]:
         taken.append(claim(folder, config, new_run_id()))
-        return [taken[0].attempt, taken[0].wandb_run_id]
+        return [taken[0].attempt, taken[0].wandb_run_id, taken[0].token]
 
-    attempt, run_id = on_rank_zero("run folder", take)
-    return (taken[0] if taken else None), attempt, run_id
+    attempt, run_id, token = on_rank_zero("run folder", take)
+    return taken[0] if taken else Claim(folder, attempt, run_id, token)
 
 
-def _record_end(observers: Observers, folder: Path, end: RunEnd) -> None:
+def _record_end(observers: Observers, own_claim: Claim, end: RunEnd) -> None:
     observers.on_end(end)
     try:
-        write_exit(folder, end.exit_code, end.reason, end.step)
+        own_claim.write(EXIT, {"code": end.exit_code, "reason": end.reason, "step": end.step})
+    except Superseded:  # in this moment
+        return
     except DistCptError as error:
         say(f"dist-cpt: {error}")

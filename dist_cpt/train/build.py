@@ -152,7 +152,7 @@ def build_model(context: RunContext, data: TrainingData) -> TrainableModel:
 
     model: TrainableModel = on_every_rank("load model", load)
     if config.adapter.init == "pissa":
-        model.identity[PISSA] = init_pissa(model.module, context.folder)
+        model.identity[PISSA] = init_pissa(model.module, context.claim)
     return model
 
 
@@ -178,16 +178,15 @@ def open_run(context: RunContext, data: TrainingData, model: TrainableModel) -> 
     )
     schedule = {"num_steps": context.shape.num_steps, **config.schedule.model_dump(mode="json")}
     stream = Stream(engine, data.loader, context.shape, context.env)
-    metrics = MetricsFile(context.folder, 60 * config.checkpoint.retry_minutes)
+    metrics = MetricsFile(context.claim, 60 * config.checkpoint.retry_minutes)
     checkpoints = RunCheckpoints(
-        folder=context.folder,
+        claim=context.claim,
         specs=specs,
         identity=identity,
         adapter=config.adapter.kind == "lora",
         sidecars=_sidecars(context, data, model),
         aliases=model.aliases,
         keep=config.checkpoint.keep,
-        fence=lambda: None if context.claim is None else context.claim.require_current(),
         fault=context.fault,
     )
     saver = Saver(context, engine, stream, schedule, metrics, checkpoints)

@@ -20,9 +20,8 @@ from dist_cpt.config.schema import RunConfig
 from dist_cpt.engines.engine import InspectableEngine
 from dist_cpt.errors import NumericsError
 from dist_cpt.optim.groups import ParamGroup, state_dtype
-from dist_cpt.run_folder.json_files import write_object
 from dist_cpt.run_folder.names import CONTRACT
-from dist_cpt.runtime.collectives import gather_json
+from dist_cpt.runtime.collectives import gather_json, on_rank_zero
 from dist_cpt.train.attempt import RunContext
 from dist_cpt.training_state import StateKind, TensorSpec
 
@@ -44,8 +43,7 @@ class Contract:
     ) -> None:
         world_size = context.env.world_size
         self._engine = engine
-        self._path = context.folder / CONTRACT
-        self._rank = context.env.rank
+        self._claim = context.claim
         self._names = [name for group in groups for name in group.names]
         self._begins = {name: group.frozen_steps + 1 for group in groups for name in group.names}
         self._owner = {name: index % world_size for index, name in enumerate(self._names)}
@@ -181,8 +179,7 @@ class Contract:
         }
 
     def _write(self) -> None:
-        if self._rank == 0:
-            write_object(self._path, self.content)
+        on_rank_zero("contract", lambda: self._claim.write(CONTRACT, self.content))
 
 
 def _may_wait(name: str, groups: Sequence[ParamGroup], config: RunConfig) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from dist_cpt.errors import DistCptError, say
+from dist_cpt.errors import DistCptError, Superseded, say
 from dist_cpt.run_folder.claim import Claim
 from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 from dist_cpt.runtime.log import LOGGER
@@ -26,7 +26,7 @@ class Observers:
     """The observers of one attempt on this rank, addressed as one; silent once a later attempt holds the folder."""
 
     def __init__(self, claim: Claim | None) -> None:
-        self._claim = claim  # rank 0's
+        self._claim = claim
         self._observers: list[Observer] = []
         self._displays: list[Observer] = []  # those whose errors end nothing but themselves
 
@@ -60,11 +60,13 @@ class Observers:
                 say(f"dist-cpt: {error}")
 
     def _tell(self, call: Callable[[Observer], None], observers: Sequence[Observer] | None = None) -> None:
-        if self._claim is not None and not self._claim.is_current():
+        if self._claim is not None and self._observers and not self._claim.is_current():
             return
         for observer in list(self._observers if observers is None else observers):
             try:
                 call(observer)
+            except Superseded:  # noticed by all ranks at the next boundary
+                return
             except Exception as error:
                 if observer not in self._displays:
                     raise

@@ -16,8 +16,7 @@ from dist_cpt.errors import CheckpointError, NumericsError
 from dist_cpt.optim.eight_bit import within_half_step
 from dist_cpt.optim.groups import eight_bit_names
 from dist_cpt.run_folder.checkpoints import checkpoints_folder
-from dist_cpt.run_folder.json_files import read_complete_rows, read_object, write_object
-from dist_cpt.run_folder.metrics import rewind
+from dist_cpt.run_folder.json_files import read_complete_rows, read_object
 from dist_cpt.run_folder.names import CERTIFICATE, EVENTS, ROLLBACKS
 from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
 from dist_cpt.runtime.log import LOGGER
@@ -41,7 +40,7 @@ def restore(run: Run) -> Progress | None:
     progress = _restore(run, recorded_windows(run))
     if progress is None:
         on_rank_zero("checkpoints", lambda: _require_none_published(run.context.folder))
-        on_rank_zero("metrics", lambda: rewind(run.context.folder, -1))
+        on_rank_zero("metrics", lambda: run.metrics.rewind(-1))
     return progress
 
 
@@ -66,7 +65,7 @@ def roll_back(run: Run, progress: Progress) -> Progress:
     bad_step, bad_position = progress.bad_since
     run.saver.finish()
     windows = tuple(sorted([*progress.skipped_windows, (bad_position, progress.position)]))
-    on_rank_zero("rollback", lambda: write_object(run.context.folder / ROLLBACKS, {"windows": windows}))
+    on_rank_zero("rollback", lambda: run.context.claim.write(ROLLBACKS, {"windows": windows}))
     restored = _restore(run, windows, up_to_step=bad_step - 1)
     if restored is None:
         raise NumericsError(
@@ -128,12 +127,11 @@ def _restore(run: Run, windows: Windows, up_to_step: int | None = None) -> Progr
 
 def _leave_behind(run: Run, restored: Path, step: int) -> None:
     """Move checkpoints and rows of later steps aside: they are no longer part of this run."""
-    folder = run.context.folder
-    for name in set_aside_after(folder, step):
-        LOGGER.warning("%s does not descend from %s and was moved to superseded/", name, restored.name)
-    reinstate(folder, restored, step)
-    run.metrics.close()
-    rewind(folder, step)
+    claim = run.context.claim
+    for name in set_aside_after(claim, step):
+        LOGGER.warning("a checkpoint does not descend from %s and was moved to superseded/%s", restored.name, name)
+    reinstate(claim, restored, step)
+    run.metrics.rewind(step)
 
 
 def _recipe_changes(run: Run, checkpoint: LoadedCheckpoint) -> tuple[dict[str, str], dict[str, str]]:
@@ -183,7 +181,7 @@ def _certify(run: Run, checkpoint: LoadedCheckpoint, changes: tuple[dict[str, st
         "attempt": context.attempt,
         "restored_by": {"engine": run.engine.kind, "world_size": context.env.world_size},
     }
-    on_rank_zero("certificate", lambda: write_object(context.folder / CERTIFICATE, certificate))
+    on_rank_zero("certificate", lambda: context.claim.write(CERTIFICATE, certificate))
     if certificate["verdict"] != "pass":
         raise CheckpointError(
             f"{checkpoint.path.name} was not restored as it was saved: {', '.join(certificate['failed'])} failed",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from dist_cpt.run_folder.json_files import write_object
 from dist_cpt.run_folder.names import SAMPLE
 from dist_cpt.runtime.collectives import broadcast_json, on_rank_zero
 from dist_cpt.train.build import Run
@@ -36,4 +35,4 @@ def write_sample(run: Run, progress: Progress) -> None:
         if ids[-1] == tokenizer.eos_token_id:
             break
     sample = {"prompt": tokenizer.decode(ids[:prompt]), "text": tokenizer.decode(ids[prompt:]), "step": progress.step}
-    on_rank_zero("sample", lambda: write_object(run.context.folder / SAMPLE, sample))
+    on_rank_zero("sample", lambda: run.context.claim.write(SAMPLE, sample))

@@ -12,7 +12,6 @@ from dist_cpt.errors import CheckpointError
 from dist_cpt.model.attention import describe
 from dist_cpt.model.base_model import WEIGHTS_DTYPE
 from dist_cpt.model.continue_from import PriorInUse, first_document
-from dist_cpt.run_folder.json_files import write_object
 from dist_cpt.run_folder.names import CONTINUED
 from dist_cpt.run_folder.records import RunStart
 from dist_cpt.runtime.collectives import on_rank_zero
@@ -152,4 +151,4 @@ def _record_evidence(run: Run, prior: ContinueFromConfig, evidence: dict[str, An
         )
     losses = f"loss on {PROBE_BLOCKS} blocks without it {without:.4f}, with it {with_it:.4f}"
     LOGGER.info("%s; %s", evidence["description"], losses)  # rank 0's lines reach the terminal
-    on_rank_zero("continued", lambda: write_object(run.context.folder / CONTINUED, evidence))
+    on_rank_zero("continued", lambda: run.context.claim.write(CONTINUED, evidence))

@@ -21,6 +21,7 @@ from dist_cpt.run_folder.manifest import Identity
 from dist_cpt.run_folder.train_state import Probe, Randomness, TrainState
 from dist_cpt.runtime.collectives import broadcast_json
 from dist_cpt.training_state import StateKind, TensorSpec
+from tests.claimed import claimed
 from tests.contract.cases import on_rank_0, running, train
 from tests.contract.engines import ENGINES, WORLDS
 from tests.contract.model import FULL
@@ -108,7 +109,7 @@ def _specs(engine: Engine, groups: list[ParamGroup]) -> list[TensorSpec]:
 def _save(engine: Engine, groups: list[ParamGroup], variant: str, folder: Path, step: int) -> None:
     adapter = variant not in FULL
     run = RunCheckpoints(
-        folder,
+        claimed(folder),
         _specs(engine, groups),
         IDENTITY,
         adapter,

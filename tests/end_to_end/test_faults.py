@@ -474,6 +474,54 @@ def test_an_attempt_that_wakes_up_after_another_took_over_changes_nothing(new_jo
     frozen_then_succeeded(job, freeze, resumes_at)
 
 
+# Where an attempt that resumes freezes: at the checkpoint's first byte, or in the middle of a change of the folder.
+RESTORING = {
+    "restore": (),
+    "change.certificate.json": (),
+    "change.aside": ("damaged",),
+    "change.reinstate": ("moved aside",),
+    "change.events.jsonl": (),
+    "change.metrics.rewound.jsonl": (),
+    "change.metrics.jsonl": (),
+    "change.contract.json": (),
+    "change.append.events.jsonl": (),
+    "change.append.metrics.jsonl": (),
+    "change.stage": (),
+    "change.publish": (),
+    "change.prune": (),
+}
+
+
+@pytest.mark.parametrize(
+    "point", [point if point == "restore" else pytest.param(point, marks=pytest.mark.matrix) for point in RESTORING]
+)
+def test_an_attempt_that_wakes_up_in_its_restore_or_at_any_change_changes_nothing(new_job, point: str) -> None:
+    """Attempt 0 is killed, 1 resumes and freezes, 2 resumes and publishes, 1 wakes up: what 2 has stays."""
+    job = new_job("fsdp-full", 2, keep=2, asynchronous=False)
+    assert job.attempt("step:rank0:step8")[0] == -signal.SIGKILL
+    newest = published(job.run)[0]
+    if "damaged" in RESTORING[point]:
+        flip(newest / "state.json")
+    resumes_at = 4 if "damaged" in RESTORING[point] else 6
+    if "moved aside" in RESTORING[point]:
+        for number, path in enumerate(published(job.run)):
+            (job.run / "checkpoints/superseded").mkdir(exist_ok=True)
+            path.rename(job.run / f"checkpoints/superseded/{path.name}.{number}")
+    with job.start(f"{point}:rank0:freeze", **SAME_JOB) as stale:
+        stale.freeze()
+        with job.start("step:rank0:step11:freeze", **SAME_JOB) as live:
+            live.freeze()
+            require_began_at(job, 2, 8 if point == "change.prune" else resumes_at, job.output())
+            before = belongings(job.run)
+            stale.send(signal.SIGCONT)
+            codes = stale.finish()
+            assert codes == [76] * job.ranks, job.output()
+            assert belongings(job.run) == before, f"the stale attempt changed the folder\n{job.output()}"
+            live.send(signal.SIGCONT)
+            assert live.finish() == [0] * job.ranks, job.output()
+    require_as_unbroken(job)
+
+
 @pytest.mark.matrix
 def test_an_attempt_that_wakes_up_in_its_last_save_leaves_the_end_to_the_other(new_job) -> None:
     job = new_job("fsdp-full", 2, keep=2, asynchronous=False)

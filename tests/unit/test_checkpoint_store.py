@@ -35,6 +35,7 @@ from tests.checkpoint_state import (
     train_state,
     write_adapter_config,
 )
+from tests.claimed import claimed
 
 
 def leftovers(run_folder: Path) -> list[str]:
@@ -319,7 +320,7 @@ def test_a_damaged_checkpoint_does_not_count_as_one_of_those_kept(tmp_path: Path
     for step in (1, 2, 3):
         save_step(tmp_path, step, keep=9)
     (tmp_path / "checkpoints" / "step-00000002" / "state.json").unlink()
-    prune(tmp_path, tmp_path / "checkpoints" / "step-00000003", keep=2)
+    prune(claimed(tmp_path), tmp_path / "checkpoints" / "step-00000003", keep=2)
     assert [path.name for path in published(tmp_path)] == ["step-00000003", "step-00000002", "step-00000001"]
 
 

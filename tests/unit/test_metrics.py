@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import signal
 import subprocess
@@ -17,10 +16,10 @@ import pytest
 
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import DataError, WriteError
-from dist_cpt.run_folder import metrics
 from dist_cpt.run_folder.json_files import read_rows
-from dist_cpt.run_folder.metrics import MetricsFile, rewind
+from dist_cpt.run_folder.metrics import MetricsFile
 from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
+from tests.claimed import claimed, meanwhile
 
 
 def config() -> RunConfig:
@@ -65,7 +64,7 @@ def evaluation(step: int) -> EvaluationRecord:
 
 
 def test_one_flat_row_per_step_is_on_disk_at_once(tmp_path: Path) -> None:
-    file = MetricsFile(tmp_path)
+    file = MetricsFile(claimed(tmp_path))
     file.on_start(start(tmp_path))
     file.on_step(record(1))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # before close: nothing is buffered
@@ -90,12 +89,12 @@ def test_one_flat_row_per_step_is_on_disk_at_once(tmp_path: Path) -> None:
 
 
 def test_events_record_what_happened_and_when(tmp_path: Path) -> None:
-    file = MetricsFile(tmp_path)
+    file = MetricsFile(claimed(tmp_path))
     file.on_message("before the start")
     file.on_start(start(tmp_path))
     file.on_checkpoint(CheckpointRecord(4, "step-00000004", 0.5, 1024, 0.5))
     file.on_end(RunEnd(75, "stopped by SIGTERM", 4))
-    file = MetricsFile(tmp_path)
+    file = MetricsFile(claimed(tmp_path))
     resumed = {"first_step": 4, "resumed_from": "step-00000004", "attempt": 1}
     file.on_start(start(tmp_path, engine="fsdp-full", world_size=1, **resumed))
     file.on_end(RunEnd(0, "done", 10))
@@ -108,7 +107,7 @@ def test_events_record_what_happened_and_when(tmp_path: Path) -> None:
 
 
 def test_non_finite_numbers_are_null_and_named(tmp_path: Path) -> None:
-    file = MetricsFile(tmp_path)
+    file = MetricsFile(claimed(tmp_path))
     file.on_step(record(1, loss=math.nan, grad_norm=math.inf, lr={"adapter": -math.inf}))
     file.close()
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -122,13 +121,13 @@ def test_non_finite_numbers_are_null_and_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("torn", [b'{"step":3,"lo', b"\x00\x00\x00", '{"a":"é'.encode()[:-1]])
 def test_a_torn_last_line_is_tolerated_and_repaired(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
-    file = MetricsFile(tmp_path)
+    file = MetricsFile(claimed(tmp_path))
     file.on_step(record(1))
     file.on_step(record(2))
     file.close()
     path.write_bytes(path.read_bytes() + torn)
     assert [row["step"] for row in read_rows(path)] == [1, 2]
-    file = MetricsFile(tmp_path)
+    file = MetricsFile(claimed(tmp_path))
     file.on_step(record(3))
     file.close()
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
@@ -137,7 +136,7 @@ def test_a_torn_last_line_is_tolerated_and_repaired(tmp_path: Path, torn: bytes)
 def test_a_complete_last_line_without_its_newline_stays(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step":1}')
-    file = MetricsFile(tmp_path)
+    file = MetricsFile(claimed(tmp_path))
     file.on_step(record(2))
     file.close()
     assert [row["step"] for row in read_rows(path)] == [1, 2]
@@ -151,58 +150,51 @@ def test_a_damaged_line_in_the_middle_is_an_error_with_its_number(tmp_path: Path
 
 
 def test_rewind_moves_later_rows_once_and_is_idempotent(tmp_path: Path) -> None:
-    file = MetricsFile(tmp_path)
+    file = MetricsFile(claimed(tmp_path))
     for step in range(1, 8):
         file.on_step(record(step))
     for step in (0, 3, 6):
         file.on_evaluation(evaluation(step))
     file.close()
-    assert rewind(tmp_path, 4) == 4
+    assert MetricsFile(claimed(tmp_path)).rewind(4) == 4
     for _ in range(2):
         assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
         assert [row["step"] for row in read_rows(tmp_path / "metrics.rewound.jsonl")] == [5, 6, 7]
         assert [row["step"] for row in read_rows(tmp_path / "evaluations.jsonl")] == [0, 3]
         assert [row["step"] for row in read_rows(tmp_path / "evaluations.rewound.jsonl")] == [6]
-        assert rewind(tmp_path, 4) == 0
-    file = MetricsFile(tmp_path)
+        assert MetricsFile(claimed(tmp_path)).rewind(4) == 0
+    file = MetricsFile(claimed(tmp_path))
     for step in range(5, 8):
         file.on_step(record(step, attempt=1))
     file.close()
-    assert rewind(tmp_path, 6) == 1
+    assert MetricsFile(claimed(tmp_path)).rewind(6) == 1
     rewound = [(row["step"], row["attempt"]) for row in read_rows(tmp_path / "metrics.rewound.jsonl")]
     assert rewound == [(5, 0), (6, 0), (7, 0), (7, 1)]
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_rewind_killed_between_its_two_replacements_doubles_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = MetricsFile(tmp_path)
+def test_a_rewind_killed_between_its_two_replacements_doubles_nothing(tmp_path: Path) -> None:
+    file = MetricsFile(claimed(tmp_path))
     for step in range(1, 6):
         file.on_step(record(step))
     file.close()
-    real = os.replace
 
-    def killed(source: Path, target: Path) -> None:
-        if Path(target).name == "metrics.jsonl":
-            raise KeyboardInterrupt
-        real(source, target)
+    def killed() -> None:
+        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(metrics.os, "replace", killed)
-        with pytest.raises(KeyboardInterrupt):
-            rewind(tmp_path, 3)
+    with pytest.raises(KeyboardInterrupt):
+        MetricsFile(meanwhile(claimed(tmp_path), "metrics.jsonl", killed)).rewind(3)
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
-    rewind(tmp_path, 2)  # and the second time to an earlier checkpoint
+    MetricsFile(claimed(tmp_path)).rewind(2)  # and the second time to an earlier checkpoint
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
     assert [row["step"] for row in read_rows(tmp_path / "metrics.rewound.jsonl")] == [4, 5, 3]
 
 
 def test_records_after_a_rewind_go_to_the_new_file(tmp_path: Path) -> None:
-    file = MetricsFile(tmp_path)
+    file = MetricsFile(claimed(tmp_path))
     file.on_step(record(1))
     file.on_step(record(2))
-    rewind(tmp_path, 1)
+    file.rewind(1)
     file.on_start(start(tmp_path, first_step=1, resumed_from="step-00000001", attempt=1))
     file.on_step(record(2, attempt=1))
     file.close()
@@ -210,7 +202,7 @@ def test_records_after_a_rewind_go_to_the_new_file(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_takes_half_a_line_is_a_write_error_and_leaves_whole_lines(tmp_path: Path) -> None:
-    file = MetricsFile(tmp_path)
+    file = MetricsFile(claimed(tmp_path))
     file.on_step(record(1))
     size = (tmp_path / "metrics.jsonl").stat().st_size
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -228,14 +220,15 @@ def test_a_disk_that_takes_half_a_line_is_a_write_error_and_leaves_whole_lines(t
 
 def test_a_missing_folder_is_a_write_error(tmp_path: Path) -> None:
     with pytest.raises(WriteError, match="gone/metrics"):
-        MetricsFile(tmp_path / "gone").on_step(record(1))
+        MetricsFile(claimed(tmp_path / "gone")).on_step(record(1))
 
 
 def test_a_process_killed_while_writing_leaves_a_file_the_next_start_continues(tmp_path: Path) -> None:
     writer = (
         "import sys; from pathlib import Path\n"
         "from dist_cpt.run_folder.metrics import MetricsFile\n"
-        "file = MetricsFile(Path(sys.argv[1]))\n"
+        "from dist_cpt.run_folder.claim import Claim\n"
+        "file = MetricsFile(Claim(Path(sys.argv[1]), 0, 'run7', 'token of 0'))\n"
         "print('writing', flush=True)\n"
         "while True: file.on_message('x' * 5000)\n"
     )
@@ -249,14 +242,14 @@ def test_a_process_killed_while_writing_leaves_a_file_the_next_start_continues(t
     process.wait()
     process.stdout.close()
     before = len(read_rows(path))
-    file = MetricsFile(tmp_path)
+    file = MetricsFile(claimed(tmp_path))
     file.on_message("after the kill")
     file.close()
     assert len(read_rows(path)) == before + 1
 
 
 def test_lines_wait_in_order_for_a_disk_that_refuses_and_give_up_in_the_end(tmp_path: Path) -> None:
-    file = MetricsFile(tmp_path, patience_seconds=0.2)
+    file = MetricsFile(claimed(tmp_path), patience_seconds=0.2)
     file.on_step(record(1))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size, hard))
