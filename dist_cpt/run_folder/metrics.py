@@ -22,6 +22,7 @@ from dist_cpt.run_folder.claim import Claim
 from dist_cpt.run_folder.json_files import cannot_write, encode_row, is_at, parse_row
 from dist_cpt.run_folder.names import EVALUATIONS, EVENTS, METRICS, rewound_name
 from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
+from dist_cpt.storage import read_bytes
 
 
 class MetricsFile:
@@ -178,7 +179,7 @@ def _key(line: bytes, step: int) -> tuple[int, str] | None:
 def _lines(path: Path) -> list[bytes]:
     """Its lines, each with a newline; none if it is absent."""
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        lines = read_bytes(path).splitlines(keepends=True)
     except FileNotFoundError:
         return []
     return [line if line.endswith(b"\n") else line + b"\n" for line in lines]
@@ -187,7 +188,7 @@ def _lines(path: Path) -> list[bytes]:
 def _repair(claim: Claim, name: str) -> None:
     """End the file with a complete line: add a missing newline, or leave out a torn line."""
     path = claim.folder / name
-    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+    if path.exists() and path.stat().st_size and not read_bytes(path).endswith(b"\n"):
         _renew(claim, name)
 
 
