@@ -37,6 +37,7 @@ class Heartbeat:
     seconds_in_phase: float  # since the rank last reported a step, a phase or a piece of work
     ended: bool = False  # the watchdog of this process has stopped
     written: float = 0.0  # unix seconds, by the clock of the file system
+    stopping: str = ""  # the signal that asked this rank to stop
     network: str = ""  # on a hang: why rank 0's host cannot be reached
 
 

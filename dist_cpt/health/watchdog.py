@@ -37,6 +37,7 @@ from dist_cpt.run_folder.names import LOGS, hang_file, heartbeat_file, stack_fil
 from dist_cpt.runtime.env import ProcessEnv
 from dist_cpt.runtime.liveness import listen
 from dist_cpt.runtime.log import LOGGER
+from dist_cpt.runtime.stop import StopRequest
 
 Phase = Literal["starting", "preparing", "restoring", "training", "checking", "saving", "evaluating", "ending"]
 
@@ -98,9 +99,10 @@ class Watchdog:
         attempt: int,
         limits: HangConfig | None,
         on_hang: Callable[[str], object] | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         self._folder, self._env, self._attempt = folder, env, attempt
-        self._limits, self._on_hang = limits, on_hang
+        self._limits, self._on_hang, self._stop = limits, on_hang, stop
         self._period = PERIOD_SECONDS if limits is None else min(PERIOD_SECONDS, limits.grace_seconds / 2)
         self._step_times: deque[float] = deque(maxlen=NUM_STEP_TIMES)
         self._position = _Position("", 0, 0.0)
@@ -289,6 +291,7 @@ class Watchdog:
             time=time.time(),
             seconds_in_phase=round(self._idle_seconds(), 3),
             ended=ended,
+            stopping=(self._stop and self._stop.requested) or "",
             network=self._network_error,
         )
         try:

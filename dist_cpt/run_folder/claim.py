@@ -135,13 +135,13 @@ class Claim:
 
 
 def claim(
-    folder: Path, config: RunConfig, new_run_id: str, alive: Callable[[Path], bool] = lambda folder: False
+    folder: Path, config: RunConfig, new_run_id: str, living: Callable[[Path], object] = lambda folder: None
 ) -> Claim:
     """Claim the folder for a new attempt, and count it.
 
     A batch job that starts again (same DIST_CPT_JOB or SLURM_JOB_ID), or the next one of a chain
     (DIST_CPT_PREDECESSOR), supersedes the earlier start even if that is still alive. Where the file system has no
-    locks, `alive` says whether it is.
+    locks, `living` finds a rank of one that is.
 
     Raises:
         Occupied: another process trains in the folder.
@@ -150,7 +150,7 @@ def claim(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder, alive)
+        lock = _lock(folder, living)
     except OSError as error:
         raise WriteError(
             f"run folder {folder} cannot be written: {error.strerror}", remedy="choose another output_dir"
@@ -189,7 +189,7 @@ def claim(
     return Claim(folder, started["attempts"] - 1, started["wandb_run_id"], started["token"], lock)
 
 
-def _lock(folder: Path, alive: Callable[[Path], bool]) -> TextIO | None:
+def _lock(folder: Path, living: Callable[[Path], object]) -> TextIO | None:
     path = folder / LOCK
     lock = path.open("a", encoding="utf-8")
     try:
@@ -202,7 +202,7 @@ def _lock(folder: Path, alive: Callable[[Path], bool]) -> TextIO | None:
             raise
     current = read_object(folder / RUN)
     same_job = _job() is not None and current.get("job") in (_job(), os.environ.get("DIST_CPT_PREDECESSOR"))
-    if not same_job and (has_locks or alive(folder)):
+    if not same_job and (has_locks or living(folder)):
         where = f" (process {current['pid']} on {current['host']})" if {"pid", "host"} <= current.keys() else ""
         raise Occupied(
             f"another process trains in {folder}{where}",

@@ -14,14 +14,16 @@ from typing import Any
 SIGNALS = ("SIGINT", "SIGHUP", "SIGUSR1", "SIGTERM")
 
 PR_SET_PDEATHSIG = 1  # Source: prctl(2), Linux
+_LIBC = ctypes.CDLL(None)
 
 
 def stop_with_parent() -> None:
     """Make the kernel send SIGTERM when the thread that started this process ends.
 
-    Ranks run in sessions of their own and would otherwise outlive a torchrun agent that is killed.
+    Ranks run in sessions of their own and would otherwise outlive a torchrun agent that is killed; the agent, or a
+    single rank, its launcher. Stays in force when this process becomes another program.
     """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class StopRequest:

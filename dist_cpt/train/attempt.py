@@ -15,6 +15,7 @@ from dist_cpt.config.resolve import StepShape, run_folder, step_shape
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, DistCptError, Superseded, say
 from dist_cpt.health.nccl import save_flight_record, set_nccl_defaults
+from dist_cpt.health.rivals import living, when_ended
 from dist_cpt.health.watchdog import Watchdog, collective_seconds
 from dist_cpt.run_folder.claim import CHANGES, Claim, claim
 from dist_cpt.run_folder.names import EXIT, log_file
@@ -102,7 +103,12 @@ def run_attempt(
         if fault:
             LOGGER.warning("%s is set: this run will be disturbed on purpose", VARIABLE)
         with Watchdog(
-            folder, env, own_claim.attempt, config.health.hang, lambda reason: save_flight_record(folder, env.rank)
+            folder,
+            env,
+            own_claim.attempt,
+            config.health.hang,
+            lambda reason: save_flight_record(folder, env.rank),
+            stop,
         ) as watchdog:
             own_claim = replace(own_claim, reached=_planned(fault, watchdog))
             observers = Observers(own_claim)
@@ -150,7 +156,7 @@ def _claim(folder: Path, config: RunConfig) -> Claim:
     taken: list[Claim] = []
 
     def take() -> list[Any]:
-        taken.append(claim(folder, config, new_run_id()))
+        taken.append(when_ended(folder, lambda: claim(folder, config, new_run_id(), living)))
         return [taken[0].attempt, taken[0].wandb_run_id, taken[0].token]
 
     attempt, run_id, token = on_rank_zero("run folder", take)

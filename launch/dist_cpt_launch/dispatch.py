@@ -11,7 +11,7 @@ from pathlib import Path
 from dist_cpt.config.load import load_recipe
 from dist_cpt.config.resolve import resolve_paths, run_folder
 from dist_cpt.errors import EXIT_DONE, ConfigError, say
-from dist_cpt.health.heartbeats import read_heartbeats
+from dist_cpt.health.rivals import living
 from dist_cpt_launch.launch_options import LaunchOptions
 from dist_cpt_launch.launch_plan import local_plan
 
@@ -20,7 +20,6 @@ SLURM_ONLY = (
     *("save_before_limit", "max_restarts", "requeue_by", "max_running", "sbatch", "srun"),
 )
 KUBERNETES_ONLY = ("cluster", "kind")
-ALIVE_SECONDS = 60.0  # since a rank's last heartbeat
 
 
 def launch(
@@ -63,14 +62,13 @@ def _move_aside(folder: Path) -> None:
     """Rename the folder of an earlier run, so that the next one finds nothing to resume.
 
     Raises:
-        ConfigError: a rank of it has been alive within the last minute, or the folder cannot be renamed.
+        ConfigError: a rank of it is alive, or the folder cannot be renamed.
     """
     if not folder.exists():
         return
-    alive = [beat for beat in read_heartbeats(folder) if not beat.ended and time.time() - beat.written < ALIVE_SECONDS]
-    if alive:
+    if alive := living(folder):
         raise ConfigError(
-            f"--from-start: rank {alive[0].rank} on {alive[0].host} still trains in {folder}", remedy="stop it first"
+            f"--from-start: rank {alive.rank} on {alive.host} still trains in {folder}", remedy="stop it first"
         )
     aside = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
     try:

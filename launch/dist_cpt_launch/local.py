@@ -11,6 +11,7 @@ from types import FrameType
 
 from dist_cpt.errors import EXIT_INTERNAL, say
 from dist_cpt.run_folder.exit_file import exit_code, stamp
+from dist_cpt.runtime.stop import stop_with_parent
 from dist_cpt_launch.launch_plan import LaunchPlan
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -23,8 +24,11 @@ def run_local(plan: LaunchPlan) -> int:
     and save; a third signal kills them.
     """
     before = stamp(plan.run_folder)
-    # In its own session, so that Ctrl-C reaches only this process, which then asks the ranks to stop.
-    child = subprocess.Popen(plan.argv, env=os.environ | plan.environment, start_new_session=True)
+    # In its own session, so that Ctrl-C reaches only this process, which then asks the ranks to stop. If this process
+    # is killed, the kernel asks them: a run that nobody watches would keep the folder.
+    child = subprocess.Popen(
+        plan.argv, env=os.environ | plan.environment, start_new_session=True, preexec_fn=stop_with_parent
+    )
     asked = 0
 
     def forward(signum: int, _frame: FrameType | None) -> None:

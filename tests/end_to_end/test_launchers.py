@@ -79,6 +79,27 @@ def test_a_killed_agent_leaves_no_rank_behind(made, tmp_path):
     assert (run / f"checkpoints/step-{ended['step']:08d}/manifest.json").exists()
 
 
+def test_a_killed_launcher_leaves_no_rank_behind_and_the_same_command_waits_for_their_end(made, tmp_path):
+    values = tiny.recipe(*made, tmp_path / "runs", engine={"kind": "fsdp", "shard": "full"})
+    values["train"] = {"tokens": 4000 * 8 * tiny.SEQ_LEN}
+    recipe = tiny.write_recipe(tmp_path / "r.yaml", values)
+    run = tmp_path / "runs/tiny"
+    command = [sys.executable, "-m", "dist_cpt.cli", "launch", str(recipe), "--procs-per-node", "2"]
+    environment = os.environ | {"DIST_CPT_FAULT": "save.staged:rank0:attempt0:slow"}
+    with subprocess.Popen(command, env=environment) as launcher:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(rows(run / "metrics.jsonl")) > 5)
+        launcher.kill()
+    with subprocess.Popen(command) as again:
+        wait_for(lambda: [row["kind"] for row in rows(run / "events.jsonl")].count("resume") == 1)
+        again.send_signal(signal.SIGTERM)
+        assert again.wait(60) == 75
+    (first, second) = [*json.loads((run / "run.json").read_text())["ends"], json.loads((run / "exit.json").read_text())]
+    assert (first["code"], first["reason"].split(":")[0], second["code"]) == (75, "SIGTERM", 75)
+    steps = [row["step"] for row in rows(run / "metrics.jsonl")]
+    assert steps == list(range(1, second["step"] + 1))
+    assert record_problems(run) == []
+
+
 def wait_for(met, seconds: float = 60.0) -> None:
     until = time.monotonic() + seconds
     while not met():

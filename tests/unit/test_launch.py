@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from dist_cpt_launch.local import run_local
 
 from dist_cpt.config.load import build
 from dist_cpt.errors import ConfigError
-from dist_cpt.health.heartbeats import Heartbeat, write_heartbeat
+from dist_cpt.health.heartbeats import Heartbeat, process_start, write_heartbeat
 from tests import tiny
 from tests.command import command
 
@@ -196,7 +197,8 @@ def test_from_start_moves_the_earlier_run_aside(tmp_path, capfd):
     recipe = tiny.write_recipe(tmp_path / "r.yaml", tiny.recipe(tmp_path / "base", tmp_path / "c.jsonl", tmp_path))
     run = tmp_path / "tiny"
     (run / "logs").mkdir(parents=True)
-    beat = Heartbeat(0, "here", 1, None, 0, 3, "training", "", time.time(), 0.0)
+    here = (socket.gethostname(), os.getpid(), process_start(os.getpid()))
+    beat = Heartbeat(0, *here, 0, 3, "training", "", time.time(), 0.0)
     write_heartbeat(run, beat)
     ended = command("launch", recipe, "--from-start")
     assert ended.code == 64
