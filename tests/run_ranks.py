@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,15 @@ MODULES = (*PRELOAD, "dist_cpt.cli", "dist_cpt.train.run", "dist_cpt.engines.zer
 class RunningRanks:
     """The ranks of one attempt; `finish` gives their exit codes."""
 
-    def __init__(self, recipe: Path, ranks: int, *overrides: str, log: Path, **environment: str) -> None:
+    def __init__(
+        self,
+        recipe: Path,
+        ranks: int,
+        *overrides: str,
+        log: Path,
+        of_rank: Mapping[int, Sequence[str]] | None = None,
+        **environment: str,
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(MODULES))
         port = _free_port()
@@ -33,7 +42,8 @@ class RunningRanks:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             given = {key: str(value) for key, value in place.items()} | environment
             given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            arguments = ["train", str(recipe), *(f"--set={item}" for item in overrides)]
+            own = (of_rank or {}).get(rank, ())  # overrides of one rank alone
+            arguments = ["train", str(recipe), *(f"--set={item}" for item in (*overrides, *own))]
             process = context.Process(target=_rank, args=(arguments, given, str(log)))
             process.start()
             self.processes.append(process)
@@ -92,9 +102,9 @@ class RunningRanks:
         return [process.exitcode for process in self.processes]
 
 
-def run_ranks(recipe: Path, ranks: int, *overrides: str, log: Path, **environment: str) -> list[int]:
-    """One attempt from start to end."""
-    return RunningRanks(recipe, ranks, *overrides, log=log, **environment).finish()
+def run_ranks(recipe: Path, ranks: int, *overrides: str, log: Path, **options: Any) -> list[int]:
+    """One attempt from start to end; `options` as of `RunningRanks`."""
+    return RunningRanks(recipe, ranks, *overrides, log=log, **options).finish()
 
 
 def process_stopped(pid: int) -> bool:

@@ -31,6 +31,11 @@ class NewVocabulary:
     mixtures_sha256: str | None = None  # of the file with them
 
     @property
+    def content(self) -> list[Any]:
+        """What determines it, as JSON: the two tokenizers and the initial values of the rows."""
+        return [self.tokenizer_sha256, self.first_row, len(self.pieces), self.mixtures_sha256]
+
+    @property
     def size(self) -> int:
         """Tokens of the extended tokenizer, gaps in the base's ids included."""
         return self.first_row + len(self.pieces)

@@ -6,9 +6,7 @@ then remove old checkpoints.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +41,7 @@ from dist_cpt.run_folder.manifest import (
 from dist_cpt.run_folder.names import MANIFEST, MODEL_INDEX, STATE
 from dist_cpt.run_folder.train_state import TrainState, state_to_bytes
 from dist_cpt.runtime.collectives import agree, barrier, broadcast_json, gather_json_to_rank_zero, rank, world_size
+from dist_cpt.runtime.versions import package_versions
 from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, TensorKey, TensorSpec
 
 # Where a save can be interrupted: `fault` is called with these names, in this order; the others on rank 0 only, and
@@ -51,7 +50,6 @@ POINTS_ON_EVERY_RANK = ("staged", "tensor", "written", "sidecars", "reread", "ag
 SAVE_POINTS = (*POINTS_ON_EVERY_RANK, "manifest", "aside", "renamed", "published", "pruned")
 
 _VISIBLE_SECONDS = 60.0  # shared file systems have shown a new folder this late
-_PACKAGES = ("dist-cpt", "torch", "transformers", "peft", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -282,7 +280,7 @@ class _Save:
             recipe=run.identity.recipe,
             engine=run.identity.engine,
             world_size=world_size(),
-            versions={"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+            versions=package_versions(),
             state_sha256=state_digest(state.step, state.position, tensors),
         )
 
@@ -355,10 +353,3 @@ def _prune(run: RunCheckpoints, newest: Path) -> None:
         LOGGER.warning("a later attempt has claimed the run: no old checkpoint is removed")
     except OSError as error:  # the new checkpoint is safe; too many old ones are no reason to stop
         LOGGER.warning("cannot remove old checkpoints in %s: %s", newest.parent, error.strerror)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"

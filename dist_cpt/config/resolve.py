@@ -86,6 +86,13 @@ def step_shape(config: RunConfig, world_size: int) -> StepShape:
     return StepShape(blocks, config.batch.micro_batch, blocks // per_forward, num_steps, world_size)
 
 
+def settings(config: RunConfig) -> dict[str, Any]:
+    """Every setting by dotted key; of a place whose content is compared only whether there is one."""
+    flat = _flatten(config.model_dump(mode="json"))
+    places = (key for key, value in flat.items() if value is not None and how_may_change(key) == "same content")
+    return flat | dict.fromkeys(places, "(given)")
+
+
 def fingerprint(config: RunConfig) -> str:
     """sha256 of the settings that decide what is learned: not of places, engine and tracking."""
     return hashlib.sha256(json.dumps(_meaning(config), sort_keys=True).encode()).hexdigest()
@@ -146,13 +153,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _meaning(config: RunConfig) -> dict[str, Any]:
-    """The settings that may not change in a resume, by dotted key; of a place only whether there is one."""
-    meaning = {}
-    for key, value in _flatten(config.model_dump(mode="json")).items():
-        how = how_may_change(key)
-        if how != "freely":
-            meaning[key] = "(given)" if how == "same content" and value is not None else value
-    return meaning
+    return {key: value for key, value in settings(config).items() if how_may_change(key) != "freely"}
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -69,6 +69,11 @@ class Prepared:
     identity: str
     seq_len: int  # of the recipe, for the report
 
+    @property
+    def all_sources(self) -> list[PreparedSource]:
+        """Training sources, then held-out sets."""
+        return [*self.sources, *self.validation]
+
 
 @dataclass(frozen=True)
 class _PlannedStore:
@@ -296,7 +301,7 @@ def check_vocabulary(prepared: Prepared, model_vocab_size: int) -> None:
     Raises:
         DataError: names the first such id, its document and its source.
     """
-    for source in [*prepared.sources, *prepared.validation]:
+    for source in prepared.all_sources:
         first = source.store.find_token_at_least(model_vocab_size)
         if first is not None:
             document, token_id = first

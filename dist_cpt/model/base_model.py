@@ -6,8 +6,10 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable
+import platform
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from dist_cpt.config.schema import ModelConfig, RunConfig
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.safety_checks import code_sha256s, require_trusted_code
 from dist_cpt.run_folder.names import MODEL_CONFIG
+from dist_cpt.runtime.collectives import gather_json, on_every_rank, rank, ranks_that_see
 
 WEIGHTS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _WEIGHTS = "model*.safetensors"  # the names that transformers loads
@@ -62,12 +65,52 @@ def check_base(settings: ModelConfig) -> tuple[Path, bool, str | None]:
     return folder, own_code, stored
 
 
+def commit_of(folder: Path, revision: str | None) -> str | None:
+    """The commit of a hub snapshot, whose folder is named after it; of any other folder `revision`."""
+    return folder.name if folder.parent.name == "snapshots" else revision
+
+
 def weights_sha256(folder: Path) -> str:
     """The sha256 of a folder's safetensors files: over the name and sha256 of each, in order of names."""
-    files = sorted(folder.glob(_WEIGHTS))
+    return _one_sha256(_sha256s(list(folder.glob(_WEIGHTS))))
+
+
+def base_sha256s(settings: ModelConfig) -> tuple[str, dict[str, str]]:
+    """(`weights_sha256`, sha256 by name of the files that are loaded) of the base. Collective.
+
+    Ranks of a host that see the same files hash each of them once between them; other hosts may have other copies.
+
+    Raises:
+        ConfigError: as `check_base`.
+    """
+    folder, own_code, _ = on_every_rank("model.path", lambda: check_base(settings))
+    patterns = (_WEIGHTS, MODEL_CONFIG, *(("*.py",) if own_code else ()))
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    hashes = sha256s_together(files)
+    return _one_sha256({name: sha256 for name, sha256 in hashes.items() if fnmatch(name, _WEIGHTS)}), hashes
+
+
+def sha256s_together(files: Sequence[Path]) -> dict[str, str]:
+    """sha256 by name of files, each read once by the ranks of this host that see the same ones. Collective."""
+    seen = on_every_rank("stat", lambda: [[path.name, *_place(path)] for path in files])
+    ranks = ranks_that_see([platform.node(), seen])
+    mine = files[ranks.index(rank()) :: len(ranks)]
+    everyone = gather_json(on_every_rank("hash", lambda: _sha256s(mine)))
+    return {name: sha256 for index in ranks for name, sha256 in everyone[index].items()}
+
+
+def _place(path: Path) -> tuple[int, ...]:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _sha256s(files: Sequence[Path]) -> dict[str, str]:
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
-        digests = list(pool.map(file_sha256, files))
-    lines = "".join(f"{digest}  {file.name}\n" for file, digest in zip(files, digests, strict=True))
+        return dict(zip([path.name for path in files], pool.map(file_sha256, files), strict=True))
+
+
+def _one_sha256(hashes: Mapping[str, str]) -> str:
+    lines = "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(hashes.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -98,8 +141,10 @@ def build_config(values: dict[str, Any]) -> Any:
     return hf_config
 
 
-def load_base(config: RunConfig, device: torch.device) -> tuple[Any, dict[str, Any]]:
+def load_base(config: RunConfig, device: torch.device, base_sha256: str | None = None) -> tuple[Any, dict[str, Any]]:
     """(transformers causal LM, its identity for manifests): from `model.path`, or initialised from `model.config`.
+
+    `base_sha256` is the folder's `weights_sha256`, if that is known already.
 
     Raises:
         ConfigError: as `check_base` and `build_config`, or weights that cannot be loaded.
@@ -109,7 +154,7 @@ def load_base(config: RunConfig, device: torch.device) -> tuple[Any, dict[str, A
     dtype = torch.float32 if trains_in_full else WEIGHTS_DTYPE[config.model.compute_dtype]
     if config.model.config is not None:
         return _from_scratch(config.model.config, config.seed, dtype)
-    return _from_folder(config.model, dtype, device)
+    return _from_folder(config.model, dtype, device, base_sha256)
 
 
 def describe(hf_config: Any) -> dict[str, Any]:
@@ -139,7 +184,9 @@ def _from_scratch(values: dict[str, Any], seed: int, dtype: torch.dtype) -> tupl
     return model, identity | describe(model.config)
 
 
-def _from_folder(settings: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Any, dict[str, Any]]:
+def _from_folder(
+    settings: ModelConfig, dtype: torch.dtype, device: torch.device, base_sha256: str | None
+) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -162,9 +209,8 @@ def _from_folder(settings: ModelConfig, dtype: torch.dtype, device: torch.device
             model = quantize.require_complete(folder, *loaded)
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise ConfigError(f"model.path: {settings.path} cannot be loaded: {_one_line(error)}") from error
-    # the folder of a hub snapshot is named after its commit
-    revision = folder.name if folder.parent.name == "snapshots" else settings.revision
-    identity = {"path": settings.path, "revision": revision, "sha256": weights_sha256(folder)}
+    identity = {"path": settings.path, "revision": commit_of(folder, settings.revision)}
+    identity["sha256"] = base_sha256 or weights_sha256(folder)
     if settings.weights in quantize.QUANTISED:
         identity |= quantize.identity_of(model, settings.weights, stored is not None)
     if own_code:

@@ -71,6 +71,7 @@ def load_model(
     device: torch.device,
     vocabulary: NewVocabulary | None = None,
     probe: Sequence[ProbeBlock] | None = None,
+    base_sha256: str | None = None,
 ) -> TrainableModel:
     """Load or initialise the recipe's model, apply its adapter and move it to `device`.
 
@@ -82,7 +83,7 @@ def load_model(
             positions, nothing to untie, or adapter targets that do not exist.
         MissingExtraError: weights are nf4 or int8 and bitsandbytes is not installed.
     """
-    model, identity = load_base(config, device)
+    model, identity = load_base(config, device, base_sha256)
     check_config(model.config)
     parts = parts_of(model)
     identity |= _change_vocabulary(config, model, vocabulary)

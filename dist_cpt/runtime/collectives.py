@@ -7,9 +7,10 @@ threads on one group would be matched with each other's.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -17,8 +18,9 @@ import torch
 import torch.distributed as dist
 
 from dist_cpt import errors
-from dist_cpt.errors import DistCptError
+from dist_cpt.errors import ConfigError, DistCptError
 
+_SHOWN, _SHOWN_LENGTH = 3, 80  # facts in one message, characters of a value
 T = TypeVar("T")
 _thread = threading.local()
 
@@ -123,6 +125,38 @@ def agree(error: BaseException | None, what: str) -> None:
     raise agreed from error
 
 
+def require_equal(facts: Mapping[str, Any]) -> None:
+    """Refuse JSON values by name in which the ranks differ. Collective.
+
+    Raises:
+        ConfigError: on every rank; names the facts, the ranks and their values.
+    """
+    digest = int.from_bytes(hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()[:7])
+    if all_reduce_max_int(digest) == -all_reduce_max_int(-digest):
+        return
+    everyone = gather_json(dict(facts))
+    lines = []
+    for key in sorted({key for given in everyone for key in given}):
+        ranks: dict[str, list[int]] = {}
+        for index, given in enumerate(everyone):
+            ranks.setdefault(str(given.get(key, "absent"))[:_SHOWN_LENGTH], []).append(index)
+        if len(ranks) > 1:
+            lines.append(f"{key} is " + ", ".join(f"{value} on {_named(those)}" for value, those in ranks.items()))
+    more = f" (and {len(lines) - _SHOWN} more)" if len(lines) > _SHOWN else ""
+    error = ConfigError(
+        f"the ranks would not train the same thing: {'; '.join(lines[:_SHOWN])}{more}",
+        remedy="give every node the same recipe, files and packages",
+    )
+    error.agreed = True
+    raise error
+
+
+def ranks_that_see(value: Any) -> list[int]:
+    """The ranks with the same JSON `value`, this one included; they can divide work on it. Collective."""
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return [index for index, other in enumerate(gather_json(digest)) if other == digest]
+
+
 def on_rank_zero(what: str, function: Callable[[], Any]) -> Any:
     """Run `function` on rank 0 and return its JSON-serialisable result on every rank.
 
@@ -157,6 +191,18 @@ def on_every_rank(what: str, function: Callable[[], T]) -> T:
 def barrier() -> None:
     """Wait for every rank."""
     all_reduce_max_int(0)
+
+
+def _named(ranks: Sequence[int]) -> str:
+    """`rank 3`, or `ranks 0-5, 7`."""
+    runs: list[list[int]] = []
+    for index in ranks:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {text}"
 
 
 def _all_reduce(values: list[Any], dtype: torch.dtype, op: Any = dist.ReduceOp.SUM) -> list[Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,27 +13,34 @@ from typing import Any
 from dist_cpt.adapters.pissa import PISSA, copy_initial, init_pissa
 from dist_cpt.adapters.prior_adapter import open_prior_adapter
 from dist_cpt.adapters.quantize import QUANTISED, require_bitsandbytes
+from dist_cpt.adapters.vocabulary import NewVocabulary
 from dist_cpt.checkpoint.save import RunCheckpoints
+from dist_cpt.config.resolve import settings
+from dist_cpt.config.schema import ContinueFromConfig
 from dist_cpt.data.batch import Batch
 from dist_cpt.data.chat import chat_template
 from dist_cpt.data.loader import BlockLoader, ValidationLoader
 from dist_cpt.data.prefetch import prefetch
 from dist_cpt.data.prepare import Prepared, check_vocabulary, open_prepared, prepare
-from dist_cpt.data.tokenizer import load_new_vocabulary, load_tokenizer
+from dist_cpt.data.tokenizer import load_new_vocabulary, load_tokenizer, tokenizer_hash
 from dist_cpt.engines.build import build_engine
 from dist_cpt.engines.engine import InspectableEngine
-from dist_cpt.errors import Stopped
+from dist_cpt.errors import ConfigError, Stopped
 from dist_cpt.health.stragglers import ComputeClock, StragglerWatch, timed_modules
-from dist_cpt.model.base_model import check_base
+from dist_cpt.model.base_model import base_sha256s, check_base, commit_of, sha256s_together
 from dist_cpt.model.continue_from import ProbeBlock
 from dist_cpt.model.load import TrainableModel, load_model
 from dist_cpt.model.safety_checks import require_base_checkpoint
 from dist_cpt.optim.eight_bit import dynamic_map
 from dist_cpt.optim.groups import ParamGroup, param_groups
+from dist_cpt.run_folder.checkpoints import published
+from dist_cpt.run_folder.json_files import read_object
 from dist_cpt.run_folder.manifest import Identity
 from dist_cpt.run_folder.metrics import MetricsFile
-from dist_cpt.runtime.collectives import agree, all_reduce_ints, on_every_rank, on_rank_zero
+from dist_cpt.run_folder.names import ADAPTER_WEIGHTS, CONTINUED
+from dist_cpt.runtime.collectives import agree, all_reduce_ints, on_every_rank, on_rank_zero, require_equal
 from dist_cpt.runtime.log import LOGGER
+from dist_cpt.runtime.versions import package_versions
 from dist_cpt.train.attempt import RunContext
 from dist_cpt.train.probe import PROBE_BLOCKS, Stream
 from dist_cpt.train.progress import Progress, step_positions, step_starts
@@ -41,6 +48,15 @@ from dist_cpt.train.saver import Saver
 from dist_cpt.training_state import TensorSpec
 
 PREPARE_SECONDS = 1.0  # between two meetings of the ranks while the corpus is prepared
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """What a run starts from, the same on all ranks."""
+
+    base_sha256: str | None  # of its weights; None: from scratch
+    tokenizer: Any
+    vocabulary: NewVocabulary | None
 
 
 @dataclass(frozen=True)
@@ -105,19 +121,47 @@ class Run:
         return contextlib.nullcontext() if self.clock is None else self.clock.also()
 
 
-def check_before_hours_of_work(context: RunContext) -> None:
-    """Refuse what needs neither the corpus nor a weight to be refused: preparing may take hours. Collective."""
+def agree_on_recipe(context: RunContext) -> RunContext:
+    """Refuse ranks with another recipe or other packages; the context with a hub id's commit, resolved once for all.
+
+    Collective.
+    """
     config = context.config
-    if config.model.path is not None:
-        on_rank_zero("model.path", lambda: _check_starting_point(context))
+    recipe = {f"recipe: {key}": value for key, value in settings(config).items()}
+    require_equal(recipe | {f"version of {name}": version for name, version in package_versions().items()})
+    if config.model.path is None:
+        return context
+    commit = on_rank_zero("model.path", lambda: commit_of(check_base(config.model)[0], config.model.revision))
+    model = config.model.model_copy(update={"revision": commit})
+    return replace(context, config=config.model_copy(update={"model": model}))
+
+
+def check_before_hours_of_work(context: RunContext) -> StartingPoint:
+    """Refuse what needs neither the corpus nor training to be refused: preparing may take hours. Collective.
+
+    Every rank reads the same base, tokenizer and prior adapter.
+    """
+    config = context.config
     if config.model.weights in QUANTISED:
         on_every_rank("model.weights", lambda: require_bitsandbytes(config.model.weights))
     if config.optim.state == "8bit":
         on_every_rank("optim.state", lambda: dynamic_map(True))
-    on_every_rank("embeddings.new_tokens", lambda: load_new_vocabulary(config))
+    vocabulary = on_every_rank("embeddings.new_tokens", lambda: load_new_vocabulary(config))
+    tokenizer = on_every_rank("tokenizer", lambda: _load_tokenizer(context))
+    if config.model.path is not None and config.task == "cpt":
+        on_rank_zero("model.path", lambda: require_base_checkpoint(config.model, tokenizer))
+    base_sha256, base = base_sha256s(config.model) if config.model.path is not None else (None, {})
+    adapter = sha256s_together(_adapter_files(config.adapter.continue_from))
+    on_rank_zero("adapter.continue_from", lambda: _check_prior_adapter(context, adapter))
+    facts: dict[str, Any] = {f"sha256 of {name} in model.path": sha256 for name, sha256 in base.items()}
+    facts |= {f"sha256 of {name} in adapter.continue_from": sha256 for name, sha256 in adapter.items()}
+    facts |= {"tokenizer": tokenizer_hash(tokenizer), "its chat template": tokenizer.chat_template}
+    facts |= {} if vocabulary is None else {"embeddings.new_tokens": vocabulary.content}
+    require_equal(facts)
+    return StartingPoint(base_sha256, tokenizer, vocabulary)
 
 
-def open_data(context: RunContext) -> TrainingData:
+def open_data(context: RunContext, tokenizer: Any) -> TrainingData:
     """Prepare the token stores if they are not there yet, and open them. Collective.
 
     Raises:
@@ -126,7 +170,7 @@ def open_data(context: RunContext) -> TrainingData:
     config = context.config
     _prepare(context)
     prepared = on_every_rank("open data", lambda: open_prepared(config))
-    tokenizer = on_every_rank("tokenizer", lambda: _load_tokenizer(context))
+    require_equal({f"token store of {s.name}": s.store.manifest.content_hash for s in prepared.all_sources})
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     loader = BlockLoader(prepared, config.data.seq_len, config.seed, pad_id)
     held_out = [
@@ -136,7 +180,7 @@ def open_data(context: RunContext) -> TrainingData:
     return TrainingData(prepared, tokenizer, loader, held_out)
 
 
-def build_model(context: RunContext, data: TrainingData) -> TrainableModel:
+def build_model(context: RunContext, start: StartingPoint, data: TrainingData) -> TrainableModel:
     """The base, its adapter and what trains of it, self-checked on blocks of the corpus. Collective."""
     config = context.config
 
@@ -145,8 +189,9 @@ def build_model(context: RunContext, data: TrainingData) -> TrainableModel:
         if context.env.rank == 0:
             blocks = [data.loader.batch([position]) for position in range(PROBE_BLOCKS)]
             probe = [ProbeBlock(b.input_ids, b.labels, b.position_ids, b.cu_seqlens, b.max_seqlen) for b in blocks]
-        vocabulary = load_new_vocabulary(config)
-        model = load_model(config, device=context.device, vocabulary=vocabulary, probe=probe)
+        model = load_model(
+            config, device=context.device, vocabulary=start.vocabulary, probe=probe, base_sha256=start.base_sha256
+        )
         check_vocabulary(data.prepared, model.identity["vocab_size"])
         return model
 
@@ -219,15 +264,31 @@ def _sidecars(context: RunContext, data: TrainingData, model: TrainableModel) ->
     return sidecars
 
 
-def _check_starting_point(context: RunContext) -> None:
-    """Refuse a base, its tokenizer or a prior adapter without loading a weight."""
-    config, prior = context.config, context.config.adapter.continue_from
-    check_base(config.model)
-    load_new_vocabulary(config)
-    if config.task == "cpt":
-        require_base_checkpoint(config.model, _load_tokenizer(context))
-    if prior is not None and prior.mode != "train":
+def _adapter_files(prior: ContinueFromConfig | None) -> list[Path]:
+    """The files of a prior adapter that a start may read; the optimizer's only if it is taken over."""
+    if prior is None:
+        return []
+    kept = [path for path in Path(prior.path).glob("*") if path.suffix in (".safetensors", ".json", ".pt")]
+    return sorted(path for path in kept if prior.optimizer or not path.name.startswith("optimizer"))
+
+
+def _check_prior_adapter(context: RunContext, hashes: Mapping[str, str]) -> None:
+    """Refuse a prior adapter without loading a weight: one that cannot be used, or another one than the run began with.
+
+    Raises:
+        ConfigError: both.
+    """
+    prior = context.config.adapter.continue_from
+    if prior is None:
+        return
+    if prior.mode != "train":
         open_prior_adapter(Path(prior.path))
+    here, began = hashes.get(ADAPTER_WEIGHTS), read_object(context.folder / CONTINUED).get("sha256")
+    if here is not None and began not in (None, here) and published(context.folder):
+        raise ConfigError(
+            f"adapter.continue_from: {prior.path} has sha256 {here[:12]}, the run began with {str(began)[:12]}",
+            remedy="give this run another name, or the path of the adapter that it began with",
+        )
 
 
 def _prepare(context: RunContext) -> None:

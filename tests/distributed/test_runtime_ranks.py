@@ -67,3 +67,22 @@ def agree_case(which: str) -> tuple[str, str]:
 )
 def test_an_error_of_any_rank_is_raised_by_all(pool: RankPool, which: str, expected: tuple[str, str]) -> None:
     assert pool.run(f"{HERE}:agree_case", which=which) == [expected, expected]
+
+
+def facts_case() -> list[Any]:
+    me = collectives.rank()
+    collectives.require_equal({"base": "a" * 64, "none": None})
+    refusals = []
+    for facts in ({"torch": f"2.{me}", "same": 1}, {"only here": 0} if me else {}):
+        try:
+            collectives.require_equal(facts)
+        except ConfigError as error:
+            refusals.append((str(error), error.agreed))
+    return [refusals, collectives.ranks_that_see(me), collectives.ranks_that_see("same")]
+
+
+def test_facts_in_which_ranks_differ_are_named_with_the_ranks(pool: RankPool) -> None:
+    (refusals, own, both), other = pool.run(f"{HERE}:facts_case")
+    assert ["torch is 2.0 on rank 0, 2.1 on rank 1" in refusals[0][0], refusals[0][1]] == [True, True]
+    assert "only here is absent on rank 0, 0 on rank 1" in refusals[1][0]
+    assert (own, both, other) == ([0], [0, 1], [refusals, [1], [0, 1]])

@@ -1,0 +1,20 @@
+"""The versions of the packages that compute a run. Torch-free."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+_PACKAGES = ("dist-cpt", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "triton")
+
+
+def package_versions() -> dict[str, str]:
+    """Version by name, Python's included; `absent` for a package that is not installed."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"

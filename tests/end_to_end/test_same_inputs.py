@@ -1,0 +1,118 @@
+"""All ranks train the same base, tokenizer, adapter and data, wherever each of them reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests import tiny
+from tests.run_ranks import run_ranks
+
+NAME = "models--org--tiny"
+
+
+def two_ranks(made: tuple[Path, Path], tmp_path: Path, **changes: Any) -> Path:
+    values = tiny.recipe(*made, tmp_path, engine={"kind": "fsdp"}, train={"tokens": 2 * 8 * tiny.SEQ_LEN}, **changes)
+    return tiny.write_recipe(tmp_path / "recipe.yaml", values)
+
+
+def changed_copy(base: Path, target: Path) -> Path:
+    """A copy of a base in which one weight differs."""
+    shutil.copytree(base, target)
+    weights = load_file(target / "model.safetensors")
+    weights["model.norm.weight"][0] += 0.5
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_another_base_on_one_rank_is_refused_on_all(made, tmp_path):
+    other = changed_copy(made[0], tmp_path / "other")
+    log = tmp_path / "log"
+    codes = run_ranks(two_ranks(made, tmp_path), 2, log=log, of_rank={1: [f"model.path={other}"]})
+    assert codes == [64, 64], log.read_text()
+    reason = json.loads((tmp_path / "tiny/exit.json").read_text())["reason"]
+    assert "sha256 of model.safetensors" in reason
+    assert "on rank 0" in reason
+    assert "on rank 1" in reason
+    assert not (tmp_path / "tiny/metrics.jsonl").exists()
+
+
+@pytest.mark.matrix
+def test_two_copies_of_one_base_are_one_base(made, tmp_path):
+    copy = shutil.copytree(made[0], tmp_path / "copy")
+    log = tmp_path / "log"
+    codes = run_ranks(two_ranks(made, tmp_path), 2, log=log, of_rank={1: [f"model.path={copy}"]})
+    assert codes == [0, 0], log.read_text()
+
+
+@pytest.mark.matrix
+def test_another_setting_on_one_rank_is_refused_on_all(made, tmp_path):
+    log = tmp_path / "log"
+    codes = run_ranks(two_ranks(made, tmp_path), 2, log=log, of_rank={1: ["optim.eps=1.0e-6"]})
+    assert codes == [64, 64], log.read_text()
+    assert "optim.eps is 1e-08 on rank 0, 1e-06 on rank 1" in log.read_text()
+
+
+def hub_cache(folder: Path, main: str, commits: dict[str, Path]) -> Path:
+    """A cache of huggingface_hub with `commits`; its branch main is at commit `main`."""
+    repository = folder / NAME
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(main)
+    for commit, base in commits.items():
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        for file in base.iterdir():
+            blob = repository / "blobs" / f"{commit[:8]}-{file.name}"
+            blob.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, blob)
+            (repository / "snapshots" / commit / file.name).symlink_to(os.path.relpath(blob, repository / "x/y"))
+    return folder
+
+
+def run_with_caches(recipe: Path, caches: list[Path], port: int) -> list[tuple[int, str]]:
+    """(exit code, stderr) of two ranks, each a process of its own: the hub's cache is read from the environment."""
+    children = []
+    for rank, cache in enumerate(caches):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        given = {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        given |= {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "dist_cpt.cli", "train", str(recipe)]
+        children.append(subprocess.Popen(command, env=os.environ | given, stderr=subprocess.PIPE, text=True))
+    return [(child.returncode, child_error) for child in children for child_error in [child.communicate()[1]]]
+
+
+@pytest.mark.matrix
+def test_a_hub_id_is_one_commit_for_all_ranks(made, tmp_path):
+    from dist_cpt.run_folder.checkpoints import read_manifest
+
+    commits = {"a" * 40: made[0], "b" * 40: changed_copy(made[0], tmp_path / "other")}
+    first = hub_cache(tmp_path / "first", "a" * 40, commits)
+    second = hub_cache(tmp_path / "second", "b" * 40, commits)
+    recipe = two_ranks(made, tmp_path, model={"path": "org/tiny"})
+    ended = run_with_caches(recipe, [first, second], 29731)
+    assert [code for code, _ in ended] == [0, 0], ended
+    manifest = read_manifest(tmp_path / "tiny/checkpoints/step-00000002")
+    assert manifest.base["revision"] == "a" * 40
+    alone = run_ranks(recipe, 2, f"model.path={made[0]}", "name=alone", log=tmp_path / "log")
+    assert alone == [0, 0]
+    trained = read_manifest(tmp_path / "alone/checkpoints/step-00000002")
+    assert (manifest.base["sha256"], manifest.state_sha256) == (trained.base["sha256"], trained.state_sha256)
+
+    shutil.rmtree(tmp_path / "tiny")
+    blob = second / NAME / "blobs" / "aaaaaaaa-model.safetensors"  # the same commit, other bytes
+    shutil.copyfile(tmp_path / "other/model.safetensors", blob)
+    ended = run_with_caches(recipe, [first, second], 29732)
+    assert [code for code, _ in ended] == [64, 64], ended
+    assert "sha256 of model.safetensors" in ended[0][1]
+
+    shutil.rmtree(second / NAME / "snapshots" / ("a" * 40))
+    ended = run_with_caches(recipe, [first, second], 29733)
+    assert [code for code, _ in ended] == [64, 64], ended
+    assert "rank 1" in ended[0][1]
