@@ -14,7 +14,16 @@ from dist_cpt_launch.command_line import with_options
 from dist_cpt_launch.launch_options import LaunchOptions, ResumeOptions
 
 from dist_cpt import __version__
-from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, CheckpointError, ConfigError, DistCptError, say
+from dist_cpt.errors import (
+    EXIT_DONE,
+    EXIT_INTERNAL,
+    EXIT_STOPPED,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DistCptError,
+    say,
+)
 from dist_cpt.run_folder.names import ADAPTER_CONFIG, CHECKPOINTS, MANIFEST, RECIPE
 
 INTERRUPTED = 130
@@ -65,7 +74,7 @@ def prepare(recipe: Recipe, set_: Overrides = None) -> None:
     def progress(name: str, documents: int) -> None:
         print(f"{name}: {documents} documents", file=sys.stderr)
 
-    prepared = prepare_data(config, progress)
+    prepared = prepare_data(config, progress, verify=True)
     print(json.dumps(data_report(prepared), indent=1))
 
 
@@ -171,32 +180,37 @@ def report(run: Run) -> None:
 def verify(
     path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder or one checkpoint.")],
 ) -> None:
-    """Check every byte of a checkpoint, or of a run and its record; exit code 74 if anything is damaged."""
-    from dist_cpt.checkpoint.verify import verify_checkpoint, verify_run
+    """Check every byte of a checkpoint, or of a run, its record and its token stores; exit code 74, for a store 65."""
+    from dist_cpt.checkpoint.verify import verify_checkpoint, verify_run, verify_stores
     from dist_cpt.errors import printable
 
     path = Path(os.path.abspath(path))  # `.` has no name
     if not path.is_dir():
         raise CheckpointError(f"nothing to verify: {path} is not a folder")
+    is_run = (path / CHECKPOINTS).is_dir()
+    checked = verify_run(path) if is_run else {path.name: verify_checkpoint(path)}
     record: list[str] = []
-    if (path / CHECKPOINTS).is_dir():
+    stores: dict[str, list[str] | None] = {}
+    if is_run:
         from dist_cpt.run_folder.audit import record_problems
 
-        checked = verify_run(path)
-        record = record_problems(path)
-    else:
-        checked = {path.name: verify_checkpoint(path)}
-    for name, problems in checked.items():
-        print(printable(f"{name}: {'valid' if not problems else 'DAMAGED: ' + '; '.join(problems)}"))
+        record, stores = record_problems(path), verify_stores(path)
+    found = {**checked, **{f"token store {name}": problems for name, problems in stores.items()}}
+    for name, problems in found.items():
+        word = "not found here" if problems is None else f"DAMAGED: {'; '.join(problems)}" if problems else "valid"
+        print(printable(f"{name}: {word}"))
     for problem in record:
         print(printable(f"record: {problem}"))
-    if (path / CHECKPOINTS).is_dir() and not record:
+    if is_run and not record:
         print("record: valid")
     damaged = [name for name, problems in checked.items() if problems]
     if damaged:
         raise CheckpointError(f"{len(damaged)} of {len(checked)} checkpoints are damaged: {', '.join(damaged)}")
     if record:
         raise CheckpointError(f"the checkpoints of {path} are valid, but its record has {len(record)} problems")
+    if damaged := [name for name, problems in stores.items() if problems]:
+        remedy = "dist-cpt prepare sets a damaged store aside and makes it again"
+        raise DataError(f"the token stores {', '.join(damaged)} are damaged", remedy=remedy)
 
 
 @app.command(rich_help_panel=LOOK)

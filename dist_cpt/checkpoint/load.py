@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,8 @@ from dist_cpt.run_folder.manifest import Identity, Manifest
 from dist_cpt.run_folder.train_state import TrainState
 from dist_cpt.runtime.collectives import broadcast_json, rank
 from dist_cpt.training_state import StateKind, TensorSpec
+
+_PLACES = {"path", "revision", "stores"}  # of an identity: its content is compared, so that all of it may move
 
 
 class LoadedCheckpoint:
@@ -116,10 +119,16 @@ def require_fit(manifest: Manifest, specs: Sequence[TensorSpec], identity: Ident
     if list(saved) != list(here):
         raise CheckpointError(f"step {manifest.step}: the checkpoint has the same tensors in another order")
     for what, recorded, current in (("base", manifest.base, identity.base), ("data", manifest.data, identity.data)):
-        for key in sorted((recorded.keys() | current.keys()) - {"path"}):  # a moved folder is the same folder
-            if recorded.get(key) != current.get(key):
+        for key in sorted((recorded.keys() | current.keys()) - _PLACES):
+            saved_value, value = _without_version(recorded.get(key)), _without_version(current.get(key))
+            if saved_value != value:
+                revision = f" (model.revision: {recorded['revision']})" if recorded.get("revision") else ""
                 raise CheckpointError(
-                    f"step {manifest.step}: {what}.{key} is {recorded.get(key)!r} in the checkpoint, "
-                    f"{current.get(key)!r} here",
-                    remedy=f"resume with the {what} the run was started with",
+                    f"step {manifest.step}: {what}.{key} is {saved_value!r} in the checkpoint, {value!r} here",
+                    remedy=f"resume with the {what} the run was started with{revision}",
                 )
+
+
+def _without_version(value: Any) -> Any:
+    """A model's configuration without the version of the transformers that read it."""
+    return {k: v for k, v in value.items() if k != "transformers_version"} if isinstance(value, dict) else value

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
 from dist_cpt.checkpoint.quick_check import quick_check
 from dist_cpt.checkpoint.safetensors_stream import file_sha256, scan
-from dist_cpt.errors import CheckpointError
+from dist_cpt.data.store import TokenStore
+from dist_cpt.errors import CheckpointError, DataError
 from dist_cpt.run_folder.checkpoints import published, read_manifest
 from dist_cpt.run_folder.manifest import Manifest
 from dist_cpt.run_folder.names import INITIAL_ADAPTER
@@ -43,6 +45,30 @@ def verify_run(run_folder: Path) -> dict[str, list[str]]:
     problems = {path: verify_checkpoint(path) for path in paths}
     # A running job may have pruned one meanwhile.
     return {path.name: listed for path, listed in problems.items() if not listed or path.exists()}
+
+
+def verify_stores(run_folder: Path) -> dict[str, list[str] | None]:
+    """The problems of every token store of a run by folder name, as far as the first; None for one that is not here.
+
+    Stores are looked for where the newest readable checkpoint had them, then in a cache beside the run.
+    """
+    recorded: list[str] = []
+    for path in published(run_folder):
+        with contextlib.suppress(CheckpointError):
+            recorded = read_manifest(path).data.get("stores", [])
+            break
+    problems: dict[str, list[str] | None] = {}
+    for folder in map(Path, recorded):
+        beside = run_folder.absolute().parent / folder.parent.name / folder.name
+        here = next((place for place in (folder, beside) if place.is_dir()), None)
+        problems[folder.name] = None
+        if here is not None:
+            try:
+                TokenStore.open(here, verify=True)
+                problems[folder.name] = []
+            except DataError as error:
+                problems[folder.name] = [error.message]
+    return problems
 
 
 def verify_together(path: Path) -> list[str]:

@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,12 +30,13 @@ from dist_cpt.data.mixture import Mixture
 from dist_cpt.data.packing import pack
 from dist_cpt.data.prefetch import prefetch
 from dist_cpt.data.sources import ReadCounts, Record, RecordTally, SourceFiles, check_budget, find_files, read_records
-from dist_cpt.data.store import FORMAT_VERSION, QUARANTINE, StoreWriter, TokenStore
+from dist_cpt.data.store import QUARANTINE, StoreWriter, TokenStore, read_store_manifest, sha256_of
 from dist_cpt.data.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_size
 from dist_cpt.errors import DataError, WriteError
 from dist_cpt.run_folder.json_files import fsync_path
 from dist_cpt.run_folder.names import MANIFEST
 from dist_cpt.runtime.liveness import made_progress
+from dist_cpt.storage import LOGGER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -83,6 +85,7 @@ class _PlannedStore:
     name: str
     files: SourceFiles
     inputs: list[dict[str, Any]]  # path, bytes and mtime_ns of each file
+    settings: str  # sha256 of what else makes its tokens
     folder: Path
 
 
@@ -96,10 +99,11 @@ class _Plan:
     vocab_size: int
 
 
-def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Prepared:
+def prepare(config: RunConfig, on_progress: OnProgress | None = None, *, verify: bool = False) -> Prepared:
     """Tokenise every source and held-out set of a resolved recipe into data.cache_dir.
 
-    A finished store of unchanged input is reused; a new one gets its final name only when it is complete.
+    A finished store of input with the same content is reused, after a check of all its bytes with `verify`; a new one
+    gets its final name only when it is complete.
 
     Raises:
         DataError: missing or empty input, bad records beyond policy or budget, an unusable tokenizer or template.
@@ -108,8 +112,10 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Prepare
     plan = _plan(config)
     for planned in plan.stores:
         try:
-            if not _is_finished(planned, config):
-                _make_store(planned, plan, config, on_progress)
+            if not _is_finished(planned, config, verify):
+                moved = _link_store_of_same_input(planned)
+                if not (moved and _is_finished(planned, config, verify)):
+                    _make_store(planned, plan, config, on_progress)
         except OSError as error:
             raise WriteError(
                 f"cannot write the token store {planned.folder}: {error.strerror or error}",
@@ -156,18 +162,21 @@ def _plan_store(source: Source, config: RunConfig, encoder: Encoder, sha256: str
     files = find_files(source.path, name, source.ignore, source.split)
     inputs = _input_state(files)
     key: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
+        "format_version": 1,  # of the tokens, which format 2 writes as format 1 did
         "tokenizer_hash": sha256,
         "text": source.text,
         "on_bad_record": config.data.on_bad_record,
-        "inputs": inputs,
     }
     key |= {name: value for name in ("split", "ignore") if (value := getattr(source, name))}
     if encoder.label_kind is not None:
         key |= {"task": config.task} | encoder.describe(source)
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    digest = _sha256(key | {"inputs": inputs})[:12]
     folder = Path(config.data.cache_dir) / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-{digest}"
-    return _PlannedStore(source, name, files, inputs, folder)
+    return _PlannedStore(source, name, files, inputs, _sha256(key), folder)
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _input_state(files: SourceFiles) -> list[dict[str, Any]]:
@@ -181,13 +190,43 @@ def _input_state(files: SourceFiles) -> list[dict[str, Any]]:
     return states
 
 
-def _is_finished(planned: _PlannedStore, config: RunConfig) -> bool:
+def _input_sha256s(planned: _PlannedStore) -> list[str]:
+    """sha256 of every input file, in reading order."""
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
+        return list(pool.map(lambda file: sha256_of(Path(file["path"]), 0, file["bytes"]), planned.inputs))
+
+
+def _link_store_of_same_input(planned: _PlannedStore) -> bool:
+    """Whether there is a store of the same bytes under another path or time; the planned one becomes a link to it."""
+    sizes, sha256s = [file["bytes"] for file in planned.inputs], None
+    for path in sorted(planned.folder.parent.glob(f"*/{MANIFEST}")):
+        if path.parent.is_symlink() or re.search(r"\.(tmp|damaged)-", path.parent.name):
+            continue
+        try:
+            manifest = read_store_manifest(path.parent)
+        except DataError:
+            continue
+        if manifest.settings != planned.settings or [file["bytes"] for file in manifest.inputs] != sizes:
+            continue
+        sha256s = sha256s or _input_sha256s(planned)
+        if [file["sha256"] for file in manifest.inputs] == sha256s:
+            planned.folder.unlink(missing_ok=True)  # a link to a store that is gone
+            planned.folder.symlink_to(path.parent.name)
+            fsync_path(planned.folder.parent)
+            return True
+    return False
+
+
+def _is_finished(planned: _PlannedStore, config: RunConfig, verify: bool) -> bool:
     if not planned.folder.exists():
         return False
     try:
-        counts = TokenStore.open(planned.folder).manifest.counts
-    except DataError:
-        shutil.rmtree(planned.folder)  # damaged; all of it can be made again from the text
+        counts = TokenStore.open(planned.folder, verify).manifest.counts
+    except DataError as error:  # all of it can be made again from the text
+        store = planned.folder.resolve()
+        aside = store.with_name(f"{store.name}.damaged-{secrets.token_hex(4)}")
+        store.rename(aside)
+        LOGGER.warning("%s; it was moved to %s and is prepared again", error.message, aside)
         return False
     read = ReadCounts(records=counts["records"], bad=counts["bad"], first_bad=counts["first_bad"])
     check_budget(planned.name, read, config.data.bad_record_budget_fraction)
@@ -200,6 +239,8 @@ def _make_store(planned: _PlannedStore, plan: _Plan, config: RunConfig, on_progr
     work.mkdir()
     try:
         _write_store(work, planned, plan, config, on_progress)
+        if planned.folder.is_symlink():  # to a store that is gone
+            planned.folder.unlink()
         try:
             work.rename(planned.folder)
         except OSError:
@@ -238,12 +279,14 @@ def _write_store(
             if on_progress is not None:
                 on_progress(planned.name, num_texts)
         check_budget(planned.name, tally.counts, config.data.bad_record_budget_fraction)
+        sha256s = _input_sha256s(planned)
         _check_result(planned, tally.counts, writer.num_documents)
         source = {"name": planned.name, "path": planned.source.path, "text": planned.source.text}
         source |= {"on_bad_record": policy} | plan.encoder.describe(planned.source)
         # Texts and documents differ in number where a text has no token, or an EOS in its middle.
         counts = asdict(tally.counts) | {"ignored_files": planned.files.ignored_files, "texts": num_texts}
-        writer.finish(plan.tokenizer_hash, source, counts, planned.inputs)
+        inputs = [file | {"sha256": sha256} for file, sha256 in zip(planned.inputs, sha256s, strict=True)]
+        writer.finish(plan.tokenizer_hash, source, counts, inputs, planned.settings)
 
 
 def _batches(records: Iterator[Record[Any]]) -> Iterator[list[Record[Any]]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +20,13 @@ import numpy as np
 from dist_cpt.errors import DataError
 from dist_cpt.run_folder.json_files import fsync_path
 from dist_cpt.run_folder.names import MANIFEST
+from dist_cpt.runtime.liveness import made_progress
 
 MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READ_VERSIONS = (1, FORMAT_VERSION)  # 1 has one hash per file, and none of the input
+CHUNK_BYTES = 64 * 2**20  # of a file that are hashed together, so that ranks can divide a check
 HEADER = np.dtype([("magic", "S9"), ("version", "<u8"), ("dtype", "u1"), ("sequences", "<u8"), ("documents", "<u8")])
 # Megatron-LM's codes of the two integer types it picks by vocabulary size.
 DTYPE_CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
@@ -33,7 +38,8 @@ LABEL_FILES: dict[LabelKind, tuple[str, np.dtype]] = {
     "answers": ("answers.bin", np.dtype(np.uint8)),
     "classes": ("classes.bin", np.dtype("<i4")),
 }
-_CHUNK = 1 << 20  # index entries, and bytes while hashing
+_CHUNK = 1 << 20  # index entries
+_READ_BYTES = 4 * 2**20
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -52,10 +58,11 @@ class StoreManifest:
     num_documents: int
     num_tokens: int
     max_token_id: int
-    files: dict[str, dict[str, Any]]  # name -> {bytes, sha256}
+    files: dict[str, dict[str, Any]]  # name -> {bytes, sha256, chunk_bytes, chunks: their sha256}
     source: dict[str, Any]  # name, path, field, policy
     counts: dict[str, Any]  # records, blank lines, empty, bad by reason ...
-    inputs: list[dict[str, Any]]  # [{path, bytes, mtime_ns}]
+    inputs: list[dict[str, Any]]  # [{path, bytes, mtime_ns, sha256}]
+    settings: str = ""  # sha256 of what makes tokens of the input
 
     @property
     def content_hash(self) -> str:
@@ -69,6 +76,53 @@ class StoreManifest:
     def label_kind(self) -> LabelKind | None:
         """The kind of labels in the store, if any."""
         return next((kind for kind, (name, _) in LABEL_FILES.items() if name in self.files), None)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a store's file, which must have this sha256."""
+
+    path: Path
+    number: int
+    start: int
+    num_bytes: int
+    sha256: str
+
+    def check(self) -> None:
+        """Read and compare it.
+
+        Raises:
+            DataError: it differs.
+        """
+        found = sha256_of(self.path, self.start, self.num_bytes)
+        if found != self.sha256:
+            raise _damaged(
+                self.path,
+                f"chunk {self.number} ({self.num_bytes} bytes from {self.start}) has sha256 {found[:12]}..., expected "
+                f"{self.sha256[:12]}... from the manifest",
+            )
+
+
+def sha256_of(path: Path, start: int, num_bytes: int) -> str:
+    """sha256 of a part of a file, or of what there is of it."""
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while num_bytes > 0 and (block := file.read(min(num_bytes, _READ_BYTES))):
+            sha256.update(block)
+            num_bytes -= len(block)
+            made_progress()
+    return sha256.hexdigest()
+
+
+def check_chunks(chunks: Sequence[Chunk]) -> None:
+    """Read and compare chunks, several at a time.
+
+    Raises:
+        DataError: names the first that differs.
+    """
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
+        list(pool.map(Chunk.check, chunks))
 
 
 class StoreWriter:
@@ -111,7 +165,12 @@ class StoreWriter:
             self._labels.write(np.ascontiguousarray(labels, dtype=LABEL_FILES[self._label_kind][1]).data)
 
     def finish(
-        self, tokenizer_hash: str, source: dict[str, Any], counts: dict[str, Any], inputs: list[dict[str, Any]]
+        self,
+        tokenizer_hash: str,
+        source: dict[str, Any],
+        counts: dict[str, Any],
+        inputs: list[dict[str, Any]],
+        settings: str = "",
     ) -> None:
         """Write the index, then the manifest as the last file, all flushed to disk."""
         files = {BIN: self._bin.finish(), IDX: self._write_index()}
@@ -129,6 +188,7 @@ class StoreWriter:
             source,
             counts,
             inputs,
+            settings,
         )
         file = _HashedFile(self._folder / MANIFEST)
         file.write(json.dumps(asdict(manifest), indent=1).encode("utf-8"))
@@ -167,20 +227,31 @@ class _HashedFile:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
-        self._sha256 = hashlib.sha256()
+        self._sha256, self._chunk = hashlib.sha256(), hashlib.sha256()
         self._num_bytes = 0
+        self._chunks: list[str] = []  # sha256 of the full ones
 
     def write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self._sha256.update(data)
-        self._num_bytes += memoryview(data).nbytes
+        rest = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(b"")
+        while rest:
+            part = rest[: CHUNK_BYTES - self._num_bytes % CHUNK_BYTES]
+            self._chunk.update(part)
+            self._num_bytes += len(part)
+            if self._num_bytes % CHUNK_BYTES == 0:
+                self._chunks.append(self._chunk.hexdigest())
+                self._chunk = hashlib.sha256()
+            rest = rest[len(part) :]
 
     def finish(self) -> dict[str, Any]:
         """Flush the file to disk and close it; its manifest entry."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        return {"bytes": self._num_bytes, "sha256": self._sha256.hexdigest()}
+        chunks = [*self._chunks, *([self._chunk.hexdigest()] if self._num_bytes % CHUNK_BYTES else [])]
+        whole = {"bytes": self._num_bytes, "sha256": self._sha256.hexdigest()}
+        return whole | {"chunk_bytes": CHUNK_BYTES, "chunks": chunks}
 
     def close(self) -> None:
         self._file.close()
@@ -215,14 +286,45 @@ class TokenStore:
             DataError: the store is incomplete or damaged.
         """
         folder = Path(folder)
-        manifest = _read_manifest(folder)
+        manifest = read_store_manifest(folder)
         for name, expected in manifest.files.items():
-            _check_file(folder / name, expected, verify)
+            _check_file(folder / name, expected)
         _check_index(folder / IDX, manifest)
         store = cls(folder, manifest)
         if int(store.lengths.sum(dtype=np.int64)) != manifest.num_tokens:
             raise _damaged(folder / IDX, f"lengths do not sum to the {manifest.num_tokens} tokens of the manifest")
+        if verify:
+            check_chunks(store.chunks())
         return store
+
+    def chunks(self) -> list[Chunk]:
+        """Every byte of the store in parts, with their hashes; of a store of format 1 whole files.
+
+        Raises:
+            DataError: the manifest does not have a hash for every part.
+        """
+        chunks = []
+        for name, entry in self.manifest.files.items():
+            size = entry["bytes"]
+            part, hashes = entry.get("chunk_bytes", size), entry.get("chunks", [entry["sha256"]] if size else [])
+            starts = range(0, size, part) if size else range(0)
+            if len(starts) != len(hashes):
+                raise _damaged(
+                    self.folder / MANIFEST, f"{len(hashes)} hashes of {name}, which has {len(starts)} chunks"
+                )
+            chunks += [
+                Chunk(self.folder / name, number, start, min(part, size - start), sha256)
+                for number, (start, sha256) in enumerate(zip(starts, hashes, strict=True))
+            ]
+        return chunks
+
+    @property
+    def place(self) -> list[list[int]]:
+        """File system, inode, size and time of every file: equal for processes that see the same store."""
+        stats = [
+            (os.statvfs(path).f_fsid, path.stat()) for path in (self.folder / name for name in self.manifest.files)
+        ]
+        return [[system, stat.st_ino, stat.st_size, stat.st_mtime_ns] for system, stat in stats]
 
     def _labels(self, kind: LabelKind) -> np.ndarray | None:
         if self.manifest.label_kind != kind:
@@ -250,10 +352,17 @@ class TokenStore:
 
 
 def _damaged(path: Path, what: str) -> DataError:
-    return DataError(f"token store: {path}: {what}", remedy="delete the store's folder and prepare again")
+    return DataError(
+        f"token store: {path}: {what}", remedy="dist-cpt prepare RECIPE sets the store aside and makes it again"
+    )
 
 
-def _read_manifest(folder: Path) -> StoreManifest:
+def read_store_manifest(folder: Path) -> StoreManifest:
+    """The manifest of a finished store.
+
+    Raises:
+        DataError: missing or damaged.
+    """
     path = folder / MANIFEST
     try:
         values = json.loads(path.read_bytes())
@@ -264,8 +373,8 @@ def _read_manifest(folder: Path) -> StoreManifest:
     except (OSError, ValueError) as error:
         raise _damaged(path, f"unreadable ({error})") from None
     version = values.get("format_version") if isinstance(values, dict) else None
-    if version != FORMAT_VERSION:
-        raise _damaged(path, f"format version {version!r}, expected {FORMAT_VERSION}")
+    if version not in _READ_VERSIONS:
+        raise _damaged(path, f"format version {version!r}, expected {' or '.join(map(str, _READ_VERSIONS))}")
     try:
         manifest = StoreManifest(**values)
         complete = {BIN, IDX} <= manifest.files.keys() and manifest.dtype in ("uint16", "int32")
@@ -276,18 +385,12 @@ def _read_manifest(folder: Path) -> StoreManifest:
     return manifest
 
 
-def _check_file(path: Path, expected: dict[str, Any], verify: bool) -> None:
+def _check_file(path: Path, expected: dict[str, Any]) -> None:
     if not path.is_file():
         raise _damaged(path, "missing")
     size = path.stat().st_size
     if size != expected["bytes"]:
         raise _damaged(path, f"{size} bytes, expected {expected['bytes']} from the manifest")
-    if not verify:
-        return
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != expected["sha256"]:
-        raise _damaged(path, f"sha256 {digest[:12]}..., expected {expected['sha256'][:12]}... from the manifest")
 
 
 def _check_index(path: Path, manifest: StoreManifest) -> None:

@@ -22,6 +22,7 @@ from dist_cpt.data.chat import chat_template
 from dist_cpt.data.loader import BlockLoader, ValidationLoader
 from dist_cpt.data.prefetch import prefetch
 from dist_cpt.data.prepare import Prepared, check_vocabulary, open_prepared, prepare
+from dist_cpt.data.store import TokenStore, check_chunks
 from dist_cpt.data.tokenizer import load_new_vocabulary, load_tokenizer, tokenizer_hash
 from dist_cpt.engines.build import build_engine
 from dist_cpt.engines.engine import InspectableEngine
@@ -38,7 +39,15 @@ from dist_cpt.run_folder.json_files import read_object
 from dist_cpt.run_folder.manifest import Identity
 from dist_cpt.run_folder.metrics import MetricsFile
 from dist_cpt.run_folder.names import ADAPTER_WEIGHTS, CONTINUED
-from dist_cpt.runtime.collectives import agree, all_reduce_ints, on_every_rank, on_rank_zero, require_equal
+from dist_cpt.runtime.collectives import (
+    agree,
+    all_reduce_ints,
+    on_every_rank,
+    on_rank_zero,
+    rank,
+    ranks_that_see,
+    require_equal,
+)
 from dist_cpt.runtime.log import LOGGER
 from dist_cpt.runtime.versions import package_versions
 from dist_cpt.train.attempt import RunContext
@@ -142,6 +151,7 @@ def check_before_hours_of_work(context: RunContext) -> StartingPoint:
     Every rank reads the same base, tokenizer and prior adapter.
     """
     config = context.config
+    base_sha256, base = base_sha256s(config.model) if config.model.path is not None else (None, {})
     if config.model.weights in QUANTISED:
         on_every_rank("model.weights", lambda: require_bitsandbytes(config.model.weights))
     if config.optim.state == "8bit":
@@ -150,7 +160,6 @@ def check_before_hours_of_work(context: RunContext) -> StartingPoint:
     tokenizer = on_every_rank("tokenizer", lambda: _load_tokenizer(context))
     if config.model.path is not None and config.task == "cpt":
         on_rank_zero("model.path", lambda: require_base_checkpoint(config.model, tokenizer))
-    base_sha256, base = base_sha256s(config.model) if config.model.path is not None else (None, {})
     adapter = sha256s_together(_adapter_files(config.adapter.continue_from))
     on_rank_zero("adapter.continue_from", lambda: _check_prior_adapter(context, adapter))
     facts: dict[str, Any] = {f"sha256 of {name} in model.path": sha256 for name, sha256 in base.items()}
@@ -171,6 +180,7 @@ def open_data(context: RunContext, tokenizer: Any) -> TrainingData:
     _prepare(context)
     prepared = on_every_rank("open data", lambda: open_prepared(config))
     require_equal({f"token store of {s.name}": s.store.manifest.content_hash for s in prepared.all_sources})
+    _check_stores([source.store for source in prepared.all_sources])
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     loader = BlockLoader(prepared, config.data.seq_len, config.seed, pad_id)
     held_out = [
@@ -217,7 +227,12 @@ def open_run(context: RunContext, data: TrainingData, model: TrainableModel) -> 
     engine = build_engine(model.module, model.trainable, groups, model.layers, config, context.device)
     identity = Identity(
         base=model.identity,
-        data={"identity": data.prepared.identity, "seq_len": config.data.seq_len, "seed": config.seed},
+        data={
+            "identity": data.prepared.identity,
+            "seq_len": config.data.seq_len,
+            "seed": config.seed,
+            "stores": [str(source.store.folder.resolve()) for source in data.prepared.all_sources],
+        },
         recipe=config.model_dump(mode="json"),
         engine=engine.kind,
     )
@@ -315,6 +330,17 @@ def _prepare(context: RunContext) -> None:
             return
         if stop:
             raise Stopped("stopped while the data was prepared; finished sources are kept")
+
+
+def _check_stores(stores: Sequence[TokenStore]) -> None:
+    """Compare every byte with its hash, each read by one of the ranks that see the same files. Collective.
+
+    Raises:
+        DataError: a chunk differs.
+    """
+    chunks = on_every_rank("token stores", lambda: [chunk for store in stores for chunk in store.chunks()])
+    ranks = ranks_that_see(on_every_rank("token stores", lambda: [store.place for store in stores]))
+    on_every_rank("token stores", lambda: check_chunks(chunks[ranks.index(rank()) :: len(ranks)]))
 
 
 def _load_tokenizer(context: RunContext) -> Any:

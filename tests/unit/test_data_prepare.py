@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -191,14 +192,45 @@ def test_changed_text_or_tokenizer_is_noticed(tokenizer_folder: Path, tmp_path: 
     corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
     config = recipe(tmp_path, tokenizer_folder)
     first = prepare(config)
-    os.utime(corpus, ns=(1, 1))  # touched, not changed: made again, the same identity
+    os.utime(corpus, ns=(1, 1))  # touched, not changed
     with pytest.raises(DataError, match=r"manifest\.json"):
         open_prepared(config)
-    touched = prepare(config)
-    assert touched.sources[0].store.folder != first.sources[0].store.folder
-    assert touched.identity == first.identity
+    touched = prepare(config, lambda *_: pytest.fail("tokenised the same bytes again"))
+    assert touched.sources[0].store.folder.samefile(first.sources[0].store.folder)
+    assert touched.identity == first.identity == open_prepared(config).identity
     write_jsonl(corpus, [*TEXTS, "more"])
     assert prepare(config).identity != first.identity
+
+
+def test_a_moved_corpus_with_its_stores_is_not_tokenised_again(tokenizer_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    write_jsonl(tmp_path / "old/corpus.jsonl", TEXTS)
+    first = prepare(recipe(tmp_path / "old", tokenizer_folder))
+    shutil.copytree(tmp_path / "old", tmp_path / "new", copy_function=shutil.copy)  # with other times
+    shutil.rmtree(tmp_path / "old")
+    config = recipe(tmp_path / "new", tokenizer_folder)
+    moved = prepare(config, lambda *_: pytest.fail("tokenised the same bytes again"))
+    assert moved.identity == first.identity == open_prepared(config).identity
+
+    write_jsonl(tmp_path / "new/corpus.jsonl", [*TEXTS[:-1], TEXTS[-1].upper()])  # as many bytes, other ones
+    assert prepare(config).identity != first.identity
+
+
+def test_a_store_with_other_bytes_is_set_aside_and_made_again(tokenizer_folder: Path, tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    config = recipe(tmp_path, tokenizer_folder)
+    made = prepare(config).sources[0].store.folder
+    os.utime(corpus, ns=(1, 1))
+    linked = prepare(config).sources[0].store.folder
+    assert linked.is_symlink()
+    content = (made / "tokens.bin").read_bytes()
+    for folder in (linked, linked):  # first a link to the store, then the store itself
+        (folder / "tokens.bin").write_bytes(bytes(len(content)))
+        assert prepare(config).sources[0].store.folder == folder  # a glance at sizes sees nothing
+        prepare(config, verify=True)
+        assert (folder / "tokens.bin").read_bytes() == content
+    assert not linked.is_symlink()
+    assert len(list(made.parent.glob("*.damaged-*"))) == 2
 
 
 def test_the_order_of_documents_does_not_depend_on_threads(

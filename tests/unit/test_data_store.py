@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_cpt.data.store import StoreWriter, TokenStore
+from dist_cpt.data.store import StoreWriter, TokenStore, check_chunks
 from dist_cpt.errors import DataError
 
 LENGTHS = np.array([3, 1, 5], dtype=np.int32)
@@ -75,7 +75,7 @@ DAMAGE = {
     "other lengths": ("tokens.idx", lambda b: b[:34] + b"\x04" + b[35:], "9 tokens", False),
     "flipped bit": ("tokens.bin", lambda b: bytes([b[0] ^ 1]) + b[1:], "sha256", True),
     "bad manifest": ("manifest.json", lambda b: b[:-5], "manifest.json", False),
-    "manifest of another format": ("manifest.json", lambda b: b.replace(b'version": 1', b'version": 2'), "2", False),
+    "manifest of another format": ("manifest.json", lambda b: b.replace(b'version": 2', b'version": 3'), "3", False),
     "manifest without a field": ("manifest.json", lambda b: b.replace(b'"dtype"', b'"d"'), "'d'", False),
 }
 
@@ -106,3 +106,32 @@ def test_manifest_is_plain_json(tmp_path: Path) -> None:
     manifest = json.loads((write(tmp_path / "s") / "manifest.json").read_text())
     assert (manifest["num_documents"], manifest["num_tokens"], manifest["max_token_id"]) == (3, 9, 9)
     assert manifest["files"]["tokens.bin"]["bytes"] == 18
+
+
+def test_every_chunk_has_a_hash_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_cpt.data.store.CHUNK_BYTES", 4)
+    folder = write(tmp_path / "s", parts=2)
+    store = TokenStore.open(folder, verify=True)
+    mine = [(chunk.start, chunk.num_bytes) for chunk in store.chunks() if chunk.path.name == "tokens.bin"]
+    assert mine == [(0, 4), (4, 4), (8, 4), (12, 4), (16, 2)]
+    content = bytearray((folder / "tokens.bin").read_bytes())
+    content[9] ^= 1
+    (folder / "tokens.bin").write_bytes(content)
+    with pytest.raises(DataError, match=r"tokens\.bin: chunk 2 \(4 bytes from 8\).*dist-cpt prepare"):
+        check_chunks(store.chunks())
+    check_chunks([chunk for chunk in store.chunks() if chunk.number != 2])
+
+
+def test_a_store_of_format_1_opens_and_is_checked_file_by_file(tmp_path: Path) -> None:
+    folder = write(tmp_path / "s")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["format_version"] = 1
+    del manifest["settings"]
+    for entry in manifest["files"].values():
+        del entry["chunk_bytes"], entry["chunks"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    store = TokenStore.open(folder, verify=True)
+    assert [chunk.num_bytes for chunk in store.chunks()] == [18, (folder / "tokens.idx").stat().st_size]
+    (folder / "tokens.bin").write_bytes(bytes(18))
+    with pytest.raises(DataError, match=r"tokens\.bin: chunk 0"):
+        TokenStore.open(folder, verify=True)
