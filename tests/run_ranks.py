@@ -102,9 +102,9 @@ class RunningRanks:
         return [process.exitcode for process in self.processes]
 
 
-def run_ranks(recipe: Path, ranks: int, *overrides: str, log: Path, **options: Any) -> list[int]:
-    """One attempt from start to end; `options` as of `RunningRanks`."""
-    return RunningRanks(recipe, ranks, *overrides, log=log, **options).finish()
+def run_ranks(recipe: Path, ranks: int, *overrides: str, log: Path, **environment: str) -> list[int]:
+    """One attempt from start to end."""
+    return RunningRanks(recipe, ranks, *overrides, log=log, **environment).finish()
 
 
 def process_stopped(pid: int) -> bool:

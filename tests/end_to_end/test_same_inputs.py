@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from tests.run_ranks import run_ranks
+from tests.run_ranks import RunningRanks, run_ranks
 
 NAME = "models--org--tiny"
 
@@ -22,6 +22,11 @@ NAME = "models--org--tiny"
 def two_ranks(made: tuple[Path, Path], tmp_path: Path, **changes: Any) -> Path:
     values = tiny.recipe(*made, tmp_path, engine={"kind": "fsdp"}, train={"tokens": 2 * 8 * tiny.SEQ_LEN}, **changes)
     return tiny.write_recipe(tmp_path / "recipe.yaml", values)
+
+
+def end(recipe: Path, log: Path, *of_rank_1: str) -> list[int]:
+    """The exit codes of two ranks that end each by itself."""
+    return RunningRanks(recipe, 2, log=log, of_rank={1: of_rank_1}).finish(grace_seconds=30.0)
 
 
 def changed_copy(base: Path, target: Path) -> Path:
@@ -36,7 +41,7 @@ def changed_copy(base: Path, target: Path) -> Path:
 def test_another_base_on_one_rank_is_refused_on_all(made, tmp_path):
     other = changed_copy(made[0], tmp_path / "other")
     log = tmp_path / "log"
-    codes = run_ranks(two_ranks(made, tmp_path), 2, log=log, of_rank={1: [f"model.path={other}"]})
+    codes = end(two_ranks(made, tmp_path), log, f"model.path={other}")
     assert codes == [64, 64], log.read_text()
     reason = json.loads((tmp_path / "tiny/exit.json").read_text())["reason"]
     assert "sha256 of model.safetensors" in reason
@@ -49,14 +54,14 @@ def test_another_base_on_one_rank_is_refused_on_all(made, tmp_path):
 def test_two_copies_of_one_base_are_one_base(made, tmp_path):
     copy = shutil.copytree(made[0], tmp_path / "copy")
     log = tmp_path / "log"
-    codes = run_ranks(two_ranks(made, tmp_path), 2, log=log, of_rank={1: [f"model.path={copy}"]})
+    codes = end(two_ranks(made, tmp_path), log, f"model.path={copy}")
     assert codes == [0, 0], log.read_text()
 
 
 @pytest.mark.matrix
 def test_another_setting_on_one_rank_is_refused_on_all(made, tmp_path):
     log = tmp_path / "log"
-    codes = run_ranks(two_ranks(made, tmp_path), 2, log=log, of_rank={1: ["optim.eps=1.0e-6"]})
+    codes = end(two_ranks(made, tmp_path), log, "optim.eps=1.0e-6")
     assert codes == [64, 64], log.read_text()
     assert "optim.eps is 1e-08 on rank 0, 1e-06 on rank 1" in log.read_text()
 
