@@ -226,6 +226,8 @@ EXCLUSIONS = (
     Exclusion((is_("adapter.continue_from.freeze_embeddings", True), is_("adapter.continue_from.mode", "train")),
               "mode train continues everything the adapter trained",
               "use adapter.continue_from.mode: fold or stack, or freeze_embeddings: false"),
+    Exclusion((is_("data.bos", "always", "never"), is_("task", "instruct", "classify")),
+              "the chat template, or the tokenizer itself, begins these texts", "leave data.bos out"),
     # vocabulary
     Exclusion((_FULL, given("embeddings.train")),
               "every parameter trains already", "leave embeddings.train out, or use adapter.kind: lora"),

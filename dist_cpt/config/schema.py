@@ -201,6 +201,8 @@ class DataConfig(Frozen):
     """A jinja template or the path of one; null means the tokenizer's own."""
     tokenizer: str | None = None
     """A tokenizer's folder or hub id; null means `embeddings.new_tokens`, else `model.path`."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Whether a document begins with the BOS token; with `auto` it does if the tokenizer begins texts with it."""
     on_bad_record: Literal["error", "skip", "quarantine"] = "error"
     """What an unreadable record does: end the run with exit code 65, be left out, or be left out and kept in a file."""
     bad_record_budget_fraction: float = Field(default=0.001, ge=0.0, le=1.0)

@@ -13,6 +13,7 @@ from dist_cpt.data.containers import BadRecord, RawRecord
 from dist_cpt.data.sources import Parse, Record, text_parser
 from dist_cpt.data.store import LabelKind
 from dist_cpt.data.token_ids import batch_ids, unpadded_copy
+from dist_cpt.data.tokenizer import adds_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,8 +49,8 @@ class Encoder(Protocol):
 
 
 class TextEncoder:
-    """Plain text, or token ids; every document ends with exactly one EOS, and the tokenizer's own special tokens are
-    not added.
+    """Plain text, or token ids; every document ends with exactly one EOS, and begins with one BOS if the tokenizer
+    begins texts so. Its other special tokens are not added.
 
     An EOS spelled out in a text ends a document there: at the end of a text it is not doubled, in the middle it
     splits the text in two.
@@ -62,9 +63,10 @@ class TextEncoder:
         eos_id = tokenizer.eos_token_id
         assert isinstance(eos_id, int)  # load_tokenizer refuses a tokenizer without one
         self._eos_id = eos_id
+        self._bos_id = tokenizer.bos_token_id if adds_bos(tokenizer) else None
 
     def describe(self, source: Source) -> dict[str, Any]:
-        return {}
+        return {} if self._bos_id is None else {"bos": self._bos_id}
 
     def parser(self, source: Source) -> Parse[str | np.ndarray]:
         read_text = text_parser(source.text)
@@ -90,6 +92,11 @@ class TextEncoder:
         if doubled.any():  # a text that ends with an EOS of its own, or has no token at all
             ids, is_eos = ids[~doubled], is_eos[~doubled]
         ends = np.flatnonzero(is_eos)
+        if self._bos_id is not None:
+            starts = np.concatenate([ends[:0], [0], ends[:-1] + 1])[: len(ends)]
+            missing = starts[ids[starts] != self._bos_id]  # a text may spell it out
+            ids = np.insert(ids, missing, self._bos_id)
+            ends = np.flatnonzero(ids == self._eos_id)
         return Encoded(ids, np.diff(ends, prepend=-1).astype(np.int32), None, [])
 
 

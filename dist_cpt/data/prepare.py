@@ -31,7 +31,7 @@ from dist_cpt.data.packing import pack
 from dist_cpt.data.prefetch import prefetch
 from dist_cpt.data.sources import ReadCounts, Record, RecordTally, SourceFiles, check_budget, find_files, read_records
 from dist_cpt.data.store import QUARANTINE, StoreWriter, TokenStore, read_store_manifest, sha256_of
-from dist_cpt.data.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_size
+from dist_cpt.data.tokenizer import load_run_tokenizer, tokenizer_hash, vocabulary_size
 from dist_cpt.errors import DataError, WriteError
 from dist_cpt.run_folder.json_files import fsync_path
 from dist_cpt.run_folder.names import MANIFEST
@@ -134,10 +134,7 @@ def open_prepared(config: RunConfig) -> Prepared:
 
 
 def _plan(config: RunConfig) -> _Plan:
-    path = config.data.tokenizer or config.model.path
-    assert path is not None  # the schema requires one of them
-    # model.revision is a revision of the model's repository only.
-    tokenizer = load_tokenizer(path, config.model.revision if path == config.model.path else None)
+    tokenizer = load_run_tokenizer(config)
     encoder = _encoder(config, tokenizer)
     sha256 = tokenizer_hash(tokenizer)
     stores = [

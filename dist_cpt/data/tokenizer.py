@@ -48,6 +48,50 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     return tokenizer
 
 
+def load_run_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer that a resolved recipe reads its text with, and that its checkpoints hold.
+
+    `data.bos` is written into it, so that training, generation and serving agree.
+
+    Raises:
+        DataError: as `load_tokenizer`, or `data.bos: always` without a BOS token.
+    """
+    path = config.data.tokenizer or config.model.path
+    assert path is not None  # the schema requires one of them
+    # model.revision is a revision of the model's repository only.
+    tokenizer = load_tokenizer(path, config.model.revision if path == config.model.path else None)
+    if config.data.bos != "auto":
+        _set_bos(tokenizer, path, wanted=config.data.bos == "always")
+    return tokenizer
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the tokenizer begins a text with its BOS token."""
+    ids = tokenizer.backend_tokenizer.encode("a").ids
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def _set_bos(tokenizer: PreTrainedTokenizerFast, path: str, *, wanted: bool) -> None:
+    """Let the tokenizer begin a text with BOS, or not; what it adds at the end is no part of a document and goes."""
+    from tokenizers import processors
+
+    if wanted and tokenizer.bos_token_id is None:
+        raise DataError(
+            f"data.bos: always, but the tokenizer {path} has no BOS token",
+            remedy="set bos_token in its tokenizer_config.json, or use data.bos: auto",
+        )
+    if adds_bos(tokenizer) == wanted:
+        return
+    token = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{token} $A" if wanted else "$A",
+        pair=f"{token} $A $B" if wanted else "$A $B",
+        special_tokens=[(token, tokenizer.bos_token_id)] if wanted else [],
+    )
+    if "add_bos_token" in tokenizer.init_kwargs:  # which would win when the tokenizer is loaded again
+        tokenizer.init_kwargs["add_bos_token"] = wanted
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """sha256 of the serialised tokenizer and its EOS id, without its padding and truncation state."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())

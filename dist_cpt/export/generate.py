@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dist_cpt.data.tokenizer import adds_bos
 from dist_cpt.errors import ConfigError
 from dist_cpt.export.checkpoint_model import find_base, load_fp32
 from dist_cpt.export.model_folder import has_tokenizer, turn_ends
@@ -105,8 +106,10 @@ def _chat_ids(tokenizer: Any, prompt: str) -> torch.Tensor:
 
 def _prompt_ids(tokenizer: Any, prompt: str) -> torch.Tensor:
     ids = tokenizer(prompt)["input_ids"] if prompt else []
-    if not ids:  # in training a document follows the eos of another one
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
+        ids.pop()  # some tokenizers end every text
+    if not ids:  # in training a document begins with its bos, or follows the eos of another one
+        start = tokenizer.bos_token_id if adds_bos(tokenizer) else tokenizer.eos_token_id
         if start is None:
             raise ConfigError("an empty prompt needs a tokenizer with a bos or eos token", remedy="give a prompt")
         ids = [start]

@@ -14,7 +14,7 @@ from dist_cpt.config.resolve import resolve_paths
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.loader import ValidationLoader
 from dist_cpt.data.prepare import prepare
-from dist_cpt.data.tokenizer import load_tokenizer
+from dist_cpt.data.tokenizer import load_run_tokenizer
 from dist_cpt.errors import ConfigError
 from dist_cpt.export.checkpoint_model import find_base
 from dist_cpt.export.merge import Blend, merged_model, untrained_model
@@ -64,8 +64,7 @@ def _recipe(checkpoint: Path) -> RunConfig:
 
 
 def _held_out(config: RunConfig) -> list[ValidationLoader]:
-    assert config.data.tokenizer is not None  # resolve_paths fills it in
-    tokenizer: Any = load_tokenizer(config.data.tokenizer, None)
+    tokenizer: Any = load_run_tokenizer(config)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     prepared = prepare(config)
     return [

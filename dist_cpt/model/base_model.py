@@ -24,6 +24,7 @@ from dist_cpt.run_folder.names import MODEL_CONFIG
 from dist_cpt.runtime.collectives import gather_json, on_every_rank, rank, ranks_that_see
 
 WEIGHTS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+VOCABULARY_MULTIPLE = 64  # rows of a new vocabulary matrix, for the tiles of a GPU's matrix product
 _WEIGHTS = "model*.safetensors"  # the names that transformers loads
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -157,6 +158,17 @@ def load_base(config: RunConfig, device: torch.device, base_sha256: str | None =
     return _from_folder(config.model, dtype, device, base_sha256)
 
 
+def with_vocabulary_size(config: RunConfig, num_token_ids: int) -> RunConfig:
+    """The recipe with a vocab_size in `model.config`: its own, or rows for all token ids."""
+    values = config.model.config
+    if values is None or "vocab_size" in values:
+        return config
+    rows = -(-num_token_ids // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"config": values | {"vocab_size": rows}})}
+    )
+
+
 def describe(hf_config: Any) -> dict[str, Any]:
     """The part of a base's identity that its configuration determines."""
     return {
@@ -209,7 +221,7 @@ def _from_folder(
             model = quantize.require_complete(folder, *loaded)
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise ConfigError(f"model.path: {settings.path} cannot be loaded: {_one_line(error)}") from error
-    identity = {"path": settings.path, "revision": commit_of(folder, settings.revision)}
+    identity: dict[str, Any] = {"path": settings.path, "revision": commit_of(folder, settings.revision)}
     identity["sha256"] = base_sha256 or weights_sha256(folder)
     if settings.weights in quantize.QUANTISED:
         identity |= quantize.identity_of(model, settings.weights, stored is not None)

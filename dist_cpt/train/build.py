@@ -23,12 +23,12 @@ from dist_cpt.data.loader import BlockLoader, ValidationLoader
 from dist_cpt.data.prefetch import prefetch
 from dist_cpt.data.prepare import Prepared, check_vocabulary, open_prepared, prepare
 from dist_cpt.data.store import TokenStore, check_chunks
-from dist_cpt.data.tokenizer import load_new_vocabulary, load_tokenizer, tokenizer_hash
+from dist_cpt.data.tokenizer import load_new_vocabulary, load_run_tokenizer, tokenizer_hash
 from dist_cpt.engines.build import build_engine
 from dist_cpt.engines.engine import InspectableEngine
 from dist_cpt.errors import ConfigError, Stopped
 from dist_cpt.health.stragglers import ComputeClock, StragglerWatch, timed_modules
-from dist_cpt.model.base_model import base_sha256s, check_base, commit_of, sha256s_together
+from dist_cpt.model.base_model import base_sha256s, check_base, commit_of, sha256s_together, with_vocabulary_size
 from dist_cpt.model.continue_from import ProbeBlock
 from dist_cpt.model.load import TrainableModel, load_model
 from dist_cpt.model.safety_checks import require_base_checkpoint
@@ -192,7 +192,7 @@ def open_data(context: RunContext, tokenizer: Any) -> TrainingData:
 
 def build_model(context: RunContext, start: StartingPoint, data: TrainingData) -> TrainableModel:
     """The base, its adapter and what trains of it, self-checked on blocks of the corpus. Collective."""
-    config = context.config
+    config = with_vocabulary_size(context.config, data.prepared.vocab_size)
 
     def load() -> TrainableModel:
         probe = None
@@ -344,9 +344,8 @@ def _check_stores(stores: Sequence[TokenStore]) -> None:
 
 
 def _load_tokenizer(context: RunContext) -> Any:
-    config, path = context.config, context.config.data.tokenizer
-    assert path is not None  # resolve_paths fills it in
-    tokenizer = load_tokenizer(path, config.model.revision if path == config.model.path else None)
+    config = context.config
+    tokenizer: Any = load_run_tokenizer(config)
     if config.task == "instruct":  # saved with the model, which answers only under the template it was taught
         tokenizer.chat_template = chat_template(tokenizer, config.data.chat_template)
     return tokenizer

@@ -34,5 +34,6 @@ def write_sample(run: Run, progress: Progress) -> None:
         ids.append(broadcast_json(int(token)))
         if ids[-1] == tokenizer.eos_token_id:
             break
-    sample = {"prompt": tokenizer.decode(ids[:prompt]), "text": tokenizer.decode(ids[prompt:]), "step": progress.step}
+    before, after = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:prompt], ids[prompt:]))
+    sample = {"prompt": before, "text": after, "step": progress.step}
     on_rank_zero("sample", lambda: run.context.claim.write(SAMPLE, sample))

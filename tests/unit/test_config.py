@@ -107,6 +107,7 @@ EXCLUDED = [  # a recipe for each row of the table, in its order, and what the r
         {"adapter.continue_from": {**PRIOR, "freeze_embeddings": True}},
         "adapter.continue_from.freeze_embeddings: true, adapter.continue_from.mode: train",
     ),
+    ({**CLASSES, "data.bos": "never"}, "data.bos: never, task: classify"),
     ({"adapter.kind": "none", "embeddings.train": ["lm_head"]}, "adapter.kind: none, embeddings.train: [lm_head]"),
     ({**CLASSES, "embeddings.train": ["lm_head"]}, "task: classify, embeddings.train: [lm_head]"),
     ({"embeddings.pad_rows_to": 8}, "embeddings.new_tokens: null, embeddings.pad_rows_to: 8"),

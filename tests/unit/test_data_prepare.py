@@ -19,7 +19,7 @@ from dist_cpt.data.encode import TextEncoder
 from dist_cpt.data.prepare import check_vocabulary, data_report, open_prepared, prepare
 from dist_cpt.data.sources import Record
 from dist_cpt.data.store import TokenStore
-from dist_cpt.data.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_size
+from dist_cpt.data.tokenizer import adds_bos, load_run_tokenizer, load_tokenizer, tokenizer_hash, vocabulary_size
 from dist_cpt.errors import DataError, WriteError
 
 TEXTS = ["Die Berufung ist zulässig.", "def f(x):\n    return x\n", "naïve 文字 🙂", "a", "  spaced  "]
@@ -98,19 +98,18 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 # The tokenizer.
 
 
-def test_each_document_ends_with_exactly_one_eos(tokenizer_folder: Path) -> None:
+def test_each_document_has_exactly_one_bos_and_one_eos(tokenizer_folder: Path) -> None:
     tokenizer = load_tokenizer(str(tokenizer_folder))
-    assert tokenizer("a").input_ids[0] == 2  # this tokenizer adds special tokens of its own when asked
     documents = encode(tokenizer, TEXTS)
-    assert [tokenizer.decode(d[:-1]) for d in documents] == TEXTS
-    assert [d[:-1] for d in documents] == [tokenizer.encode(t, add_special_tokens=False) for t in TEXTS]
-    assert all(d[-1] == 0 and min(d[:-1]) > 2 for d in documents)
+    assert [tokenizer.decode(d[1:-1]) for d in documents] == TEXTS
+    assert documents == [tokenizer.encode(t) for t in TEXTS]
+    assert all(d[0] == 2 and d[-1] == 0 and min(d[1:-1]) > 2 for d in documents)
 
 
 def test_an_eos_spelled_out_in_a_text_is_not_doubled(tokenizer_folder: Path) -> None:
     tokenizer = load_tokenizer(str(tokenizer_folder))
     documents = encode(tokenizer, ["<eos>", "one<eos>", "two<eos>three", "<eos><eos>four<eos><eos>"])
-    assert [tokenizer.decode(d) for d in documents] == ["one<eos>", "two<eos>", "three<eos>", "four<eos>"]
+    assert [tokenizer.decode(d) for d in documents] == [f"<s>{t}<eos>" for t in ("one", "two", "three", "four")]
     assert encode(tokenizer, ["<eos>"]) == []
 
 
@@ -169,7 +168,7 @@ def test_stores_hold_the_documents_and_the_second_time_is_free(tokenizer_folder:
     tokenizer = load_tokenizer(str(tokenizer_folder))
     store = prepared.sources[0].store
     assert [tokenizer.decode(store.document(i)) for i in range(store.num_documents)] == [
-        f"{t}<eos>" for t in [*TEXTS, "x", "y"]
+        f"<s>{t}<eos>" for t in [*TEXTS, "x", "y"]
     ]
     TokenStore.open(store.folder, verify=True)
     assert not leftovers(config)
@@ -329,3 +328,60 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tokenizer_folder: Pat
     corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
     with pytest.raises(DataError, match=r"corpus\.jsonl changed"):
         prepare(recipe(tmp_path, tokenizer_folder), lambda *_: os.utime(corpus, ns=(1, 1)))
+
+
+# The beginning of a document.
+
+
+@pytest.mark.parametrize(("bos", "first"), [("auto", 2), ("always", 2), ("never", None)])
+def test_a_document_begins_as_the_tokenizer_begins_a_text(
+    tmp_path: Path, tokenizer_folder: Path, bos: str, first: int | None
+) -> None:
+    """In the store, and in the tokenizer that checkpoints hold, also after it is loaded again."""
+    write_jsonl(tmp_path / "corpus.jsonl", ["one", "<s>two", "three<eos>four", "five" * 40])
+    config = recipe(tmp_path, tokenizer_folder, bos=bos)
+    store = prepare(config).sources[0].store
+    documents = [store.document(index).tolist() for index in range(store.num_documents)]
+    assert len(documents) == 5
+    assert [d.count(2) for d in documents] == ([1] * 5 if first else [0, 1, 0, 0, 0])  # one text spells it out
+    assert all(d[0] == 2 for d in documents) or first is None
+    tokenizer = load_run_tokenizer(config)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    saved = load_tokenizer(str(tmp_path / "saved"))
+    assert adds_bos(saved) == (first is not None)
+    if bos == "never":
+        assert saved("one").input_ids == documents[0][:-1]
+
+
+def test_settings_of_bos_have_stores_of_their_own(tmp_path: Path, tokenizer_folder: Path) -> None:
+    write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    stores = {bos: prepare(recipe(tmp_path, tokenizer_folder, bos=bos)) for bos in ("auto", "never")}
+    assert stores["auto"].identity != stores["never"].identity
+    assert len(list(cache_of(recipe(tmp_path, tokenizer_folder)).iterdir())) == 2
+
+
+def test_bos_asked_of_a_tokenizer_without_one(tmp_path: Path, tokenizer_folder: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    with pytest.raises(DataError, match=r"data\.bos"):
+        prepare(recipe(tmp_path, folder, bos="always"))
+
+
+def test_a_llama_tokenizer_that_is_told_not_to_add_bos_keeps_to_it(tmp_path: Path) -> None:
+    """Its class builds the post-processor from a key of tokenizer_config.json when it is loaded."""
+    from transformers import LlamaTokenizer
+
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "▁a": 5}
+    LlamaTokenizer(vocab=vocabulary, merges=[("▁", "a")], add_bos_token=True).save_pretrained(tmp_path / "llama")
+    assert adds_bos(load_tokenizer(str(tmp_path / "llama")))
+    (tmp_path / "corpus.txt").write_text("a")
+    source = [{"path": str(tmp_path / "corpus.txt")}]
+    for bos, first in (("auto", 1), ("never", 5)):
+        config = recipe(tmp_path, tmp_path / "llama", bos=bos, sources=source)
+        assert prepare(config).sources[0].store.document(0)[0] == first
+        load_run_tokenizer(config).save_pretrained(tmp_path / bos)
+        assert adds_bos(load_tokenizer(str(tmp_path / bos))) == (bos == "auto")

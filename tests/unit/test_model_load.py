@@ -10,7 +10,7 @@ from dist_cpt.config.load import build
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import check_config
-from dist_cpt.model.base_model import build_config
+from dist_cpt.model.base_model import build_config, with_vocabulary_size
 from dist_cpt.model.load import load_model
 from dist_cpt.model.loss import LossHead
 
@@ -137,6 +137,15 @@ def test_from_scratch_is_the_seed_and_the_config():
     assert first.identity == again.identity
     assert first.identity["sha256"] != other.identity["sha256"]
     assert first.identity["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_a_model_from_scratch_has_the_tokenizers_rows():
+    values = {key: value for key, value in LLAMA.items() if key != "vocab_size"}
+    config = recipe({"config": values}, adapter={"kind": "none"}, embeddings={})
+    model = load_model(with_vocabulary_size(config, 1_501), device=CPU)
+    assert model.hf_config.vocab_size == model.identity["vocab_size"] == 1_536
+    given = recipe({"config": dict(LLAMA)}, adapter={"kind": "none"}, embeddings={})
+    assert with_vocabulary_size(given, 1_501) == given
 
 
 def test_lora_starts_the_same_on_every_rank(bases):
