@@ -20,6 +20,9 @@ TensorKey = tuple[StateKind, str]  # (kind, canonical name)
 # (kind, canonical name, start, stop) -> flat fp32 CPU values [stop - start] of the full tensor in C order
 ReadState = Callable[[StateKind, str, int, int], "torch.Tensor"]
 
+# (rank that reads, kind, canonical name) of every tensor, the same on every rank
+ReadingOrder = Sequence[tuple[int, StateKind, str]]
+
 OwnerOf = Callable[[StateKind, str], int]  # the rank that gets the whole tensor
 
 
@@ -43,6 +46,6 @@ class ExportedTensor:
 
 
 class ExportState(Protocol):
-    """Yields every trainable tensor's `kinds`, in the groups' order, whole on its owner. Collective."""
+    """Yields every trainable tensor's `kinds`, name by name in the groups' order, whole on its owner. Collective."""
 
     def __call__(self, owner_of: OwnerOf, kinds: Sequence[StateKind] = STATE_KINDS) -> Iterator[ExportedTensor]: ...

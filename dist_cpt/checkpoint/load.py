@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dist_cpt.checkpoint.plan_files import reading_order
 from dist_cpt.checkpoint.quick_check import summary
 from dist_cpt.checkpoint.safetensors_stream import TensorFile
 from dist_cpt.checkpoint.verify import verify_checkpoint, verify_together
@@ -15,21 +16,21 @@ from dist_cpt.errors import CheckpointError
 from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state, step_of, superseded
 from dist_cpt.run_folder.manifest import Identity, Manifest
 from dist_cpt.run_folder.train_state import TrainState
-from dist_cpt.runtime.collectives import broadcast_json, rank
-from dist_cpt.training_state import StateKind, TensorSpec
+from dist_cpt.runtime.collectives import broadcast_json, rank, world_size
+from dist_cpt.training_state import ReadingOrder, StateKind, TensorSpec
 
 _PLACES = {"path", "revision", "stores"}  # of an identity: its content is compared, so that all of it may move
 
 
 class LoadedCheckpoint:
-    """An open checkpoint: its manifest and state, and slices of its tensors on demand."""
+    """An open checkpoint: its manifest and state, and slices of its tensors on demand, one file open at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest: Manifest = read_manifest(path)
         self.state: TrainState = read_state(path)
         self._entries = {tensor.name: tensor for tensor in self.manifest.tensors}
-        self._files: dict[str, TensorFile] = {}
+        self._file: tuple[str, TensorFile] | None = None
 
     def read(self, kind: StateKind, name: str, start: int, stop: int) -> torch.Tensor:
         """Flat fp32 CPU [stop - start]: these elements of a full tensor in C order, read from the disk now.
@@ -40,16 +41,23 @@ class LoadedCheckpoint:
         entry = self._entries.get(name)
         if entry is None or kind not in entry.file:
             raise CheckpointError(f"{self.path.name} has no {kind} of {name}")
-        file_name = entry.file[kind]
-        if file_name not in self._files:
-            self._files[file_name] = TensorFile(self.path / file_name)
-        return self._files[file_name].read(name if kind == "master" else f"{kind}.{name}", start, stop)
+        return self._open(entry.file[kind]).read(name if kind == "master" else f"{kind}.{name}", start, stop)
+
+    def reading_order(self) -> ReadingOrder:
+        """Which rank reads which tensor for all: the files it has verified, one by one."""
+        return reading_order(self.manifest, world_size())
 
     def close(self) -> None:
-        """Close the files."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        """Close the file that is open."""
+        if self._file is not None:
+            self._file[1].close()
+            self._file = None
+
+    def _open(self, name: str) -> TensorFile:
+        if self._file is None or self._file[0] != name:
+            self.close()
+            self._file = (name, TensorFile(self.path / name))
+        return self._file[1]
 
     def __enter__(self) -> LoadedCheckpoint:
         return self

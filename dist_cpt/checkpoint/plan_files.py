@@ -1,4 +1,4 @@
-"""Which rank writes which tensor into which file."""
+"""Which rank writes which tensor into which file, and which one reads it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from dist_cpt.run_folder.json_files import canonical_json
+from dist_cpt.run_folder.manifest import Manifest
 from dist_cpt.run_folder.names import ADAPTER_WEIGHTS
-from dist_cpt.training_state import STATE_KINDS, TensorKey, TensorSpec
+from dist_cpt.training_state import STATE_KINDS, StateKind, TensorKey, TensorSpec
 
 Owners = dict[TensorKey, int]
 
@@ -67,6 +69,23 @@ def plan_files(
     if adapter:
         return [PlannedFile(ADAPTER_WEIGHTS, 0, model[0]), *_numbered("optimizer", optimizer)]
     return [*_numbered("model", model), *_numbered("optimizer", optimizer)]
+
+
+def files_by_rank(manifest: Manifest, world_size: int) -> list[list[str]]:
+    """The files that each rank reads, each file on one rank, the largest spread first."""
+    largest_first = sorted(manifest.files, key=lambda name: (-manifest.files[name].num_bytes, name))
+    return [largest_first[rank::world_size] for rank in range(world_size)]
+
+
+def reading_order(manifest: Manifest, world_size: int) -> list[tuple[int, StateKind, str]]:
+    """(reader, kind, name) of every tensor: each rank goes through its files one by one, and the ranks take turns."""
+    tensors: dict[str, list[TensorKey]] = {name: [] for name in manifest.files}
+    for tensor in manifest.tensors:
+        for kind in STATE_KINDS:
+            tensors[tensor.file[kind]].append((kind, tensor.name))
+    queues = [[key for name in files for key in tensors[name]] for files in files_by_rank(manifest, world_size)]
+    turns = zip_longest(*queues)
+    return [(rank, *key) for turn in turns for rank, key in enumerate(turn) if key is not None]
 
 
 def model_index(files: Iterable[PlannedFile], specs: Sequence[TensorSpec]) -> bytes:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from dist_cpt.checkpoint.plan_files import files_by_rank
 from dist_cpt.checkpoint.quick_check import quick_check
 from dist_cpt.checkpoint.safetensors_stream import file_sha256, scan
 from dist_cpt.data.store import TokenStore
@@ -78,8 +79,7 @@ def verify_together(path: Path) -> list[str]:
         return problems
     try:
         manifest = read_manifest(path)
-        largest_first = sorted(manifest.files, key=lambda name: (-manifest.files[name].num_bytes, name))
-        mine = _file_problems(path, manifest, largest_first[rank() :: world_size()])
+        mine = _file_problems(path, manifest, files_by_rank(manifest, world_size())[rank()])
     except CheckpointError as error:  # rank 0 could read it a moment ago
         mine = [f"rank {rank()}: {error.message}"]
     return [problem for share in gather_json(mine) for problem in share]

@@ -13,7 +13,15 @@ from typing import Protocol
 import torch
 
 from dist_cpt.data.batch import Batch
-from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, OwnerOf, ReadState, StateKind
+from dist_cpt.training_state import (
+    STATE_KINDS,
+    ExportedTensor,
+    ExportState,
+    OwnerOf,
+    ReadingOrder,
+    ReadState,
+    StateKind,
+)
 
 
 @dataclass(frozen=True)
@@ -67,8 +75,11 @@ class Engine(Protocol):
         """
         ...
 
-    def import_state(self, read: ReadState, step: int) -> None:
-        """Replace masters, moments and the optimizer's step counter, and refresh the compute copies."""
+    def import_state(self, read: ReadState, step: int, order: ReadingOrder | None = None) -> None:
+        """Replace masters, moments and the optimizer's step counter, and refresh the compute copies.
+
+        Without `order` every rank reads its own parts; with it, one rank reads each tensor for all. Collective.
+        """
         ...
 
     def close(self) -> None:

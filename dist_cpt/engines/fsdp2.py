@@ -33,7 +33,7 @@ from dist_cpt.errors import ConfigError
 from dist_cpt.optim.groups import ParamGroup, eight_bit_names
 from dist_cpt.optim.optimizer import AdamW
 from dist_cpt.runtime.env import process_env
-from dist_cpt.training_state import ReadState
+from dist_cpt.training_state import ReadingOrder, ReadState
 
 
 class Fsdp2Engine:
@@ -101,8 +101,8 @@ class Fsdp2Engine:
         for parameter in self._parameters.values():
             parameter.grad = None
 
-    def import_state(self, read: ReadState, step: int) -> None:
-        self._state.import_(read)
+    def import_state(self, read: ReadState, step: int, order: ReadingOrder | None = None) -> None:
+        self._state.import_(read, order)
         self._adam.steps = step
 
     def gradient_probe(self) -> dict[str, tuple[float, float]]:

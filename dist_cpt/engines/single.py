@@ -22,7 +22,7 @@ from dist_cpt.errors import ConfigError
 from dist_cpt.optim.groups import ParamGroup, eight_bit_names
 from dist_cpt.optim.optimizer import AdamW
 from dist_cpt.runtime.collectives import world_size
-from dist_cpt.training_state import ReadState
+from dist_cpt.training_state import ReadingOrder, ReadState
 
 # Per call of the optimizer: bounds the fp32 copies of bf16 gradients. On a GPU small calls cost only launches.
 UPDATE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
@@ -96,8 +96,8 @@ class SingleEngine:
     def discard(self) -> None:
         self._grads.clear()
 
-    def import_state(self, read: ReadState, step: int) -> None:
-        self._state.import_(read)
+    def import_state(self, read: ReadState, step: int, order: ReadingOrder | None = None) -> None:
+        self._state.import_(read, order)
         self._adam.steps = step
         self._refresh()
 

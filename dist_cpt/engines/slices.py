@@ -1,16 +1,21 @@
 """The training state as flat slices: which part of each tensor a rank holds, and how the parts travel.
 
 An engine states once which elements of every flattened tensor this rank holds, and how they are read and written.
-Export sends the parts of one tensor to its owner; import touches local parts only, so that no collective comes between
-two reads and a rank that fails does not leave the others waiting. A snapshot copies this rank's parts to the CPU, to be
+Export sends the parts of each tensor to its owner, import sends what one rank has read to all that hold parts of it.
+Both keep as many tensors under way as there are ranks: ranks that take turns write, hash or read at the same time, and
+none waits for another's disk. Parts travel from host memory over gloo, also where the collectives of training are
+NCCL's, which would need a communicator for every pair of ranks. A snapshot copies this rank's parts to the CPU, to be
 exported from another thread while training continues.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,12 +25,22 @@ from dist_cpt.adapters.quantize import quantisation_state
 from dist_cpt.errors import CheckpointError
 from dist_cpt.runtime.collectives import agree, current_group, gather_json, rank, world_size
 from dist_cpt.runtime.liveness import made_progress
-from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, OwnerOf, ReadState, StateKind
+from dist_cpt.training_state import (
+    STATE_KINDS,
+    ExportedTensor,
+    ExportState,
+    OwnerOf,
+    ReadingOrder,
+    ReadState,
+    StateKind,
+)
 
 NORM_ELEMENTS = 1 << 16  # of one fp32 sum of squares
+WHOLE_TENSORS = 2  # under way at one rank: one arrives, or leaves, while another one is written or read
 
 Read = Callable[[StateKind, str], torch.Tensor]  # fp32 [stop - start]: this rank's elements, live or a copy
 Write = Callable[[StateKind, str, torch.Tensor], None]  # replaces them by fp32 CPU values [stop - start]
+Part = tuple[int, int, int]  # (rank, start, stop) in the flattened tensor
 
 
 class SlicedState:
@@ -49,19 +64,25 @@ class SlicedState:
         self._write = write
         self._device = device
         self._copies: dict[tuple[StateKind, str], torch.Tensor] = {}
-        mine = [list(ranges[name]) if primary else [0, 0] for name in shapes]
-        by_rank = gather_json(mine)
-        self._layout = {
-            name: [(r, *by_rank[r][i]) for r in range(len(by_rank)) if by_rank[r][i][0] < by_rank[r][i][1]]
-            for i, name in enumerate(shapes)
-        }
+        self._host_group: Any = None
+        if device.type == "cuda" and world_size() > 1:
+            self._host_group = dist.new_group(backend="gloo")
+        by_rank = gather_json([primary, [list(ranges[name]) for name in shapes]])
+        self._holders: dict[str, list[Part]] = {name: [] for name in shapes}
+        self._senders: dict[str, list[Part]] = {name: [] for name in shapes}
+        for number, (sends, parts) in enumerate(by_rank):
+            for name, (start, stop) in zip(shapes, parts, strict=True):
+                if start < stop:
+                    self._holders[name].append((number, start, stop))
+                    if sends:
+                        self._senders[name].append((number, start, stop))
         for name, shape in self.shapes.items():
-            covered = sum(stop - start for _, start, stop in self._layout[name])
+            covered = sum(stop - start for _, start, stop in self._senders[name])
             assert covered == shape.numel(), f"{name}: the ranks' parts cover {covered} of {shape.numel()} elements"
 
     def export(self, owner_of: OwnerOf, kinds: Sequence[StateKind] = STATE_KINDS) -> Iterator[ExportedTensor]:
         """Yield every tensor of `kinds`, whole on its owner's CPU. Collective."""
-        return self._export(self._read, self._device, owner_of, kinds)
+        return self._export(self._read, owner_of, kinds)
 
     def snapshot(self) -> ExportState:
         """Copy the parts this rank sends to the CPU (pinned for a GPU), and return an `export` of the copies.
@@ -69,7 +90,7 @@ class SlicedState:
         The next snapshot overwrites them, so the export must have ended by then. It may run on another thread, over
         that thread's process group.
         """
-        for name, parts in self._layout.items():
+        for name, parts in self._senders.items():
             if all(sender != rank() for sender, _, _ in parts):
                 continue
             for kind in STATE_KINDS:
@@ -81,22 +102,29 @@ class SlicedState:
                 copy.copy_(values, non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()  # host sync: the step that follows overwrites
-        return partial(self._export, lambda kind, name: self._copies[kind, name], torch.device("cpu"))
+        return partial(self._export, lambda kind, name: self._copies[kind, name])
 
-    def import_(self, read: ReadState) -> None:
-        """Overwrite this rank's part of every tensor.
+    def import_(self, read: ReadState, order: ReadingOrder | None = None) -> None:
+        """Overwrite this rank's part of every tensor. Collective.
+
+        With an `order`, each tensor is read by one rank, which sends the others their parts; without, every rank
+        reads its own parts.
 
         Raises:
             CheckpointError: on all ranks if `read` failed on one; the state is then undefined.
         """
-        error: CheckpointError | None = None
-        try:
-            self._read_all(read)
-        except CheckpointError as raised:
-            error = raised
-        except Exception as raised:
-            error = CheckpointError(f"reading the training state: {type(raised).__name__}: {raised}")
-            error.__cause__ = raised
+        error: Exception | None = None
+        if order is not None:
+            error = self._scatter_all(read, order)
+        else:
+            try:
+                self._read_all(read)
+            except Exception as raised:
+                error = raised
+        if error is not None and not isinstance(error, CheckpointError):
+            cause = error
+            error = CheckpointError(f"reading the training state: {type(cause).__name__}: {cause}")
+            error.__cause__ = cause
         agree(error, "import of the training state")
 
     def _read_all(self, read: ReadState) -> None:
@@ -104,51 +132,117 @@ class SlicedState:
             for name, (start, stop) in self.ranges.items():
                 if start == stop:
                     continue
-                values = read(kind, name, start, stop)
-                if values.numel() != stop - start:
-                    raise CheckpointError(
-                        f"{kind}.{name}: asked for elements {start} to {stop}, got {values.numel()} values"
-                    )
-                self._write(kind, name, values.reshape(-1))
+                self._write(kind, name, _checked(read, kind, name, start, stop))
+
+    def _scatter_all(self, read: ReadState, order: ReadingOrder) -> Exception | None:
+        """The first error here; after it this rank still sends what the others wait for, as zeros."""
+        error: Exception | None = None
+        under_way: deque[_UnderWay] = deque()
+
+        def write_oldest() -> None:
+            nonlocal error
+            oldest = under_way.popleft()
+            part = oldest.wait()
+            try:
+                if part is not None and error is None:
+                    self._write(oldest.kind, oldest.name, part)
+            except Exception as raised:
+                error = raised
+
+        for reader, kind, name in order:
+            while _is_full(under_way, reader):
+                write_oldest()
+            whole: torch.Tensor | None = None
+            if reader == rank():
+                whole = torch.zeros(self.shapes[name].numel())
+                try:
+                    whole = whole if error else _checked(read, kind, name, 0, whole.numel())
+                except Exception as raised:
+                    error = raised
+            under_way.append(self._scatter(kind, name, whole, reader))
+        while under_way:
+            write_oldest()
+        return error
 
     def _export(
-        self, read: Read, device: torch.device, owner_of: OwnerOf, kinds: Sequence[StateKind] = STATE_KINDS
+        self, read: Read, owner_of: OwnerOf, kinds: Sequence[StateKind] = STATE_KINDS
     ) -> Iterator[ExportedTensor]:
-        for kind in kinds:
-            for name, shape in self.shapes.items():
-                local = partial(read, kind, name)
-                whole = _assemble(shape.numel(), self._layout[name], local, device, owner_of(kind, name))
-                yield ExportedTensor(kind, name, None if whole is None else whole.view(shape))
-                made_progress()
+        under_way: deque[_UnderWay] = deque()
+        for name in self.shapes:
+            for kind in kinds:
+                owner = owner_of(kind, name)
+                while _is_full(under_way, owner):
+                    yield self._exported(under_way.popleft())
+                under_way.append(self._gather(kind, name, read, owner))
+        while under_way:
+            yield self._exported(under_way.popleft())
+
+    def _exported(self, arriving: _UnderWay) -> ExportedTensor:
+        values = arriving.wait()
+        shape = self.shapes[arriving.name]
+        return ExportedTensor(arriving.kind, arriving.name, None if values is None else values.view(shape))
+
+    def _gather(self, kind: StateKind, name: str, read: Read, owner: int) -> _UnderWay:
+        """Send this rank's part of a tensor to its owner, or receive all of them there."""
+        me, group = rank(), current_group() or self._host_group
+        whole = torch.empty(self.shapes[name].numel(), dtype=torch.float32) if me == owner else None
+        tensor = _UnderWay(kind, name, owner, whole)
+        for sender, start, stop in self._senders[name]:
+            if whole is not None and sender == owner:
+                whole[start:stop].copy_(read(kind, name))
+            elif whole is not None:
+                tensor.works.append(dist.irecv(whole[start:stop], sender, group=group))
+            elif sender == me:
+                tensor.source = read(kind, name).cpu().contiguous()
+                tensor.works.append(dist.isend(tensor.source, owner, group=group))
+        return tensor
+
+    def _scatter(self, kind: StateKind, name: str, whole: torch.Tensor | None, reader: int) -> _UnderWay:
+        """Send each rank its part of a tensor from the reader, or receive it from there."""
+        me, group = rank(), current_group() or self._host_group
+        tensor = _UnderWay(kind, name, reader, None, whole)
+        for holder, start, stop in self._holders[name]:
+            if whole is not None and holder == reader:
+                tensor.result = whole[start:stop]
+            elif whole is not None:
+                tensor.works.append(dist.isend(whole[start:stop], holder, group=group))
+            elif holder == me:
+                tensor.result = torch.empty(stop - start, dtype=torch.float32)
+                tensor.works.append(dist.irecv(tensor.result, reader, group=group))
+        return tensor
 
 
-def _assemble(
-    num_elements: int,
-    parts: Sequence[tuple[int, int, int]],
-    local: Callable[[], torch.Tensor],
-    device: torch.device,
-    owner: int,
-) -> torch.Tensor | None:
-    """The flat tensor on its owner's CPU; parts are sent as tensors on `device`."""
-    me = rank()
-    whole = torch.empty(num_elements, dtype=torch.float32) if me == owner else None
-    for sender, start, stop in parts:
-        if whole is not None and sender == owner:
-            whole[start:stop].copy_(local())
-        elif whole is not None:
-            _receive(whole[start:stop], sender, device)
-        elif me == sender:
-            dist.send(local().contiguous(), owner, group=current_group())
-    return whole
+@dataclass
+class _UnderWay:
+    """A tensor whose parts travel to or from the rank that has it whole."""
+
+    kind: StateKind
+    name: str
+    at: int  # that rank
+    result: torch.Tensor | None  # here, after `wait`: whole or a part
+    source: torch.Tensor | None = None  # must live until it has left
+    works: list[dist.Work | None] = field(default_factory=list)
+
+    def wait(self) -> torch.Tensor | None:
+        for work in self.works:
+            assert work is not None, "this rank is not in the group"
+            work.wait()
+        made_progress()
+        return self.result
 
 
-def _receive(part: torch.Tensor, source: int, device: torch.device) -> None:
-    if device.type == "cpu":
-        dist.recv(part, source, group=current_group())
-        return
-    staged = torch.empty(part.numel(), dtype=part.dtype, device=device)
-    dist.recv(staged, source, group=current_group())
-    part.copy_(staged)
+def _is_full(under_way: Collection[_UnderWay], at: int) -> bool:
+    """Whether the oldest tensor must arrive before another one, whole on rank `at`, may start."""
+    whole_here = sum(other.at == rank() for other in under_way)
+    return len(under_way) >= world_size() or (at == rank() and whole_here >= WHOLE_TENSORS)
+
+
+def _checked(read: ReadState, kind: StateKind, name: str, start: int, stop: int) -> torch.Tensor:
+    """Flat values [stop - start]."""
+    values = read(kind, name, start, stop)
+    if values.numel() != stop - start:
+        raise CheckpointError(f"{kind}.{name}: asked for elements {start} to {stop}, got {values.numel()} values")
+    return values.reshape(-1)
 
 
 def global_norm(grads: Iterable[torch.Tensor], device: torch.device, replicas: int = 1) -> float:

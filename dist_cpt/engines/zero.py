@@ -37,7 +37,7 @@ from dist_cpt.engines.slices import SlicedState, frozen_tensors, storage_bytes
 from dist_cpt.errors import ConfigError, MissingExtraError
 from dist_cpt.optim.groups import ParamGroup, eight_bit_names
 from dist_cpt.optim.optimizer import AdamW, FlatAdamW
-from dist_cpt.training_state import ReadState, StateKind
+from dist_cpt.training_state import ReadingOrder, ReadState, StateKind
 
 TESTED_VERSION = "0.19.8"
 BUCKET_ELEMENTS = 200_000_000  # of one reduction, in fp32 0.8 GB on the device
@@ -117,8 +117,8 @@ class ZeroEngine:
         self._engine.step()
         assert self._zero.overflow, "deepspeed applied a step that was to be dropped"
 
-    def import_state(self, read: ReadState, step: int) -> None:
-        self._state.import_(read)
+    def import_state(self, read: ReadState, step: int, order: ReadingOrder | None = None) -> None:
+        self._state.import_(read, order)
         if self._named is not None:
             self._named.steps = step
         else:

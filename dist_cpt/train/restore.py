@@ -117,7 +117,7 @@ def _restore(run: Run, windows: Windows, up_to_step: int | None = None) -> Progr
         changes = on_every_rank("recipe", lambda: _recipe_changes(run, checkpoint))
         on_every_rank("checkpoint", lambda: require_fit(checkpoint.manifest, run.specs, run.identity))
         progress = progress_of(checkpoint.state, newest.name, windows)
-        run.engine.import_state(checkpoint.read, checkpoint.state.optimizer_steps)
+        run.engine.import_state(checkpoint.read, checkpoint.state.optimizer_steps, checkpoint.reading_order())
         _certify(run, checkpoint, changes)
         run.saver.resumed_from(progress.step, checkpoint.manifest.state_sha256)
     on_rank_zero("checkpoints", lambda: _leave_behind(run, newest, progress.step))

@@ -88,7 +88,7 @@ def arrive(base: str, engine: dict[str, Any], variant: str, weights: str, folder
             assert not skipped
             with load(path, verified=True) as checkpoint:
                 require_fit(checkpoint.manifest, specs, IDENTITY)
-                built.import_state(checkpoint.read, checkpoint.state.optimizer_steps)
+                built.import_state(checkpoint.read, checkpoint.state.optimizer_steps, checkpoint.reading_order())
                 same_place = origin == f"{built.kind} {dist.get_world_size()}"
                 certificate = _certify(built, specs, variant, checkpoint, same_place)
             numbers = train(built, groups, BEFORE + 1, BEFORE + AFTER)
