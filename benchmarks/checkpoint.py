@@ -59,8 +59,8 @@ WAYS = {
     "ours_zero": "ours under ZeRO-3",
 }
 SCALE_RANKS = (1, 2, 4, 8)
-SCALE_MODEL = MODEL | {"num_hidden_layers": 2, "vocab_size": 2048}
-MICROSECONDS_PER_MIB = 100_000  # of one thread's reads and writes: slow enough for the cores' own work to count little
+SCALE_MODEL = MODEL | {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 2048}
+MICROSECONDS_PER_MIB = 200_000  # of one thread's reads and writes: slow enough for the cores' own work to count little
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ def reading_order(manifest: Manifest, world_size: int) -> list[tuple[int, StateK
             tensors[tensor.file[kind]].append((kind, tensor.name))
     queues = [[key for name in files for key in tensors[name]] for files in files_by_rank(manifest, world_size)]
     turns = zip_longest(*queues)
-    return [(rank, *key) for turn in turns for rank, key in enumerate(turn) if key is not None]
+    return [(rank, key[0], key[1]) for turn in turns for rank, key in enumerate(turn) if key is not None]
 
 
 def model_index(files: Iterable[PlannedFile], specs: Sequence[TensorSpec]) -> bytes:

@@ -11,8 +11,12 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Mapping
+from concurrent.futures import Future, wait
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +24,13 @@ import torch
 
 from dist_cpt.errors import CheckpointError, NumericsError
 from dist_cpt.runtime.liveness import made_progress
+from dist_cpt.runtime.threads import started
 
 _ITEM_BYTES = 4  # every tensor of a checkpoint is fp32
-_CHUNK_BYTES = 16 * 2**20
+_CHUNK_BYTES = 4 * 2**20
+_STREAMS = (
+    4  # threads that read or write one file: a single stream has a fraction of a parallel file system's bandwidth
+)
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
@@ -83,9 +91,11 @@ class StreamWriter:
         if not is_finite(values):
             raise NumericsError(f"{key} has values that are not finite: it is not saved")
         data = _bytes_of(values.detach().contiguous().view(-1))
-        _write_all(self._fd, data, entry.start)
+        written = _in_pieces(partial(_write_all, self._fd), data, entry.start)
+        sha256 = hashlib.sha256(data).hexdigest()
+        _finish(written)
         self._missing.remove(key)
-        return hashlib.sha256(data).hexdigest()
+        return sha256
 
     def finish(self) -> None:
         """Force everything to the disk and close.
@@ -137,7 +147,8 @@ class TensorFile:
         values = torch.empty(stop - start, dtype=torch.float32)
         if stop == start:
             return values
-        _read_all(self._fd, _bytes_of(values), entry.start + start * _ITEM_BYTES, self._path)
+        begin = entry.start + start * _ITEM_BYTES
+        _finish(_in_pieces(partial(_read_all, self._fd, self._path), _bytes_of(values), begin))
         return values
 
     def close(self) -> None:
@@ -156,21 +167,28 @@ def scan(path: Path) -> FileScan:
     fd = _open_regular(path)
     try:
         entries = sorted(_read_header(fd, path).items(), key=lambda item: item[1].start)
-        data_start = entries[0][1].start
+        data_start, data_stop = entries[0][1].start, entries[-1][1].stop
         whole = hashlib.sha256(os.pread(fd, data_start, 0))
         tensors = {}
-        buffer = torch.empty(_CHUNK_BYTES // _ITEM_BYTES, dtype=torch.float32)
-        for key, entry in entries:
-            digest, finite = hashlib.sha256(), True
-            for offset, size in _chunks(entry):
-                chunk = buffer[: size // _ITEM_BYTES]
-                data = _bytes_of(chunk)
-                _read_all(fd, data, offset, path)
-                whole.update(data)
-                digest.update(data)
-                finite = finite and is_finite(chunk)
-            tensors[key] = TensorScan(entry.shape, digest.hexdigest(), finite)
-        return FileScan(entries[-1][1].stop, whole.hexdigest(), tensors)
+        unread = iter(entries)
+        key, entry = next(unread)
+        digest, finite = hashlib.sha256(), True
+        with closing(_chunks_ahead(fd, path, data_start, data_stop)) as chunks:
+            for start, chunk in chunks:
+                hashed = started(partial(whole.update, _bytes_of(chunk)))  # beside the hash of the tensor
+                stop = start + chunk.nbytes
+                while entry.start < stop:
+                    first, last = max(entry.start, start) - start, min(entry.stop, stop) - start
+                    part = chunk[first // _ITEM_BYTES : last // _ITEM_BYTES]
+                    digest.update(_bytes_of(part))
+                    finite = finite and is_finite(part)
+                    if entry.stop > stop:
+                        break
+                    tensors[key] = TensorScan(entry.shape, digest.hexdigest(), finite)
+                    key, entry = next(unread, ("", Entry((), data_stop, data_stop)))
+                    digest, finite = hashlib.sha256(), True
+                hashed.result()
+        return FileScan(data_stop, whole.hexdigest(), tensors)
     finally:
         os.close(fd)
 
@@ -262,9 +280,41 @@ def _open_regular(path: Path) -> int:
     return fd
 
 
-def _chunks(entry: Entry) -> Iterator[tuple[int, int]]:
-    for offset in range(entry.start, entry.stop, _CHUNK_BYTES):
-        yield offset, min(_CHUNK_BYTES, entry.stop - offset)
+def _chunks_ahead(fd: int, path: Path, start: int, stop: int) -> Generator[tuple[int, torch.Tensor]]:
+    """(offset, fp32 values) of one chunk after the other; the next ones are being read meanwhile."""
+
+    def read(offset: int) -> tuple[int, torch.Tensor]:
+        chunk = torch.empty(min(_CHUNK_BYTES, stop - offset) // _ITEM_BYTES, dtype=torch.float32)
+        _read_all(fd, path, _bytes_of(chunk), offset)
+        return offset, chunk
+
+    under_way: deque[Future[tuple[int, torch.Tensor]]] = deque()
+    try:
+        for offset in range(start, stop, _CHUNK_BYTES):
+            if len(under_way) == _STREAMS:
+                yield under_way.popleft().result()
+            under_way.append(started(partial(read, offset)))
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        wait(under_way)  # the file is closed next
+
+
+def _in_pieces(transfer: Callable[[memoryview, int], None], data: memoryview, offset: int) -> list[Future[None]]:
+    """Transfer `data` at `offset` of a file: now if it is small, else start several pieces at the same time."""
+    if len(data) <= _CHUNK_BYTES:
+        transfer(data, offset)
+        return []
+    size = max(_CHUNK_BYTES, -(-len(data) // _STREAMS))
+    return [
+        started(partial(transfer, data[start : start + size], offset + start)) for start in range(0, len(data), size)
+    ]
+
+
+def _finish(pieces: Collection[Future[None]]) -> None:
+    """Wait for all, then raise the first error: no thread may still use a file that is closed next."""
+    for piece in wait(pieces).done:
+        piece.result()
 
 
 def _bytes_of(flat: torch.Tensor) -> memoryview:
@@ -274,14 +324,14 @@ def _bytes_of(flat: torch.Tensor) -> memoryview:
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
     while data:
-        written = os.pwrite(fd, data, offset)
+        written = os.pwrite(fd, data[:_CHUNK_BYTES], offset)
         data, offset = data[written:], offset + written
         made_progress()
 
 
-def _read_all(fd: int, data: memoryview, offset: int, path: Path) -> None:
+def _read_all(fd: int, path: Path, data: memoryview, offset: int) -> None:
     while data:
-        count = os.preadv(fd, [data], offset)
+        count = os.preadv(fd, [data[:_CHUNK_BYTES]], offset)
         if count == 0:
             raise CheckpointError(f"{path} ends early, at byte {offset}")
         data, offset = data[count:], offset + count
