@@ -136,7 +136,8 @@ def resume(
 
     from dist_cpt.config.resolve import run_folder, settings_of_place
 
-    overrides = [*settings_of_place(_load(recipe, None), run), *_overrides(set_, accept)]
+    overrides = _overrides(set_, accept)
+    overrides = [*settings_of_place(_load(recipe, None), run, overrides), *overrides]
     folder = run_folder(_load(recipe, overrides))
     if not (folder.is_dir() and folder.samefile(run)):  # else it would start from nothing over there
         raise ConfigError(f"--set names {folder}, not {run}", remedy="leave out --set name and --set output_dir")

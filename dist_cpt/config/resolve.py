@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,15 +135,18 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.output_dir) / config.name
 
 
-def settings_of_place(config: RunConfig, folder: Path) -> list[str]:
-    """The overrides that make `folder` the run folder of its own recorded recipe, wherever it was moved."""
+def settings_of_place(config: RunConfig, folder: Path, overrides: Sequence[str] = ()) -> list[str]:
+    """What follows from a moved run folder and from moved parts, given as `overrides`, of its own recorded recipe."""
     folder, recorded = folder.absolute(), run_folder(config)
-    if recorded.is_dir() and recorded.samefile(folder):
-        return []
-    places = {"output_dir": str(folder.parent), "name": folder.name}
-    cache = Path(config.data.cache_dir or "")
-    if cache.is_relative_to(config.output_dir):
-        places["data.cache_dir"] = str(folder.parent / cache.relative_to(config.output_dir))
+    places: dict[str, str | None] = {}
+    if not (recorded.is_dir() and recorded.samefile(folder)):
+        places |= {"output_dir": str(folder.parent), "name": folder.name}
+        cache = Path(config.data.cache_dir or "")
+        if cache.is_relative_to(config.output_dir):
+            places["data.cache_dir"] = str(folder.parent / cache.relative_to(config.output_dir))
+    moved = any(item.startswith(("model.path=", "embeddings.new_tokens=")) for item in overrides)
+    if moved and config.data.tokenizer == (config.embeddings.new_tokens or config.model.path):
+        places["data.tokenizer"] = None  # its default again
     return [f"{key}={json.dumps(value)}" for key, value in places.items()]
 
 

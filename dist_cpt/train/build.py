@@ -164,7 +164,8 @@ def check_before_hours_of_work(context: RunContext) -> StartingPoint:
     on_rank_zero("adapter.continue_from", lambda: _check_prior_adapter(context, adapter))
     facts: dict[str, Any] = {f"sha256 of {name} in model.path": sha256 for name, sha256 in base.items()}
     facts |= {f"sha256 of {name} in adapter.continue_from": sha256 for name, sha256 in adapter.items()}
-    facts |= {"tokenizer": tokenizer_hash(tokenizer), "its chat template": tokenizer.chat_template}
+    facts |= {"sha256 of the tokenizer": tokenizer_hash(tokenizer), "its padding": tokenizer.pad_token_id}
+    facts |= {"its chat template": tokenizer.chat_template}
     facts |= {} if vocabulary is None else {"embeddings.new_tokens": vocabulary.content}
     require_equal(facts)
     return StartingPoint(base_sha256, tokenizer, vocabulary)

@@ -141,7 +141,8 @@ def _recipe_changes(run: Run, checkpoint: LoadedCheckpoint) -> tuple[dict[str, s
         ConfigError: they differ.
     """
     saved, config = checkpoint.manifest.recipe_config(), run.context.config
-    if saved is None:  # of format 1: tensors, data, seed and schedule are compared
+    if saved is None:
+        LOGGER.warning("%s has no recipe (format 1): rates, decay and betas are not compared", checkpoint.path.name)
         return {}, {}
     accepted = require_same_recipe(saved, config, checkpoint.path.name)
     for key, text in accepted.items():
