@@ -107,12 +107,6 @@ def suffix_of(name: str) -> str | None:
     return None
 
 
-def stem_of(name: str) -> str:
-    """A file's name without the suffix that says how it is read: `legal.jsonl.zst` -> `legal`."""
-    suffix = suffix_of(name)
-    return Path(name).stem if suffix is None else name[: -len(suffix)]
-
-
 def is_dataset_folder(folder: Path) -> bool:
     """Whether `datasets` saved a data set, or one per split, in this folder."""
     is_one = (folder / "dataset_info.json").is_file() and any(folder.glob("*.arrow"))

@@ -57,6 +57,12 @@ class BlockLoader:
                 builder.add(self._packed[source], block, source)
         return builder.build(positions)
 
+    def epochs(self, num_blocks: int) -> dict[str, float]:
+        """How often the first `num_blocks` of the stream go through each source."""
+        shares = self._mixture.counts / self._mixture.cycle
+        packed = zip(self.source_names, shares.tolist(), self._packed, strict=True)
+        return {name: num_blocks * share / source.plan.num_blocks for name, share, source in packed}
+
     def _locate(self, position: int) -> tuple[int, int, int]:
         sources, indices = self._mixture(position)
         source = int(sources)

@@ -24,7 +24,7 @@ import numpy as np
 from dist_cpt.config.schema import RunConfig, SourceConfig
 from dist_cpt.data.chat import ConversationEncoder, chat_template
 from dist_cpt.data.classes import ExampleEncoder
-from dist_cpt.data.containers import files_of, stem_of
+from dist_cpt.data.containers import files_of
 from dist_cpt.data.encode import Encoded, Encoder, Source, TextEncoder
 from dist_cpt.data.mixture import Mixture
 from dist_cpt.data.packing import pack
@@ -155,7 +155,8 @@ def _encoder(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Encoder:
 def _plan_store(source: Source, config: RunConfig, encoder: Encoder, sha256: str) -> _PlannedStore:
     if config.data.cache_dir is None:
         raise ValueError("prepare takes a recipe after resolve_paths")
-    name = source.name or stem_of(Path(source.path).name)
+    name = source.name
+    assert name is not None  # resolve_paths fills it in
     files = find_files(source.path, name, source.ignore, source.split)
     inputs = _input_state(files)
     key: dict[str, Any] = {

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dist_cpt.data.containers import stem_of
 from dist_cpt.data.sources import RecordTally, find_files, read_records, text_parser
 from dist_cpt.data.token_ids import batch_ids
 from dist_cpt.errors import ConfigError, DataError, WriteError
@@ -50,7 +49,7 @@ def corpus_texts(paths: Sequence[str], field: str = "text") -> Iterator[str]:
         DataError: no such file, or a bad record.
     """
     for path in paths:
-        name = stem_of(Path(path).name)
+        name = Path(path).name
         for record in read_records(name, find_files(path, name), text_parser(field), RecordTally()):
             yield record.value
 

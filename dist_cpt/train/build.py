@@ -19,6 +19,7 @@ from dist_cpt.config.resolve import settings
 from dist_cpt.config.schema import ContinueFromConfig
 from dist_cpt.data.batch import Batch
 from dist_cpt.data.chat import chat_template
+from dist_cpt.data.concerns import concerns
 from dist_cpt.data.loader import BlockLoader, ValidationLoader
 from dist_cpt.data.prefetch import prefetch
 from dist_cpt.data.prepare import Prepared, check_vocabulary, open_prepared, prepare
@@ -184,6 +185,9 @@ def open_data(context: RunContext, tokenizer: Any) -> TrainingData:
     _check_stores([source.store for source in prepared.all_sources])
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     loader = BlockLoader(prepared, config.data.seq_len, config.seed, pad_id)
+    if context.env.rank == 0:
+        for concern in concerns(prepared, loader, context.shape.num_steps * context.shape.blocks_per_step):
+            LOGGER.warning("%s", concern)
     held_out = [
         ValidationLoader(source, config.data.seq_len, pad_id, config.evaluate.max_blocks)
         for source in prepared.validation

@@ -22,7 +22,7 @@ import pytest
 from dist_cpt.config.resolve import resolve_paths
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.chat import ConversationEncoder
-from dist_cpt.data.containers import BadRecord, RawRecord, read_container, stem_of, suffix_of
+from dist_cpt.data.containers import BadRecord, RawRecord, read_container, suffix_of
 from dist_cpt.data.prepare import prepare
 from dist_cpt.data.sources import RecordTally, SourceFiles, find_files, read_records, text_of, text_parser
 from dist_cpt.errors import ConfigError, DataError
@@ -124,7 +124,6 @@ def test_same_documents_from_every_container(tmp_path: Path, name: str, compress
     texts, tally = read(path)
     assert texts == TEXTS
     assert (tally.counts.records, tally.counts.num_bad) == (len(TEXTS), 0)
-    assert stem_of(path.name) == name.partition(".")[0]
 
 
 def test_same_documents_from_saved_data_sets(tmp_path: Path) -> None:
@@ -306,5 +305,3 @@ def test_names_of_files() -> None:
     assert suffix_of("A.JSONL.GZ") == ".jsonl.gz"
     assert suffix_of("a.tar.zst") == ".tar.zst"
     assert suffix_of("a.zst") is None
-    assert stem_of("law.de.jsonl.xz") == "law.de"
-    assert stem_of("folder") == "folder"

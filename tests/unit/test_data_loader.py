@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_cpt.data.batch import IGNORE_INDEX, Batch
+from dist_cpt.data.concerns import concerns
 from dist_cpt.data.loader import PADDING, BlockLoader, ValidationLoader
 from dist_cpt.data.packing import pack
 from dist_cpt.data.prefetch import prefetch
@@ -238,3 +241,22 @@ def test_every_target_of_overlapping_windows(tmp_path: Path, stride: int) -> Non
     assert sorted(counts[False]) == sorted(counts[True]) == places
     assert set(counts[False].values()) == {1}
     assert max(counts[True].values()) == min(-(-L // stride), 1 + -(-(2 * L + 5) // stride))
+
+
+def test_epochs_are_counted_from_the_stream(two: Prepared) -> None:
+    loader = BlockLoader(two, L, 0, PAD)
+    cycles = 100  # weights of 0.7 and 0.3 repeat after ten blocks
+    read = Counter(loader.describe(position)[0] for position in range(cycles))
+    expected = {source.name: read[source.name] / num_blocks(source) for source in two.sources}
+    assert loader.epochs(cycles) == pytest.approx(expected)
+
+
+def test_repeated_text_and_held_out_text_that_is_trained_on_are_named(two: Prepared) -> None:
+    loader = BlockLoader(two, L, 0, PAD)
+    assert concerns(two, loader, 10) == []
+    a, b = two.sources
+    seen = replace(two, validation=[replace(a, name="test", role="domain")])
+    [repeated, inside] = concerns(seen, loader, int(5 * num_blocks(b) / 0.3) + 1)
+    assert "source b is read 5.0 times" in repeated
+    assert "test" in inside
+    assert "source a" in inside

@@ -1,0 +1,24 @@
+"""What a user should know of the data before step 0. None of it ends a run."""
+
+from __future__ import annotations
+
+from dist_cpt.data.loader import BlockLoader
+from dist_cpt.data.prepare import Prepared
+
+MAX_EPOCHS = 4  # Muennighoff et al. 2023, arXiv:2305.16264: up to here repeated text is about as good as new text
+
+
+def concerns(prepared: Prepared, loader: BlockLoader, num_blocks: int) -> list[str]:
+    """One line for each source read more than `MAX_EPOCHS` times in `num_blocks`, and for each held-out set whose
+    documents are those of a source."""
+    lines = [
+        f"source {name} is read {epochs:.1f} times; beyond {MAX_EPOCHS} it adds little: lower train.tokens or weight"
+        for name, epochs in loader.epochs(num_blocks).items()
+        if epochs > MAX_EPOCHS
+    ]
+    trained = {source.store.manifest.content_hash: source.name for source in prepared.sources}
+    return lines + [
+        f"held-out set {held_out.name} has the documents of source {source}: its loss says nothing about new text"
+        for held_out in prepared.validation
+        if (source := trained.get(held_out.store.manifest.content_hash)) is not None
+    ]
