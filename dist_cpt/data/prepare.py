@@ -166,8 +166,9 @@ def _plan_store(source: Source, config: RunConfig, encoder: Encoder, sha256: str
         "on_bad_record": config.data.on_bad_record,
     }
     key |= {name: value for name in ("split", "ignore") if (value := getattr(source, name))}
+    key |= encoder.describe(source)
     if encoder.label_kind is not None:
-        key |= {"task": config.task} | encoder.describe(source)
+        key |= {"task": config.task}
     digest = _sha256(key | {"inputs": inputs})[:12]
     folder = Path(config.data.cache_dir) / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-{digest}"
     return _PlannedStore(source, name, files, inputs, _sha256(key), folder)

@@ -360,6 +360,17 @@ def test_settings_of_bos_have_stores_of_their_own(tmp_path: Path, tokenizer_fold
     assert len(list(cache_of(recipe(tmp_path, tokenizer_folder)).iterdir())) == 2
 
 
+def test_a_store_from_before_documents_began_with_bos_is_not_taken(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    config = recipe(tmp_path, tokenizer_folder)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(TextEncoder, "describe", lambda *_: {})
+        old = prepare(config).sources[0].store.folder
+    assert not prepare(config).sources[0].store.folder.samefile(old)
+
+
 def test_bos_asked_of_a_tokenizer_without_one(tmp_path: Path, tokenizer_folder: Path) -> None:
     folder = tmp_path / "tokenizer"
     folder.mkdir()
