@@ -111,7 +111,8 @@ class PriorAdapter:
         if head.weight is embeddings.weight and self.vocabulary:
             keys = list(self.vocabulary.values())
             if len(keys) == 1 or not torch.equal(*(read_tensor(self.folder, key) for key in keys)):
-                raise refusal(self.folder, "trained embedding and head apart, but this base ties them", MERGE_FIRST)
+                problem = "trained embedding and head apart, but this base ties them"
+                raise refusal(self.folder, problem, "set embeddings.tie: untie, or leave it out")
 
     def trained_vocabulary(self, model: Any) -> set[str]:
         """`embed_tokens`, `lm_head`: the matrices it trained in full, as the recipe names them."""

@@ -127,5 +127,5 @@ def trained_apart(folder: Path, name: str, alias: str) -> ConfigError:
     return refusal(
         folder,
         f"trained {name} and {alias} apart, but this base ties them",
-        "merge that adapter into an untied copy of the base and start from there (model.path)",
+        "set embeddings.tie: untie, or leave it out",
     )

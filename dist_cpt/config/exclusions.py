@@ -172,6 +172,11 @@ _DORA = is_("adapter.dora", True)
 _PISSA = is_("adapter.init", "pissa")
 _CONTINUED = given("adapter.continue_from")
 _NO_MATRIX = absent("embeddings.train")
+_NONE_TRAINED = Condition(
+    ("embeddings.train", "adapter.continue_from"),
+    "neither `embeddings.train` nor `adapter.continue_from`",
+    lambda config: [] if _CONTINUED.matches(config) else _NO_MATRIX.matches(config),
+)
 _NEW_TOKENS = given("embeddings.new_tokens")
 _UNTIED = is_("embeddings.tie", "untie")
 _LOW_RANK = is_("embeddings.kind", "lora")
@@ -246,7 +251,7 @@ EXCLUSIONS = (
               "use embeddings.train: [embed_tokens, lm_head] (task: classify: [embed_tokens])"),
     Exclusion((_UNTIED, _CLASSIFY),
               "a classifier drops the head that untie would make", "use embeddings.tie: keep"),
-    Exclusion((_UNTIED, _LORA, _NO_MATRIX),
+    Exclusion((_UNTIED, _LORA, _NONE_TRAINED),
               "matrices that do not train stay equal", "set embeddings.train, or embeddings.tie: keep"),
     Exclusion((_LOW_RANK, either(_FULL, _NO_MATRIX, _CLASSIFY)),
               "low-rank updates belong to an adapter, to matrices in embeddings.train and to a language model",

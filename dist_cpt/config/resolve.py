@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
+from dist_cpt.config.adapter_settings import settings_of_adapter
 from dist_cpt.config.exclusions import shown
+from dist_cpt.config.load import build
 from dist_cpt.config.resume_changes import how_may_change, is_below
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
@@ -35,7 +37,8 @@ def resolve_paths(config: RunConfig) -> RunConfig:
     """Make local paths absolute and derived defaults explicit, so that a resume works from any directory.
 
     Raises:
-        ConfigError: two training sources have the same name.
+        ConfigError: two training sources have the same name, or the adapter that the run continues has settings that
+            the recipe's exclude.
     """
     values = config.model_dump(mode="json")
     values["output_dir"] = _absolute(config.output_dir)
@@ -47,6 +50,8 @@ def resolve_paths(config: RunConfig) -> RunConfig:
         held_out["path"] = _absolute(held_out["path"])
     if config.adapter.continue_from is not None:
         values["adapter"]["continue_from"]["path"] = _absolute(config.adapter.continue_from.path)
+    for section, followed in settings_of_adapter(config).items():
+        values[section] |= followed
     values["model"]["path"] = _folder_or_hub_id(config.model.path)
     new_tokens = config.embeddings.new_tokens
     values["embeddings"]["new_tokens"] = _folder_or_hub_id(new_tokens)
@@ -61,7 +66,7 @@ def resolve_paths(config: RunConfig) -> RunConfig:
     names = [source["name"] for source in values["data"]["sources"]]
     if len(set(names)) != len(names):
         raise ConfigError(f"data.sources: names must differ, got {names}", remedy="give each source a name")
-    return RunConfig.model_validate(values)
+    return build(values, where="the recipe, with what adapter.continue_from sets")
 
 
 def is_template_text(template: str) -> bool:

@@ -73,7 +73,9 @@ class ModelConfig(Frozen):
 
 
 class ContinueFromConfig(Frozen):
-    """An adapter that the run starts from; a bare path stands for `{path: PATH}`, null starts a new adapter."""
+    """An adapter that the run starts from; a bare path stands for `{path: PATH}`, null starts a new adapter. What the
+    recipe leaves out of rank, alpha, rslora, targets and dora, of `embeddings.train` and `embeddings.tie` is the
+    folder's."""
 
     path: str
     """A PEFT folder, a `checkpoint-N` of the Hugging Face Trainer, or a checkpoint of dist-cpt."""

@@ -23,6 +23,7 @@ from dist_cpt.model.continue_from import PriorInUse, ProbeBlock, use_prior_adapt
 from dist_cpt.model.fuse import Fusion, fuse
 from dist_cpt.model.loss import CausalLMForLoss, install_loss_head, install_low_rank_head
 from dist_cpt.model.self_check import self_check_attention, self_check_fusion, self_check_packing
+from dist_cpt.runtime.log import LOGGER
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,12 @@ def load_model(
 def _change_vocabulary(config: RunConfig, model: Any, vocabulary: NewVocabulary | None) -> dict[str, Any]:
     """Untie and extend as the recipe says; returns the changed keys of the base's identity."""
     assert (vocabulary is None) == (config.embeddings.new_tokens is None)
-    if config.embeddings.tie == "untie":
+    prior = config.adapter.continue_from  # whose matrices are apart on every base that does not tie them
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if config.embeddings.tie == "untie" and (prior is None or tied):
         untie(model)
+        if prior is not None:
+            LOGGER.info("embeddings.tie: untie: %s trained embedding and head apart, this base ties them", prior.path)
     if vocabulary is None:
         return describe(model.config)
     extend_vocabulary(model, vocabulary, config.embeddings.pad_rows_to)

@@ -16,6 +16,8 @@ import torch
 from dist_cpt.adapters.peft_folder import canonical_key
 from dist_cpt.checkpoint.import_peft import PeftAdapter
 from dist_cpt.checkpoint.load import load
+from dist_cpt.config.load import build
+from dist_cpt.config.resolve import resolve_paths
 from dist_cpt.errors import CheckpointError, ConfigError, DistCptError
 from dist_cpt.run_folder.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKPOINTS, RECIPE
 from dist_cpt.training_state import TensorSpec
@@ -110,6 +112,32 @@ def test_a_peft_folder_is_the_same_model_here(base: str, tmp_path: Path, rslora:
     torch.testing.assert_close(engine.logits(IDS), peft_logits(base, folder), rtol=0, atol=2e-6)
     plain, _, _ = started(recipe(base, write_peft(tmp_path / "zero", base, scatter=False)))
     assert (plain.logits(IDS) - engine.logits(IDS)).abs().max() > 1e-2, "the adapter would show"
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_dora": True},
+        {"use_rslora": True, "modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": BOTH},
+        {"modules_to_save": BOTH, "ensure_weight_tying": True},
+        {"target_modules": r".*layers\.1\.self_attn\.(q|k)_proj"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    ],
+)
+def test_the_folder_alone_says_what_to_continue(base: str, tied: str, tmp_path: Path, lora: Any, tie: bool) -> None:
+    if lora.get("ensure_weight_tying") and not tie:
+        lora = lora | {"ensure_weight_tying": False}
+    path = tied if tie else base
+    folder = write_peft(tmp_path / "adapter", path, **lora)
+    values = recipe(path, folder).model_dump(exclude={"embeddings"})
+    values["adapter"] = {"continue_from": str(folder)}
+    engine, _, _ = started(resolve_paths(build(values, "recipe.yaml")))
+    torch.testing.assert_close(engine.logits(IDS), peft_logits(path, folder), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
