@@ -17,6 +17,7 @@ _MATRICES = {  # the recipe's name by the last component of a model's
     **dict.fromkeys(("lm_head", "embed_out"), "lm_head"),
 }
 _CHUNK_BYTES = 1 << 20
+_MAX_HEADER_BYTES = 100_000_000  # Source: safetensors, MAX_HEADER_SIZE
 _Tensors = dict[str, dict[str, Any]]  # a safetensors header: dtype, shape, data_offsets by key
 
 
@@ -46,7 +47,7 @@ def settings_of_adapter(config: RunConfig) -> dict[str, dict[str, Any]]:
             adapter["dora"] = bool(theirs.get("use_dora"))
         whole = _whole_matrices(tensors)
         tied = bool(theirs.get("ensure_weight_tying")) or not _is_apart(weights, tensors, start, whole)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
     embeddings: dict[str, Any] = {} if prior.freeze_embeddings else {"train": sorted(whole)}
     if config.task == "classify":  # which has no head of the vocabulary
@@ -64,7 +65,7 @@ def _read_header(path: Path) -> tuple[_Tensors, int]:
     """(the tensors of a safetensors file by key, where their data begins)."""
     with os.fdopen(open_regular(path), "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > os.fstat(file.fileno()).st_size:
+        if length > min(os.fstat(file.fileno()).st_size, _MAX_HEADER_BYTES):
             raise ValueError("not a safetensors file")
         tensors = json.loads(file.read(length))
     tensors.pop("__metadata__", None)
