@@ -1,7 +1,7 @@
-"""Heartbeats: one small file per rank with its step, phase and process. Torch-free.
+"""Heartbeats: one small file per node, in it a line per rank with its step, phase and process. Torch-free.
 
-A thread of the rank rewrites the file every few seconds. A recent date shows that the process runs, the content
-whether its main thread makes progress.
+A thread of each rank rewrites its own line every few seconds, whatever the other ranks do. A recent one shows that the
+process runs, the content whether its main thread makes progress.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 from dist_cpt.run_folder.names import LOGS, heartbeat_file
 
 STACKS_SIGNAL = signal.SIGUSR2  # a rank answers with all its stacks in logs/stack-rank-N.txt
+
+_LINE_BYTES = 1024  # of one rank: fixed, so that every rank replaces its own line
 
 _STATES = {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "waiting for I/O", "Z": "dead", "X": "dead"}
 
@@ -38,36 +40,36 @@ class Heartbeat:
     ended: bool = False  # the watchdog of this process has stopped
     written: float = 0.0  # unix seconds, by the clock of the file system
     stopping: str = ""  # the signal that asked this rank to stop
+    local_rank: int = 0  # the place of its line in its node's file
     network: str = ""  # on a hang: why rank 0's host cannot be reached
 
 
 def write_heartbeat(folder: Path, beat: Heartbeat) -> None:
-    """Replace the rank's file, unless it belongs to a later attempt.
+    """Replace the rank's line in the file of its node, unless it belongs to a later attempt.
 
     Raises:
-        OSError: the file cannot be written; the earlier one is untouched.
+        OSError: the file cannot be written.
     """
-    path = heartbeat_file(folder, beat.rank)
-    earlier = _read(path)
-    if earlier is not None and earlier.attempt > beat.attempt:
-        return
-    values = asdict(beat)
-    values.pop("written")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    at = beat.local_rank * _LINE_BYTES
+    fd = os.open(heartbeat_file(folder, beat.rank - beat.local_rank), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        earlier = _parsed(os.pread(fd, _LINE_BYTES, at))
+        if earlier is None or earlier.attempt <= beat.attempt:
+            os.pwrite(fd, _line(beat), at)
+    finally:
+        os.close(fd)
 
 
-def read_heartbeats(folder: Path, ranks: Iterable[int] | None = None) -> list[Heartbeat]:
-    """The heartbeats of the newest attempt in a run folder, by rank; damaged files count as absent.
+def read_heartbeats(folder: Path, first_ranks: Iterable[int] | None = None) -> list[Heartbeat]:
+    """The heartbeats of the newest attempt in a run folder, by rank; damaged lines count as absent.
 
-    With `ranks` only their files are opened: a thousand ranks that read a thousand files each would load the server.
+    With `first_ranks` only the files of the nodes with these first ranks are opened.
     """
-    if ranks is None:
+    if first_ranks is None:
         paths = list((folder / LOGS).glob(heartbeat_file(folder, 0).name.replace("0", "*")))
     else:
-        paths = [heartbeat_file(folder, rank) for rank in ranks]
-    beats = [beat for path in paths if (beat := _read(path)) is not None]
+        paths = [heartbeat_file(folder, rank) for rank in first_ranks]
+    beats = [beat for path in paths for beat in _read(path)]
     newest = max((beat.attempt for beat in beats), default=0)
     return sorted((beat for beat in beats if beat.attempt == newest), key=lambda beat: beat.rank)
 
@@ -98,12 +100,36 @@ def send_signal(beat: Heartbeat, number: signal.Signals) -> bool:
     return True
 
 
-def _read(path: Path) -> Heartbeat | None:
+def _read(path: Path) -> list[Heartbeat]:
+    """The lines of the file's newest attempt. Its date is that of the last line written, the others are older by the
+    clock of their common host: clocks of different hosts are never compared."""
     try:
-        with path.open(encoding="utf-8") as file:
-            written = os.fstat(file.fileno()).st_mtime
-            return replace(Heartbeat(**json.load(file)), written=written)
-    except (OSError, ValueError, TypeError):
+        with path.open("rb") as file:
+            raw, changed = file.read(), os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return []
+    lines = (raw[start : start + _LINE_BYTES] for start in range(0, len(raw), _LINE_BYTES))
+    beats = [beat for line in lines if (beat := _parsed(line)) is not None]
+    newest = max((beat.attempt for beat in beats), default=0)
+    beats = [beat for beat in beats if beat.attempt == newest]
+    last = max((beat.time for beat in beats), default=0.0)
+    return [replace(beat, written=changed - (last - beat.time)) for beat in beats]
+
+
+def _line(beat: Heartbeat) -> bytes:
+    """_LINE_BYTES bytes: JSON, blanks, a line feed."""
+    values = asdict(beat)
+    values.pop("written")
+    line = json.dumps(values).encode()
+    if len(line) >= _LINE_BYTES:
+        line = json.dumps(values | {"at": "", "network": ""}).encode()
+    return line.ljust(_LINE_BYTES - 1) + b"\n"
+
+
+def _parsed(line: bytes) -> Heartbeat | None:
+    try:
+        return Heartbeat(**json.loads(line))
+    except (ValueError, TypeError):  # never written, or damaged
         return None
 
 

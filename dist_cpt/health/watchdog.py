@@ -102,6 +102,7 @@ class Watchdog:
         stop: StopRequest | None = None,
     ) -> None:
         self._folder, self._env, self._attempt = folder, env, attempt
+        self._first_rank = env.rank - env.local_rank  # of this node
         self._limits, self._on_hang, self._stop = limits, on_hang, stop
         self._period = PERIOD_SECONDS if limits is None else min(PERIOD_SECONDS, limits.grace_seconds / 2)
         self._step_times: deque[float] = deque(maxlen=NUM_STEP_TIMES)
@@ -191,12 +192,12 @@ class Watchdog:
     def _waits_for_others(self) -> bool:
         """Whether some rank makes progress. Rank 0 sees it in all heartbeats; the others leave that to a living rank 0.
 
-        A thousand ranks that read a thousand files each would load the file server.
+        A thousand ranks that read the files of all nodes would load the file server.
         """
         rank, phase = self._env.rank, self._position.phase
         if phase == "training" or self._env.world_size == 1:
             return False
-        beats = self._heartbeats(range(self._env.world_size) if rank == 0 else [0, rank])
+        beats = self._heartbeats(None if rank == 0 else {0, self._first_rank})
         frozen = frozen_ranks(beats, STALE_PERIODS * self._period)
         others = [beat for beat in beats if beat.rank != rank and not beat.ended and beat not in frozen]
         if rank == 0:
@@ -225,7 +226,7 @@ class Watchdog:
                 threading.Thread(target=self._on_hang, args=(reason,), daemon=True).start()
             self._network_error = _unreachable(self._env.master, grace / 4)
             self._wait_for_peers(grace)
-            beats = self._heartbeats(range(self._env.world_size) if is_first else self._ranks_of_host())
+            beats = self._heartbeats(None if is_first else [self._first_rank])
             frozen = frozen_ranks(beats, STALE_PERIODS * self._period)
             if is_first:
                 reason = f"{reason}; {culprits(beats, frozen, self._env.world_size)}"
@@ -260,7 +261,7 @@ class Watchdog:
         deadline, asked = time.monotonic() + seconds, set[int]()
         while (left := deadline - time.monotonic()) > 0:
             self._beat()
-            for beat in frozen_ranks(self._heartbeats(self._ranks_of_host()), STALE_PERIODS * self._period):
+            for beat in frozen_ranks(self._heartbeats([self._first_rank]), STALE_PERIODS * self._period):
                 if beat.rank not in asked:
                     asked.add(beat.rank)
                     send_signal(beat, STACKS_SIGNAL)
@@ -270,12 +271,8 @@ class Watchdog:
     def _hang(self, reason: str) -> Hang:
         return Hang(reason, self._position.step, self._attempt)
 
-    def _ranks_of_host(self) -> range:
-        first = self._env.rank - self._env.local_rank
-        return range(first, first + self._env.local_world_size)
-
-    def _heartbeats(self, ranks: Iterable[int]) -> list[Heartbeat]:
-        return [beat for beat in read_heartbeats(self._folder, ranks) if beat.attempt == self._attempt]
+    def _heartbeats(self, first_ranks: Iterable[int] | None) -> list[Heartbeat]:
+        return [beat for beat in read_heartbeats(self._folder, first_ranks) if beat.attempt == self._attempt]
 
     def _beat(self, *, ended: bool = False) -> None:
         position = self._position
@@ -293,12 +290,13 @@ class Watchdog:
             ended=ended,
             stopping=(self._stop and self._stop.requested) or "",
             network=self._network_error,
+            local_rank=self._env.local_rank,
         )
         try:
             write_heartbeat(self._folder, beat)
         except OSError:  # a full disk still takes a new date, which shows that this process is alive
             with contextlib.suppress(OSError):
-                os.utime(heartbeat_file(self._folder, self._env.rank))
+                os.utime(heartbeat_file(self._folder, self._first_rank))
 
 
 def _current_line(thread: int) -> str:

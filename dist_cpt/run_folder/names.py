@@ -55,9 +55,9 @@ def log_file(run_folder: Path, rank: int) -> Path:
     return run_folder / LOGS / f"rank-{rank}.log"
 
 
-def heartbeat_file(run_folder: Path, rank: int) -> Path:
-    """The latest heartbeat of one rank."""
-    return run_folder / LOGS / f"heartbeat-rank-{rank}.json"
+def heartbeat_file(run_folder: Path, first_rank: int) -> Path:
+    """The latest heartbeats of a node's ranks, by the first of them."""
+    return run_folder / LOGS / f"heartbeats-from-rank-{first_rank}.jsonl"
 
 
 def hang_file(run_folder: Path, rank: int) -> Path:

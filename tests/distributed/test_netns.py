@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_cpt.health.heartbeats import read_heartbeats
 from dist_cpt.run_folder.audit import record_problems
 from tests import tiny
 from tests.distributed.netns import Cable, RanksOnTwoHosts, lay_cable, unplug, why_not
@@ -59,7 +60,7 @@ def test_a_cut_cable_ends_both_hosts_with_72_and_the_run_resumes_later(made, cab
     with RanksOnTwoHosts(cable, recipe, log=log) as running:
         assert running.finish() == [0, 0], log.read_text()[-3000:]
     assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, 13))
-    assert {row["host"] for row in _beats(run)} == {"node-a", "node-b"}
+    assert {beat.host for beat in read_heartbeats(run)} == {"node-a", "node-b"}
     assert record_problems(run) == []
 
 
@@ -90,7 +91,3 @@ def _wait_for_step(running: RanksOnTwoHosts, run: Path, step: int, log: Path) ->
             return
         time.sleep(0.05)
     raise AssertionError(f"no step {step}: {log.read_text()[-3000:]}")
-
-
-def _beats(run: Path) -> list[dict]:
-    return [json.loads(path.read_text()) for path in (run / "logs").glob("heartbeat-rank-*.json")]

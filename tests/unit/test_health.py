@@ -405,13 +405,29 @@ def test_only_the_newest_attempt_counts_and_an_older_one_cannot_hide_it(tmp_path
     for rank in range(3):
         write_heartbeat(tmp_path, heartbeat(rank, attempt=1 if rank == 2 else 2))
     write_heartbeat(tmp_path, heartbeat(0, attempt=1, step=99))
-    (tmp_path / "logs/heartbeat-rank-8.json").write_text("{")
-    (tmp_path / "logs/heartbeat-rank-9.json").write_text('{"rank": 9}')
+    (tmp_path / "logs/heartbeats-from-rank-8.jsonl").write_text("{")
+    (tmp_path / "logs/heartbeats-from-rank-9.jsonl").write_text('{"rank": 9}')
     beats = read_heartbeats(tmp_path)
     assert [(beat.rank, beat.step) for beat in beats] == [(0, 7), (1, 7)]
     assert all(abs(beat.written - time.time()) < 60 for beat in beats)
     assert [beat.rank for beat in read_heartbeats(tmp_path, range(1, 9))] == [1]
     assert read_heartbeats(tmp_path / "nothing") == []
+
+
+def test_ranks_of_a_node_share_a_file_in_which_each_has_its_own_date(tmp_path):
+    """Also where the file server's clock is another one, and where the node had more ranks in an earlier attempt."""
+    (tmp_path / "logs").mkdir()
+    for local_rank, host_time in enumerate((5000.0, 5010.0, 4960.0)):
+        changes = {"time": host_time, "attempt": 2, "at": "é" * 500 if local_rank == 2 else "x.py:1 f"}
+        write_heartbeat(tmp_path, heartbeat(8 + local_rank, local_rank=local_rank, **changes))
+    write_heartbeat(tmp_path, heartbeat(15, local_rank=7, time=9000.0, attempt=1))
+    (file,) = (tmp_path / "logs").iterdir()
+    os.utime(file, (1000.0, 1000.0))
+    beats = read_heartbeats(tmp_path)
+    assert [(beat.rank, beat.written) for beat in beats] == [(8, 990.0), (9, 1000.0), (10, 950.0)]
+    assert [beat.rank for beat in frozen_ranks(beats, 30.0)] == [10]
+    assert read_heartbeats(tmp_path, [8]) == beats
+    assert read_heartbeats(tmp_path, [0, 9]) == []
 
 
 def test_a_signal_reaches_only_the_process_that_wrote_the_heartbeat():

@@ -72,7 +72,7 @@ def beat(folder: Path, rank: int, age: float, **fields: Any) -> None:
     (folder / "logs").mkdir(exist_ok=True)
     values = {"host": "n1", "pid": 1, "started": None, "attempt": 1, "step": 10, "phase": "training", "at": ""}
     write_heartbeat(folder, Heartbeat(rank, time=0.0, seconds_in_phase=1.0, **values | fields))
-    os.utime(folder / "logs" / f"heartbeat-rank-{rank}.json", (BEGUN + 100 - age,) * 2)
+    os.utime(folder / "logs" / f"heartbeats-from-rank-{rank}.jsonl", (BEGUN + 100 - age,) * 2)
 
 
 def test_a_running_run(run):
