@@ -25,6 +25,7 @@ from dist_cpt.errors import (
     say,
 )
 from dist_cpt.run_folder.names import ADAPTER_CONFIG, CHECKPOINTS, MANIFEST, RECIPE
+from dist_cpt.storage import explained
 
 INTERRUPTED = 130
 RUN, LOOK, AFTER, TOOLS = "Run", "Look at a run", "After training", "Tools"  # the groups of --help
@@ -87,6 +88,11 @@ def train(recipe: Recipe, set_: Overrides = None, accept: Accept = None) -> None
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_with_parent()
     config = _load(recipe, _overrides(set_, accept))
+    from dist_cpt.checkpoint.finished import says_finished
+    from dist_cpt.runtime.env import process_env
+
+    if process_env().world_size == 1 and says_finished(config):  # several ranks ask rank 0
+        raise typer.Exit(EXIT_DONE)
     from dist_cpt.train.run import train as train_run
 
     code, folder = train_run(config, stop)
@@ -125,7 +131,10 @@ def resume(
 ) -> None:
     """Continue a run from its newest valid checkpoint; engine, number of ranks and every path may change."""
     recipe = _run_folder(run) / RECIPE
-    if not any(run.glob(f"{CHECKPOINTS}/step-*/{MANIFEST}")):
+    from dist_cpt.run_folder.checkpoints import published
+    from dist_cpt.storage import is_there
+
+    if not any(is_there(path / MANIFEST) for path in published(run)):
         raise CheckpointError(
             f"{run} has no finished checkpoint to resume from",
             remedy=f"dist-cpt launch {recipe} starts it again",
@@ -444,10 +453,14 @@ def main() -> None:
     except BrokenPipeError:  # the reader has seen enough
         code = EXIT_DONE
     except Exception as error:  # a defect of ours: print the traceback too
+        known = explained(error)
         usage = getattr(error, "format_message", None)  # click's own usage errors
         if usage is not None:
             print(f"dist-cpt: {usage()}", file=sys.stderr)
             code = ConfigError.exit_code
+        elif isinstance(known, DistCptError):
+            say(f"dist-cpt: {known}")
+            code = known.exit_code
         else:
             traceback.print_exc()
             print("dist-cpt: internal error; this is a defect of dist-cpt", file=sys.stderr)

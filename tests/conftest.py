@@ -10,6 +10,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DIST_CPT_STORAGE_SECONDS", "2")  # a minute for everybody else
 os.environ.setdefault("WANDB_MODE", "offline")
 # Before any import of triton; on a GPU: TRITON_INTERPRET=0 pytest -m gpu
 os.environ.setdefault("TRITON_INTERPRET", "1")

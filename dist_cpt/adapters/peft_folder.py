@@ -14,6 +14,7 @@ import torch
 from dist_cpt.errors import CheckpointError, ConfigError, printable
 from dist_cpt.run_folder.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKPOINTS, MANIFEST, MODEL_CONFIG
 from dist_cpt.runtime.liveness import made_progress
+from dist_cpt.storage import PatientFile, patiently, read_bytes
 
 BASE_PREFIX = "base_model.model."  # precedes a base module's name in the keys of an adapter file
 PRIOR_KEY = "stands_on"  # key of adapter_config.json: the prior adapter without which this one is meaningless
@@ -60,9 +61,12 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    try:
+    def read() -> dict[str, tuple[int, ...]]:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt", device="cpu") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+    try:
+        return patiently(folder / ADAPTER_WEIGHTS, read)
     except (OSError, SafetensorError) as error:
         line = str(error).partition("\n")[0]
         raise CheckpointError(f"{folder}: {ADAPTER_WEIGHTS} is not a valid safetensors file ({line})") from None
@@ -76,8 +80,11 @@ def read_tensor(folder: Path, key: str, device: torch.device | str = "cpu") -> t
     """
     from safetensors import safe_open
 
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt", device="cpu") as file:
-        values = file.get_tensor(key).float().to(device)
+    def read() -> torch.Tensor:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt", device="cpu") as file:
+            return file.get_tensor(key).float().to(device)
+
+    values = patiently(folder / ADAPTER_WEIGHTS, read)
     if not bool(torch.isfinite(values).all()):
         raise CheckpointError(f"{folder}: {key} has non-finite values")
     return values
@@ -96,11 +103,12 @@ def file_sha256(path: Path) -> str:
     """The sha256 of a file.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it is missing or not a file.
+        StorageError: the file system does not answer.
     """
     try:
         digest = hashlib.sha256()
-        with path.open("rb") as file:
+        with PatientFile(path, expected=True) as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 made_progress()
@@ -172,7 +180,7 @@ def refusal(folder: Path, problem: str, remedy: str) -> ConfigError:
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_bytes(path))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({str(error).partition(chr(10))[0]})") from None
     if not isinstance(values, dict):

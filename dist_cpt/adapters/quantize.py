@@ -23,6 +23,7 @@ from torch import nn
 from dist_cpt.adapters.lora import import_peft
 from dist_cpt.errors import ConfigError, MissingExtraError
 from dist_cpt.run_folder.names import MODEL_CONFIG
+from dist_cpt.storage import read_bytes
 
 BLOCKSIZE = 64  # elements that share a scale; fixed by transformers for weights it quantises while loading
 QUANTISED = ("nf4", "int8")
@@ -95,7 +96,7 @@ def stored_weights(folder: Path) -> str | None:
     Raises:
         ConfigError: another quantisation.
     """
-    quantization = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8")).get("quantization_config")
+    quantization = json.loads(read_bytes(folder / MODEL_CONFIG)).get("quantization_config")
     if quantization is None:
         return None
     method = str(quantization.get("quant_method"))

@@ -16,7 +16,7 @@ from dist_cpt.errors import CheckpointError
 from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state, step_of, superseded
 from dist_cpt.run_folder.manifest import Identity, Manifest
 from dist_cpt.run_folder.train_state import TrainState
-from dist_cpt.runtime.collectives import broadcast_json, rank, world_size
+from dist_cpt.runtime.collectives import on_rank_zero, world_size
 from dist_cpt.training_state import ReadingOrder, StateKind, TensorSpec
 
 _PLACES = {"path", "revision", "stores"}  # of an identity: its content is compared, so that all of it may move
@@ -37,6 +37,7 @@ class LoadedCheckpoint:
 
         Raises:
             CheckpointError: no such tensor or slice.
+            StorageError: the file system does not answer.
         """
         entry = self._entries.get(name)
         if entry is None or kind not in entry.file:
@@ -74,11 +75,16 @@ def newest_valid(run_folder: Path, up_to_step: int | None = None) -> tuple[Path 
 
     Raises:
         CheckpointError: there are checkpoints, but none is valid.
+        StorageError: one of them cannot be read: it may be the one to take.
     """
-    listed = [*published(run_folder), *superseded(run_folder)] if rank() == 0 else []
-    names: list[str] = broadcast_json(
-        [str(path.relative_to(run_folder)) for path in listed if up_to_step is None or step_of(path) <= up_to_step]
-    )
+
+    def candidates() -> list[str]:
+        listed = [*published(run_folder), *superseded(run_folder)]
+        return [
+            str(path.relative_to(run_folder)) for path in listed if up_to_step is None or step_of(path) <= up_to_step
+        ]
+
+    names: list[str] = on_rank_zero("checkpoints", candidates)
     skipped: list[tuple[str, str]] = []
     for name in names:
         problems = verify_together(run_folder / name)

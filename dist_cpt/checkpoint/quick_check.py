@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from dist_cpt.run_folder.names import (
     MODEL_INDEX,
     STATE,
 )
+from dist_cpt.storage import patiently, read_bytes
 from dist_cpt.training_state import STATE_KINDS
 
 # First bytes of a pickle (protocols 2 to 5) and of torch's zip archive around one.
@@ -25,7 +28,11 @@ _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
 
 def quick_check(path: Path) -> list[str]:
-    """The problems visible without reading tensors: in the manifest, names, sizes, extra or missing files."""
+    """The problems visible without reading tensors: in the manifest, names, sizes, extra or missing files.
+
+    Raises:
+        StorageError: the file system does not answer, and nothing is known.
+    """
     try:
         return _problems(path, read_manifest(path))
     except CheckpointError as error:
@@ -43,9 +50,11 @@ def _problems(path: Path, manifest: Manifest) -> list[str]:
     problems = manifest_problems(manifest)
     if path.name.split(".")[0] != step_name(manifest.step):
         problems.append(f"{MANIFEST} is of step {manifest.step}, but the folder is {path.name}")
+    with contextlib.suppress(OSError):  # one wait for all that a cache may hide
+        patiently(path, lambda: [(path / name).lstat() for name in manifest.files], expected=True)
     for name, entry in manifest.files.items():
         problems += _size_problems(path, name, entry.num_bytes)
-    for name in sorted(_files_below(path) - manifest.files.keys() - {MANIFEST}):
+    for name in sorted(patiently(path, lambda: _files_below(path)) - manifest.files.keys() - {MANIFEST}):
         problems.append(f"{name} is not in {MANIFEST}")
     if not problems:
         problems += _state_problems(path, manifest)
@@ -78,15 +87,16 @@ def manifest_problems(manifest: Manifest) -> list[str]:
 
 def _size_problems(path: Path, name: str, num_bytes: int) -> list[str]:
     file = path / name
-    parents = [path.joinpath(*Path(name).parts[:depth]) for depth in range(1, len(Path(name).parts))]
-    if any(part.is_symlink() for part in (*parents, file)):
-        return [f"{name} is a symbolic link"]
-    if not file.exists():
+    try:
+        parts = [file, *(folder for folder in file.parents if path in folder.parents)]
+        status, *folders = patiently(file, lambda: [part.lstat() for part in parts])
+    except OSError:
         return [f"{name} is missing"]
-    if not file.is_file():
+    if any(stat.S_ISLNK(one.st_mode) for one in (*folders, status)):
+        return [f"{name} is a symbolic link"]
+    if not stat.S_ISREG(status.st_mode):
         return [f"{name} is not a regular file"]
-    size = file.stat().st_size
-    return [] if size == num_bytes else [f"{name} has {size} bytes, expected {num_bytes}"]
+    return [] if status.st_size == num_bytes else [f"{name} has {status.st_size} bytes, expected {num_bytes}"]
 
 
 def _state_problems(path: Path, manifest: Manifest) -> list[str]:
@@ -105,14 +115,17 @@ def _state_problems(path: Path, manifest: Manifest) -> list[str]:
 def _looks_like_a_pickle(file: Path) -> bool:
     if file.suffix == ".safetensors":  # starts with a length; its content is checked to the last byte
         return False
-    with open(file, "rb") as opened:
-        return opened.read(4).startswith(_PICKLES)
+    return read_bytes(file, num_bytes=4).startswith(_PICKLES)
 
 
 def _files_below(path: Path) -> set[str]:
     """Relative names of everything that is not a plain folder; links count, and are not followed."""
     names = set()
-    for folder, folders, files in os.walk(path):
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, folders, files in os.walk(path, onerror=fail):
         here = Path(folder)
         links = [name for name in folders if (here / name).is_symlink()]
         # .nfs*: left by an NFS client of a deleted file that is still open.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
 import secrets
 import shutil
-import time
 from pathlib import Path
 
 from dist_cpt.checkpoint.quick_check import quick_check
@@ -65,6 +66,10 @@ def set_aside(claim: Claim, path: Path) -> Path:
 
     with claim.change("aside", put_back):
         aside.mkdir(exist_ok=True)
+        if path.is_symlink():  # it must lead to the same place from there
+            anchored = target.with_suffix(".tmp")
+            os.symlink(os.path.realpath(path), anchored)
+            os.replace(anchored, path)
         os.rename(path, target)
     fsync_path(aside)
     fsync_path(aside.parent)
@@ -95,24 +100,23 @@ def reinstate(claim: Claim, restored: Path, step: int) -> None:
         fsync_path(final.parent)
 
 
-def remove_stale_staging(run_folder: Path, older_than_seconds: float) -> list[str]:
-    """Remove `.tmp` folders unchanged for so long; returns their names. Rank 0, at the start of an attempt.
-
-    An older attempt, and its save, may still be alive on another host.
-    """
-    folders = [checkpoints_folder(run_folder), superseded_folder(run_folder)]
+def remove_staging(run_folder: Path, before_attempt: int) -> list[str]:
+    """Remove the `.tmp` folders of earlier attempts, whose claim is over even if they live; returns their names."""
     removed = []
-    for path in (child for folder in folders if folder.is_dir() for child in folder.glob("*.tmp")):
-        if time.time() - _last_change(path) >= older_than_seconds:
-            remove_folder(path)
-            removed.append(path.name)
+    for folder in (checkpoints_folder(run_folder), superseded_folder(run_folder)):
+        with contextlib.suppress(OSError):
+            for name in os.listdir(folder):
+                staged = re.search(r"\.attempt-(\d+)-[0-9a-f]+\.tmp$", name)
+                if (staged and int(staged[1]) < before_attempt) or re.search(r"\.pruned-[0-9a-f]+\.tmp$", name):
+                    remove_folder(folder / name)
+                    removed.append(name)
     return removed
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a staging folder if it exists; a failure is logged, because it harms no checkpoint."""
+    """Delete a folder if it exists, of a link only the link; a failure is logged, because it harms no checkpoint."""
     try:
-        shutil.rmtree(path)
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
     except FileNotFoundError:
         return
     except OSError as error:
@@ -131,13 +135,3 @@ def _attempt_of(checkpoint: Path) -> int:
         return read_manifest(checkpoint).attempt
     except CheckpointError:
         return -1
-
-
-def _last_change(path: Path) -> float:
-    times = [path.lstat().st_mtime]
-    for child in path.rglob("*"):
-        try:
-            times.append(child.lstat().st_mtime)
-        except FileNotFoundError:  # its owner is writing
-            return time.time()
-    return max(times)

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Mapping
 from concurrent.futures import Future, wait
@@ -25,6 +24,7 @@ import torch
 from dist_cpt.errors import CheckpointError, NumericsError
 from dist_cpt.runtime.liveness import made_progress
 from dist_cpt.runtime.threads import started
+from dist_cpt.storage import PatientFile
 
 _ITEM_BYTES = 4  # every tensor of a checkpoint is fp32
 _CHUNK_BYTES = 4 * 2**20
@@ -124,9 +124,9 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         # Plain reads, not a memory map: a file truncated meanwhile is an error, not a SIGBUS.
         self._path = path
-        self._fd = _open_regular(path)
+        self._file = _open(path)
         try:
-            self.entries = _read_header(self._fd, path)
+            self.entries = _read_header(self._file, path)
         except BaseException:
             self.close()
             raise
@@ -136,6 +136,7 @@ class TensorFile:
 
         Raises:
             CheckpointError: no such tensor or slice, or the file ends early.
+            StorageError: the file system does not answer.
         """
         entry = self.entries.get(key)
         if entry is None:
@@ -148,14 +149,12 @@ class TensorFile:
         if stop == start:
             return values
         begin = entry.start + start * _ITEM_BYTES
-        _finish(_in_pieces(partial(_read_all, self._fd, self._path), _bytes_of(values), begin))
+        _finish(_in_pieces(partial(_read_all, self._file, self._path), _bytes_of(values), begin))
         return values
 
     def close(self) -> None:
         """Close the file; safe to call twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
 
 def scan(path: Path) -> FileScan:
@@ -163,17 +162,17 @@ def scan(path: Path) -> FileScan:
 
     Raises:
         CheckpointError: not a regular file, or not a valid safetensors file of fp32 tensors.
+        StorageError: the file system does not answer.
     """
-    fd = _open_regular(path)
-    try:
-        entries = sorted(_read_header(fd, path).items(), key=lambda item: item[1].start)
+    with _open(path) as file:
+        entries = sorted(_read_header(file, path).items(), key=lambda item: item[1].start)
         data_start, data_stop = entries[0][1].start, entries[-1][1].stop
-        whole = hashlib.sha256(os.pread(fd, data_start, 0))
+        whole = hashlib.sha256(_read_at(file, path, data_start, 0))
         tensors = {}
         unread = iter(entries)
         key, entry = next(unread)
         digest, finite = hashlib.sha256(), True
-        with closing(_chunks_ahead(fd, path, data_start, data_stop)) as chunks:
+        with closing(_chunks_ahead(file, path, data_start, data_stop)) as chunks:
             for start, chunk in chunks:
                 hashed = started(partial(whole.update, _bytes_of(chunk)))  # beside the hash of the tensor
                 stop = start + chunk.nbytes
@@ -189,8 +188,6 @@ def scan(path: Path) -> FileScan:
                     digest, finite = hashlib.sha256(), True
                 hashed.result()
         return FileScan(data_stop, whole.hexdigest(), tensors)
-    finally:
-        os.close(fd)
 
 
 def tensor_sha256(values: torch.Tensor) -> str:
@@ -205,10 +202,9 @@ def is_finite(values: torch.Tensor) -> bool:
 
 
 def file_sha256(path: Path) -> tuple[int, str]:
-    """Bytes and sha256 of any regular file."""
-    fd = _open_regular(path)
+    """Bytes and sha256 of any regular file; errors as `scan`."""
     digest, size = hashlib.sha256(), 0
-    with os.fdopen(fd, "rb") as file:
+    with _open(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)
@@ -235,13 +231,13 @@ def _layout(shapes: Mapping[str, tuple[int, ...]]) -> tuple[bytes, dict[str, Ent
     return len(body).to_bytes(8, "little") + body, entries
 
 
-def _read_header(fd: int, path: Path) -> dict[str, Entry]:
-    size = os.fstat(fd).st_size
-    length = int.from_bytes(os.pread(fd, 8, 0), "little")
+def _read_header(file: PatientFile, path: Path) -> dict[str, Entry]:
+    size = file.num_bytes()
+    length = int.from_bytes(_read_at(file, path, 8, 0), "little") if size >= 8 else 0
     if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({size} bytes)")
     try:
-        fields = json.loads(os.pread(fd, length, 8))
+        fields = json.loads(_read_at(file, path, length, 8))
         fields.pop("__metadata__", None)
         entries = {key: _entry(field, 8 + length) for key, field in fields.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -268,24 +264,20 @@ def _entry(field: Any, begin: int) -> Entry:
     return Entry(shape, begin + start, begin + stop)
 
 
-def _open_regular(path: Path) -> int:
+def _open(path: Path) -> PatientFile:
     """Open for reading; never through a symbolic link, never a device or pipe."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return PatientFile(path, os.O_NOFOLLOW, expected=True)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be opened ({error.strerror})") from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise CheckpointError(f"{path} is not a regular file")
-    return fd
 
 
-def _chunks_ahead(fd: int, path: Path, start: int, stop: int) -> Generator[tuple[int, torch.Tensor]]:
+def _chunks_ahead(file: PatientFile, path: Path, start: int, stop: int) -> Generator[tuple[int, torch.Tensor]]:
     """(offset, fp32 values) of one chunk after the other; the next ones are being read meanwhile."""
 
     def read(offset: int) -> tuple[int, torch.Tensor]:
         chunk = torch.empty(min(_CHUNK_BYTES, stop - offset) // _ITEM_BYTES, dtype=torch.float32)
-        _read_all(fd, path, _bytes_of(chunk), offset)
+        _read_all(file, path, _bytes_of(chunk), offset)
         return offset, chunk
 
     under_way: deque[Future[tuple[int, torch.Tensor]]] = deque()
@@ -329,9 +321,15 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
         made_progress()
 
 
-def _read_all(fd: int, path: Path, data: memoryview, offset: int) -> None:
+def _read_at(file: PatientFile, path: Path, num_bytes: int, offset: int) -> bytes:
+    data = bytearray(num_bytes)
+    _read_all(file, path, memoryview(data), offset)
+    return bytes(data)
+
+
+def _read_all(file: PatientFile, path: Path, data: memoryview, offset: int) -> None:
     while data:
-        count = os.preadv(fd, [data[:_CHUNK_BYTES]], offset)
+        count = file.pread_into(data[:_CHUNK_BYTES], offset)
         if count == 0:
             raise CheckpointError(f"{path} ends early, at byte {offset}")
         data, offset = data[count:], offset + count

@@ -7,7 +7,6 @@ then remove old checkpoints.
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +15,10 @@ from typing import Any
 
 from dist_cpt.checkpoint.plan_files import PlannedFile, model_index, owners, plan_files
 from dist_cpt.checkpoint.quick_check import quick_check
-from dist_cpt.checkpoint.retention import LOGGER, prune, remove_folder, set_aside
+from dist_cpt.checkpoint.retention import LOGGER, prune, remove_folder, remove_staging, set_aside
 from dist_cpt.checkpoint.safetensors_stream import StreamWriter, file_sha256, scan
 from dist_cpt.checkpoint.verify import verify_checkpoint
-from dist_cpt.errors import CheckpointError, DistCptError, Superseded, WriteError
+from dist_cpt.errors import CheckpointError, DistCptError, StorageError, Superseded, WriteError
 from dist_cpt.run_folder.checkpoints import (
     checkpoints_folder,
     read_manifest,
@@ -42,6 +41,7 @@ from dist_cpt.run_folder.names import MANIFEST, MODEL_INDEX, STATE
 from dist_cpt.run_folder.train_state import TrainState, state_to_bytes
 from dist_cpt.runtime.collectives import agree, barrier, broadcast_json, gather_json_to_rank_zero, rank, world_size
 from dist_cpt.runtime.versions import package_versions
+from dist_cpt.storage import os_error
 from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, TensorKey, TensorSpec
 
 # Where a save can be interrupted: `fault` is called with these names, in this order; the others on rank 0 only, and
@@ -148,13 +148,13 @@ class _Save:
             try:
                 with self._run.claim.change("stage"):
                     self.staging.mkdir(parents=True)
-            except (Superseded, OSError) as caught:
+            except Exception as caught:  # the other ranks wait for the outcome
                 error = self._as_write_error(caught)
         agree(error, "save")
         deadline = time.monotonic() + _VISIBLE_SECONDS
-        while not self.staging.is_dir() and time.monotonic() < deadline:
+        while not (visible := os.path.isdir(self.staging)) and time.monotonic() < deadline:  # False on an errno too
             time.sleep(0.05)
-        if not self.staging.is_dir():
+        if not visible:
             error = WriteError(
                 f"{self.staging}, made by rank 0, is not visible after {_VISIBLE_SECONDS:g} s",
                 remedy="put output_dir on a file system that all nodes share",
@@ -245,6 +245,7 @@ class _Save:
         except DistCptError:
             if rank() == 0:
                 remove_folder(self.staging)
+                remove_staging(self._run.folder, self._state.attempt + 1)  # room for the next try
             raise
 
     def manifest(self, shares: Sequence[Any]) -> Manifest:
@@ -331,8 +332,7 @@ class _Save:
             raise CheckpointError(f"{kind}.{name} was {what}")
 
     def _as_write_error(self, error: Exception) -> Exception:
-        # Libraries in Rust (tokenizers, safetensors) raise their own classes with "(os error 28)" in the text.
-        if isinstance(error, OSError) or re.search(r"\(os error \d+\)", str(error)):
+        if isinstance(error, OSError | StorageError) or os_error(error):
             return write_error(error, self._run.folder, self._state.step)
         return error
 
@@ -351,5 +351,5 @@ def _prune(run: RunCheckpoints, newest: Path) -> None:
         prune(run.claim, newest, run.keep)
     except Superseded:  # the old ones belong to the later attempt now; the next boundary ends this one
         LOGGER.warning("a later attempt has claimed the run: no old checkpoint is removed")
-    except OSError as error:  # the new checkpoint is safe; too many old ones are no reason to stop
-        LOGGER.warning("cannot remove old checkpoints in %s: %s", newest.parent, error.strerror)
+    except (OSError, StorageError) as error:  # the new checkpoint is safe; too many old ones are no reason to stop
+        LOGGER.warning("cannot remove old checkpoints in %s: %s", newest.parent, error)

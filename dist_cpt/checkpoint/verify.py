@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,12 +15,16 @@ from dist_cpt.errors import CheckpointError, DataError
 from dist_cpt.run_folder.checkpoints import published, read_manifest
 from dist_cpt.run_folder.manifest import Manifest
 from dist_cpt.run_folder.names import INITIAL_ADAPTER
-from dist_cpt.runtime.collectives import broadcast_json, gather_json, rank, world_size
+from dist_cpt.runtime.collectives import gather_json, on_every_rank, on_rank_zero, rank, world_size
 from dist_cpt.training_state import STATE_KINDS
 
 
 def verify_checkpoint(path: Path) -> list[str]:
-    """Every way in which a checkpoint folder differs from its manifest; empty if it is valid."""
+    """Every way in which a checkpoint folder differs from its manifest; empty if it is valid.
+
+    Raises:
+        StorageError: the file system does not answer: neither valid nor damaged.
+    """
     if problems := quick_check(path):
         return problems
     manifest = read_manifest(path)
@@ -45,7 +50,7 @@ def verify_run(run_folder: Path) -> dict[str, list[str]]:
         raise CheckpointError(f"no checkpoints in {run_folder}", remedy="give a run folder or a checkpoint folder")
     problems = {path: verify_checkpoint(path) for path in paths}
     # A running job may have pruned one meanwhile.
-    return {path.name: listed for path, listed in problems.items() if not listed or path.exists()}
+    return {path.name: listed for path, listed in problems.items() if not listed or os.path.lexists(path)}
 
 
 def verify_stores(run_folder: Path) -> dict[str, list[str] | None]:
@@ -74,15 +79,18 @@ def verify_stores(run_folder: Path) -> dict[str, list[str] | None]:
 
 def verify_together(path: Path) -> list[str]:
     """`verify_checkpoint` with the files spread over all ranks; the same result on every rank. Collective."""
-    problems: list[str] = broadcast_json(quick_check(path) if rank() == 0 else None)
+    problems: list[str] = on_rank_zero("checkpoint", lambda: quick_check(path))
     if problems:
         return problems
-    try:
-        manifest = read_manifest(path)
-        mine = _file_problems(path, manifest, files_by_rank(manifest, world_size())[rank()])
-    except CheckpointError as error:  # rank 0 could read it a moment ago
-        mine = [f"rank {rank()}: {error.message}"]
-    return [problem for share in gather_json(mine) for problem in share]
+
+    def check_share() -> list[str]:
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError as error:  # rank 0 could read it a moment ago
+            return [f"rank {rank()}: {error.message}"]
+        return _file_problems(path, manifest, files_by_rank(manifest, world_size())[rank()])
+
+    return [problem for share in gather_json(on_every_rank("checkpoint", check_share)) for problem in share]
 
 
 def _file_problems(path: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
@@ -109,7 +117,7 @@ def _file_problems(path: Path, manifest: Manifest, names: Iterable[str]) -> list
                         problems.append(f"{name}: {key} does not have the sha256 of the manifest")
         except CheckpointError as error:
             problems.append(error.message)
-        except OSError as error:
+        except OSError as error:  # removed while it was read
             problems.append(f"{name}: cannot be read ({error.strerror})")
         else:
             if content != (manifest.files[name].num_bytes, manifest.files[name].sha256):

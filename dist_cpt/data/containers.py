@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import lzma
+import stat
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import numpy as np
 
 from dist_cpt.data.store import HEADER, INDEX_VERSION, MAGIC
 from dist_cpt.errors import DataError
+from dist_cpt.storage import PatientFile, is_there, patiently, read_bytes
 
 Fields = dict[str, Any]
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -109,8 +111,8 @@ def suffix_of(name: str) -> str | None:
 
 def is_dataset_folder(folder: Path) -> bool:
     """Whether `datasets` saved a data set, or one per split, in this folder."""
-    is_one = (folder / "dataset_info.json").is_file() and any(folder.glob("*.arrow"))
-    return is_one or (folder / "dataset_dict.json").is_file()
+    is_one = is_there(folder / "dataset_info.json") and any(folder.glob("*.arrow"))
+    return is_one or is_there(folder / "dataset_dict.json")
 
 
 def files_of(path: Path) -> list[Path]:
@@ -127,14 +129,15 @@ def read_container(path: Path, ignore: Sequence[str] = (), split: str | None = N
 
     Raises:
         DataError: an archive has a file that is not read and that `ignore` does not name.
-        OSError: from the file system.
+        StorageError: the file system does not answer.
+        OSError: no such file, or not a regular one.
     """
-    if path.is_dir():
+    if stat.S_ISDIR(patiently(path, path.stat).st_mode):
         yield from _dataset(path, split)
     elif path.suffix.lower() == ".idx":
         yield from _until_damage(_megatron(path), str(path))
     else:
-        with path.open("rb") as file:
+        with io.BufferedReader(PatientFile(path), _READ_BYTES) as file:
             yield from _read(file, path.name, str(path), ignore)
 
 
@@ -309,7 +312,7 @@ def _megatron(index: Path) -> Records:
 
     Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py (MMIDIDX, version 1).
     """
-    raw = index.read_bytes()
+    raw = read_bytes(index)
     if len(raw) < HEADER.itemsize or not raw.startswith(MAGIC):
         raise BadRecord("damaged_file", "does not start with MMIDIDX")
     header = np.frombuffer(raw, HEADER, 1)[0]
@@ -322,7 +325,8 @@ def _megatron(index: Path) -> Records:
     pointers = np.frombuffer(raw, "<i8", num_sequences, at + 4 * num_sequences)
     borders = np.frombuffer(raw, "<i8", num_documents, at + 12 * num_sequences)
     dtype = np.dtype(_MEGATRON_DTYPES[code])
-    tokens = np.memmap(index.with_suffix(".bin"), dtype, "r") if lengths.sum(dtype=np.int64) else np.zeros(0, dtype)
+    path = index.with_suffix(".bin")
+    tokens = patiently(path, lambda: np.memmap(path, dtype, "r")) if lengths.sum(dtype=np.int64) else np.zeros(0, dtype)
     for number, (first, last) in enumerate(itertools.pairwise(borders), start=1):
         parts = [
             tokens[pointer // dtype.itemsize :][:length]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +33,11 @@ from dist_cpt.data.prefetch import prefetch
 from dist_cpt.data.sources import ReadCounts, Record, RecordTally, SourceFiles, check_budget, find_files, read_records
 from dist_cpt.data.store import QUARANTINE, StoreWriter, TokenStore, read_store_manifest, sha256_of
 from dist_cpt.data.tokenizer import load_run_tokenizer, tokenizer_hash, vocabulary_size
-from dist_cpt.errors import DataError, WriteError
+from dist_cpt.errors import DataError, StorageError, WriteError
 from dist_cpt.run_folder.json_files import fsync_path
 from dist_cpt.run_folder.names import MANIFEST
 from dist_cpt.runtime.liveness import made_progress
-from dist_cpt.storage import LOGGER
+from dist_cpt.storage import LOGGER, is_there, patiently
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -107,20 +108,12 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None, *, verify:
 
     Raises:
         DataError: missing or empty input, bad records beyond policy or budget, an unusable tokenizer or template.
+        StorageError: the text or a store cannot be read.
         WriteError: the cache cannot be written.
     """
     plan = _plan(config)
     for planned in plan.stores:
-        try:
-            if not _is_finished(planned, config, verify):
-                moved = _link_store_of_same_input(planned)
-                if not (moved and _is_finished(planned, config, verify)):
-                    _make_store(planned, plan, config, on_progress)
-        except OSError as error:
-            raise WriteError(
-                f"cannot write the token store {planned.folder}: {error.strerror or error}",
-                remedy="free space or set data.cache_dir",
-            ) from error
+        patiently(planned.folder, partial(_require_store, planned, plan, config, on_progress, verify))
     return _open_stores(plan, config)
 
 
@@ -180,13 +173,29 @@ def _sha256(value: Any) -> str:
 
 def _input_state(files: SourceFiles) -> list[dict[str, Any]]:
     states = []
-    for file in (part for path in files.files for part in files_of(path)):
+    parts = [part for path in files.files for part in patiently(path, partial(files_of, path))]
+    for file in parts:
         try:
-            stat = file.stat()
+            stat = patiently(file, file.stat, expected=True)
         except OSError as error:
             raise DataError(f"cannot read {file}: {error.strerror or error}") from error
         states.append({"path": str(file), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns})
     return states
+
+
+def _require_store(
+    planned: _PlannedStore, plan: _Plan, config: RunConfig, on_progress: OnProgress | None, verify: bool
+) -> None:
+    try:
+        if not _is_finished(planned, config, verify):
+            moved = _link_store_of_same_input(planned)
+            if not (moved and _is_finished(planned, config, verify)):
+                _make_store(planned, plan, config, on_progress)
+    except OSError as error:
+        raise WriteError(
+            f"cannot write the token store {planned.folder}: {error.strerror or error}",
+            remedy="free space or set data.cache_dir",
+        ) from error
 
 
 def _input_sha256s(planned: _PlannedStore) -> list[str]:
@@ -203,7 +212,7 @@ def _link_store_of_same_input(planned: _PlannedStore) -> bool:
             continue
         try:
             manifest = read_store_manifest(path.parent)
-        except DataError:
+        except (DataError, StorageError):  # of another recipe
             continue
         if manifest.settings != planned.settings or [file["bytes"] for file in manifest.inputs] != sizes:
             continue
@@ -217,7 +226,7 @@ def _link_store_of_same_input(planned: _PlannedStore) -> bool:
 
 
 def _is_finished(planned: _PlannedStore, config: RunConfig, verify: bool) -> bool:
-    if not planned.folder.exists():
+    if not is_there(planned.folder):
         return False
     try:
         counts = TokenStore.open(planned.folder, verify).manifest.counts
@@ -244,7 +253,7 @@ def _make_store(planned: _PlannedStore, plan: _Plan, config: RunConfig, on_progr
             work.rename(planned.folder)
         except OSError:
             # Another process may have made the same store meanwhile; both have the same tokens.
-            if not (planned.folder / MANIFEST).exists():
+            if not is_there(planned.folder / MANIFEST):
                 raise
         fsync_path(planned.folder.parent)
     finally:  # also on Ctrl-C; after the rename there is nothing left to remove

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import json
 import os
+import stat
 import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +23,8 @@ from dist_cpt.data.containers import (
     read_container,
     suffix_of,
 )
-from dist_cpt.errors import DataError
+from dist_cpt.errors import DataError, StorageError
+from dist_cpt.storage import ANSWERS, patiently
 
 OnBadRecord = Literal["error", "skip", "quarantine"]
 T = TypeVar("T")
@@ -96,16 +99,22 @@ def find_files(path: str, name: str, ignore: Sequence[str] = (), split: str | No
 
     Raises:
         DataError: nothing there, or a file that is not read and that `ignore` does not name.
+        StorageError: the file system does not answer.
     """
+    return patiently(path, lambda: _find_files(path, name, ignore, split))
+
+
+def _find_files(path: str, name: str, ignore: Sequence[str], split: str | None) -> SourceFiles:
     target = Path(path)
-    if target.is_file():
+    mode = _mode(target)
+    if mode is not None and not stat.S_ISDIR(mode):
         root, candidates = target.parent, [target]
-    elif target.is_dir():
+    elif mode is not None:
         root, candidates = target, _walk(target)
     elif glob.has_magic(path):
-        matches = [Path(match) for match in glob.glob(path, recursive=True)]
+        matches = list(_matches(Path(target.anchor), target.parts[bool(target.anchor) :]))
         # ** matches both a folder and the files in it; a file counts once.
-        candidates = list(dict.fromkeys(f for m in matches for f in (_walk(m) if m.is_dir() else [m])))
+        candidates = list(dict.fromkeys(f for m in matches for f in (_walk(m) if stat.S_ISDIR(_mode(m) or 0) else [m])))
         root = Path(os.path.commonpath(candidates)) if candidates else target
         if not candidates:
             raise DataError(f"source {name!r}: no file matches {path}", remedy="check the pattern")
@@ -113,8 +122,14 @@ def find_files(path: str, name: str, ignore: Sequence[str] = (), split: str | No
         raise DataError(f"source {name!r}: {path} does not exist", remedy="check the path in the recipe")
     wanted = [f for f in candidates if not is_ignored(Path(os.path.relpath(f, root)).as_posix(), ignore)]
     # Token files of Megatron-LM come in pairs; the index stands for both.
-    files = {f.with_suffix(".idx") if f.suffix == ".bin" and f.with_suffix(".idx").is_file() else f for f in wanted}
-    unread = sorted(f.as_posix() for f in files if not (suffix_of(f.name) or f.is_dir()))
+    files = {f.with_suffix(".idx") if f.suffix == ".bin" and _mode(f.with_suffix(".idx")) else f for f in wanted}
+    modes = {f: _mode(f) or 0 for f in files}
+    irregular = sorted(f.as_posix() for f, m in modes.items() if m and not (stat.S_ISREG(m) or stat.S_ISDIR(m)))
+    if irregular:
+        raise DataError(
+            f"source {name!r}: {irregular[0]} is not a regular file", remedy="remove it, or name it in ignore"
+        )
+    unread = sorted(f.as_posix() for f, mode in modes.items() if not (suffix_of(f.name) or stat.S_ISDIR(mode)))
     if unread:
         listed = ", ".join(unread[:_NAMED]) + (f" and {len(unread) - _NAMED} more" if len(unread) > _NAMED else "")
         raise DataError(
@@ -134,7 +149,8 @@ def read_records(name: str, files: SourceFiles, parse: Parse[T], tally: RecordTa
     """Yield the records of source `name` in order, counting them and rejecting bad ones in `tally`.
 
     Raises:
-        DataError: a bad record under `error`, or an unreadable file.
+        DataError: a bad record under `error`, or a name that is no readable file.
+        StorageError: the file system does not answer.
     """
     for file in files.files:
         try:
@@ -153,6 +169,8 @@ def read_records(name: str, files: SourceFiles, parse: Parse[T], tally: RecordTa
                     continue
                 yield Record(value, raw)
         except OSError as error:
+            if error.errno not in ANSWERS:
+                raise StorageError(file, error) from error
             raise DataError(f"source {name!r}: cannot read {file}: {error.strerror or error}") from error
 
 
@@ -230,11 +248,49 @@ def _file_text(raw: RawRecord) -> str:
         raise BadRecord("invalid_utf8", f"invalid UTF-8 at byte {error.start}") from None
 
 
+def _mode(path: Path) -> int | None:
+    """What kind of file a path or link leads to; None if to nothing."""
+    try:
+        return path.stat().st_mode
+    except OSError as error:
+        if error.errno not in ANSWERS:
+            raise
+        return None
+
+
+def _matches(folder: Path, parts: Sequence[str], above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """As `glob.glob(recursive=True)`, which takes a folder that cannot be listed for an empty one."""
+    if not parts:
+        yield folder
+        return
+    head, rest = parts[0], parts[1:]
+    if not glob.has_magic(head):
+        if _mode(folder / head) is not None:
+            yield from _matches(folder / head, rest)
+        return
+    if head == "**":
+        above |= {os.path.realpath(folder)}
+        yield from _matches(folder, rest)
+    names = sorted(os.listdir(folder))
+    for name in names if head == "**" else fnmatch.filter(names, head):
+        child, is_folder = folder / name, stat.S_ISDIR(_mode(folder / name) or 0)
+        if name.startswith(".") and not head.startswith("."):
+            continue
+        if head == "**" and is_folder and os.path.realpath(child) not in above:
+            yield from _matches(child, parts, above)
+        elif head != "**" and (is_folder or not rest):
+            yield from _matches(child, rest)
+
+
 def _walk(folder: Path) -> list[Path]:
     """The files in a folder, and the folders in it that are saved data sets."""
     files: list[Path] = []
     visited: set[str] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(parent)
         if real in visited:  # a symbolic link back to a folder already read
             folders.clear()

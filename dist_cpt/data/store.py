@@ -21,6 +21,7 @@ from dist_cpt.errors import DataError
 from dist_cpt.run_folder.json_files import fsync_path
 from dist_cpt.run_folder.names import MANIFEST
 from dist_cpt.runtime.liveness import made_progress
+from dist_cpt.storage import PatientFile, is_there, patiently, read_bytes
 
 MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
@@ -106,7 +107,7 @@ class Chunk:
 def sha256_of(path: Path, start: int, num_bytes: int) -> str:
     """sha256 of a part of a file, or of what there is of it."""
     sha256 = hashlib.sha256()
-    with path.open("rb") as file:
+    with PatientFile(path, expected=True) as file:
         file.seek(start)
         while num_bytes > 0 and (block := file.read(min(num_bytes, _READ_BYTES))):
             sha256.update(block)
@@ -267,12 +268,10 @@ class TokenStore:
         dtype = np.dtype(manifest.dtype)
         self.num_documents = n = manifest.num_documents
         self.num_tokens = manifest.num_tokens
-        self.tokens: np.ndarray = (
-            np.memmap(folder / BIN, dtype=dtype, mode="r") if manifest.num_tokens else np.zeros(0, dtype)
-        )
+        self.tokens: np.ndarray = _mapped(folder / BIN, dtype) if manifest.num_tokens else np.zeros(0, dtype)
         self.answers = self._labels("answers")
         self.classes = self._labels("classes")
-        index = np.memmap(folder / IDX, dtype=np.uint8, mode="r")
+        index = _mapped(folder / IDX, np.dtype(np.uint8))
         at = HEADER.itemsize
         self.lengths: np.ndarray = np.frombuffer(index, "<i4", n, at)
         # The pointers are at an odd offset; arithmetic on a copy is faster than unaligned reads.
@@ -284,6 +283,7 @@ class TokenStore:
 
         Raises:
             DataError: the store is incomplete or damaged.
+            StorageError: the file system does not answer: neither good nor damaged.
         """
         folder = Path(folder)
         manifest = read_store_manifest(folder)
@@ -332,7 +332,7 @@ class TokenStore:
         name, dtype = LABEL_FILES[kind]
         if not self.num_tokens:
             return np.zeros(0, dtype)
-        return np.memmap(self.folder / name, dtype=dtype, mode="r")
+        return _mapped(self.folder / name, dtype)
 
     def document(self, index: int) -> np.ndarray:
         """The token ids of one document, its EOS included."""
@@ -351,6 +351,10 @@ class TokenStore:
         return None
 
 
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    return patiently(path, lambda: np.memmap(path, dtype=dtype, mode="r"), expected=True)
+
+
 def _damaged(path: Path, what: str) -> DataError:
     return DataError(
         f"token store: {path}: {what}", remedy="dist-cpt prepare RECIPE sets the store aside and makes it again"
@@ -362,10 +366,11 @@ def read_store_manifest(folder: Path) -> StoreManifest:
 
     Raises:
         DataError: missing or damaged.
+        StorageError: the file system does not answer.
     """
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_bytes(path, expected=is_there(folder)))
     except FileNotFoundError:
         raise DataError(
             f"token store: {folder} has no {MANIFEST}", remedy="run dist-cpt prepare on the recipe first"
@@ -386,9 +391,11 @@ def read_store_manifest(folder: Path) -> StoreManifest:
 
 
 def _check_file(path: Path, expected: dict[str, Any]) -> None:
-    if not path.is_file():
-        raise _damaged(path, "missing")
-    size = path.stat().st_size
+    try:
+        with PatientFile(path, expected=True) as file:
+            size = file.num_bytes()
+    except OSError as error:
+        raise _damaged(path, f"missing or not a file ({error.strerror})") from None
     if size != expected["bytes"]:
         raise _damaged(path, f"{size} bytes, expected {expected['bytes']} from the manifest")
 
@@ -396,8 +403,7 @@ def _check_file(path: Path, expected: dict[str, Any]) -> None:
 def _check_index(path: Path, manifest: StoreManifest) -> None:
     dtype = np.dtype(manifest.dtype)
     n = manifest.num_documents
-    with path.open("rb") as file:
-        raw = file.read(HEADER.itemsize)
+    raw = read_bytes(path, num_bytes=HEADER.itemsize)
     if len(raw) < HEADER.itemsize or not raw.startswith(MAGIC):
         raise _damaged(path, "does not start with MMIDIDX")
     header = np.frombuffer(raw, HEADER)[0]
@@ -406,8 +412,8 @@ def _check_index(path: Path, manifest: StoreManifest) -> None:
     if actual != expected:
         raise _damaged(path, f"(version, dtype, sequences, documents) is {actual}, expected {expected}")
     size = HEADER.itemsize + n * 4 + n * 8 + (n + 1) * 8
-    if path.stat().st_size != size:
-        raise _damaged(path, f"{path.stat().st_size} bytes, {n} documents take {size}")
+    if (found := manifest.files[IDX]["bytes"]) != size:
+        raise _damaged(path, f"{found} bytes, {n} documents take {size}")
     sizes = {BIN: manifest.num_tokens * dtype.itemsize}
     if manifest.label_kind is not None:
         name, label_dtype = LABEL_FILES[manifest.label_kind]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_cpt.config.schema import RunConfig
-from dist_cpt.errors import DataError
+from dist_cpt.errors import DataError, StorageError
+from dist_cpt.storage import patiently
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -28,7 +29,11 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     if path.startswith("/") and not Path(path).is_dir():
         raise DataError(f"tokenizer: {path} is not a folder", remedy="set data.tokenizer or model.path")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        tokenizer = patiently(
+            path, lambda: AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        )
+    except StorageError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception on a broken tokenizer.json
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DataError(

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_cpt.adapters.quantize import quantisation_state
-from dist_cpt.errors import CheckpointError
+from dist_cpt.errors import CheckpointError, DistCptError
 from dist_cpt.runtime.collectives import agree, current_group, gather_json, rank, world_size
 from dist_cpt.runtime.liveness import made_progress
 from dist_cpt.training_state import (
@@ -111,7 +111,7 @@ class SlicedState:
         reads its own parts.
 
         Raises:
-            CheckpointError: on all ranks if `read` failed on one; the state is then undefined.
+            CheckpointError or StorageError: on all ranks if `read` failed on one; the state is then undefined.
         """
         error: Exception | None = None
         if order is not None:
@@ -121,7 +121,7 @@ class SlicedState:
                 self._read_all(read)
             except Exception as raised:
                 error = raised
-        if error is not None and not isinstance(error, CheckpointError):
+        if error is not None and not isinstance(error, DistCptError):
             cause = error
             error = CheckpointError(f"reading the training state: {type(cause).__name__}: {cause}")
             error.__cause__ = cause

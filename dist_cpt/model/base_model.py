@@ -22,6 +22,7 @@ from dist_cpt.errors import ConfigError
 from dist_cpt.model.safety_checks import code_sha256s, require_trusted_code
 from dist_cpt.run_folder.names import MODEL_CONFIG
 from dist_cpt.runtime.collectives import gather_json, on_every_rank, rank, ranks_that_see
+from dist_cpt.storage import patiently
 
 WEIGHTS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VOCABULARY_MULTIPLE = 64  # rows of a new vocabulary matrix, for the tiles of a GPU's matrix product
@@ -204,21 +205,24 @@ def _from_folder(
 
     folder, own_code, stored = check_base(settings)
     logging.disable_progress_bar()  # one per rank
-    try:
+
+    def load() -> Any:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
         _switch_off_dropout(hf_config, keep=set())
         if settings.weights in quantize.QUANTISED:
-            model = quantize.load_quantised(folder, hf_config, device, settings.weights, own_code=own_code)
-        else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=hf_config,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=own_code,
-                output_loading_info=True,
-            )
-            model = quantize.require_complete(folder, *loaded)
+            return quantize.load_quantised(folder, hf_config, device, settings.weights, own_code=own_code)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=hf_config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=own_code,
+            output_loading_info=True,
+        )
+        return quantize.require_complete(folder, *loaded)
+
+    try:
+        model = patiently(folder, load)
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise ConfigError(f"model.path: {settings.path} cannot be loaded: {_one_line(error)}") from error
     identity: dict[str, Any] = {"path": settings.path, "revision": commit_of(folder, settings.revision)}

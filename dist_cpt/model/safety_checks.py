@@ -12,6 +12,7 @@ from dist_cpt.config.schema import ModelConfig
 from dist_cpt.errors import ConfigError
 from dist_cpt.run_folder.names import MODEL_CONFIG
 from dist_cpt.runtime.log import LOGGER
+from dist_cpt.storage import read_bytes
 
 _INSTRUCT = re.compile(r"(^|[-_.])(it|instruct|chat|sft|dpo|rlhf|assistant)([-_.]|$)", re.IGNORECASE)
 
@@ -24,7 +25,7 @@ def require_trusted_code(folder: Path, settings: ModelConfig) -> bool:
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    values = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8"))
+    values = json.loads(read_bytes(folder / MODEL_CONFIG))
     code = sorted({str(name) for name in (values.get("auto_map") or {}).values()})
     if not code or values.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return False

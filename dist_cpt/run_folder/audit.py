@@ -7,6 +7,7 @@ resume. Rows after the newest checkpoint are normal while the run is in progress
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from dist_cpt.run_folder.json_files import read_rows, strict_json
 from dist_cpt.run_folder.manifest import Manifest
 from dist_cpt.run_folder.names import CERTIFICATE, EVALUATIONS, EVENTS, EXIT, METRICS, RECIPE, ROLLBACKS, RUN
 from dist_cpt.run_folder.train_state import TrainState, first_line, past_windows
+from dist_cpt.storage import patiently, read_bytes
 
 
 class _Row(BaseModel):
@@ -49,6 +51,9 @@ def record_problems(run_folder: Path) -> list[str]:
     """Every contradiction among the files of a run folder and its checkpoints, one line each.
 
     Unreadable checkpoints are left to `verify_run`.
+
+    Raises:
+        StorageError: the file system does not answer.
     """
     problems = _problems(run_folder)
     if problems and not (run_folder / EXIT).exists():
@@ -248,9 +253,10 @@ def _readable(paths: Sequence[Path]) -> list[_Checkpoint]:
 def _objects(run_folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The JSON objects of a run folder by file name, and the problems of the other JSON files."""
     objects, problems = {}, []
-    for path in sorted({run_folder / RUN, *run_folder.glob("*.json")}):
+    names = patiently(run_folder, lambda: os.listdir(run_folder))
+    for path in sorted({run_folder / RUN, *(run_folder / name for name in names if name.endswith(".json"))}):
         try:
-            content = strict_json(path.read_bytes())
+            content = strict_json(read_bytes(path))
         except OSError as error:
             problems.append(f"{path.name}: {error.strerror}")
         except (ValueError, RecursionError):

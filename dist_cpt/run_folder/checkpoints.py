@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import re
 import secrets
+import stat
 from pathlib import Path
 
-from dist_cpt.errors import CheckpointError, WriteError
+from dist_cpt.errors import CheckpointError, StorageError, WriteError
 from dist_cpt.run_folder.manifest import Manifest, manifest_from_bytes
 from dist_cpt.run_folder.names import CHECKPOINTS, MANIFEST, STATE, SUPERSEDED
 from dist_cpt.run_folder.train_state import TrainState, state_from_bytes
+from dist_cpt.storage import patiently, read_bytes
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _SUPERSEDED_NAME = re.compile(r"step-(\d{8,})\..+")
@@ -42,7 +46,11 @@ def superseded_folder(run_folder: Path) -> Path:
 
 
 def published(run_folder: Path) -> list[Path]:
-    """Published checkpoint folders, newest step first, valid or not."""
+    """Published checkpoint folders and links to such, newest step first, valid or not.
+
+    Raises:
+        StorageError: the file system does not answer.
+    """
     return _numbered(checkpoints_folder(run_folder), _STEP_NAME)
 
 
@@ -53,26 +61,36 @@ def superseded(run_folder: Path) -> list[Path]:
 
 def write_error(error: Exception, run_folder: Path, step: int) -> WriteError:
     """The error for a save that the file system refused."""
-    strerror = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    strerror = getattr(error, "strerror", None) or getattr(error, "message", None) or str(error)
     code = errno.errorcode.get(error.errno or 0, "") if isinstance(error, OSError) else ""
     where = error.filename if isinstance(error, OSError) and error.filename else checkpoints_folder(run_folder)
-    kept = [path.name for path in published(run_folder)]
+    kept = []
+    with contextlib.suppress(StorageError):
+        kept = [path.name for path in published(run_folder)]
     return WriteError(
         f"cannot save step {step} in {where}: {strerror}{f' ({code})' if code else ''}",
         remedy="free space there, or set output_dir to a disk that can be written; "
-        + (f"the checkpoint {kept[0]} is kept" if kept else "no earlier checkpoint exists"),
+        + (f"the checkpoint {kept[0]} is kept" if kept else "earlier checkpoints are untouched"),
     )
 
 
 def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
-    if not folder.is_dir():
+    try:
+        names = patiently(folder, lambda: os.listdir(folder))
+    except OSError:
         return []
-    numbered = []
-    for path in folder.iterdir():
-        match = pattern.fullmatch(path.name)
-        if match and path.suffix != ".tmp" and path.is_dir() and not path.is_symlink():
-            numbered.append((int(match[1]), path.name, path))
-    return [path for *_, path in sorted(numbered, reverse=True)]
+    matches = [match for name in names if not name.endswith(".tmp") and (match := pattern.fullmatch(name))]
+    newest_first = sorted(((int(match[1]), match[0]) for match in matches), reverse=True)
+    return [path for _, name in newest_first if _is_folder_or_link(path := folder / name)]
+
+
+def _is_folder_or_link(path: Path) -> bool:
+    """A link may lead to a folder that was moved to another disk; one that leads nowhere is a damaged checkpoint."""
+    try:
+        mode = patiently(path, path.lstat, expected=True).st_mode
+    except OSError:
+        return False
+    return stat.S_ISDIR(mode) or stat.S_ISLNK(mode)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -80,6 +98,7 @@ def read_manifest(path: Path) -> Manifest:
 
     Raises:
         CheckpointError: missing or damaged.
+        StorageError: the file system does not answer.
     """
     return manifest_from_bytes(_read_small(path, MANIFEST))
 
@@ -89,17 +108,14 @@ def read_state(path: Path) -> TrainState:
 
     Raises:
         CheckpointError: missing or damaged.
+        StorageError: the file system does not answer.
     """
     return state_from_bytes(_read_small(path, STATE))
 
 
 def _read_small(path: Path, name: str) -> bytes:
-    file = path / name
-    if path.is_symlink() or file.is_symlink():
-        raise CheckpointError(f"{file} is a symbolic link")
     try:
-        if file.exists() and not file.is_file():
-            raise CheckpointError(f"{file} is not a regular file")
-        return file.read_bytes()
+        return read_bytes(path / name, os.O_NOFOLLOW, expected=True)
     except OSError as error:
-        raise CheckpointError(f"{name} is missing or unreadable in {path} ({error.strerror})") from None
+        what = "is a symbolic link" if error.errno == errno.ELOOP else f"is missing or unreadable ({error.strerror})"
+        raise CheckpointError(f"{name} {what} in {path}") from None

@@ -18,18 +18,36 @@ from dist_cpt.config.load import load_recipe
 from dist_cpt.config.resolve import fingerprint, require_same_recipe, to_yaml
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import CheckpointError, ConfigError, Superseded, WriteError
-from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state
+from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state, step_of, superseded
 from dist_cpt.run_folder.json_files import (
     cannot_write,
+    glance,
     is_at,
     json_bytes,
     read_object,
+    remove_quietly,
     replace_file,
     swap_in,
     write_object,
     write_temporary,
 )
-from dist_cpt.run_folder.names import APPENDED, EXIT, LOCK, RECIPE, REPLACED, RUN
+from dist_cpt.run_folder.names import (
+    APPENDED,
+    BAD_NODES,
+    EVENTS,
+    EXIT,
+    LAUNCHES,
+    LOCK,
+    LOGS,
+    METRICS,
+    PREFLIGHT,
+    RECIPE,
+    REPLACED,
+    RUN,
+    UNTRAINED,
+    rewound_name,
+)
+from dist_cpt.storage import is_there, patiently, read_bytes
 
 MOVES = ("stage", "publish", "aside", "reinstate", "prune")  # of checkpoints
 CHANGES = (*MOVES, *REPLACED, *(f"append.{name}" for name in APPENDED))  # what `Claim.change` is asked for
@@ -58,7 +76,14 @@ class Claim:
     reached: Callable[[str], object] = lambda change: None  # a planned fault, in the middle of a change
 
     def is_current(self) -> bool:
-        """Whether no later attempt has claimed the folder; True also while run.json is missing or damaged."""
+        """Whether no later attempt is seen to have claimed the folder; True also while run.json cannot be read.
+
+        To end early and to be silent; what changes the folder asks `require_current`.
+        """
+        return glance(self.folder / RUN).get("token", self.token) == self.token
+
+    def _is_current(self) -> bool:
+        """For certain; True also if run.json is missing or damaged, since a later attempt writes it."""
         return read_object(self.folder / RUN).get("token", self.token) == self.token
 
     def require_current(self) -> None:
@@ -66,8 +91,9 @@ class Claim:
 
         Raises:
             Superseded: a later attempt has claimed the folder.
+            StorageError: run.json cannot be read.
         """
-        if not self.is_current():
+        if not self._is_current():
             later = read_object(self.folder / RUN).get("attempts", 0) - 1
             raise Superseded(
                 f"attempt {self.attempt} is superseded in {self.folder}: attempt {later} has claimed it",
@@ -83,6 +109,7 @@ class Claim:
 
         Raises:
             Superseded: a later attempt has claimed the folder.
+            StorageError: run.json cannot be read.
         """
         self.require_current()
         self.reached(what)
@@ -91,7 +118,7 @@ class Claim:
         except (OSError, WriteError):
             self.require_current()  # the later attempt may be why it failed
             raise
-        if undo is not None and not self.is_current():
+        if undo is not None and not self._is_current():
             undo()
         self.require_current()
 
@@ -102,7 +129,8 @@ class Claim:
             Superseded: a later attempt has claimed the folder; its file is untouched, or was put back.
             WriteError: the file cannot be written.
         """
-        self.put(write_temporary(self.folder / name, content), name)
+        path = self.folder / name
+        patiently(path, lambda: self.put(write_temporary(path, content), name))
 
     def put(self, temporary: Path, name: str) -> None:
         """Replace a file of the folder by a complete one from beside it.
@@ -118,7 +146,7 @@ class Claim:
         except OSError as error:
             raise cannot_write(path, error) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            remove_quietly(temporary)
 
     def write(self, name: str, value: Any) -> None:
         """Replace a JSON file of the folder.
@@ -148,16 +176,23 @@ def claim(
         ConfigError: it has a run of another recipe.
         WriteError: it cannot be made or written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder, living)
-    except OSError as error:
-        raise WriteError(
-            f"run folder {folder} cannot be written: {error.strerror}", remedy="choose another output_dir"
-        ) from error
+
+    def lock_folder() -> TextIO | None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return _lock(folder, living)
+        except OSError as error:
+            raise WriteError(
+                f"run folder {folder} cannot be written: {error.strerror}", remedy="choose another output_dir"
+            ) from error
+
+    lock = patiently(folder, lock_folder)
     try:
         changed = _accepted_changes(folder, config)
         attempts, wandb_run_id = _earlier_starts(folder)
+        if changed is None:
+            _begin_anew(folder)
+            changed, wandb_run_id = [], None
         now = round(time.time(), 3)
         started = {
             "wandb_run_id": wandb_run_id or new_run_id,
@@ -172,14 +207,15 @@ def claim(
             "started": now,
             "ends": _earlier_ends(folder, attempts - 1),
         }
-        if lock is not None and not is_at(lock.fileno(), folder / LOCK):
+        if lock is not None and not patiently(folder / LOCK, lambda: is_at(lock.fileno(), folder / LOCK)):
             raise Superseded(f"another attempt has claimed {folder} meanwhile")
         recorded = config.model_copy(update={"accept_changes": ()})  # consent is for this start
         replace_file(folder / RECIPE, to_yaml(recorded).encode())
         write_object(folder / RUN, started)
-        (folder / EXIT).unlink(missing_ok=True)
-        for left_over in folder.glob("*.tmp"):  # an earlier attempt that still lives is superseded now
-            left_over.unlink(missing_ok=True)
+        patiently(folder / EXIT, lambda: (folder / EXIT).unlink(missing_ok=True))
+        with contextlib.suppress(OSError):
+            for left_over in folder.glob("*.tmp"):  # an earlier attempt that still lives is superseded now
+                remove_quietly(left_over)
     except BaseException as error:
         if lock is not None:
             lock.close()
@@ -246,16 +282,47 @@ def _job() -> str | None:
     return os.environ.get("DIST_CPT_JOB") or os.environ.get("SLURM_JOB_ID")
 
 
-def _accepted_changes(folder: Path, config: RunConfig) -> list[str]:
-    """The settings that this and earlier attempts changed with consent.
+def _accepted_changes(folder: Path, config: RunConfig) -> list[str] | None:
+    """The settings that this and earlier attempts changed with consent; None where another recipe never trained a step.
 
     Raises:
         ConfigError: recipe.yaml or the newest readable checkpoint has another recipe.
     """
-    recorded = [load_recipe(folder / RECIPE)] if (folder / RECIPE).exists() else []
-    for path in published(folder):
-        with contextlib.suppress(CheckpointError):  # damaged: a restore says so
-            recorded += [recipe for recipe in [read_manifest(path).recipe_config()] if recipe is not None]
-            break
-    changed = read_object(folder / RUN).get("accepted_changes", [])
-    return sorted({*changed, *(key for one in recorded for key in require_same_recipe(one, config, str(folder)))})
+    path = folder / RECIPE
+    known = is_there(path) or any(is_there(folder / name) for name in (RUN, EVENTS))
+    changed = set(read_object(folder / RUN).get("accepted_changes", []))
+    try:
+        recorded = [load_recipe(path)] if known and _expect(path) else []
+        for checkpoint in published(folder):
+            with contextlib.suppress(CheckpointError):  # damaged: a restore says so
+                recorded += [recipe for recipe in [read_manifest(checkpoint).recipe_config()] if recipe is not None]
+                break
+        return sorted(changed.union(*(require_same_recipe(one, config, str(folder)) for one in recorded)))
+    except ConfigError:
+        if ever_trained(folder):
+            raise
+        return None
+
+
+def _expect(path: Path) -> bool:
+    """Whether a file that an earlier attempt wrote is there."""
+    try:
+        return bool(patiently(path, path.stat, expected=True))
+    except OSError:
+        return False
+
+
+def ever_trained(folder: Path) -> bool:
+    """Whether a step of any recipe was ever trained in a run folder; else it belongs to nobody."""
+    rows = (folder / METRICS, folder / rewound_name(METRICS))
+    return any(is_there(path) and read_bytes(path, num_bytes=1) for path in rows) or any(
+        step_of(path) > 0 for path in (*published(folder), *superseded(folder))
+    )
+
+
+def _begin_anew(folder: Path) -> None:
+    """Put what another recipe left here aside, except what is about the folder and its attempts."""
+    aside = folder / UNTRAINED / secrets.token_hex(4)
+    aside.mkdir(parents=True)
+    for name in set(os.listdir(folder)) - {LOCK, RUN, EXIT, UNTRAINED, LOGS, LAUNCHES, BAD_NODES, PREFLIGHT}:
+        os.rename(folder / name, aside / name)

@@ -7,10 +7,9 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dist_cpt.errors import EXIT_HANG, EXIT_SUPERSEDED, StorageError
-from dist_cpt.run_folder.json_files import read_object
+from dist_cpt.run_folder.json_files import glance, read_object
 from dist_cpt.run_folder.names import EXIT, RUN
 
 Stamp = tuple[int, int] | None
@@ -81,12 +80,12 @@ def replace_hang(run_folder: Path, hang: Hang, rank: int) -> None:
 
 
 def _superseded(run_folder: Path, hang: Hang) -> bool:
-    return _read_or_empty(run_folder / RUN).get("attempts", 0) - 1 > hang.attempt
+    return glance(run_folder / RUN).get("attempts", 0) - 1 > hang.attempt
 
 
 def hang_reason(run_folder: Path, attempt: int) -> str | None:
     """Why a rank of `attempt` has ended the run as hung; None if none has."""
-    end = _read_or_empty(run_folder / EXIT)
+    end = glance(run_folder / EXIT)
     return str(end.get("reason")) if (end.get("code"), end.get("attempt")) == (EXIT_HANG, attempt) else None
 
 
@@ -96,11 +95,3 @@ def _write_temporary(run_folder: Path, hang: Hang, rank: int) -> Path:
     content = {"code": EXIT_HANG, "reason": hang.reason, "step": hang.step, "attempt": hang.attempt}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
-
-
-def _read_or_empty(path: Path) -> dict[str, Any]:
-    """A failing file system must not stop the watchdog, not even for a minute."""
-    with contextlib.suppress(OSError, ValueError):
-        content = json.loads(path.read_bytes())
-        return content if isinstance(content, dict) else {}
-    return {}

@@ -6,6 +6,7 @@ be parsed, for status and report. An errno is never taken for damage.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_cpt.errors import DataError, WriteError
-from dist_cpt.storage import read_bytes
+from dist_cpt.storage import patiently, read_bytes
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -31,6 +32,14 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def glance(path: Path) -> dict[str, Any]:
+    """As `read_object`, at once: also empty while the file cannot be read. For those who must not wait."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(path.read_bytes())
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def write_object(path: Path, value: Any) -> None:
@@ -53,13 +62,17 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         WriteError: the file cannot be written.
     """
-    temporary = write_temporary(path, content)
-    try:
-        os.replace(temporary, path)
-        fsync_path(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise cannot_write(path, error) from error
+
+    def replace() -> None:
+        temporary = write_temporary(path, content)
+        try:
+            os.replace(temporary, path)
+            fsync_path(path.parent)
+        except OSError as error:
+            remove_quietly(temporary)
+            raise cannot_write(path, error) from error
+
+    patiently(path, replace)
 
 
 def write_temporary(path: Path, content: bytes) -> Path:
@@ -75,9 +88,15 @@ def write_temporary(path: Path, content: bytes) -> Path:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        remove_quietly(temporary)
         raise cannot_write(path, error) from error
     return temporary
+
+
+def remove_quietly(path: Path) -> None:
+    """Remove a temporary file; the next claim of the folder removes one that stays."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def swap_in(temporary: Path, path: Path) -> Callable[[], None]:
@@ -113,10 +132,14 @@ def swap_in(temporary: Path, path: Path) -> Callable[[], None]:
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file still has this name."""
+    """Whether an open file still has this name.
+
+    Raises:
+        OSError: as from the file system, ENOENT aside.
+    """
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
-    except OSError:  # no file has it, or another client has removed ours
+    except FileNotFoundError:
         return False
 
 

@@ -8,6 +8,7 @@ step: what an overtaken attempt still appends goes to the file that it has open,
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections import deque
@@ -17,12 +18,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dist_cpt.errors import WriteError
+from dist_cpt.errors import StorageError, WriteError
 from dist_cpt.run_folder.claim import Claim
 from dist_cpt.run_folder.json_files import cannot_write, encode_row, is_at, parse_row
 from dist_cpt.run_folder.names import EVALUATIONS, EVENTS, METRICS, rewound_name
 from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
-from dist_cpt.storage import read_bytes
+from dist_cpt.storage import is_there, read_bytes
 
 
 class MetricsFile:
@@ -116,7 +117,7 @@ class MetricsFile:
             while self._waiting:
                 self._write_first()
             self._refused_since = None
-        except WriteError:
+        except (WriteError, StorageError):
             now = time.monotonic()
             self._refused_since = now if self._refused_since is None else self._refused_since
             if now - self._refused_since >= self._patience_seconds:
@@ -132,7 +133,7 @@ class MetricsFile:
     def _descriptor(self, name: str) -> int:
         """The open file of that name; where an overtaken attempt has replaced it, this one's comes back first."""
         path, descriptor = self._claim.folder / name, self._open.get(name)
-        if descriptor is not None and not is_at(descriptor, path):
+        if descriptor is not None and not _or_write_error(path, lambda: _is_still_at(descriptor, path)):
             with contextlib.suppress(OSError), open(descriptor, "rb", closefd=False) as file:
                 file.seek(0)
                 self._claim.replace(name, file.read())
@@ -141,6 +142,15 @@ class MetricsFile:
             _or_write_error(path, lambda: _repair(self._claim, name))
             self._open[name] = _or_write_error(path, lambda: os.open(path, _APPEND, 0o644))
         return self._open[name]
+
+
+def _is_still_at(descriptor: int, path: Path) -> bool:
+    try:
+        return is_at(descriptor, path)
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        return False  # another client has removed it
 
 
 _APPEND = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
@@ -162,7 +172,7 @@ def _rewind_file(claim: Claim, name: str, step: int) -> int:
     left = [line for line in earlier if line not in back.values()] + [line for line in moved if line not in seen]
     if left != earlier:
         claim.replace(rewound, b"".join(left))
-    if (claim.folder / name).exists() or back:
+    if is_there(claim.folder / name) or back:
         rows = kept | back
         claim.replace(name, b"".join(rows[key] for key in sorted(rows, key=lambda key: key[0])))
     return len(moved)
@@ -188,13 +198,13 @@ def _lines(path: Path) -> list[bytes]:
 def _repair(claim: Claim, name: str) -> None:
     """End the file with a complete line: add a missing newline, or leave out a torn line."""
     path = claim.folder / name
-    if path.exists() and path.stat().st_size and not read_bytes(path).endswith(b"\n"):
+    if is_there(path) and (content := read_bytes(path)) and not content.endswith(b"\n"):
         _renew(claim, name)
 
 
 def _renew(claim: Claim, name: str) -> None:
     """Replace the file by a copy without a torn last line."""
-    if (claim.folder / name).exists():
+    if is_there(claim.folder / name):
         lines = _lines(claim.folder / name)
         claim.replace(name, b"".join(lines[:-1] if lines and parse_row(lines[-1]) is None else lines))
 

@@ -23,6 +23,7 @@ LAUNCHES = "launches.jsonl"  # a batch job's starts of the ranks and what it dec
 BAD_NODES = "bad_nodes.json"  # failures by node
 PREFLIGHT = "preflight"  # folder: node checks before a start
 REPORT = "report.html"
+UNTRAINED = "untrained"  # folder: what another recipe left here that never trained a step
 LOGS = "logs"
 WANDB = "wandb"
 CHECKPOINTS = "checkpoints"

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from dist_cpt import errors
 from dist_cpt.errors import ConfigError, DistCptError
+from dist_cpt.storage import explained
 
 _SHOWN, _SHOWN_LENGTH = 3, 80  # facts in one message, characters of a value
 T = TypeVar("T")
@@ -241,6 +242,7 @@ def _buffer(payload: bytes, size: int) -> torch.Tensor:
 
 
 def _describe(error: BaseException) -> dict[str, Any]:
+    error = explained(error)
     if isinstance(error, DistCptError):
         classes = [cls.__name__ for cls in type(error).__mro__]
         return {"classes": classes, "message": error.message, "remedy": error.remedy}

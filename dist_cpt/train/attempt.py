@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from dist_cpt.checkpoint.finished import says_finished
+from dist_cpt.checkpoint.retention import remove_staging
 from dist_cpt.checkpoint.save import SAVE_POINTS
 from dist_cpt.config.resolve import StepShape, run_folder, step_shape
 from dist_cpt.config.schema import RunConfig
@@ -27,6 +29,7 @@ from dist_cpt.runtime.log import LOGGER, close_log, open_log
 from dist_cpt.runtime.mesh import init_distributed, shutdown
 from dist_cpt.runtime.node_address import with_address
 from dist_cpt.runtime.stop import StopRequest
+from dist_cpt.storage import explained
 from dist_cpt.train.observers import Observers
 from dist_cpt.train.wandb import new_run_id
 
@@ -97,6 +100,9 @@ def run_attempt(
         device = init_distributed(env, RENDEZVOUS_SECONDS, collective_seconds(config.health.hang))
         joined = True
         faults = on_every_rank(VARIABLE, lambda: planned_faults(FAULT_POINTS))
+        if on_rank_zero("run folder", lambda: says_finished(config)):
+            code = EXIT_DONE
+            return code, None
         own_claim = _claim(folder, config)
         open_log(log_file(folder, env.rank), env.rank)
         fault = Faults(faults, env.rank, own_claim.attempt)
@@ -133,7 +139,9 @@ def run_attempt(
         if env.rank == 0 or (joined and not error.agreed):
             say(f"dist-cpt: {error}")
     except Exception as error:  # a defect of ours, or a rank that vanished in a collective
-        code, reason = EXIT_INTERNAL, f"{type(error).__name__}: {error}".splitlines()[0]
+        known = explained(error)
+        code = known.exit_code if isinstance(known, DistCptError) else EXIT_INTERNAL
+        reason = str(known) if known is not error else f"{type(error).__name__}: {error}".splitlines()[0]
         LOGGER.error("rank %d ends: %s\n%s", env.rank, reason, traceback.format_exc())
         say(f"dist-cpt: rank {env.rank}: {reason} -- see logs/rank-{env.rank}.log")
     finally:
@@ -157,6 +165,7 @@ def _claim(folder: Path, config: RunConfig) -> Claim:
 
     def take() -> list[Any]:
         taken.append(when_ended(folder, lambda: claim(folder, config, new_run_id(), living)))
+        remove_staging(folder, before_attempt=taken[0].attempt)
         return [taken[0].attempt, taken[0].wandb_run_id, taken[0].token]
 
     attempt, run_id, token = on_rank_zero("run folder", take)

@@ -10,22 +10,22 @@ import torch
 from dist_cpt.checkpoint.certificate import ReplayedLoss, certify
 from dist_cpt.checkpoint.load import LoadedCheckpoint, load, newest_valid, require_fit
 from dist_cpt.checkpoint.plan_files import owners
-from dist_cpt.checkpoint.retention import reinstate, remove_stale_staging, set_aside_after
+from dist_cpt.checkpoint.retention import reinstate, set_aside_after
 from dist_cpt.config.resolve import differences, require_same_recipe
 from dist_cpt.errors import CheckpointError, NumericsError
 from dist_cpt.optim.eight_bit import within_half_step
 from dist_cpt.optim.groups import eight_bit_names
 from dist_cpt.run_folder.checkpoints import checkpoints_folder
-from dist_cpt.run_folder.json_files import read_complete_rows, read_object
+from dist_cpt.run_folder.json_files import cannot_write, read_complete_rows, read_object
 from dist_cpt.run_folder.names import CERTIFICATE, EVENTS, ROLLBACKS
 from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
 from dist_cpt.runtime.log import LOGGER
 from dist_cpt.runtime.seed import first_draws
+from dist_cpt.storage import is_there, patiently
 from dist_cpt.train.build import Run
 from dist_cpt.train.progress import Progress, Windows, progress_of
 from dist_cpt.training_state import StateKind
 
-STALE_STAGING_SECONDS = 3600.0
 # The replayed loss is the same forward pass in another summation order: rounding of one token's loss, averaged.
 REPLAY_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "nf4": 2e-3, "int8": 2e-3}
 
@@ -46,12 +46,12 @@ def restore(run: Run) -> Progress | None:
 
 def _require_none_published(folder: Path) -> None:
     """Lost checkpoints must not look like a run that has saved none yet."""
-    events, _ = read_complete_rows(folder / EVENTS)
+    events, _ = patiently(folder / EVENTS, lambda: read_complete_rows(folder / EVENTS))
     names = [str(event.get("path")) for event in events if event.get("kind") == "checkpoint"]
     if names:
         raise CheckpointError(
             f"{names[-1]} was published in {checkpoints_folder(folder)}, where no checkpoint is now",
-            remedy="move them back (a linked step is not followed), or begin anew with dist-cpt launch --from-start",
+            remedy="move or link them back, or begin anew with dist-cpt launch --from-start",
         )
 
 
@@ -90,7 +90,7 @@ def recorded_windows(run: Run) -> Windows:
     path = run.context.folder / ROLLBACKS
 
     def read() -> list[list[int]]:
-        if not path.exists():
+        if not is_there(path):
             return []
         try:
             return [[int(start), int(stop)] for start, stop in read_object(path)["windows"]]
@@ -106,32 +106,34 @@ def recorded_windows(run: Run) -> Windows:
 
 def _restore(run: Run, windows: Windows, up_to_step: int | None = None) -> Progress | None:
     folder = run.context.folder
-    on_rank_zero("checkpoints", lambda: remove_stale_staging(folder, STALE_STAGING_SECONDS))
     newest, skipped = newest_valid(folder, up_to_step)
     for name, problem in skipped:
         LOGGER.warning("checkpoint %s is invalid and is skipped: %s", name, problem)
     if newest is None:
         return None
     run.context.fault("restore", 0)
-    with load(newest, verified=True) as checkpoint:
+    with on_every_rank("checkpoint", lambda: load(newest, verified=True)) as checkpoint:
         changes = on_every_rank("recipe", lambda: _recipe_changes(run, checkpoint))
         on_every_rank("checkpoint", lambda: require_fit(checkpoint.manifest, run.specs, run.identity))
         progress = progress_of(checkpoint.state, newest.name, windows)
         run.engine.import_state(checkpoint.read, checkpoint.state.optimizer_steps, checkpoint.reading_order())
         _certify(run, checkpoint, changes)
         run.saver.resumed_from(progress.step, checkpoint.manifest.state_sha256)
-    on_rank_zero("checkpoints", lambda: _leave_behind(run, newest, progress.step))
+    on_rank_zero("checkpoints", lambda: patiently(folder, lambda: _leave_behind(run, newest, progress.step)))
     run.context.watchdog.tick("starting", progress.step)
     return progress
 
 
 def _leave_behind(run: Run, restored: Path, step: int) -> None:
-    """Move checkpoints and rows of later steps aside: they are no longer part of this run."""
+    """Move checkpoints and rows of later steps aside: they are no longer part of this run. Idempotent."""
     claim = run.context.claim
-    for name in set_aside_after(claim, step):
-        LOGGER.warning("a checkpoint does not descend from %s and was moved to superseded/%s", restored.name, name)
-    reinstate(claim, restored, step)
-    run.metrics.rewind(step)
+    try:
+        for name in set_aside_after(claim, step):
+            LOGGER.warning("a checkpoint does not descend from %s and was moved to superseded/%s", restored.name, name)
+        reinstate(claim, restored, step)
+        run.metrics.rewind(step)
+    except OSError as error:
+        raise cannot_write(claim.folder, error) from error
 
 
 def _recipe_changes(run: Run, checkpoint: LoadedCheckpoint) -> tuple[dict[str, str], dict[str, str]]:

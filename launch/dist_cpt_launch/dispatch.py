@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from dist_cpt.checkpoint.finished import says_finished
 from dist_cpt.config.load import load_recipe
 from dist_cpt.config.resolve import resolve_paths, run_folder
 from dist_cpt.errors import EXIT_DONE, ConfigError, say
@@ -55,6 +56,8 @@ def launch(
         for config, _ in loaded:
             _move_aside(run_folder(config))
     say(str(plan.run_folder), sys.stdout)
+    if all(says_finished(config) for config, _ in loaded):
+        return EXIT_DONE
     return start(plan)
 
 

@@ -20,9 +20,10 @@ from typing import Annotated, Any
 
 import typer
 
+from dist_cpt.checkpoint.finished import says_finished
 from dist_cpt.config.load import load_recipe
 from dist_cpt.config.resolve import resolve_paths, run_folder
-from dist_cpt.errors import EXIT_INTERNAL, EXIT_NODE, EXIT_STOPPED, ConfigError, StorageError, WriteError
+from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_NODE, EXIT_STOPPED, ConfigError, StorageError, WriteError
 from dist_cpt.run_folder.exit_file import exit_code, stamp
 from dist_cpt.run_folder.json_files import read_object
 from dist_cpt.run_folder.names import PREFLIGHT
@@ -125,10 +126,22 @@ class Supervisor:
 
     def run(self) -> int:
         """Start the ranks until the run is complete, cannot be repeated here, or needs the queue."""
+        try:
+            return self._run()
+        except StorageError as error:  # the file server may be back by then
+            log(str(error))
+            again = self.options.requeue_by == "requeue" and self.job.restarts < MAX_STORAGE_REQUEUES
+            if again and self.job.requeue(set()):
+                return EXIT_STOPPED
+            raise
+
+    def _run(self) -> int:
         options, job = self.options, self.job
         if options.predecessor and self.record.cancelled(options.predecessor):
             log(f"job {options.predecessor}, which queued this one, has ended for good: nothing to do")
             return NOT_REQUEUED
+        if says_finished(self.config):
+            return EXIT_DONE
         bad = self.record.bad_nodes().intersection(job.nodes)
         if bad and options.requeue_by == "requeue" and job.restarts < MAX_MOVES and job.can_run_without(bad):
             log(f"this job was given {', '.join(sorted(bad))}, which failed before: requeueing for other nodes")
@@ -142,11 +155,7 @@ class Supervisor:
                 log(f"{decision.action}: {decision.reason}")
                 if decision.action != "restart":
                     return self._leave(code, decision)
-        except StorageError as error:  # the file server may be back by then; a successor waits for it too
-            log(str(error))
-            again = options.requeue_by == "requeue" and job.restarts < MAX_STORAGE_REQUEUES
-            if again and job.requeue(set()):
-                return EXIT_STOPPED
+        except StorageError:  # the successor may find the file server back
             raise
         except Exception:  # a full disk, for example: the successor would fail alike and queue one of its own
             if self.successor:

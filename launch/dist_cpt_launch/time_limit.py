@@ -10,6 +10,7 @@ from typing import Any
 from dist_cpt.run_folder.checkpoints import published, step_of
 from dist_cpt.run_folder.json_files import rows_or_problem
 from dist_cpt.run_folder.names import EVALUATIONS, EVENTS, MANIFEST, METRICS
+from dist_cpt.storage import is_there
 
 DEFAULT_SAVE_SECONDS = 300  # before a save was measured
 MARGIN_SECONDS = 90  # Slurm signals up to 60 s early or late; the ranks also close W&B and write exit.json, the report
@@ -48,7 +49,7 @@ def save_before_limit(run_folder: Path) -> int:
 
 def newest_step(run_folder: Path) -> int:
     """The step of the newest published checkpoint; -1 if there is none."""
-    return next((step_of(path) for path in published(run_folder) if (path / MANIFEST).exists()), -1)
+    return next((step_of(path) for path in published(run_folder) if is_there(path / MANIFEST)), -1)
 
 
 def _evaluation_seconds(run_folder: Path, steps: list[dict[str, Any]]) -> float:

@@ -15,7 +15,7 @@ import torch
 from dist_cpt.checkpoint.certificate import ReplayedLoss, certify
 from dist_cpt.checkpoint.load import load, newest_valid
 from dist_cpt.checkpoint.plan_files import owners, plan_files
-from dist_cpt.checkpoint.retention import remove_stale_staging
+from dist_cpt.checkpoint.retention import remove_staging
 from dist_cpt.checkpoint.save import POINTS_ON_EVERY_RANK, SAVE_POINTS
 from dist_cpt.checkpoint.verify import verify_checkpoint
 from dist_cpt.errors import DistCptError
@@ -181,7 +181,7 @@ def test_a_kill_at_any_point_leaves_a_valid_checkpoint(tmp_path: Path, pool: Ran
         assert checkpoint.manifest.step == (20 if done else 10)
         assert matches(checkpoint, 21 if done else 10)
     # The next attempt removes the staging folder, reaches the step and saves it.
-    remove_stale_staging(tmp_path, older_than_seconds=0)
+    remove_staging(tmp_path, before_attempt=2)
     assert pool.run(f"{HERE}:save_case", folder=str(tmp_path), step=20, seed=22, attempt=2, keep=1)
     assert [found.name for found in published(tmp_path)] == ["step-00000020"]
     assert list(tmp_path.rglob("*.tmp")) == []

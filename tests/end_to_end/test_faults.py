@@ -367,13 +367,15 @@ def test_files_swapped_between_two_checkpoints_damage_both(copied: Path, file: s
     require_named_and_skipped(copied, ("step-00000012", "step-00000010"), file)
 
 
-def test_a_link_in_the_place_of_a_checkpoint_is_not_one(copied: Path) -> None:
+def test_a_link_in_the_place_of_a_checkpoint_is_followed_and_its_hashes_decide(copied: Path) -> None:
     newest = copied / "checkpoints" / "step-00000012"
     newest.rename(copied / "elsewhere")
     newest.symlink_to("../elsewhere")
-    path, _ = newest_valid(copied)
-    assert path is not None
-    assert path.name == "step-00000010"
+    assert newest_valid(copied) == (newest, [])
+    flip(copied / "elsewhere" / "adapter_model.safetensors")
+    require_named_and_skipped(copied, ("step-00000012",), "adapter_model.safetensors")
+    shutil.rmtree(copied / "elsewhere")
+    require_named_and_skipped(copied, ("step-00000012",), "manifest.json")
 
 
 def continued(job: Job) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -11,9 +12,14 @@ import threading
 import time
 
 import pytest
+import yaml
 
+from dist_cpt.checkpoint.verify import verify_run
+from dist_cpt.errors import StorageError
+from dist_cpt.run_folder.audit import record_problems
 from dist_cpt.runtime.stop import StopRequest
 from tests import tiny
+from tests.errno_layer import ErrnoLayer
 from tests.whole_run import StopAfter, rows, train
 
 
@@ -87,6 +93,42 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_named(made, tmp_path, capfd)
     assert [row["step"] for row in rows(run / "metrics.rewound.jsonl")] == [9]
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_a_damaged_one(made, tmp_path, monkeypatch, capfd):
+    values = tiny.recipe(*made, tmp_path)
+    run = tmp_path / "tiny"
+    assert train(values, StopAfter(run / "metrics.jsonl", 9)) == 75
+    newest = run / "checkpoints/step-00000009"
+    before = {path: path.stat().st_ino for path in (run / "checkpoints").rglob("*")}
+    monkeypatch.setenv("DIST_CPT_STORAGE_SECONDS", "0.2")
+    for unreadable in (newest, newest / "optimizer-00001-of-00001.safetensors"):
+        capfd.readouterr()
+        with ErrnoLayer(unreadable, errno.EIO, at=0, for_ever=True).installed():
+            assert train(values) == 66
+            with pytest.raises(StorageError, match="EIO"):
+                verify_run(run)
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dist-cpt: ")]
+        assert all(named in line for named in (str(unreadable), "EIO"))
+    ended = json.loads((run / "exit.json").read_text())
+    assert (ended["code"], "EIO" in ended["reason"]) == (66, True)
+    assert {path: path.stat().st_ino for path in (run / "checkpoints").rglob("*")} == before
+    monkeypatch.setenv("DIST_CPT_STORAGE_SECONDS", "5")
+    with ErrnoLayer(newest, errno.ESTALE, at=3).installed() as layer:
+        assert train(values) == 0
+    assert len(layer.calls) > 3
+    assert rows(run / "events.jsonl")[-1]["kind"] == "end"
+    resumed = [row["resumed_from"] for row in rows(run / "events.jsonl") if row["kind"] == "resume"]
+    assert resumed == [newest.name]
+
+
+def test_a_stale_handle_of_the_claim_ends_no_run(made, tmp_path):
+    for number in (6, 40):
+        with ErrnoLayer(tmp_path, errno.ESTALE, at=number, place="run.json").installed() as layer:
+            assert (
+                train(tiny.recipe(*made, tmp_path, name=f"tiny{number}", train={"tokens": 4 * 8 * tiny.SEQ_LEN})) == 0
+            )
+        assert len(layer.calls) > number
+
+
 def test_another_recipe_in_the_same_folder_is_refused(made, tmp_path, capfd):
     assert train(tiny.recipe(*made, tmp_path)) == 0
     before = (tmp_path / "tiny/exit.json").read_text()
@@ -96,6 +138,43 @@ def test_another_recipe_in_the_same_folder_is_refused(made, tmp_path, capfd):
     assert (tmp_path / "tiny/exit.json").read_text() == before
     assert train(tiny.recipe(*made, tmp_path)) == 0  # finished: nothing left to do, nothing doubled
     assert len(rows(tmp_path / "tiny/metrics.jsonl")) == 12
+
+
+def test_a_folder_in_which_no_step_was_trained_belongs_to_nobody(made, tmp_path, capfd):
+    refused = tiny.recipe(*made, tmp_path, adapter={"targets": ["q_prj"]})
+    assert train(refused) == 64
+    stopped = StopRequest()
+    stopped.requested = "SIGTERM"
+    assert train(tiny.recipe(*made, tmp_path, seed=1), stopped) == 75  # with a checkpoint of step 0
+    capfd.readouterr()
+    assert train(tiny.recipe(*made, tmp_path)) == 0
+    run = tmp_path / "tiny"
+    assert record_problems(run) == []
+    assert [(row["step"], row["name"]) for row in rows(run / "evaluations.jsonl")] == [
+        (0, "held-out"),
+        (12, "held-out"),
+    ]
+    assert len(list((run / "untrained").iterdir())) == 2  # nothing of the others is lost
+    assert train(tiny.recipe(*made, tmp_path, seed=2)) == 64
+
+
+def test_a_finished_run_answers_from_its_files_and_changes_none(made, tmp_path):
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny.recipe(*made, tmp_path))
+    assert train(yaml.safe_load(recipe.read_text())) == 0
+    run = tmp_path / "tiny"
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in run.rglob("*")}
+    without_torch = "import sys; sys.modules['torch'] = None; from dist_cpt.cli import main; main()"
+    for arguments in (["train", recipe], ["launch", recipe], ["resume", run]):
+        done = subprocess.run(
+            [sys.executable, "-c", without_torch, *map(str, arguments)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert all(named in line for named in (str(run), "step 12"))
+        assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in run.rglob("*")} == before
+    (run / "checkpoints/step-00000012/adapter_config.json").write_text("{}")
+    assert train(yaml.safe_load(recipe.read_text())) == 0  # not finished any more
+    assert json.loads((run / "certificate.json").read_text())["step"] == 8
 
 
 @pytest.mark.parametrize(

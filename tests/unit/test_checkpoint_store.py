@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dist_cpt.checkpoint.load import load, newest_valid, require_fit
-from dist_cpt.checkpoint.retention import prune, remove_stale_staging
+from dist_cpt.checkpoint.retention import prune, remove_staging, set_aside_after
 from dist_cpt.checkpoint.save import SAVE_POINTS
 from dist_cpt.checkpoint.verify import verify_checkpoint
 from dist_cpt.errors import CheckpointError, NumericsError, WriteError
@@ -377,18 +377,52 @@ def test_a_crash_between_the_two_renames_still_finds_the_one_moved_aside(tmp_pat
         assert matches(checkpoint, 10)
 
 
-def test_staging_folders_of_others_go_only_when_old(tmp_path: Path) -> None:
+def test_staging_folders_of_earlier_attempts_go(tmp_path: Path) -> None:
+    save_step(tmp_path, 10, attempt=1)
+    names = ["step-00000010.attempt-0-aa.tmp", "step-00000020.attempt-1-bb.tmp", "step-00000020.attempt-2-cc.tmp"]
+    for name in names:
+        (tmp_path / "checkpoints" / name).mkdir()
+        (tmp_path / "checkpoints" / name / "optimizer-00001-of-00001.safetensors").write_bytes(b"half")
+    assert remove_staging(tmp_path, before_attempt=2) == names[:2]
+    assert (tmp_path / "checkpoints" / names[2]).exists()
+    assert newest_valid(tmp_path)[0] is not None
+
+
+def test_a_refused_save_makes_room_for_the_next_try(tmp_path: Path) -> None:
     orphan = tmp_path / "checkpoints" / "step-00000010.attempt-0-aa.tmp"
     orphan.mkdir(parents=True)
-    (orphan / "optimizer-00001-of-00001.safetensors").write_bytes(b"half")
-    save_step(tmp_path, 10, attempt=1)
-    assert orphan.exists()
-    assert remove_stale_staging(tmp_path, older_than_seconds=3600) == []
-    for path in (orphan, *orphan.iterdir()):
-        os.utime(path, (1, 1))
-    assert remove_stale_staging(tmp_path, older_than_seconds=3600) == [orphan.name]
-    assert not orphan.exists()
-    assert newest_valid(tmp_path)[0] is not None
+
+    def full(point: str, step: int) -> None:
+        if point == "save.written":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(WriteError):
+        save_step(tmp_path, 10, attempt=1, fault=full)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def linked(path: Path, elsewhere: Path) -> Path:
+    """A checkpoint that was moved to another disk, and a relative link in its place."""
+    path.rename(elsewhere)
+    path.symlink_to(os.path.relpath(elsewhere, path.parent))
+    return elsewhere
+
+
+def test_only_the_link_to_a_checkpoint_elsewhere_is_moved_or_removed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first, second = (save_step(run, step, keep=9).path for step in (10, 20))
+    elsewhere = [linked(first, tmp_path / "first"), linked(second, tmp_path / "second")]
+    before = {path: path.read_bytes() for folder in elsewhere for path in folder.iterdir()}
+    assert newest_valid(run) == (second, [])
+    claim = claimed(run)
+    set_aside_after(claim, 10)
+    (aside,) = superseded(run)
+    assert verify_checkpoint(aside) == []  # the link leads there from its new place too
+    save_step(run, 20, keep=9, seed=1)
+    save_step(run, 30, keep=1, seed=2)
+    assert [path.name for path in published(run)] == ["step-00000030"]
+    assert list(run.rglob("*.tmp")) == []
+    assert {path: path.read_bytes() for folder in elsewhere for path in folder.iterdir()} == before
 
 
 def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -327,3 +328,9 @@ def test_a_run_folder_is_where_it_is(tmp_path):
     assert run_folder(again) == moved
     assert again.data.cache_dir == str(tmp_path / "new/data")
     assert settings_of_place(again, moved) == []
+
+
+def test_a_pipe_is_not_a_recipe(tmp_path):
+    os.mkfifo(tmp_path / "recipe.yaml")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        load_recipe(tmp_path / "recipe.yaml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,7 +21,8 @@ from dist_cpt.data.prepare import check_vocabulary, data_report, open_prepared, 
 from dist_cpt.data.sources import Record
 from dist_cpt.data.store import TokenStore
 from dist_cpt.data.tokenizer import adds_bos, load_run_tokenizer, load_tokenizer, tokenizer_hash, vocabulary_size
-from dist_cpt.errors import DataError, WriteError
+from dist_cpt.errors import DataError, StorageError, WriteError
+from tests.errno_layer import ErrnoLayer
 
 TEXTS = ["Die Berufung ist zulässig.", "def f(x):\n    return x\n", "naïve 文字 🙂", "a", "  spaced  "]
 SPECIALS = ["<eos>", "<pad>", "<s>"]
@@ -274,6 +276,37 @@ def test_a_damaged_store_is_refused_on_open_and_made_again_by_prepare(tokenizer_
         open_prepared(config)
     assert prepare(config).identity == prepared.identity
     assert bin_file.read_bytes() == content
+    (aside,) = cache_of(config).glob("*.damaged-*")  # never removed
+    assert (aside / "tokens.bin").read_bytes() == content[:-2]
+    bin_file.write_bytes(content[:-2])
+    (tmp_path / "corpus.jsonl").unlink()
+    with pytest.raises(DataError, match=r"corpus\.jsonl"):
+        prepare(config)
+    assert bin_file.read_bytes() == content[:-2]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tokens.bin", "tokens.idx"])
+def test_a_store_that_cannot_be_read_is_neither_removed_nor_set_aside(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    config = recipe(tmp_path, tokenizer_folder)
+    prepare(config)
+    store = next(cache_of(config).glob("corpus-*"))
+    before = {path.name: (path.stat().st_ino, path.read_bytes()) for path in store.iterdir()}
+    names: list[str] = []
+    with ErrnoLayer(store, errno.EIO, at=0, place=name).installed() as layer:
+        prepare(config, lambda name, _: names.append(name))
+    assert len(layer.calls) > 1
+    assert names == []
+    monkeypatch.setenv("DIST_CPT_STORAGE_SECONDS", "0.2")
+    with (
+        pytest.raises(StorageError, match=rf"{name}.*EIO"),
+        ErrnoLayer(store, errno.EIO, at=0, place=name, for_ever=True).installed(),
+    ):
+        prepare(config)
+    assert {path.name: (path.stat().st_ino, path.read_bytes()) for path in store.iterdir()} == before
+    assert not list(cache_of(config).glob("*.*"))
 
 
 def test_bad_records_by_policy_and_budget(tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,12 +16,14 @@ from dist_cpt.data.sources import (
     ReadCounts,
     Record,
     RecordTally,
+    SourceFiles,
     check_budget,
     find_files,
     read_records,
     text_parser,
 )
-from dist_cpt.errors import EXIT_DATA, DataError
+from dist_cpt.errors import EXIT_DATA, DataError, StorageError
+from tests.errno_layer import ErrnoLayer
 
 
 def read(path: Path, policy: OnBadRecord = "error", text: str = "text") -> tuple[list[Record[str]], ReadCounts, str]:
@@ -139,3 +144,50 @@ def test_unusable_path_is_named(tmp_path: Path, make: str | None, path: str, mes
         find_files(str(tmp_path / path), "legal")
     assert message in str(raised.value)
     assert "'legal'" in str(raised.value)
+
+
+@pytest.mark.parametrize("path", ["", "*.jsonl", "b.jsonl"])
+def test_a_pipe_is_an_error_at_once(tmp_path: Path, path: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    os.mkfifo(tmp_path / "b.jsonl")
+    with pytest.raises(DataError, match=r"b\.jsonl is not a regular file"):
+        find_files(str(tmp_path / path), "s")
+    os.mkfifo(tmp_path / "late.jsonl")  # made after the listing
+    with pytest.raises(DataError, match=r"late\.jsonl: not a regular file"):
+        list(read_records("s", SourceFiles([tmp_path / "late.jsonl"]), text_parser("text"), RecordTally()))
+
+
+@pytest.mark.parametrize("path", ["", "*", "**/*.jsonl", "*/b.jsonl"])
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    for name in ("a", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "b.jsonl").write_text('{"text": "x"}\n')
+    whole = find_files(str(tmp_path / path), "s").files
+    with ErrnoLayer(tmp_path).installed() as counting:
+        find_files(str(tmp_path / path), "s")
+    for at in range(len(counting.calls)):
+        with ErrnoLayer(tmp_path, errno.ESTALE, at).installed():
+            assert find_files(str(tmp_path / path), "s").files == whole
+    monkeypatch.setenv("DIST_CPT_STORAGE_SECONDS", "0.1")
+    for at in range(len(counting.calls)):
+        with pytest.raises(StorageError), ErrnoLayer(tmp_path, errno.ESTALE, at, for_ever=True).installed():
+            find_files(str(tmp_path / path), "s")
+
+
+def test_a_read_that_fails_half_way_continues_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [json.dumps({"text": f"{number} " + "x" * 1000}) for number in range(3000)]
+    for name, content in (
+        ("a.jsonl", "\n".join(lines).encode()),
+        ("b.jsonl.gz", gzip.compress("\n".join(lines).encode())),
+    ):
+        (tmp_path / name).write_bytes(content)
+    (expected, _, _) = read(tmp_path)
+    with ErrnoLayer(tmp_path, place=".jsonl").installed() as counting:
+        read(tmp_path)
+    reads = [at for at, (function, _) in enumerate(counting.calls) if function == "preadv"]
+    assert len(reads) > 3
+    for at in reads:
+        with ErrnoLayer(tmp_path, errno.EIO, at, place=".jsonl").installed():
+            assert [record.value for record in read(tmp_path)[0]] == [record.value for record in expected]

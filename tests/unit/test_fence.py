@@ -27,10 +27,12 @@ ROOMS = ("run_folder", "checkpoint", "train", "health", "runtime", "adapters")
 # What writes outside of `with claim.change(...)`, and why it may.
 OUTSIDE = {
     "run_folder.claim.claim": "makes the claim",
+    "run_folder.claim.claim.lock_folder": "makes the claim",
     "run_folder.claim._lock": "makes the claim",
-    "run_folder.claim.Claim.put": "removes its own temporary file",
+    "run_folder.claim._begin_anew": "makes the claim",
+    "run_folder.json_files.remove_quietly": "a temporary file of its own, or of an earlier attempt",
     "run_folder.json_files.write_temporary": "a name of its own",
-    "run_folder.json_files.replace_file": "the claim's own files, and a launcher's",
+    "run_folder.json_files.replace_file.replace": "the claim's own files, and a launcher's",
     "run_folder.json_files.swap_in": "called by Claim.put",
     "run_folder.json_files._rename": "called by swap_in",
     "run_folder.json_files.swap_in.exchange_again": "takes a change back",

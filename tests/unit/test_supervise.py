@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -27,10 +28,11 @@ from dist_cpt_launch.time_limit import (
 )
 
 from dist_cpt.config.load import build
-from dist_cpt.errors import ConfigError
+from dist_cpt.errors import ConfigError, StorageError
 from dist_cpt.run_folder.names import BAD_NODES, LAUNCHES
 from dist_cpt.runtime.env import expand_hosts
 from tests import tiny
+from tests.errno_layer import ErrnoLayer
 
 CRASHED = Ending(
     code=70, near_limit=False, terminated=False, state="RUNNING", seconds_left=9000.0, tries=1, resumable=True
@@ -281,6 +283,21 @@ def test_a_crash_is_followed_by_another_start_and_the_end_by_the_end(fake):
     fake.ends(70, 0)
     assert fake.supervise() == 0
     assert [row["action"] for row in fake.rows("end")] == ["restart", "done"]
+
+
+@pytest.mark.parametrize("requeue_by", ["requeue", "chain"])
+def test_a_run_folder_that_cannot_be_read_is_left_to_the_next_start(fake, monkeypatch, requeue_by):
+    fake.ends(70, 0)
+    assert fake.supervise() == 0
+    monkeypatch.setenv("DIST_CPT_STORAGE_SECONDS", "0.1")
+    with ErrnoLayer(fake.run, errno.ESTALE, at=0, for_ever=True).installed():
+        if requeue_by == "requeue":
+            assert fake.supervise() == 75
+            assert "scontrol requeue 7" in fake.calls("scontrol")
+        else:
+            with pytest.raises(StorageError, match="ESTALE"):
+                fake.supervise(requeue_by="chain")
+    assert not (fake.folder / "calls").read_text().count("scancel")
 
 
 def test_ranks_that_the_supervisor_kills_strike_no_node(fake, monkeypatch):
