@@ -250,9 +250,11 @@ def test_a_signal_saves_at_the_step_boundary_and_ends_with_75(made, tmp_path, na
             time.sleep(0.01)
         os.kill(os.getpid(), getattr(signal, name))
 
+    before = signal.signal(getattr(signal, name), signal.SIG_DFL)  # under nohup SIGHUP is ignored, and stays so
     threading.Thread(target=send, daemon=True).start()
     with StopRequest() as stop:
         assert train(values, stop) == 75
+    signal.signal(getattr(signal, name), before)
     ended = json.loads((tmp_path / "tiny/exit.json").read_text())
     assert name in ended["reason"]
     assert (tmp_path / f"tiny/checkpoints/step-{ended['step']:08d}/manifest.json").is_file()
