@@ -147,7 +147,7 @@ def test_new_rows_train_alone_and_everything_opens(bases, made, extended, tmp_pa
     assert manifest.base["new_tokens"]["count"] == 100
     assert generate(run / LAST, "the", max_new_tokens=4).startswith("the")
 
-    # Another extended tokenizer under the same name: the rows would mean something else.
+    # Another extended tokenizer: the rows would mean something else.
     other = tmp_path / "other"
     shutil.copytree(extended, other)
     content = json.loads((other / "tokenizer.json").read_text())
@@ -155,8 +155,6 @@ def test_new_rows_train_alone_and_everything_opens(bases, made, extended, tmp_pa
     (a, first), (b, second) = sorted(vocab.items(), key=lambda item: item[1])[-2:]
     vocab[a], vocab[b] = second, first
     (other / "tokenizer.json").write_text(json.dumps(content))
-    assert train(recipe(bases["untied"], made[1], tmp_path, other)) == 64
-    assert "embeddings.new_tokens" in capfd.readouterr().err
     for mode in ("train", "fold"):
         again = recipe(bases["untied"], made[1], tmp_path / mode, other, rows="all")
         again["adapter"] |= {"continue_from": {"path": str(run / LAST), "mode": mode}}
@@ -170,11 +168,12 @@ def test_new_rows_train_alone_and_everything_opens(bases, made, extended, tmp_pa
         shutil.copyfile(other / "tokenizer.json", extended / "tokenizer.json")
         shutil.rmtree(run / LAST)
         assert train(values) == 74
+        assert train(recipe(bases["untied"], made[1], tmp_path, other) | {"optim": values["optim"]}) == 74
     finally:
         (extended / "tokenizer.json").write_bytes(original)
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dist-cpt: ")]
-    assert len(errors) == 1
-    assert "base.new_tokens" in errors[0]
+    assert len(errors) == 2
+    assert all("base.new_tokens" in error for error in errors)
 
 
 def test_an_untied_head_trains_apart_after_embeddings_alone(bases, made, extended, tmp_path):

@@ -29,6 +29,7 @@ from dist_cpt.runtime.stop import SIGNALS, StopRequest
 
 @pytest.mark.parametrize("name", SIGNALS)
 def test_a_signal_sets_the_flag_and_nothing_else(name: str) -> None:
+    signal.signal(signal.Signals[name], signal.SIG_DFL if name != "SIGINT" else signal.default_int_handler)
     before = {other: signal.getsignal(signal.Signals[other]) for other in SIGNALS}
     with StopRequest() as stop:
         assert stop.requested is None
