@@ -173,10 +173,11 @@ def _claim(folder: Path, config: RunConfig) -> Claim:
 
 
 def _record_end(observers: Observers, own_claim: Claim, end: RunEnd) -> None:
-    observers.on_end(end)
+    """Write exit.json, then tell the observers: a display may take a minute to end, and the scheduler kill first."""
     try:
         own_claim.write(EXIT, {"code": end.exit_code, "reason": end.reason, "step": end.step})
     except Superseded:  # in this moment
         return
     except DistCptError as error:
         say(f"dist-cpt: {error}")
+    observers.on_end(end)

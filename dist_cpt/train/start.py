@@ -21,6 +21,7 @@ from dist_cpt.train.console import Console
 from dist_cpt.train.contract import Contract
 from dist_cpt.train.probe import PROBE_BLOCKS
 from dist_cpt.train.progress import Progress
+from dist_cpt.train.queued import QueuedObserver
 from dist_cpt.train.restore import REPLAY_TOLERANCE, recorded_windows
 from dist_cpt.train.wandb import wandb_observer
 
@@ -69,9 +70,10 @@ def announce(run: Run, contract: Contract, progress: Progress) -> None:
             init_timeout_seconds=WANDB_INIT_SECONDS,
         )
         context.observers.add(run.metrics)
-        for display in (console, wandb):
-            if display is not None:
-                context.observers.add(display, display=True)
+        context.observers.add(console, display=True)
+        if wandb is not None:
+            queued = QueuedObserver("W&B", wandb, wandb.abandon, context.observers.on_message)
+            context.observers.add(queued, display=True)
     record = RunStart(
         config=context.config,
         folder=context.folder,

@@ -11,12 +11,14 @@ state and the console output do not.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import os
 import re
 import secrets
 import shlex
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -81,7 +83,7 @@ def wandb_observer(
 
 
 class WandbObserver:
-    """Mirrors the records of a run to W&B; whatever W&B does, no method raises or blocks for long."""
+    """Mirrors the records of a run to W&B; no method raises, but each may wait for wandb's own process."""
 
     def __init__(
         self,
@@ -117,6 +119,7 @@ class WandbObserver:
                 self._report(f"W&B: not tracked, {_one_line(error)}")
                 _close_service()
                 return
+        atexit.register(_close_service)  # for an attempt that is not told of its end; wandb's own hook has no limit
         if self.mode == "offline":
             path = shlex.quote(str(self._folder / WANDB))
             self._report(f"W&B: offline, run {self._run_id}; upload with: wandb sync {path}/offline-run-*")
@@ -156,10 +159,15 @@ class WandbObserver:
         code = 0 if end.exit_code in (EXIT_DONE, EXIT_STOPPED) else end.exit_code
         self._guarded(lambda: self._run.summary.update({"exit_code": end.exit_code, "exit_reason": end.reason}))
         run, self._run = self._run, None
-        if run is not None and not _ends_within(
-            self._finish_timeout_seconds + _GRACE_SECONDS, lambda: run.finish(code)
-        ):
+        upload_seconds = self._finish_timeout_seconds if self.mode == "online" else 0.0
+        if run is not None and not _ends_within(upload_seconds + _GRACE_SECONDS, lambda: run.finish(code)):
             self._report(f"W&B: the upload did not finish; run later: wandb sync {run.settings.sync_dir}")
+        _close_service()
+
+    def abandon(self) -> None:
+        """Kill wandb's own process, in which some other thread has waited in vain; what follows from it is no news."""
+        self._report = lambda text: None
+        _kill_service()
         _close_service()
 
     def _init(self, start: RunStart, mode: str) -> Any:
@@ -241,8 +249,19 @@ def _has_credentials() -> bool:
 
 def _close_service() -> None:
     """End wandb's own process, so that it does not outlive the run."""
+    atexit.unregister(_close_service)
     if not _ends_within(_GRACE_SECONDS, lambda: _wandb().teardown(0)):
-        LOGGER.warning("W&B: its process does not end and is left running")
+        LOGGER.warning("W&B: its process does not end and is killed")
+        _kill_service()
+
+
+def _kill_service() -> None:
+    """Kill the wandb-core processes that this process has started, frozen or not. Source: proc(5)."""
+    for listed in Path("/proc/self/task").glob("*/children"):
+        for pid in listed.read_text().split():
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/comm").read_text().startswith("wandb"):
+                    os.kill(int(pid), signal.SIGKILL)
 
 
 def _ends_within(seconds: float, call: Callable[[], Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import wandb
 from dist_cpt.config.schema import WandbConfig
 from dist_cpt.errors import ConfigError, MissingExtraError
 from dist_cpt.run_folder.records import RunEnd
+from dist_cpt.train.queued import QueuedObserver
 from dist_cpt.train.wandb import new_run_id, wandb_observer, without_secrets
 from tests.wandb_session import record, start, train_a_little
 
@@ -132,6 +134,63 @@ def test_a_service_that_dies_costs_one_line_and_no_step(tmp_path: Path, capfd: p
     observer.on_end(RunEnd(0, "done", step))
     assert len(messages) == 2, messages
     assert "metrics.jsonl" in messages[1]
+
+
+def queued(folder: Path, said: list[str]) -> QueuedObserver:
+    """W&B offline behind a short queue, started."""
+    observer = wandb_observer(WandbConfig(mode="offline"), folder, "0a1b2c3d", said.append)
+    assert observer is not None
+    behind = QueuedObserver("W&B", observer, observer.abandon, said.append, max_waiting=20, stall_seconds=2.0)
+    behind.on_start(start(folder))
+    deadline = time.monotonic() + 60
+    while not said and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(said) == 1
+    return behind
+
+
+def test_behind_the_queue_all_rows_arrive(tmp_path: Path) -> None:
+    said: list[str] = []
+    behind = queued(tmp_path, said)
+    for step in range(1, 16):
+        behind.on_step(record(step, loss=1000.5 + step))
+    behind.on_end(RunEnd(0, "done", 15))
+    assert len(said) == 1, said
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    content = log.read_bytes()
+    places = [content.find(f"{1000.5 + step}".encode()) for step in range(1, 16)]
+    assert -1 not in places
+    assert places == sorted(places)
+
+
+def test_a_frozen_service_holds_up_neither_a_step_nor_the_end_and_what_it_missed_is_counted(tmp_path: Path) -> None:
+    said: list[str] = []
+    behind = queued(tmp_path, said)
+    (service,) = services()
+    os.kill(service, signal.SIGSTOP)
+    for step in range(1, 801):  # on this thread: a single one that waited would hold up the test for ever
+        behind.on_step(record(step))
+        time.sleep(0.002)  # so that the service's socket fills up
+    behind.on_end(RunEnd(0, "done", 800))
+    assert services() == []
+    assert len(said) == 2, said
+    lost = int(re.search(r"(\d+) records were dropped", said[1])[1])  # type: ignore[index]
+    assert 100 < lost < 800
+
+
+def test_an_observer_that_fails_behind_the_queue_is_named_by_the_next_record(tmp_path: Path) -> None:
+    class Failing(QueuedObserver):
+        def on_step(self, record: object) -> None:
+            raise OSError("gone")
+
+    said: list[str] = []
+    behind = QueuedObserver("it", Failing("", None, print, print), print, said.append)  # type: ignore[arg-type]
+    behind.on_step(record(1))
+    time.sleep(0.5)
+    with pytest.raises(OSError, match="gone"):
+        behind.on_step(record(2))
+    with pytest.raises(OSError, match="gone"):
+        behind.on_end(RunEnd(0, "done", 1000))
 
 
 def test_no_secret_reaches_the_run_folder(tmp_path: Path) -> None:
