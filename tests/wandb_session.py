@@ -1,13 +1,24 @@
-"""The records of a few training steps, as the W&B observer receives them."""
+"""The records of a few training steps, as the W&B observer receives them, and its own processes."""
 
 from __future__ import annotations
 
 import math
+import os
+import subprocess
 from pathlib import Path
 
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 from dist_cpt.train.wandb import WandbObserver
+
+
+def services() -> list[int]:
+    """Pids of the wandb services that this process started."""
+    listing = subprocess.run(
+        ["ps", "--ppid", str(os.getpid()), "-o", "pid=,stat=,comm="], capture_output=True, text=True
+    )
+    fields = [line.split(None, 2) for line in listing.stdout.splitlines()]
+    return [int(pid) for pid, stat, name in fields if "wandb" in name and not stat.startswith("Z")]
 
 
 def start(folder: Path, **changes: object) -> RunStart:
