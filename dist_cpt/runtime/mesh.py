@@ -12,6 +12,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from dist_cpt.errors import ConfigError, HangError
 from dist_cpt.runtime.env import ProcessEnv
+from dist_cpt.runtime.node_address import interface_towards
 
 
 def init_distributed(env: ProcessEnv, timeout_seconds: float, collective_seconds: float | None = None) -> torch.device:
@@ -42,6 +43,8 @@ def init_distributed(env: ProcessEnv, timeout_seconds: float, collective_seconds
         )
         return device
     _export(env)
+    if env.master is not None and (interface := interface_towards(env.master[0])) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:
         store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
         store = dist.PrefixStore("default_pg", store)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import ipaddress
 import re
 import socket
+import struct
 import subprocess
 import time
 from dataclasses import replace
@@ -13,6 +17,7 @@ from dist_cpt.runtime.env import ProcessEnv
 
 SCONTROL_SECONDS = 30.0
 RETRY_SECONDS = 30.0  # for a name server that does not answer
+_SIOCGIFADDR = 0x8915  # Source: netdevice(7)
 
 
 def with_address(env: ProcessEnv) -> ProcessEnv:
@@ -48,6 +53,26 @@ def node_address(node: str, retry_seconds: float = RETRY_SECONDS) -> str:
         f"{socket.gethostname()} cannot resolve the first node, as {' or '.join(errors)}",
         remedy="the site must set NodeAddr=ADDRESS in slurm.conf or the names in DNS; or export MASTER_ADDR=ADDRESS",
     )
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface that leads to `host`; None if it is loopback, or if this host's own name says as much.
+
+    gloo binds to the address of that name, hence to loopback where the name does not resolve or Debian's 127.0.1.1.
+    """
+    with contextlib.suppress(OSError):
+        if not ipaddress.ip_address(socket.gethostbyname(socket.gethostname())).is_loopback:
+            return None
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        own = socket.inet_aton(probe.getsockname()[0])
+        if ipaddress.ip_address(own).is_loopback:
+            return None
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an address
+                if fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))[20:24] == own:
+                    return name
+    return None
 
 
 def slurm_names(node: str) -> list[str]:

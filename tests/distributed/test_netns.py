@@ -65,6 +65,17 @@ def test_a_cut_cable_ends_both_hosts_with_72_and_the_run_resumes_later(made, cab
 
 
 @pytest.mark.matrix
+@pytest.mark.parametrize("names", ["", "127.0.1.1 node-a node-b\n"], ids=["no names", "names of loopback"])
+def test_two_hosts_whose_names_lead_nowhere_meet_at_an_address(made, cable, tmp_path, names):
+    cable.hosts.write_text(f"127.0.0.1 localhost\n{names}")
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny.recipe(*made, tmp_path, engine={"kind": "fsdp"}))
+    log = tmp_path / "log"
+    with RanksOnTwoHosts(cable, recipe, log=log, MASTER_ADDR="10.177.0.1") as running:
+        assert running.finish(timeout_seconds=120.0) == [0, 0], log.read_text()[-3000:]
+    assert {row["host"] for row in _beats(tmp_path / "tiny")} == {"node-a", "node-b"}
+
+
+@pytest.mark.matrix
 def test_the_preflight_names_the_node_that_is_cut_off(cable, tmp_path):
     cable.cut()
     command = [sys.executable, "-m", "dist_cpt_launch.preflight", "--run-folder", str(tmp_path / "run"), "--id=7"]

@@ -9,7 +9,7 @@ import pytest
 
 from dist_cpt.errors import ConfigError
 from dist_cpt.runtime.env import ProcessEnv
-from dist_cpt.runtime.node_address import node_address, slurm_names, with_address
+from dist_cpt.runtime.node_address import interface_towards, node_address, slurm_names, with_address
 
 NODE = (  # Slurm 22.05 --oneliner, shortened
     "NodeName=gpu-07 Arch=x86_64 CoresPerSocket=4 CPUAlloc=0 CPUTot=4 CPULoad=1.48 AvailableFeatures=(null) "
@@ -85,3 +85,9 @@ def test_a_name_server_that_does_not_answer_is_asked_again(scontrol, monkeypatch
 def test_without_slurms_commands_nothing_is_known(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert slurm_names("gpu-07") == []
+
+
+@pytest.mark.parametrize(("own", "rank_zero"), [("127.0.1.1", "127.0.0.1"), ("10.1.2.3", "10.1.2.4")])
+def test_gloo_finds_its_interface_by_itself_on_one_host_and_by_a_good_name(monkeypatch, own, rank_zero):
+    monkeypatch.setattr("dist_cpt.runtime.node_address.socket.gethostbyname", lambda _: own)
+    assert interface_towards(rank_zero) is None
