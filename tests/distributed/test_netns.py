@@ -72,7 +72,7 @@ def test_two_hosts_whose_names_lead_nowhere_meet_at_an_address(made, cable, tmp_
     log = tmp_path / "log"
     with RanksOnTwoHosts(cable, recipe, log=log, MASTER_ADDR="10.177.0.1") as running:
         assert running.finish(timeout_seconds=120.0) == [0, 0], log.read_text()[-3000:]
-    assert {row["host"] for row in _beats(tmp_path / "tiny")} == {"node-a", "node-b"}
+    assert {beat.host for beat in read_heartbeats(tmp_path / "tiny")} == {"node-a", "node-b"}
 
 
 @pytest.mark.matrix
