@@ -66,17 +66,27 @@ def demo(
 
 
 @app.command(rich_help_panel=RUN)
-def prepare(recipe: Recipe, set_: Overrides = None) -> None:
+def prepare(
+    recipe: Recipe,
+    set_: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be read, with ten documents.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
     """Turn raw text into token stores, and print a data report."""
     config = _load(recipe, set_)
-    from dist_cpt.data.prepare import data_report
+    from dist_cpt.data.prepare import data_report, preview, report_lines
     from dist_cpt.data.prepare import prepare as prepare_data
+
+    if dry_run:
+        print(*preview(config), sep="\n")
+        return
 
     def progress(name: str, documents: int) -> None:
         print(f"{name}: {documents} documents", file=sys.stderr)
 
     prepared = prepare_data(config, progress, verify=True)
-    print(json.dumps(data_report(prepared), indent=1))
+    report = data_report(prepared)
+    print(*([json.dumps(report, indent=1)] if json_ else report_lines(report)), sep="\n")
 
 
 @app.command(rich_help_panel=RUN)

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ from dist_cpt.data.prefetch import prefetch
 from dist_cpt.data.sources import ReadCounts, Record, RecordTally, SourceFiles, check_budget, find_files, read_records
 from dist_cpt.data.store import QUARANTINE, StoreWriter, TokenStore, read_store_manifest, sha256_of
 from dist_cpt.data.tokenizer import load_run_tokenizer, tokenizer_hash, vocabulary_size
-from dist_cpt.errors import DataError, StorageError, WriteError
+from dist_cpt.errors import DataError, StorageError, WriteError, printable
 from dist_cpt.run_folder.json_files import fsync_path
 from dist_cpt.run_folder.names import MANIFEST
 from dist_cpt.runtime.liveness import made_progress
@@ -377,6 +378,46 @@ def data_report(prepared: Prepared) -> dict[str, Any]:
         "sources": training,
         "validation": [_source_report(source, prepared.seq_len) for source in prepared.validation],
     }
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """The counts of `data_report` for people, one line per source or held-out set."""
+    lines = []
+    for row in [*report["sources"], *report["validation"]]:
+        share = f", {row['share']:.1%} of the blocks" if "share" in row else ""
+        bad = f", {sum(row['bad'].values()):,} of {row['records']:,} records bad" if row["bad"] else ""
+        lines.append(
+            f"{row['name']}: {row['documents']:,} documents, {row['tokens']:,} tokens in {row['blocks']:,} blocks of "
+            f"{report['seq_len']:,} ({row['padding_fraction']:.1%} padding){share}{bad}; {row['folder']}"
+        )
+    return [*lines, f"identity {report['identity']}"]
+
+
+def preview(config: RunConfig, num_documents: int = 10) -> Iterator[str]:
+    """What `prepare` would read, and the first documents with the tokens at their borders; writes nothing.
+
+    Raises:
+        DataError: missing input, an unusable tokenizer or template, or a bad record under `error`.
+    """
+    plan = _plan(config)
+    for planned in plan.stores:
+        num_bytes = sum(file["bytes"] for file in planned.inputs)
+        state = "prepared already" if is_there(planned.folder) else "to be prepared"
+        yield f"{planned.name}: {len(planned.inputs):,} files, {num_bytes:,} bytes, {state}: {planned.source.path}"
+    tokenizer: Any = load_run_tokenizer(config)
+    sources = plan.stores[: len(config.data.sources)]
+    for planned in sources:
+        tally = RecordTally(config.data.on_bad_record)
+        records = read_records(planned.name, planned.files, plan.encoder.parser(planned.source), tally)
+        encoded = plan.encoder(list(islice(records, -(-num_documents // len(sources)))))
+        for ids in np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1]):
+            yield f"{planned.name}: {_ends(printable(tokenizer.decode(ids)))}"
+
+
+def _ends(text: str, num_characters: int = 160) -> str:
+    """A long text without its middle."""
+    half = num_characters // 2
+    return text if len(text) <= num_characters else f"{text[:half]} [...] {text[-half:]}"
 
 
 def _source_report(source: PreparedSource, seq_len: int) -> dict[str, Any]:

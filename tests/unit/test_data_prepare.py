@@ -17,7 +17,7 @@ from dist_cpt.config.schema import RunConfig
 from dist_cpt.data import prepare as prepare_module
 from dist_cpt.data.containers import RawRecord
 from dist_cpt.data.encode import TextEncoder
-from dist_cpt.data.prepare import check_vocabulary, data_report, open_prepared, prepare
+from dist_cpt.data.prepare import check_vocabulary, data_report, open_prepared, prepare, preview, report_lines
 from dist_cpt.data.sources import Record
 from dist_cpt.data.store import TokenStore
 from dist_cpt.data.tokenizer import adds_bos, load_run_tokenizer, load_tokenizer, tokenizer_hash, vocabulary_size
@@ -429,3 +429,29 @@ def test_a_llama_tokenizer_that_is_told_not_to_add_bos_keeps_to_it(tmp_path: Pat
         assert prepare(config).sources[0].store.document(0)[0] == first
         load_run_tokenizer(config).save_pretrained(tmp_path / bos)
         assert adds_bos(load_tokenizer(str(tmp_path / bos))) == (bos == "auto")
+
+
+# What is shown.
+
+
+def test_dry_run_shows_files_and_documents_with_their_borders_and_writes_nothing(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    size = write_jsonl(tmp_path / "corpus.jsonl", ["one\ntwo", "x<eos>y", "long " * 100]).stat().st_size
+    config = recipe(tmp_path, tokenizer_folder)
+    shown = list(preview(config))
+    assert shown[0] == f"corpus: 1 files, {size} bytes, to be prepared: {tmp_path / 'corpus.jsonl'}"
+    assert shown[1:4] == ["corpus: <s>one\\ntwo<eos>", "corpus: <s>x<eos>", "corpus: <s>y<eos>"]
+    assert shown[4].endswith("long <eos>")
+    assert "[...]" in shown[4]
+    assert not cache_of(config).exists()
+    assert "prepared already" in (prepare(config) and next(iter(preview(config))))
+
+
+def test_report_in_lines(tmp_path: Path, tokenizer_folder: Path) -> None:
+    write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    prepared = prepare(recipe(tmp_path, tokenizer_folder))
+    line, identity = report_lines(data_report(prepared))
+    assert line.startswith("corpus: 5 documents, ")
+    assert "100.0% of the blocks" in line
+    assert identity == f"identity {prepared.identity}"
