@@ -84,7 +84,12 @@ def set_aside_after(claim: Claim, step: int) -> list[str]:
     Raises:
         as `set_aside`.
     """
-    return [set_aside(claim, path).name for path in published(claim.folder) if path.name > step_name(step)]
+    moved = []
+    for path in published(claim.folder):
+        if path.name > step_name(step):
+            with contextlib.suppress(FileNotFoundError):  # an overtaken attempt has just moved it
+                moved.append(set_aside(claim, path).name)
+    return moved
 
 
 def reinstate(claim: Claim, restored: Path, step: int) -> None:
@@ -95,7 +100,7 @@ def reinstate(claim: Claim, restored: Path, step: int) -> None:
     """
     final = checkpoints_folder(claim.folder) / step_name(step)
     if restored != final and not os.path.lexists(final):
-        with claim.change("reinstate", lambda: _put_back(final, restored)):
+        with contextlib.suppress(FileNotFoundError), claim.change("reinstate", lambda: _put_back(final, restored)):
             os.rename(restored, final)
         fsync_path(final.parent)
 

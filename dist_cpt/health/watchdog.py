@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Literal, NamedTuple
 
 from dist_cpt.config.schema import HangConfig
-from dist_cpt.errors import EXIT_HANG, HangError, WriteError
+from dist_cpt.errors import EXIT_HANG, EXIT_SUPERSEDED, HangError, WriteError
 from dist_cpt.health.culprits import culprits, frozen_ranks
 from dist_cpt.health.heartbeats import (
     STACKS_SIGNAL,
@@ -32,7 +32,7 @@ from dist_cpt.health.heartbeats import (
     send_signal,
     write_heartbeat,
 )
-from dist_cpt.run_folder.exit_file import Hang, hang_reason, replace_hang, write_first_hang
+from dist_cpt.run_folder.exit_file import Hang, hang_reason, replace_hang, superseded, write_first_hang
 from dist_cpt.run_folder.names import LOGS, hang_file, heartbeat_file, stack_file
 from dist_cpt.runtime.env import ProcessEnv
 from dist_cpt.runtime.liveness import listen
@@ -221,6 +221,9 @@ class Watchdog:
         try:
             faulthandler.dump_traceback_later(3 * grace, exit=True, file=self._hang_file)  # if a line below blocks
             self._write_stacks(reason)
+            if superseded(self._folder, self._attempt):  # it was frozen, perhaps for hours, and others train by now
+                LOGGER.warning("a later attempt has claimed %s: this one ends", self._folder)
+                os._exit(EXIT_SUPERSEDED)
             is_first = write_first_hang(self._folder, self._hang(reason), self._env.rank)
             if self._on_hang is not None:
                 threading.Thread(target=self._on_hang, args=(reason,), daemon=True).start()

@@ -119,7 +119,8 @@ class Claim:
             self.require_current()  # the later attempt may be why it failed
             raise
         if undo is not None and not self._is_current():
-            undo()
+            with contextlib.suppress(OSError):
+                undo()
         self.require_current()
 
     def replace(self, name: str, content: bytes) -> None:

@@ -51,7 +51,7 @@ def write_first_hang(run_folder: Path, hang: Hang, rank: int) -> bool:
 
     A folder that cannot be written leaves every rank the first: each then reports by itself.
     """
-    if _superseded(run_folder, hang):
+    if superseded(run_folder, hang.attempt):
         return False
     path = run_folder / EXIT
     with contextlib.suppress(OSError):
@@ -66,7 +66,7 @@ def write_first_hang(run_folder: Path, hang: Hang, rank: int) -> bool:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        if _superseded(run_folder, hang):
+        if superseded(run_folder, hang.attempt):
             path.unlink(missing_ok=True)
             return False
     return True
@@ -75,12 +75,13 @@ def write_first_hang(run_folder: Path, hang: Hang, rank: int) -> bool:
 def replace_hang(run_folder: Path, hang: Hang, rank: int) -> None:
     """Replace exit.json by a more complete reason, if the folder can be written."""
     with contextlib.suppress(OSError):
-        if not _superseded(run_folder, hang):
+        if not superseded(run_folder, hang.attempt):
             os.replace(_write_temporary(run_folder, hang, rank), run_folder / EXIT)
 
 
-def _superseded(run_folder: Path, hang: Hang) -> bool:
-    return glance(run_folder / RUN).get("attempts", 0) - 1 > hang.attempt
+def superseded(run_folder: Path, attempt: int) -> bool:
+    """Whether a later attempt than `attempt` has claimed the folder, as far as it can be read at once."""
+    return glance(run_folder / RUN).get("attempts", 0) - 1 > attempt
 
 
 def hang_reason(run_folder: Path, attempt: int) -> str | None:

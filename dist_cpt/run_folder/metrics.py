@@ -125,8 +125,9 @@ class MetricsFile:
 
     def _write_first(self) -> None:
         name, line = self._waiting[0]
-        descriptor = self._descriptor(name)
-        with self._claim.change(f"append.{name}"):  # of a file that was there before any later claim
+        descriptor = self._descriptor(name)  # open before the claim is checked: a later attempt then makes its own
+        size = os.fstat(descriptor).st_size
+        with self._claim.change(f"append.{name}", lambda: os.ftruncate(descriptor, size)):
             _or_write_error(self._claim.folder / name, lambda: _write_line(descriptor, line))
         self._waiting.popleft()
 

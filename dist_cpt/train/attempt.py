@@ -131,28 +131,39 @@ def run_attempt(
                 observers=observers,
             )
             code, reason = body(context)
-    except DistCptError as error:
-        code, reason = error.exit_code, str(error)
+    except Exception as raised:
+        error = _cause(raised, own_claim)
         superseded = isinstance(error, Superseded)
+        if isinstance(error, DistCptError):
+            code, reason = error.exit_code, str(error)
+            if env.rank == 0 or (joined and not error.agreed):
+                say(f"dist-cpt: {error}")
+        else:  # a defect of ours, or a rank that vanished in a collective
+            code, reason = EXIT_INTERNAL, f"{type(error).__name__}: {error}".splitlines()[0]
+            say(f"dist-cpt: rank {env.rank}: {reason} -- see logs/rank-{env.rank}.log")
         if code == EXIT_INTERNAL:
-            LOGGER.error("%s", traceback.format_exc())
-        if env.rank == 0 or (joined and not error.agreed):
-            say(f"dist-cpt: {error}")
-    except Exception as error:  # a defect of ours, or a rank that vanished in a collective
-        known = explained(error)
-        code = known.exit_code if isinstance(known, DistCptError) else EXIT_INTERNAL
-        reason = str(known) if known is not error else f"{type(error).__name__}: {error}".splitlines()[0]
-        LOGGER.error("rank %d ends: %s\n%s", env.rank, reason, traceback.format_exc())
-        say(f"dist-cpt: rank {env.rank}: {reason} -- see logs/rank-{env.rank}.log")
+            LOGGER.error("rank %d ends: %s\n%s", env.rank, reason, traceback.format_exc())
     finally:
         if own_claim is not None:
-            if env.rank == 0 and not superseded and own_claim.is_current():  # else another attempt's by now
-                _record_end(observers, own_claim, RunEnd(code, reason, 0 if watchdog is None else watchdog.step))
+            if env.rank == 0 and not superseded:
+                code = _record_end(observers, own_claim, RunEnd(code, reason, 0 if watchdog is None else watchdog.step))
             own_claim.close()
         close_log()
         if owns_group and code in (EXIT_DONE, EXIT_STOPPED):
             shutdown()  # after a failure another rank may be inside a collective: leave by the end of the process
     return code, folder if env.rank == 0 and own_claim is not None and own_claim.is_current() else None
+
+
+def _cause(error: Exception, own_claim: Claim | None) -> BaseException:
+    """What ends the attempt: a later one may have moved what this one was reading, and ended the ranks it waits for."""
+    if own_claim is None or own_claim.is_current():
+        return explained(error)
+    try:
+        own_claim.require_current()
+    except Superseded as superseded:
+        superseded.agreed = True  # every rank finds out by itself
+        return superseded
+    return error
 
 
 def _planned(fault: Faults, watchdog: Watchdog) -> Callable[[str], None]:
@@ -172,12 +183,16 @@ def _claim(folder: Path, config: RunConfig) -> Claim:
     return taken[0] if taken else Claim(folder, attempt, run_id, token)
 
 
-def _record_end(observers: Observers, own_claim: Claim, end: RunEnd) -> None:
-    """Write exit.json, then tell the observers: a display may take a minute to end, and the scheduler kill first."""
+def _record_end(observers: Observers, own_claim: Claim, end: RunEnd) -> int:
+    """Write exit.json, then tell the observers: a display may take a minute to end, and the scheduler kill first.
+
+    Returns the exit code, which is another if a later attempt has the folder by now.
+    """
     try:
         own_claim.write(EXIT, {"code": end.exit_code, "reason": end.reason, "step": end.step})
-    except Superseded:  # in this moment
-        return
     except DistCptError as error:
         say(f"dist-cpt: {error}")
+        if isinstance(error, Superseded):
+            return error.exit_code
     observers.on_end(end)
+    return end.exit_code

@@ -94,7 +94,8 @@ def test_without_locks_the_token_decides(no_locks, config: RunConfig, folder: Pa
     second.close()
 
 
-def test_without_locks_a_living_attempt_is_refused(no_locks, beating, config: RunConfig, folder: Path) -> None:
+def test_without_locks_a_living_attempt_is_refused(no_locks, beating, config, folder, monkeypatch) -> None:
+    monkeypatch.setattr(rivals, "SIGN_SECONDS", 60.0)
     with pytest.raises(Occupied) as refused:
         claim(folder, config, "id", living)
     assert refused.value.exit_code == 64

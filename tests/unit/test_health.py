@@ -375,7 +375,7 @@ def test_in_training_steps_alone_count(unattended):
 def test_an_attempt_that_was_superseded_ends_but_writes_no_exit_json(unattended):
     ranks = unattended["is_superseded"]
     codes, _ = ranks.end()
-    assert codes == [72]
+    assert codes == [76]
     assert "in is_superseded" in ranks.text("logs/hang-rank-0.txt")
     assert not (ranks.folder / "exit.json").exists()
 
