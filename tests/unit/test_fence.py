@@ -46,7 +46,7 @@ OUTSIDE = {
     "checkpoint.save._Save.commit": "its own staging folder",
     "checkpoint.retention.remove_folder": "its own staging folder, or one that was pruned under the claim",
     "checkpoint.retention._put_back": "takes a change back",
-    "health.heartbeats.write_heartbeat": "compares attempts before",
+    "health.heartbeats.write_heartbeat": "its own line; compares attempts before",
     "health.watchdog.Watchdog.__init__": "the folder of logs, which all attempts append to",
     "health.nccl.save_flight_record": "a rank's own record of a hang",
     "runtime.log.open_log": "the folder of logs, which all attempts append to",
@@ -66,7 +66,7 @@ def is_write(call: ast.Call) -> bool:
         node.value for node in [*call.args, *[k.value for k in call.keywords]] if isinstance(node, ast.Constant)
     ]
     if name == "open":
-        flags = "O_WRONLY" in ast.unparse(call) or "_APPEND" in ast.unparse(call)
+        flags = any(flag in ast.unparse(call) for flag in ("O_WRONLY", "O_RDWR", "O_CREAT", "_APPEND"))
         return flags or any(isinstance(mode, str) and set(mode) & set("wax+") and len(mode) <= 3 for mode in constants)
     if name == "replace":
         return owner == "os"
