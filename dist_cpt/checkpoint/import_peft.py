@@ -31,6 +31,7 @@ from dist_cpt.run_folder.names import ADAPTER_WEIGHTS, MANIFEST, RECIPE
 from dist_cpt.run_folder.train_state import first_line
 from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
 from dist_cpt.runtime.log import LOGGER
+from dist_cpt.storage import read_bytes
 from dist_cpt.training_state import ExportState, ReadState, StateKind, TensorSpec
 
 _KEY = "adapter.continue_from"
@@ -226,7 +227,7 @@ def _betas_of_run(checkpoint: Path, optim: OptimConfig) -> Sequence[float]:
     recipe = checkpoint.parent.parent / RECIPE
     if not recipe.is_file():
         return optim.betas
-    return parse_yaml(recipe.read_text(encoding="utf-8"), str(recipe))["optim"]["betas"]
+    return parse_yaml(read_bytes(recipe).decode(), str(recipe))["optim"]["betas"]
 
 
 def _open_tensors(path: Path) -> tuple[Any, dict[str, list[str]]]:

@@ -22,6 +22,7 @@ from dist_cpt.data.sources import Parse, Record, field_of, string_field, valid_t
 from dist_cpt.data.store import LabelKind
 from dist_cpt.data.token_ids import batch_ids, unpadded_copy
 from dist_cpt.errors import DataError
+from dist_cpt.storage import read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -55,7 +56,7 @@ def chat_template(tokenizer: PreTrainedTokenizerFast, configured: str | None) ->
     else:
         where = f"data.chat_template: {configured}"
         try:
-            template = Path(configured).read_text(encoding="utf-8")
+            template = read_bytes(Path(configured)).decode()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{where} cannot be read: {error}", remedy="give a jinja file or its text") from None
     try:

@@ -23,6 +23,7 @@ import numpy as np
 from dist_cpt.data.token_ids import batch_ids
 from dist_cpt.data.tokenizer_train import in_batches, unknown_token_id
 from dist_cpt.errors import DataError, MissingExtraError
+from dist_cpt.storage import read_bytes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -132,7 +133,7 @@ def read_focus(where: str, first_row: int, size: int, sha256s: tuple[str, str]) 
         raise DataError(f"embeddings.init: focus: {path} has token ids out of range", remedy=_REMEDY)
     spans = zip(rows, ends - counts, ends, strict=True)
     mixtures = {int(row): (ids[start:end], weights[start:end]) for row, start, end in spans}
-    return mixtures, hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return mixtures, hashlib.sha256(read_bytes(Path(path))).hexdigest()
 
 
 def sparsemax(scores: np.ndarray) -> np.ndarray:

@@ -29,6 +29,7 @@ from dist_cpt.data.token_ids import batch_ids, unpadded_copy
 from dist_cpt.data.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_size
 from dist_cpt.data.tokenizer_train import Fertility, fertility, new_folder, require_new
 from dist_cpt.errors import ConfigError, DataError
+from dist_cpt.storage import read_bytes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -124,7 +125,7 @@ def read_words(path: Path) -> list[str]:
         DataError: it cannot be read, or has no word.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(path).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--words: {path} cannot be read: {error}") from error
     words = list(dict.fromkeys(line.strip() for line in lines if line.strip()))

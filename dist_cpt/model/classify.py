@@ -19,6 +19,7 @@ from dist_cpt.errors import CheckpointError, ConfigError
 from dist_cpt.model.architectures import Parts
 from dist_cpt.model.loss import LossHead
 from dist_cpt.run_folder.names import MODEL_CONFIG
+from dist_cpt.storage import read_bytes
 
 HEAD = "score"  # what transformers' classifiers over causal backbones call it
 LABELS = "labels.json"  # beside a classifier's adapter: {class name: index}
@@ -108,7 +109,7 @@ def read_labels(folder: Path) -> tuple[str, ...] | None:
     if not path.is_file():
         return None
     try:
-        numbers = {str(name): int(number) for name, number in json.loads(path.read_text(encoding="utf-8")).items()}
+        numbers = {str(name): int(number) for name, number in json.loads(read_bytes(path)).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if sorted(numbers.values()) != list(range(len(numbers))) or len(numbers) < 2:
@@ -118,7 +119,7 @@ def read_labels(folder: Path) -> tuple[str, ...] | None:
 
 def is_classifier(folder: Path) -> bool:
     """Whether the model of a folder with a config.json is a sequence classifier."""
-    config = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8"))
+    config = json.loads(read_bytes(folder / MODEL_CONFIG))
     return str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
 
 

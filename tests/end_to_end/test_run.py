@@ -14,7 +14,7 @@ import time
 import pytest
 import yaml
 
-from dist_cpt.checkpoint.verify import verify_run
+from dist_cpt.checkpoint.verify import verify_checkpoint, verify_run
 from dist_cpt.errors import StorageError
 from dist_cpt.run_folder.audit import record_problems
 from dist_cpt.runtime.stop import StopRequest
@@ -289,7 +289,14 @@ def test_lost_checkpoints_are_no_fresh_start(made, tmp_path, capfd):
     assert f"step-{len(before):08d}" in capfd.readouterr().err
     assert rows(run / "metrics.jsonl") == before
     (run / "checkpoints").symlink_to(tmp_path / "elsewhere")  # the folder itself may be a link
+    assert train(values, StopAfter(run / "metrics.jsonl", 9)) == 75
+    (run / "checkpoints").unlink()
+    (run / "checkpoints").mkdir()
+    for step in (tmp_path / "elsewhere").iterdir():  # and so may every checkpoint in it
+        (run / "checkpoints" / step.name).symlink_to(step)
     assert train(values) == 0
+    assert [row["first_step"] for row in rows(run / "events.jsonl") if row["kind"] == "resume"] == [6, 9]
+    assert all(verify_checkpoint(step) == [] for step in (tmp_path / "elsewhere").iterdir())
     assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, 13))
 
 
