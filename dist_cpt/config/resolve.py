@@ -43,11 +43,10 @@ def resolve_paths(config: RunConfig) -> RunConfig:
     values = config.model_dump(mode="json")
     values["output_dir"] = _absolute(config.output_dir)
     values["data"]["cache_dir"] = _absolute(config.data.cache_dir or str(Path(config.output_dir) / "data"))
-    for source in values["data"]["sources"]:
-        source["path"] = _absolute(source["path"])
-        source["name"] = source["name"] or _source_name(source["path"])
-    for held_out in values["data"]["validation"]:
-        held_out["path"] = _absolute(held_out["path"])
+    for text in (*values["data"]["sources"], *values["data"]["validation"]):
+        text["name"] = text["name"] or _source_name(text["path"] or text["store"])
+        for key in ("path", "store"):
+            text[key] = text[key] and _absolute(text[key])
     if config.adapter.continue_from is not None:
         values["adapter"]["continue_from"]["path"] = _absolute(config.adapter.continue_from.path)
     for section, followed in settings_of_adapter(config).items():
@@ -190,5 +189,5 @@ def _folder_or_hub_id(path: str | None) -> str | None:
 
 
 def _source_name(path: str) -> str:
-    stem = Path(path).name.split(".")[0].strip("*?[]")
+    stem = re.sub(r"-[0-9a-f]{12}$", "", Path(path).name).split(".")[0].strip("*?[]")  # of a store: without its key
     return stem or Path(path).parent.name or "source"

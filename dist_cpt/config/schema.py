@@ -140,13 +140,13 @@ class EmbeddingsConfig(Frozen):
     """`untie` makes the head of a tied base a separate copy of its embedding."""
 
 
-class SourceConfig(Frozen):
-    """A training source; a recipe has at least one."""
+class TextConfig(Frozen):
+    """Where text comes from, and which fields of its records are read."""
 
-    path: str
+    path: str | None = None
     """A file, a folder, a glob pattern, or a data set that `datasets` saved to disk; docs/data.md lists the formats."""
-    name: str | None = None
-    """The source's name in stores, metrics and the report; null means the stem of the path."""
+    store: str | None = None
+    """A finished token store in place of `path`: its text is not needed."""
     text: TextField = "text"
     """The document: a field, a dotted path (`meta.text`) or a template (`"{title}\\n\\n{body}"`)."""
     split: str | None = None
@@ -159,31 +159,37 @@ class SourceConfig(Frozen):
     """The field with the question, where records have no `messages`."""
     response: str | None = None
     """The field with the answer to `prompt`."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> TextConfig:
+        if (self.path is None) == (self.store is None):
+            raise ValueError("give either path, where the text is, or store, a folder that prepare made")
+        return self
+
+    @property
+    def place(self) -> str:
+        """The text's path, or the store's."""
+        place = self.path or self.store
+        assert place is not None
+        return place
+
+
+class SourceConfig(TextConfig):
+    """A training source; a recipe has at least one."""
+
+    name: str | None = None
+    """The source's name in stores, metrics and the report; null means the stem of the path."""
     weight: PositiveFloat = 1.0
     """Share of the blocks relative to the other sources."""
     role: Literal["domain", "replay"] = "domain"
     """Whether the source is new text or a replay of what the base knows."""
 
 
-class ValidationConfig(Frozen):
+class ValidationConfig(TextConfig):
     """A held-out set; by default there is none."""
 
     name: str
     """The set's name in metrics and the report."""
-    path: str
-    """A file, a folder, a glob pattern, or a data set that `datasets` saved to disk; docs/data.md lists the formats."""
-    text: TextField = "text"
-    """The document: a field, a dotted path (`meta.text`) or a template (`"{title}\\n\\n{body}"`)."""
-    split: str | None = None
-    """The split of a saved data set that has several."""
-    ignore: tuple[str, ...] = ()
-    """Patterns of files in the folder or archive that are not read, such as `"*.png"`; any other is an error."""
-    messages: str = "messages"
-    """The field with the conversation, a list of `{role, content}`."""
-    prompt: str | None = None
-    """The field with the question, where records have no `messages`."""
-    response: str | None = None
-    """The field with the answer to `prompt`."""
     role: Literal["domain", "retention"] = "domain"
     """Whether the set measures what is learned (`domain`) or what the base must not forget (`retention`)."""
 

@@ -151,7 +151,9 @@ def _plan_store(source: Source, config: RunConfig, encoder: Encoder, sha256: str
         raise ValueError("prepare takes a recipe after resolve_paths")
     name = source.name
     assert name is not None  # resolve_paths fills it in
-    files = find_files(source.path, name, source.ignore, source.split)
+    if source.store is not None:
+        return _PlannedStore(source, name, SourceFiles([]), [], "", Path(source.store))
+    files = find_files(source.place, name, source.ignore, source.split)
     inputs = _input_state(files)
     key: dict[str, Any] = {
         "format_version": 1,  # of the tokens, which format 2 writes as format 1 did
@@ -187,6 +189,9 @@ def _input_state(files: SourceFiles) -> list[dict[str, Any]]:
 def _require_store(
     planned: _PlannedStore, plan: _Plan, config: RunConfig, on_progress: OnProgress | None, verify: bool
 ) -> None:
+    if planned.source.store is not None:
+        TokenStore.open(planned.folder, verify)
+        return
     try:
         if not _is_finished(planned, config, verify):
             moved = _link_store_of_same_input(planned)
@@ -290,7 +295,7 @@ def _write_store(
         check_budget(planned.name, tally.counts, config.data.bad_record_budget_fraction)
         sha256s = _input_sha256s(planned)
         _check_result(planned, tally.counts, writer.num_documents)
-        source = {"name": planned.name, "path": planned.source.path, "text": planned.source.text}
+        source = {"name": planned.name, "path": planned.source.place, "text": planned.source.text}
         source |= {"on_bad_record": policy} | plan.encoder.describe(planned.source)
         # Texts and documents differ in number where a text has no token, or an EOS in its middle.
         counts = asdict(tally.counts) | {"ignored_files": planned.files.ignored_files, "texts": num_texts}
@@ -312,7 +317,7 @@ def _batches(records: Iterator[Record[Any]]) -> Iterator[list[Record[Any]]]:
 
 
 def _check_result(planned: _PlannedStore, counts: ReadCounts, num_documents: int) -> None:
-    where = f"source {planned.name!r}: {planned.source.path}"
+    where = f"source {planned.name!r}: {planned.source.place}"
     if num_documents == 0:
         raise DataError(
             f"{where} has no document ({counts.records} records in {len(planned.inputs)} files, {counts.empty} empty, "
@@ -334,6 +339,8 @@ def _open_stores(plan: _Plan, config: RunConfig) -> Prepared:
                 f"token store: {planned.folder} was made with another tokenizer",
                 remedy="delete the store's folder and prepare again",
             )
+        if planned.source.store is not None:
+            _check_given_store(planned, store, plan.encoder, data.seq_len)
         weight, overlap_trains = 1.0, False  # of a held-out set every token is evaluated once
         if isinstance(planned.source, SourceConfig):
             weight, overlap_trains = planned.source.weight, data.overlap == "train"
@@ -345,6 +352,29 @@ def _open_stores(plan: _Plan, config: RunConfig) -> Prepared:
         content.append(["windows", stride, data.overlap])
     identity = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return Prepared(sources, validation, plan.tokenizer_hash, plan.vocab_size, identity, data.seq_len)
+
+
+def _check_given_store(planned: _PlannedStore, store: TokenStore, encoder: Encoder, seq_len: int) -> None:
+    """Refuse a store, given in place of text, that this recipe would have made otherwise.
+
+    Raises:
+        DataError: its documents begin otherwise, or have other labels.
+    """
+    manifest, expected = store.manifest, encoder.describe(planned.source)
+    problem = None
+    if manifest.label_kind != encoder.label_kind:
+        problem = f"its labels are {manifest.label_kind}, the task's {encoder.label_kind}"
+    elif manifest.source.get("bos") != expected.get("bos"):
+        problem = (
+            f"its documents begin with token {manifest.source.get('bos')}, the recipe's with {expected.get('bos')}"
+        )
+    elif encoder.label_kind is not None and int(store.lengths.max()) > seq_len:
+        problem = f"it has records of {int(store.lengths.max())} tokens, more than data.seq_len {seq_len}"
+    if problem is not None:
+        raise DataError(
+            f"source {planned.name!r}: {planned.folder}: {problem}",
+            remedy="give the text in path, or a store made for this recipe",
+        )
 
 
 def check_vocabulary(prepared: Prepared, model_vocab_size: int) -> None:
@@ -403,9 +433,9 @@ def preview(config: RunConfig, num_documents: int = 10) -> Iterator[str]:
     for planned in plan.stores:
         num_bytes = sum(file["bytes"] for file in planned.inputs)
         state = "prepared already" if is_there(planned.folder) else "to be prepared"
-        yield f"{planned.name}: {len(planned.inputs):,} files, {num_bytes:,} bytes, {state}: {planned.source.path}"
+        yield f"{planned.name}: {len(planned.inputs):,} files, {num_bytes:,} bytes, {state}: {planned.source.place}"
     tokenizer: Any = load_run_tokenizer(config)
-    sources = plan.stores[: len(config.data.sources)]
+    sources = [planned for planned in plan.stores[: len(config.data.sources)] if planned.source.path is not None]
     for planned in sources:
         tally = RecordTally(config.data.on_bad_record)
         records = read_records(planned.name, planned.files, plan.encoder.parser(planned.source), tally)

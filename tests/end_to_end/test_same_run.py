@@ -85,6 +85,18 @@ def test_a_moved_run_ends_as_it_would_have(made, tmp_path):
     }
 
 
+def test_a_run_resumes_from_token_stores_alone(made, tmp_path):
+    new = moved(made, tmp_path)
+    stores = {path.name.split("-")[0]: str(path) for path in (new / "data").iterdir()}
+    shutil.rmtree(new / "corpus")
+    values = tiny.recipe(new / "base", new / "corpus/corpus.jsonl", new)
+    values["data"]["sources"] = [{"store": stores["corpus"]}]
+    values["data"]["validation"] = [{"name": "held-out", "store": stores["held"]}]
+    assert train(values) == 0
+    assert train(tiny.recipe(*made, tmp_path / "unbroken")) == 0
+    assert end_of(new / "tiny") == end_of(tmp_path / "unbroken/tiny")
+
+
 @pytest.mark.matrix
 def test_resume_follows_a_moved_run(made, tmp_path):
     new = moved(made, tmp_path)

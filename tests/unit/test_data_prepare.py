@@ -455,3 +455,31 @@ def test_report_in_lines(tmp_path: Path, tokenizer_folder: Path) -> None:
     assert line.startswith("corpus: 5 documents, ")
     assert "100.0% of the blocks" in line
     assert identity == f"identity {prepared.identity}"
+
+
+# A finished store in place of its text.
+
+
+def test_a_store_needs_no_text_and_gives_the_same_data(tmp_path: Path, tokenizer_folder: Path) -> None:
+    write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    made = prepare(recipe(tmp_path, tokenizer_folder))
+    elsewhere = tmp_path / "elsewhere" / made.sources[0].store.folder.name
+    made.sources[0].store.folder.rename(shutil.copytree(made.sources[0].store.folder, elsewhere).with_name("gone"))
+    (tmp_path / "corpus.jsonl").unlink()
+    config = recipe(tmp_path, tokenizer_folder, sources=[{"store": str(elsewhere)}])
+    assert config.data.sources[0].name == "corpus"
+    for opened in (prepare(config), open_prepared(config)):
+        assert opened.identity == made.identity
+    for wrong in ({"bos": "never"}, {"sources": [{"store": str(tmp_path / "absent")}]}):
+        with pytest.raises(DataError):
+            prepare(recipe(tmp_path, tokenizer_folder, **({"sources": [{"store": str(elsewhere)}]} | wrong)))
+    (elsewhere / "tokens.bin").write_bytes(bytes(len((elsewhere / "tokens.bin").read_bytes())))
+    with pytest.raises(DataError, match="chunk 0"):
+        prepare(config, verify=True)
+    assert elsewhere.is_dir()  # someone's product, not a cache: it stays where it is
+
+
+@pytest.mark.parametrize("source", [{}, {"path": "a.jsonl", "store": "b"}])
+def test_text_has_one_place(tmp_path: Path, tokenizer_folder: Path, source: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="store"):
+        recipe(tmp_path, tokenizer_folder, sources=[source])
