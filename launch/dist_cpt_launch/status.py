@@ -6,6 +6,7 @@ an absent value, never an error.
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
 import sys
@@ -16,8 +17,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from dist_cpt import storage
 from dist_cpt.checkpoint.quick_check import quick_check
-from dist_cpt.errors import EXIT_DONE, EXIT_WORDS, ConfigError
+from dist_cpt.errors import EXIT_DONE, EXIT_WORDS, ConfigError, StorageError
 from dist_cpt.health.heartbeats import Heartbeat, read_heartbeats
 from dist_cpt.report.values import duration
 from dist_cpt.run_folder.checkpoints import published
@@ -137,7 +139,7 @@ def read_status(folder: Path, now: float | None = None, *, ask_slurm: bool = Fal
     num_steps, step = _last(starts, "num_steps", int), _int(newest.get("step"))
     tokens_per_second, step_seconds = _pace(files.last_steps)
     left = num_steps - step if num_steps and step is not None and files.exit_code != EXIT_DONE else None
-    checkpoint, checkpoint_check = _checkpoint(folder)
+    checkpoint, checkpoint_check, bad_nodes = _patient_parts(files)
     decision = files.launches[-1] if files.launches and files.launches[-1].get("kind") == "end" else None
     job = _last(files.launches, "slurm_job", str) or (str(files.run["job"]) if files.run.get("job") else None)
     return Status(
@@ -162,7 +164,7 @@ def read_status(folder: Path, now: float | None = None, *, ask_slurm: bool = Fal
         ranks=ranks,
         job=job,
         scheduler=f"{decision.get('action')}: {decision.get('reason')}" if decision else None,
-        bad_nodes=sorted(LaunchRecord(folder, "").bad_nodes()),
+        bad_nodes=bad_nodes,
         queue=queue_state(job) if ask_slurm else None,
         problems=files.problems,
     )
@@ -170,6 +172,7 @@ def read_status(folder: Path, now: float | None = None, *, ask_slurm: bool = Fal
 
 def show_status(folder: Path, text: Callable[[Status], str], watch: bool = False) -> None:
     """Print the status; with `watch` repeatedly, on a cleared terminal, until the run has ended."""
+    os.environ.setdefault(storage.VARIABLE, "1")  # a display does not wait for a minute
     while True:
         status = read_status(folder, ask_slurm=True)
         clear = "\x1b[H\x1b[2J" if watch and sys.stdout.isatty() else ""
@@ -340,6 +343,15 @@ def _restarts(files: _Files) -> list[EndedAttempt]:
             ends[end["attempt"]] = EndedAttempt(end["attempt"], _int(end.get("code")), str(end.get("reason") or ""))
     newest = current if files.attempt is None else files.attempt
     return [ends.get(number, EndedAttempt(number, None, "")) for number in range(max(newest, 0))]
+
+
+def _patient_parts(files: _Files) -> tuple[str | None, str, list[str]]:
+    """(newest checkpoint, its check, bad nodes): what is read for a run too, which waits for a file server."""
+    try:
+        return (*_checkpoint(files.folder), sorted(LaunchRecord(files.folder, "").bad_nodes()))
+    except StorageError as error:
+        files.problems.append(error.message)
+        return None, "cannot be read", []
 
 
 def _checkpoint(folder: Path) -> tuple[str | None, str]:

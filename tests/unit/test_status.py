@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from dist_cpt_launch.status_text import as_text
 from dist_cpt.errors import ConfigError
 from dist_cpt.health.heartbeats import Heartbeat, write_heartbeat
 from tests.checkpoint_state import save_step
+from tests.errno_layer import ErrnoLayer
 
 BEGUN = 1_700_000_000.0
 
@@ -164,6 +166,16 @@ def test_torn_and_missing_files_are_one_line_each(run):
     empty = read_status(run)
     assert (empty.state, empty.problems) == ("not started", [])
     assert "run.json" in as_text(empty)
+
+
+def test_a_file_server_that_is_gone_is_a_line_too(run, monkeypatch):
+    path = save_step(run, 10).path
+    monkeypatch.setenv("DIST_CPT_STORAGE_SECONDS", "0.1")
+    with ErrnoLayer(path, errno.ESTALE, at=0, for_ever=True).installed():
+        status = read_status(run)
+    assert (status.checkpoint, status.checkpoint_check) == (None, "cannot be read")
+    (problem,) = status.problems
+    assert all(named in problem for named in (str(path), "ESTALE"))
 
 
 def test_hostile_content_is_printed_inert(run):
