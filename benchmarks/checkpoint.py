@@ -59,6 +59,7 @@ WAYS = {
     "ours_zero": "ours under ZeRO-3",
 }
 SCALE_RANKS = (1, 2, 4, 8)
+PRELOAD = ("torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "transformers.models.llama", "deepspeed")
 SCALE_MODEL = MODEL | {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 2048}
 MICROSECONDS_PER_MIB = 200_000  # of one thread's reads and writes: slow enough for the cores' own work to count little
 
@@ -171,7 +172,10 @@ def measure_scale(folder: Path, rounds: int) -> dict[str, Any]:
     slow.mkdir()
     os.environ |= {"SLOW_FILES_UNDER": str(slow), "SLOW_FILES_US_PER_MIB": str(MICROSECONDS_PER_MIB)}
     os.environ["LD_PRELOAD"] = str(layer)
-    seconds = {ranks: on_ranks("measure_slow_files", slow, rounds, ranks) for ranks in SCALE_RANKS}
+    seconds = {}
+    for ranks in SCALE_RANKS:
+        seconds[ranks] = on_ranks("measure_slow_files", slow, rounds, ranks, start="forkserver")
+        print(ranks, json.dumps(seconds[ranks]), file=sys.stderr, flush=True)
     del os.environ["LD_PRELOAD"]
     median = {ranks: {way: spread["median"] for way, spread in ways.items()} for ranks, ways in seconds.items()}
     first = median[1]
@@ -464,8 +468,9 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def on_ranks(function: str, folder: Path, rounds: int, ranks: int = RANKS) -> Any:
-    context = multiprocessing.get_context("spawn")
+def on_ranks(function: str, folder: Path, rounds: int, ranks: int = RANKS, start: str = "spawn") -> Any:
+    context = multiprocessing.get_context(start)
+    context.set_forkserver_preload(list(PRELOAD))  # imported once for all ranks
     here, there = context.Pipe()
     arguments = [(rank, ranks, function, folder, rounds, there if rank == 0 else None) for rank in range(ranks)]
     processes = [context.Process(target=one_rank, args=each) for each in arguments]

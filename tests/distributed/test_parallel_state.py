@@ -216,6 +216,39 @@ def held_case(folder: str, import_too: bool) -> int:
     return handled
 
 
+def messages_case() -> tuple[dict[str, int], int]:
+    """(calls of torch.distributed during an export, tensors of which this rank sends a part)."""
+    import torch.distributed as dist
+
+    shards = Shards()
+    calls = dict.fromkeys(("isend", "send", "broadcast", "all_reduce", "all_gather", "gather", "barrier"), 0)
+
+    def counted(name: str) -> Any:
+        original = getattr(dist, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return original(*arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in calls:
+            patch.setattr(dist, name, counted(name))
+        owned = sum(
+            t.values is not None for t in shards.state.export(lambda kind, name: len(name + kind) % world_size())
+        )
+    held = sum(start < stop for start, stop in shards.ranges.values()) * len(STATE_KINDS)
+    return calls, held - owned
+
+
+def test_a_tensor_costs_one_message_of_each_rank_and_no_collective(four: RankPool) -> None:
+    for calls, sent in four.run(f"{HERE}:messages_case"):
+        assert sent > 0
+        assert calls.pop("isend") == sent
+        assert set(calls.values()) == {0}
+
+
 def test_an_owner_that_is_slow_to_write_holds_up_no_other(tmp_path: Path, four: RankPool) -> None:
     assert four.run(f"{HERE}:held_case", folder=str(tmp_path), import_too=False) == [6, 5, 5, 5]
 
