@@ -154,11 +154,12 @@ class SlicedState:
                 write_oldest()
             whole: torch.Tensor | None = None
             if reader == rank():
-                whole = torch.zeros(self.shapes[name].numel())
+                elements = self.shapes[name].numel()
                 try:
-                    whole = whole if error else _checked(read, kind, name, 0, whole.numel())
+                    whole = None if error else _checked(read, kind, name, 0, elements)
                 except Exception as raised:
                     error = raised
+                whole = torch.zeros(elements) if whole is None else whole
             under_way.append(self._scatter(kind, name, whole, reader))
         while under_way:
             write_oldest()
