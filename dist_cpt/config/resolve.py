@@ -91,16 +91,19 @@ def step_shape(config: RunConfig, world_size: int) -> StepShape:
     return StepShape(blocks, config.batch.micro_batch, blocks // per_forward, num_steps, world_size)
 
 
-def settings(config: RunConfig) -> dict[str, Any]:
+def settings(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:
     """Every setting by dotted key; of a place whose content is compared only whether there is one."""
-    flat = _flatten(config.model_dump(mode="json"))
+    flat = _flatten(config.model_dump(mode="json", exclude_defaults=not defaults))
     places = (key for key, value in flat.items() if value is not None and how_may_change(key) == "same content")
     return flat | dict.fromkeys(places, "(given)")
 
 
 def fingerprint(config: RunConfig) -> str:
-    """sha256 of the settings that decide what is learned: not of places, engine and tracking."""
-    return hashlib.sha256(json.dumps(_meaning(config), sort_keys=True).encode()).hexdigest()
+    """sha256 of the settings that decide what is learned: not of places, engine and tracking.
+
+    Defaults are left out: a key that a later version adds changes no recorded fingerprint.
+    """
+    return hashlib.sha256(json.dumps(_meaning(config, defaults=False), sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: RunConfig, new: RunConfig) -> dict[str, str]:
@@ -160,8 +163,9 @@ def to_yaml(config: RunConfig) -> str:
     return f"# resolved by dist-cpt; fingerprint {fingerprint(config)}\n{body}"
 
 
-def _meaning(config: RunConfig) -> dict[str, Any]:
-    return {key: value for key, value in settings(config).items() if how_may_change(key) != "freely"}
+def _meaning(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:
+    flat = settings(config, defaults=defaults)
+    return {key: value for key, value in flat.items() if how_may_change(key) != "freely"}
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

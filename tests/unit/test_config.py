@@ -19,6 +19,7 @@ from dist_cpt.config.resolve import (
     require_same_recipe,
     resolve_paths,
     run_folder,
+    settings,
     settings_of_place,
     step_shape,
     to_yaml,
@@ -334,3 +335,11 @@ def test_a_pipe_is_not_a_recipe(tmp_path):
     os.mkfifo(tmp_path / "recipe.yaml")
     with pytest.raises(ConfigError, match="not a regular file"):
         load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_key_that_a_later_version_adds_changes_no_fingerprint():
+    config = build(recipe(), "recipe.yaml")
+    spelled_out = build(config.model_dump(mode="json"), "recipe.yaml")
+    assert fingerprint(spelled_out) == fingerprint(config)
+    assert "data.bos" in settings(config)
+    assert "data.bos" not in settings(config, defaults=False)
