@@ -37,7 +37,7 @@ from tests.whole_run import built, rows
 
 CODES = {code: errno.errorcode[code] for code in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)}
 CODES |= {code: errno.errorcode[code] for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)}
-SAMPLE_EVERY = 31  # of all (call, errno) pairs in a run of the suite; the matrix takes all
+SAMPLE_EVERY = 61  # of all (call, errno) pairs in a run of the suite; the matrix takes all
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def require_right(counts: Counter[tuple[str, str]]) -> None:
 @pytest.mark.parametrize("name", ["claim", "restore", "save", "prepare"])
 def test_a_sample_of_all_calls(config: RunConfig, tmp_path: Path, name: str) -> None:
     counts = Counter(sweep(name, config, tmp_path, SAMPLE_EVERY))
-    assert sum(counts.values()) > 20
+    assert sum(counts.values()) > 10
     require_right(counts)
 
 
