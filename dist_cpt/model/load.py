@@ -85,18 +85,8 @@ def load_model(
         MissingExtraError: weights are nf4 or int8 and bitsandbytes is not installed.
     """
     model, identity = load_base(config, device, base_sha256)
-    check_config(model.config)
-    parts = parts_of(model)
-    identity |= _change_vocabulary(config, model, vocabulary)
-    if parts.max_positions is not None and config.data.seq_len > parts.max_positions:
-        raise ConfigError(
-            f"data.seq_len {config.data.seq_len} exceeds the model's {parts.max_positions} positions",
-            remedy=f"use at most {parts.max_positions}",
-        )
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    install_loss_head(parts.head, use_reference=config.model.kernels == "reference", softcap=softcap)
-    if model.config.model_type not in TESTED:
-        self_check_packing(model)
+    parts, changed = _prepare_base(config, model, vocabulary)
+    identity |= changed
     dtype = WEIGHTS_DTYPE[config.model.compute_dtype]
     attention = choose(device, model.config, config.model.attention, dtype)
     prior = None
@@ -114,17 +104,7 @@ def load_model(
     install(model, attention)
     if prior is not None and config.classify is not None:
         prior = prior.with_class_loss(CausalLMForLoss(model, attention).to(device), probe)
-    if config.adapter.kind == "none":
-        causal_lm, adapter_config = model.requires_grad_(True), None
-    else:
-        causal_lm, adapter_config = apply_lora(model, config, head=parts.head, embeddings=parts.embeddings)
-        install_low_rank_head(model.get_output_embeddings())
-    if prior is not None and adapter_config is not None:
-        prior.complete(causal_lm, dtype)
-        adapter_config |= prior.adapter_config(config.model.path)
-    if vocabulary is not None and config.embeddings.rows == "new":
-        matrices = (parts.embeddings,) if config.classify is not None else (parts.embeddings, parts.head)
-        train_new_rows_only(matrices, vocabulary.first_row)
+    causal_lm, adapter_config = _under_adapter(config, model, parts, prior, vocabulary)
     fusion = fuse(model, parts, config.model.kernels, device)
     module = CausalLMForLoss(causal_lm, attention).to(device)
     if device.type == "cuda":
@@ -144,6 +124,41 @@ def load_model(
         fusion=fusion,
         prior=prior,
     )
+
+
+def _prepare_base(config: RunConfig, model: Any, vocabulary: NewVocabulary | None) -> tuple[Parts, dict[str, Any]]:
+    """Its vocabulary and its loss head as the recipe says: (its parts, the changed keys of its identity)."""
+    check_config(model.config)
+    parts = parts_of(model)
+    identity = _change_vocabulary(config, model, vocabulary)
+    if parts.max_positions is not None and config.data.seq_len > parts.max_positions:
+        raise ConfigError(
+            f"data.seq_len {config.data.seq_len} exceeds the model's {parts.max_positions} positions",
+            remedy=f"use at most {parts.max_positions}",
+        )
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    install_loss_head(parts.head, use_reference=config.model.kernels == "reference", softcap=softcap)
+    if model.config.model_type not in TESTED:
+        self_check_packing(model)
+    return parts, identity
+
+
+def _under_adapter(
+    config: RunConfig, model: Any, parts: Parts, prior: PriorInUse | None, vocabulary: NewVocabulary | None
+) -> tuple[Any, dict[str, Any] | None]:
+    """(what trains: `model` itself or under the recipe's adapter, its adapter_config.json)."""
+    if config.adapter.kind == "none":
+        causal_lm, adapter_config = model.requires_grad_(True), None
+    else:
+        causal_lm, adapter_config = apply_lora(model, config, head=parts.head, embeddings=parts.embeddings)
+        install_low_rank_head(model.get_output_embeddings())
+        if prior is not None:
+            prior.complete(causal_lm, WEIGHTS_DTYPE[config.model.compute_dtype])
+            adapter_config |= prior.adapter_config(config.model.path)
+    if vocabulary is not None and config.embeddings.rows == "new":
+        matrices = (parts.embeddings,) if config.classify is not None else (parts.embeddings, parts.head)
+        train_new_rows_only(matrices, vocabulary.first_row)
+    return causal_lm, adapter_config
 
 
 def _change_vocabulary(config: RunConfig, model: Any, vocabulary: NewVocabulary | None) -> dict[str, Any]:
