@@ -238,7 +238,7 @@ def recipe(made: tuple[Path, Path], folder: Path, num_steps: int, ranks: int, ev
 
 def storm(made: tuple[Path, Path], folder: Path, seed: int, attempts: int, ranks: int) -> list[Act]:
     """Carry the plan out; the run must then be the unbroken one, bit for bit."""
-    acts = plan(seed, attempts)
+    acts = plan(seed, attempts, ranks)
     num_steps = sum(act.num_steps for act in acts) + 20
     runs = []
     for name, every in (("unbroken", num_steps), ("broken", EVERY)):
