@@ -87,12 +87,12 @@ class Act:
         return 0 if self.point in EARLY else EVERY * (1 + self.saves) + 2
 
 
-def plan(seed: int, attempts: int) -> list[Act]:
+def plan(seed: int, attempts: int, ranks: int = 1) -> list[Act]:
     """Every point about equally often, in any order; those at the end of the run come last."""
     dice = random.Random(seed)
-    points = [point for _ in range(-(-attempts // len(POINTS))) for point in dice.sample(POINTS, len(POINTS))][
-        :attempts
-    ]
+    known = [point for point in POINTS if ranks == 1 or point != f"change.{EXIT}"]  # the other ranks have left by then
+    points = [point for _ in range(-(-attempts // len(known))) for point in dice.sample(known, len(known))]
+    del points[attempts:]
     acts = []
     for point in sorted(points, key=lambda point: point == AT_THE_END):
         if "rewound" in point or point == "change.prune":
