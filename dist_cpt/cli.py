@@ -105,7 +105,7 @@ def train(recipe: Recipe, set_: Overrides = None, accept: Accept = None) -> None
         raise typer.Exit(EXIT_DONE)
     from dist_cpt.train.run import train as train_run
 
-    code, folder = train_run(config, stop)
+    code, folder = train_run(config, stop, even_if_finished=False)
     if folder is not None:  # rank 0, and the folder is this run's
         from dist_cpt.report.report import write_report
 

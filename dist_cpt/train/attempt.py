@@ -77,9 +77,15 @@ class RunContext:
 
 
 def run_attempt(
-    config: RunConfig, stop: StopRequest, body: Callable[[RunContext], tuple[int, str]]
+    config: RunConfig,
+    stop: StopRequest,
+    body: Callable[[RunContext], tuple[int, str]],
+    *,
+    even_if_finished: bool = True,
 ) -> tuple[int, Path | None]:
     """Run `body`, which returns (exit code, reason), as one attempt of the run of `config`. Collective.
+
+    Without `even_if_finished` the run is left as it is where nothing is left to do.
 
     Returns the exit code, and on rank 0 the run folder. Every ending is written to exit.json, except where the
     folder belongs to another recipe or process: then there is no folder to return either.
@@ -100,7 +106,7 @@ def run_attempt(
         device = init_distributed(env, RENDEZVOUS_SECONDS, collective_seconds(config.health.hang))
         joined = True
         faults = on_every_rank(VARIABLE, lambda: planned_faults(FAULT_POINTS))
-        if on_rank_zero("run folder", lambda: says_finished(config)):
+        if not even_if_finished and on_rank_zero("run folder", lambda: says_finished(config)):
             code = EXIT_DONE
             return code, None
         own_claim = _claim(folder, config)

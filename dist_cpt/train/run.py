@@ -17,12 +17,14 @@ from dist_cpt.train.sample import write_sample
 from dist_cpt.train.start import announce, open_contract, start
 
 
-def train(config: RunConfig, stop: StopRequest) -> tuple[int, Path | None]:
+def train(config: RunConfig, stop: StopRequest, *, even_if_finished: bool = True) -> tuple[int, Path | None]:
     """Train, or resume, the run of `config` as one of its ranks. Collective.
+
+    Without `even_if_finished` a run with nothing left to do is left as it is; else it is restored and certified again.
 
     Returns the exit code, and on rank 0 the run folder, for the report.
     """
-    return run_attempt(config, stop, train_attempt)
+    return run_attempt(config, stop, train_attempt, even_if_finished=even_if_finished)
 
 
 def train_attempt(context: RunContext) -> tuple[int, str]:

@@ -398,6 +398,14 @@ def test_a_finished_run_whose_last_checkpoints_are_damaged_trains_them_again(new
     require_as_unbroken(job)
 
 
+@pytest.mark.matrix
+def test_a_finished_run_is_left_as_it_is_by_several_ranks(new_job) -> None:
+    job = continued(new_job("fsdp-full", 2))
+    before = belongings(job.run)
+    assert job.attempt() == [0, 0]
+    assert belongings(job.run) == before
+
+
 def test_a_run_without_a_valid_checkpoint_ends_with_74_and_names_each(new_job) -> None:
     job = continued(new_job("fsdp-full", 2))
     for path in published(job.run)[2:]:
