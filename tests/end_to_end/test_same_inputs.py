@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -81,27 +82,40 @@ def hub_cache(folder: Path, main: str, commits: dict[str, Path]) -> Path:
     return folder
 
 
-def run_with_caches(recipe: Path, caches: list[Path], port: int) -> list[tuple[int, str]]:
-    """(exit code, stderr) of two ranks, each a process of its own: the hub's cache is read from the environment."""
+def run_with_caches(recipe: Path, *caches: Path) -> list[tuple[int, str]]:
+    """(exit code, stderr) of ranks that are processes of their own: the hub's cache is read from the environment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     children = []
     for rank, cache in enumerate(caches):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
         given = {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
         given |= {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "dist_cpt.cli", "train", str(recipe)]
-        children.append(subprocess.Popen(command, env=os.environ | given, stderr=subprocess.PIPE, text=True))
-    return [(child.returncode, child_error) for child in children for child_error in [child.communicate()[1]]]
+        with (recipe.parent / f"rank-{rank}.txt").open("w") as log:
+            children.append(subprocess.Popen(command, env=os.environ | given, stderr=log))
+    try:
+        codes = [child.wait(timeout=240) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    return [(code, (recipe.parent / f"rank-{rank}.txt").read_text()) for rank, code in enumerate(codes)]
+
+
+@pytest.fixture
+def caches(made, tmp_path) -> tuple[Path, Path]:
+    """Two caches with the same two commits, whose branches main differ."""
+    commits = {"a" * 40: made[0], "b" * 40: changed_copy(made[0], tmp_path / "other")}
+    return tuple(hub_cache(tmp_path / f"cache-{main}", main * 40, commits) for main in "ab")
 
 
 @pytest.mark.matrix
-def test_a_hub_id_is_one_commit_for_all_ranks(made, tmp_path):
+def test_a_hub_id_is_one_commit_for_all_ranks(made, caches, tmp_path):
     from dist_cpt.run_folder.checkpoints import read_manifest
 
-    commits = {"a" * 40: made[0], "b" * 40: changed_copy(made[0], tmp_path / "other")}
-    first = hub_cache(tmp_path / "first", "a" * 40, commits)
-    second = hub_cache(tmp_path / "second", "b" * 40, commits)
     recipe = two_ranks(made, tmp_path, model={"path": "org/tiny"})
-    ended = run_with_caches(recipe, [first, second], 29731)
+    ended = run_with_caches(recipe, *caches)
     assert [code for code, _ in ended] == [0, 0], ended
     manifest = read_manifest(tmp_path / "tiny/checkpoints/step-00000002")
     assert manifest.base["revision"] == "a" * 40
@@ -110,14 +124,18 @@ def test_a_hub_id_is_one_commit_for_all_ranks(made, tmp_path):
     trained = read_manifest(tmp_path / "alone/checkpoints/step-00000002")
     assert (manifest.base["sha256"], manifest.state_sha256) == (trained.base["sha256"], trained.state_sha256)
 
-    shutil.rmtree(tmp_path / "tiny")
-    blob = second / NAME / "blobs" / "aaaaaaaa-model.safetensors"  # the same commit, other bytes
-    shutil.copyfile(tmp_path / "other/model.safetensors", blob)
-    ended = run_with_caches(recipe, [first, second], 29732)
+
+@pytest.mark.matrix
+def test_other_bytes_under_the_same_commit_are_refused_on_all(made, caches, tmp_path):
+    shutil.copyfile(tmp_path / "other/model.safetensors", caches[1] / NAME / "blobs/aaaaaaaa-model.safetensors")
+    ended = run_with_caches(two_ranks(made, tmp_path, model={"path": "org/tiny"}), *caches)
     assert [code for code, _ in ended] == [64, 64], ended
     assert "sha256 of model.safetensors" in ended[0][1]
 
-    shutil.rmtree(second / NAME / "snapshots" / ("a" * 40))
-    ended = run_with_caches(recipe, [first, second], 29733)
+
+@pytest.mark.matrix
+def test_a_cache_without_the_commit_is_refused_on_all(made, caches, tmp_path):
+    shutil.rmtree(caches[1] / NAME / "snapshots" / ("a" * 40))
+    ended = run_with_caches(two_ranks(made, tmp_path, model={"path": "org/tiny"}), *caches)
     assert [code for code, _ in ended] == [64, 64], ended
     assert "rank 1" in ended[0][1]
