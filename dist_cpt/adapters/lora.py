@@ -21,9 +21,6 @@ from torch import nn
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
 
-# What models call their embedding and head; parameter groups are matched by these names.
-VOCABULARY_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
-
 
 def apply_lora(
     model: Any, config: RunConfig, *, head: nn.Linear, embeddings: nn.Embedding

@@ -12,7 +12,7 @@ from dist_cpt.config.schema import RunConfig
 from dist_cpt.run_folder.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dist_cpt.storage import open_regular, patiently, read_bytes
 
-_MATRICES = {  # the recipe's name by the last component of a model's
+VOCABULARY_NAMES = {  # what models call their embedding and head -> the recipe's word
     **dict.fromkeys(("embed_tokens", "wte", "embed_in", "word_embeddings"), "embed_tokens"),
     **dict.fromkeys(("lm_head", "embed_out"), "lm_head"),
 }
@@ -87,8 +87,8 @@ def _whole_matrices(tensors: _Tensors) -> dict[str, str]:
     whole = {}
     for key in tensors:
         module = re.sub(r"(\.modules_to_save(\.[^.]+)?)?\.weight$", "", key).rpartition(".")[2]
-        if module in _MATRICES and ".lora_" not in key:
-            whole[_MATRICES[module]] = key
+        if module in VOCABULARY_NAMES and ".lora_" not in key:
+            whole[VOCABULARY_NAMES[module]] = key
     return whole
 
 

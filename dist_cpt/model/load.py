@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_cpt.adapters.lora import VOCABULARY_NAMES, apply_lora
+from dist_cpt.adapters.lora import apply_lora
 from dist_cpt.adapters.peft_folder import BASE_PREFIX, canonical_name, write_adapter_config
 from dist_cpt.adapters.vocabulary import NewVocabulary, extend_vocabulary, train_new_rows_only, untie
+from dist_cpt.config.adapter_settings import VOCABULARY_NAMES
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import TESTED, Parts, check_config, parts_of

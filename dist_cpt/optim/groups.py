@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_cpt.adapters.lora import VOCABULARY_NAMES
+from dist_cpt.config.adapter_settings import VOCABULARY_NAMES
 from dist_cpt.config.schema import OptimConfig
 
 EIGHT_BIT_GROUPS = ("adapter", "adapter_b", "weights")  # embeddings, head, norms and biases have fp32 moments
