@@ -27,10 +27,8 @@ from dist_cpt.runtime.threads import started
 from dist_cpt.storage import PatientFile
 
 _ITEM_BYTES = 4  # every tensor of a checkpoint is fp32
-_CHUNK_BYTES = 4 * 2**20
-_STREAMS = (
-    4  # threads that read or write one file: a single stream has a fraction of a parallel file system's bandwidth
-)
+_CHUNK_BYTES = 2 * 2**20
+_STREAMS = 4  # of one file, each a thread: one stream has a fraction of a parallel file system's bandwidth
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
@@ -273,10 +271,12 @@ def _open(path: Path) -> PatientFile:
 
 
 def _chunks_ahead(file: PatientFile, path: Path, start: int, stop: int) -> Generator[tuple[int, torch.Tensor]]:
-    """(offset, fp32 values) of one chunk after the other; the next ones are being read meanwhile."""
+    """(offset, fp32 values) of one chunk after the other, each valid until the next; those are being read meanwhile."""
+    buffers = [torch.empty(_CHUNK_BYTES // _ITEM_BYTES, dtype=torch.float32) for _ in range(_STREAMS + 1)]
 
     def read(offset: int) -> tuple[int, torch.Tensor]:
-        chunk = torch.empty(min(_CHUNK_BYTES, stop - offset) // _ITEM_BYTES, dtype=torch.float32)
+        number = (offset - start) // _CHUNK_BYTES
+        chunk = buffers[number % len(buffers)][: min(_CHUNK_BYTES, stop - offset) // _ITEM_BYTES]
         _read_all(file, path, _bytes_of(chunk), offset)
         return offset, chunk
 

@@ -2,8 +2,8 @@
 
 An engine states once which elements of every flattened tensor this rank holds, and how they are read and written.
 Export sends the parts of each tensor to its owner, import sends what one rank has read to all that hold parts of it.
-Both keep as many tensors under way as there are ranks: ranks that take turns write, hash or read at the same time, and
-none waits for another's disk. Parts travel from host memory over gloo, also where the collectives of training are
+Both keep several tensors for each rank under way: ranks that take turns write, hash or read at the same time, and none
+waits for another's disk. Parts travel from host memory over gloo, also where the collectives of training are
 NCCL's, which would need a communicator for every pair of ranks. A snapshot copies this rank's parts to the CPU, to be
 exported from another thread while training continues.
 """
@@ -36,6 +36,7 @@ from dist_cpt.training_state import (
 )
 
 NORM_ELEMENTS = 1 << 16  # of one fp32 sum of squares
+TENSORS_PER_RANK = 4  # under way in all: tensors differ in size, and a rank with a large one must not hold up others
 WHOLE_TENSORS = 2  # under way at one rank: one arrives, or leaves, while another one is written or read
 
 Read = Callable[[StateKind, str], torch.Tensor]  # fp32 [stop - start]: this rank's elements, live or a copy
@@ -235,7 +236,7 @@ class _UnderWay:
 def _is_full(under_way: Collection[_UnderWay], at: int) -> bool:
     """Whether the oldest tensor must arrive before another one, whole on rank `at`, may start."""
     whole_here = sum(other.at == rank() for other in under_way)
-    return len(under_way) >= world_size() or (at == rank() and whole_here >= WHOLE_TENSORS)
+    return len(under_way) >= TENSORS_PER_RANK * world_size() or (at == rank() and whole_here >= WHOLE_TENSORS)
 
 
 def _checked(read: ReadState, kind: StateKind, name: str, start: int, stop: int) -> torch.Tensor:
