@@ -275,7 +275,6 @@ SEED = 7
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize(("attempts", "ranks"), [(200, 1), (2 * len(POINTS) // 3, 2)], ids=["alone", "two ranks"])
-def test_attempts_that_wake_up_at_any_point_lose_and_double_nothing(made, tmp_path, attempts: int, ranks: int) -> None:
-    acts = storm(made, tmp_path, SEED, attempts, ranks)
-    assert len(acts) >= attempts
+def test_attempts_that_wake_up_at_any_point_lose_and_double_nothing(made, tmp_path) -> None:
+    acts = storm(made, tmp_path, SEED, 200, 1)
+    assert len(acts) >= 200
