@@ -27,6 +27,7 @@ from dist_cpt.run_folder.json_files import (
     read_object,
     remove_quietly,
     replace_file,
+    rows_or_problem,
     swap_in,
     write_object,
     write_temporary,
@@ -52,6 +53,7 @@ from dist_cpt.storage import is_there, patiently, read_bytes
 MOVES = ("stage", "publish", "aside", "reinstate", "prune")  # of checkpoints
 CHANGES = (*MOVES, *REPLACED, *(f"append.{name}" for name in APPENDED))  # what `Claim.change` is asked for
 
+TAIL_BYTES = 65536  # of metrics.jsonl, for its last row
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # Lustre without -o flock, NFS without lockd
 
 
@@ -224,6 +226,22 @@ def claim(
             raise WriteError(f"run folder {folder} cannot be written: {error.strerror}") from error
         raise
     return Claim(folder, started["attempts"] - 1, started["wandb_run_id"], started["token"], lock)
+
+
+def record_killed(folder: Path, code: int, reason: str) -> None:
+    """Write exit.json for the attempt that this launcher has started, if it was killed before it wrote its own.
+
+    Raises:
+        Superseded: a later attempt has claimed the folder.
+        WriteError: it cannot be written.
+    """
+    run = read_object(folder / RUN)
+    here = run.get("host") == socket.gethostname() and not Path(f"/proc/{run.get('pid')}").exists()
+    if "token" not in run or is_there(folder / EXIT) or not (here if _job() is None else run.get("job") == _job()):
+        return
+    steps = [row.get("step", 0) for row in rows_or_problem(folder / METRICS, [], TAIL_BYTES)]
+    dead = Claim(folder, run["attempts"] - 1, run["wandb_run_id"], run["token"])
+    dead.write(EXIT, {"code": code, "reason": reason, "step": max(steps, default=0)})
 
 
 def _lock(folder: Path, living: Callable[[Path], object]) -> TextIO | None:

@@ -35,7 +35,7 @@ from dist_cpt.train.wandb import new_run_id
 
 RENDEZVOUS_SECONDS = 1800.0
 FAULT_POINTS = (
-    *("step", "restore"),
+    *("step", "restore", "evaluate"),
     *(f"{kind}.{point}" for kind in ("trial", "save") for point in SAVE_POINTS),
     *(f"change.{change}" for change in CHANGES),  # in the middle of a change of the run folder
 )
@@ -137,7 +137,7 @@ def run_attempt(
                 observers=observers,
             )
             code, reason = body(context)
-    except Exception as raised:
+    except BaseException as raised:
         error = _cause(raised, own_claim)
         superseded = isinstance(error, Superseded)
         if isinstance(error, DistCptError):
@@ -149,6 +149,8 @@ def run_attempt(
             say(f"dist-cpt: rank {env.rank}: {reason} -- see logs/rank-{env.rank}.log")
         if code == EXIT_INTERNAL:
             LOGGER.error("rank %d ends: %s\n%s", env.rank, reason, traceback.format_exc())
+        if not isinstance(raised, Exception):  # Ctrl-C, or a library that wants to exit
+            raise
     finally:
         if own_claim is not None:
             if env.rank == 0 and not superseded:
@@ -160,7 +162,7 @@ def run_attempt(
     return code, folder if env.rank == 0 and own_claim is not None and own_claim.is_current() else None
 
 
-def _cause(error: Exception, own_claim: Claim | None) -> BaseException:
+def _cause(error: BaseException, own_claim: Claim | None) -> BaseException:
     """What ends the attempt: a later one may have moved what this one was reading, and ended the ranks it waits for."""
     if own_claim is None or own_claim.is_current():
         return explained(error)

@@ -122,9 +122,9 @@ class Run:
             self.stragglers.boundary()
 
     def evaluation_due(self, step: int) -> bool:
-        """Whether the held-out sets are evaluated after `step`."""
+        """Whether the held-out sets are evaluated after `step`; after the last one once it is saved."""
         every = self.context.config.evaluate.every_steps
-        return step == self.context.shape.num_steps or (every is not None and step % every == 0)
+        return every is not None and step % every == 0 and step < self.context.shape.num_steps
 
     def _own_work(self) -> contextlib.AbstractContextManager[None]:
         """Time here is this rank's own: it waits for no other rank."""

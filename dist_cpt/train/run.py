@@ -48,14 +48,17 @@ def train_attempt(context: RunContext) -> tuple[int, str]:
             with contextlib.suppress(DistCptError):
                 run.saver.finish()
             raise
+        if outcome == "done":
+            context.watchdog.tick("saving", progress.step)
+            run.saver.save_now(progress)  # before the last evaluation, which may take long or fail
         context.require_claim()
         contract.close(progress.step)
         if outcome == "stopped":
             reason = f"{context.stop.requested or 'another rank'}: stopped and saved at step {progress.step}"
             context.observers.on_message(reason)
             return EXIT_STOPPED, reason
+        evaluate_all(run, progress)
         context.watchdog.tick("ending", progress.step)
-        run.saver.save_now(progress)
         context.require_claim()
         write_sample(run, progress)
     return EXIT_DONE, "done"

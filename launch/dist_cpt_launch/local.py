@@ -9,7 +9,8 @@ import subprocess
 from pathlib import Path
 from types import FrameType
 
-from dist_cpt.errors import EXIT_INTERNAL, say
+from dist_cpt.errors import EXIT_INTERNAL, DistCptError, say
+from dist_cpt.run_folder.claim import record_killed
 from dist_cpt.run_folder.exit_file import exit_code, stamp
 from dist_cpt.runtime.stop import stop_with_parent
 from dist_cpt_launch.launch_plan import LaunchPlan
@@ -61,7 +62,9 @@ def run_local(plan: LaunchPlan) -> int:
     code = exit_code(plan.run_folder, before, code)
     if code < 0 or code > 128:
         say(f"the run was killed by a signal (code {code}); it can be resumed")
-        return EXIT_INTERNAL
+        code = EXIT_INTERNAL
+        with contextlib.suppress(DistCptError):
+            record_killed(plan.run_folder, code, "all ranks were killed by a signal")
     return code
 
 

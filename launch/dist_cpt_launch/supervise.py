@@ -23,7 +23,18 @@ import typer
 from dist_cpt.checkpoint.finished import says_finished
 from dist_cpt.config.load import load_recipe
 from dist_cpt.config.resolve import resolve_paths, run_folder
-from dist_cpt.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_NODE, EXIT_STOPPED, ConfigError, StorageError, WriteError
+from dist_cpt.errors import (
+    EXIT_DONE,
+    EXIT_INTERNAL,
+    EXIT_NODE,
+    EXIT_STOPPED,
+    EXIT_SUPERSEDED,
+    ConfigError,
+    DistCptError,
+    StorageError,
+    WriteError,
+)
+from dist_cpt.run_folder.claim import record_killed
 from dist_cpt.run_folder.exit_file import exit_code, stamp
 from dist_cpt.run_folder.json_files import read_object
 from dist_cpt.run_folder.names import PREFLIGHT
@@ -298,6 +309,9 @@ class Supervisor:
         else:
             failure = step.first_failure
         code = exit_code(self.folder, before, code)
+        if not self.unkillable and code not in (0, EXIT_SUPERSEDED):
+            with contextlib.suppress(DistCptError):
+                record_killed(self.folder, EXIT_INTERNAL, f"the ranks ended with {code} and recorded nothing")
         return Outcome(code, failure if code not in (0, EXIT_STOPPED) else None)
 
     def _kill(self, step: Step, seconds: float) -> int:

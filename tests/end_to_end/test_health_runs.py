@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dist_cpt.checkpoint.verify import verify_run
+from dist_cpt.run_folder.audit import record_problems
 from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state
 from tests import tiny
 from tests.run_ranks import run_ranks
@@ -142,4 +143,48 @@ def test_a_frozen_rank_ends_all_with_72_and_the_run_resumes_later(made, tmp_path
     assert "rank 1" in ended["reason"]
     assert "train_loop" in (run / "logs/hang-rank-0.txt").read_text()
     assert run_ranks(path, 2, log=tmp_path / "log") == [0, 0]
+    assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, 13))
+
+
+def test_a_kill_in_the_last_evaluation_loses_nothing_and_doubles_no_row(made, tmp_path):
+    held_out = [{"name": name, "path": str(made[1].parent / "held-out.jsonl")} for name in ("one", "two")]
+    values = tiny.recipe(*made, tmp_path, evaluate={"max_blocks": 2})
+    values["data"]["validation"] = held_out
+    path = tiny.write_recipe(tmp_path / "recipe.yaml", values)
+    run = tmp_path / "tiny"
+    # The second time that the point is reached is in the second set.
+    faults = "evaluate:step12:usr1,evaluate:step12:kill"
+    assert run_ranks(path, 1, log=tmp_path / "log", DIST_CPT_FAULT=faults) == [-9], (tmp_path / "log").read_text()
+    assert published(run)[0].name == "step-00000012"
+    trained = (run / "metrics.jsonl").read_bytes()
+    assert [row["name"] for row in rows(run / "evaluations.jsonl") if row["step"] == 12] == ["one"]
+    assert run_ranks(path, 1, log=tmp_path / "log") == [0], (tmp_path / "log").read_text()
+    assert (run / "metrics.jsonl").read_bytes() == trained
+    evaluated = [(row["step"], row["name"]) for row in rows(run / "evaluations.jsonl")]
+    assert evaluated == [(0, "one"), (0, "two"), (12, "one"), (12, "two")]
+    assert json.loads((run / "exit.json").read_text())["code"] == 0
+    assert record_problems(run) == []
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("point", ["evaluate", "save.tensor"])
+def test_slow_pieces_are_no_hang_and_a_stall_among_them_is_one(made, tmp_path, point):
+    hang = {"min_seconds": 60.0, "grace_seconds": 2.0, "other_phase_seconds": 12.0}
+    values = tiny.recipe(
+        *made,
+        tmp_path,
+        engine={"kind": "fsdp", "shard": "full"},
+        health={"hang": hang},
+        batch={"global_tokens": 8 * tiny.SEQ_LEN, "micro_batch": 1},
+        checkpoint={"every_steps": 100, "trial": False},
+    )
+    values["data"]["validation"] = [{"name": "long", "path": str(made[1])}]
+    path = tiny.write_recipe(tmp_path / "recipe.yaml", values)
+    run = tmp_path / "tiny"
+    codes = run_ranks(path, 2, log=tmp_path / "log", DIST_CPT_FAULT=f"{point}:rank1:slow,{point}:rank1:step12:freeze")
+    assert codes == [72, -9], (tmp_path / "log").read_text()[-2000:]
+    ended = json.loads((run / "exit.json").read_text())
+    assert ended["code"] == 72
+    assert "rank 1" in ended["reason"]
+    assert run_ranks(path, 2, log=tmp_path / "log", DIST_CPT_FAULT=f"{point}:rank1:slow") == [0, 0]
     assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, 13))
