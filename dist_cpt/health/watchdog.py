@@ -39,7 +39,7 @@ from dist_cpt.runtime.liveness import listen
 from dist_cpt.runtime.log import LOGGER
 from dist_cpt.runtime.stop import StopRequest
 
-Phase = Literal["starting", "preparing", "restoring", "training", "checking", "saving", "evaluating", "ending"]
+Phase = Literal["starting", "preparing", "restoring", "training", "saving", "evaluating", "ending"]
 
 PERIOD_SECONDS = 5.0  # between two heartbeats
 STALE_PERIODS = 3  # missed heartbeats after which a process counts as frozen

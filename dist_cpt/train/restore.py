@@ -105,6 +105,7 @@ def recorded_windows(run: Run) -> Windows:
 
 
 def _restore(run: Run, windows: Windows, up_to_step: int | None = None) -> Progress | None:
+    run.context.watchdog.tick("restoring", 0 if up_to_step is None else up_to_step)
     folder = run.context.folder
     newest, skipped = newest_valid(folder, up_to_step)
     for name, problem in skipped:
