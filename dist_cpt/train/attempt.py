@@ -140,15 +140,7 @@ def run_attempt(
     except BaseException as raised:
         error = _cause(raised, own_claim)
         superseded = isinstance(error, Superseded)
-        if isinstance(error, DistCptError):
-            code, reason = error.exit_code, str(error)
-            if env.rank == 0 or (joined and not error.agreed):
-                say(f"dist-cpt: {error}")
-        else:  # a defect of ours, or a rank that vanished in a collective
-            code, reason = EXIT_INTERNAL, f"{type(error).__name__}: {error}".splitlines()[0]
-            say(f"dist-cpt: rank {env.rank}: {reason} -- see logs/rank-{env.rank}.log")
-        if code == EXIT_INTERNAL:
-            LOGGER.error("rank %d ends: %s\n%s", env.rank, reason, traceback.format_exc())
+        code, reason = _say_why(error, env.rank, joined)
         if not isinstance(raised, Exception):  # Ctrl-C, or a library that wants to exit
             raise
     finally:
@@ -172,6 +164,20 @@ def _cause(error: BaseException, own_claim: Claim | None) -> BaseException:
         superseded.agreed = True  # every rank finds out by itself
         return superseded
     return error
+
+
+def _say_why(error: BaseException, rank: int, joined: bool) -> tuple[int, str]:
+    """Print the error where nobody else does, log a defect with its traceback; returns exit code and reason."""
+    if isinstance(error, DistCptError):
+        code, reason = error.exit_code, str(error)
+        if rank == 0 or (joined and not error.agreed):
+            say(f"dist-cpt: {error}")
+    else:  # a defect of ours, or a rank that vanished in a collective
+        code, reason = EXIT_INTERNAL, f"{type(error).__name__}: {error}".splitlines()[0]
+        say(f"dist-cpt: rank {rank}: {reason} -- see logs/rank-{rank}.log")
+    if code == EXIT_INTERNAL:
+        LOGGER.error("rank %d ends: %s\n%s", rank, reason, traceback.format_exc())
+    return code, reason
 
 
 def _planned(fault: Faults, watchdog: Watchdog) -> Callable[[str], None]:
