@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -275,8 +276,10 @@ class Fake:
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch) -> Fake:
-    return Fake(tmp_path, monkeypatch)
+def fake(tmp_path, monkeypatch) -> Iterator[Fake]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield Fake(tmp_path, monkeypatch)
+    signal.signal(signal.SIGTERM, before)  # a batch script that was requeued ignores it, and so would its children here
 
 
 def test_a_crash_is_followed_by_another_start_and_the_end_by_the_end(fake):
