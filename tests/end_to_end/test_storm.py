@@ -203,7 +203,10 @@ class Storm:
             running.send(signal.SIGKILL)
             codes = {-signal.SIGKILL}
         else:
-            running.send(signal.SIGCONT)
+            until = time.monotonic() + FREEZE_SECONDS
+            while any(process.is_alive() for process in running.processes) and time.monotonic() < until:
+                running.send(signal.SIGCONT)  # again and again: beside a save it may meet the other freeze, too
+                time.sleep(0.02)
             codes = {76}
         ended = running.finish(FREEZE_SECONDS, grace_seconds=60.0)
         assert set(ended) == codes, f"attempt {sleeper.number} ended with {ended}"
