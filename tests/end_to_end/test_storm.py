@@ -11,7 +11,7 @@ import random
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -205,7 +205,8 @@ class Storm:
         else:
             until = time.monotonic() + FREEZE_SECONDS
             while any(process.is_alive() for process in running.processes) and time.monotonic() < until:
-                running.send(signal.SIGCONT)  # again and again: beside a save it may meet the other freeze, too
+                with suppress(ProcessLookupError):
+                    running.send(signal.SIGCONT)  # again and again: beside a save it may meet the other freeze, too
                 time.sleep(0.02)
             codes = {76}
         ended = running.finish(FREEZE_SECONDS, grace_seconds=60.0)
