@@ -1,7 +1,7 @@
 """Reading from a file system that may not answer: an errno is no statement about what a file contains.
 
-What a file server refuses for a moment is asked for again; what it goes on refusing is a StorageError (exit code 66).
-No reader takes either for damage.
+A read that fails with such an errno is retried with back-off; if it still fails, it raises StorageError (exit code 66).
+Neither is treated as damage.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def settings_of_adapter(config: RunConfig) -> dict[str, dict[str, Any]]:
             "rslora": bool(theirs.get("use_rslora")),
             "targets": _targets(theirs, tensors),
         }
-        if prior.mode == "train":  # a new adapter goes onto plain LoRA only
+        if prior.mode == "train":  # fold and stack put a new adapter on plain LoRA only
             adapter["dora"] = bool(theirs.get("use_dora"))
         whole = _whole_matrices(tensors)
         tied = bool(theirs.get("ensure_weight_tying")) or not _is_apart(weights, tensors, start, whole)

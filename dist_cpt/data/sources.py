@@ -34,7 +34,7 @@ _NAMED = 5  # files in a message
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """The files of a source in reading order, and what of the recipe says how they are read."""
+    """The files of a source in reading order, with the settings that decide how they are read."""
 
     files: list[Path]  # or folders, of data sets that `datasets` saved
     ignored_files: int = 0
