@@ -363,7 +363,8 @@ def generate(
 
 tokenizer_app = typer.Typer(help="Train, extend and measure tokenizers.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer", rich_help_panel=TOOLS)
-Corpus = Annotated[list[str], typer.Argument(metavar="CORPUS...", help="Files, folders or patterns: jsonl, txt, md.")]
+CORPUS_HELP = "Files, folders or patterns, of any format that data.sources reads."
+Corpus = Annotated[list[str], typer.Argument(metavar="CORPUS...", help=CORPUS_HELP)]
 TextField = Annotated[str, typer.Option("--text", help="The jsonl field that holds the document.")]
 NewFolder = Annotated[Path, typer.Option("--out", help="New folder for the tokenizer.")]
 
@@ -390,9 +391,7 @@ def tokenizer_train(
 def tokenizer_extend(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or hub id of the base's tokenizer.")],
     out: NewFolder,
-    corpus: Annotated[
-        list[str] | None, typer.Argument(metavar="[CORPUS...]", help="Files, folders or patterns: jsonl, txt, md.")
-    ] = None,
+    corpus: Annotated[list[str] | None, typer.Argument(metavar="[CORPUS...]", help=CORPUS_HELP)] = None,
     add: Annotated[
         int | None, typer.Option("--add", min=1, help="Learn at most this many tokens from the corpus.")
     ] = None,

@@ -22,6 +22,7 @@ from dist_cpt.errors import ConfigError
 from dist_cpt.model.safety_checks import code_sha256s, require_trusted_code
 from dist_cpt.run_folder.names import MODEL_CONFIG
 from dist_cpt.runtime.collectives import gather_json, on_every_rank, rank, ranks_that_see
+from dist_cpt.runtime.progress_bars import PieceBar, loading_counts
 from dist_cpt.storage import patiently
 
 WEIGHTS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -201,10 +202,8 @@ def _from_folder(
     settings: ModelConfig, dtype: torch.dtype, device: torch.device, base_sha256: str | None
 ) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
 
     folder, own_code, stored = check_base(settings)
-    logging.disable_progress_bar()  # one per rank
 
     def load() -> Any:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
@@ -222,7 +221,8 @@ def _from_folder(
         return quantize.require_complete(folder, *loaded)
 
     try:
-        model = patiently(folder, load)
+        with loading_counts():
+            model = patiently(folder, load)
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise ConfigError(f"model.path: {settings.path} cannot be loaded: {_one_line(error)}") from error
     identity: dict[str, Any] = {"path": settings.path, "revision": commit_of(folder, settings.revision)}
@@ -252,7 +252,7 @@ def _snapshot(repository: str, revision: str | None, own_code: bool) -> Path:
 
     wanted = [_WEIGHTS, "*.json", "*.txt", "*.jinja", "tokenizer.model"] + ["*.py"] * own_code
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, tqdm_class=PieceBar))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"model.path: {repository} is not a folder and cannot be downloaded from the hub: {_one_line(error)}",

@@ -22,6 +22,7 @@ from dist_cpt.errors import NumericsError
 from dist_cpt.optim.groups import ParamGroup, state_dtype
 from dist_cpt.run_folder.names import CONTRACT
 from dist_cpt.runtime.collectives import gather_json, on_rank_zero
+from dist_cpt.runtime.liveness import made_progress
 from dist_cpt.train.attempt import RunContext
 from dist_cpt.training_state import StateKind, TensorSpec
 
@@ -166,7 +167,11 @@ class Contract:
 
     def _frozen_checksums(self) -> dict[str, int]:
         """This rank's frozen storage, by name."""
-        return {name: checksum(tensor) for name, tensor in self._engine.frozen_tensors()}
+        checksums = {}
+        for name, tensor in self._engine.frozen_tensors():
+            checksums[name] = checksum(tensor)
+            made_progress()
+        return checksums
 
     def _frozen_summary(self) -> dict[str, Any]:
         tensors = dict(self._engine.frozen_tensors())

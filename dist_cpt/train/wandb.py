@@ -236,15 +236,21 @@ def _wandb() -> Any:
 
 
 def _has_credentials() -> bool:
-    """Whether wandb finds a key or an identity token for its server. It may start a process and asks no server."""
+    """Whether wandb finds a key or an identity token for its server, or cannot tell: on_start then reports why.
+
+    It may start a process and asks no server.
+    """
     wandb = _wandb()
-    try:
+    found: list[bool] = []
+
+    def ask() -> None:
         wandb.setup(settings=wandb.Settings(silent=True, mode="online"))  # a WANDB_MODE of offline would find none
-        return wandb.login(prompt=False, verify=False)
-    except Exception:
-        return True  # malformed ones, for example: on_start reports the reason and continues offline
-    finally:
-        _close_service()
+        found.append(wandb.login(prompt=False, verify=False))  # raises on malformed ones
+
+    if not _ends_within(_GRACE_SECONDS, ask):
+        _kill_service()
+    _close_service()
+    return found != [False]
 
 
 def _close_service() -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from dist_cpt.adapters.peft_folder import canonical_name
 from dist_cpt.config.load import build
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import check_config
-from dist_cpt.model.base_model import build_config, with_vocabulary_size
+from dist_cpt.model.base_model import build_config, load_base, with_vocabulary_size
 from dist_cpt.model.load import load_model
 from dist_cpt.model.loss import LossHead
+from dist_cpt.runtime.liveness import listen
 
 CPU = torch.device("cpu")
 V = 53
@@ -237,6 +239,18 @@ def test_a_base_without_one_of_its_weights_is_refused(bases, tmp_path, weights):
         load_model(recipe({"path": str(folder), "weights": weights}), device=CPU)
     with pytest.raises(ConfigError, match=r"lm_head\.weight"):
         plain_model(folder)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "nf4"])
+def test_every_weight_that_is_read_is_progress(bases, weights):
+    pieces: list[int] = []
+    listen(lambda: pieces.append(1))
+    try:
+        load_base(recipe({"path": str(bases / "untied"), "weights": weights}), CPU, base_sha256="known")
+    finally:
+        listen(None)
+    with safe_open(bases / "untied" / "model.safetensors", "pt") as file:
+        assert len(pieces) >= len(file.keys())
 
 
 def test_a_vocabulary_matrix_of_another_name_has_its_own_rate_or_is_refused(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -198,6 +199,14 @@ def test_an_observer_that_fails_behind_the_queue_is_named_by_the_next_record(tmp
         behind.on_step(record(2))
     with pytest.raises(OSError, match="gone"):
         behind.on_end(RunEnd(0, "done", 1000))
+
+
+def test_a_login_that_never_answers_does_not_hold_up_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_cpt.train.wandb._GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(wandb, "login", lambda **_: threading.Event().wait())
+    observer = wandb_observer(WandbConfig(), tmp_path, "0a1b2c3d", print)
+    assert observer is not None
+    assert observer.mode == "online"
 
 
 def test_no_secret_reaches_the_run_folder(tmp_path: Path) -> None:
