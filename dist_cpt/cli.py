@@ -90,6 +90,42 @@ def prepare(
 
 
 @app.command(rich_help_panel=RUN)
+def replay(
+    recipe: Recipe,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Sampled tokens to make.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the source; one begun earlier is continued.")],
+    seeds: Annotated[
+        list[str] | None, typer.Option("--seeds", metavar="FILE", help="Texts whose first tokens begin the documents.")
+    ] = None,
+    seed_tokens: Annotated[int, typer.Option(min=1, help="How many of those tokens.")] = 16,
+    temperature: Annotated[float, typer.Option(help="1 is the base's own distribution.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 is off")] = 1.0,
+    max_document_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Default: what fits into one sequence.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Documents at a time.")] = 16,
+    seed: Annotated[int | None, typer.Option(help="Default: the recipe's.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="The report as one JSON object.")] = False,
+    set_: Overrides = None,
+) -> None:
+    """Sample text from the model that a recipe starts from, as a source for role: replay."""
+    config = _load(recipe, set_)
+    from dist_cpt.export.replay import ProgressLine, ReplayOptions, report_lines
+    from dist_cpt.export.replay import replay as sample
+
+    options = ReplayOptions(
+        config.seed if seed is None else seed,
+        temperature,
+        top_p,
+        max_document_tokens,
+        tuple(seeds or ()),
+        seed_tokens,
+    )
+    report = sample(config, tokens, out, options, batch, ProgressLine(tokens))
+    print(*([json.dumps(report, indent=1)] if json_ else report_lines(report, out)), sep="\n")
+
+
+@app.command(rich_help_panel=RUN)
 def train(recipe: Recipe, set_: Overrides = None, accept: Accept = None) -> None:
     """Train as one process: alone, or as one rank under torchrun, srun, accelerate or deepspeed launch."""
     from dist_cpt.runtime.stop import StopRequest, stop_with_parent

@@ -55,8 +55,9 @@ def generate(
     model = load_fp32(folder, base)
     if torch.cuda.is_available():
         model = model.to(device="cuda", dtype=torch.bfloat16)
-    input_ids = (_chat_ids(tokenizer, prompt) if chat else _prompt_ids(tokenizer, prompt)).to(model.device)
-    _require_positions(model, input_ids.shape[1], max_new_tokens)
+    ids = _chat_ids(tokenizer, prompt) if chat else prompt_ids(tokenizer, prompt)
+    input_ids = torch.tensor([ids], device=model.device)
+    require_positions(model, input_ids.shape[1], max_new_tokens)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -75,7 +76,7 @@ def generate(
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def _require_positions(model: Any, prompt_tokens: int, new_tokens: int) -> None:
+def require_positions(model: Any, prompt_tokens: int, new_tokens: int) -> None:
     """Refuse more tokens than a learned table of positions has rows; rotary positions have no limit."""
     tables = [m for name, m in model.named_modules() if name.rpartition(".")[2] in ("wpe", "embed_positions")]
     rows = min((table.num_embeddings for table in tables if isinstance(table, torch.nn.Embedding)), default=None)
@@ -95,16 +96,17 @@ def _tokenizer(folder: Path, base: Path | None) -> Any:
     raise ConfigError(f"{folder} has no tokenizer", remedy="put the tokenizer's files into the folder")
 
 
-def _chat_ids(tokenizer: Any, prompt: str) -> torch.Tensor:
+def _chat_ids(tokenizer: Any, prompt: str) -> list[int]:
     messages = [{"role": "user", "content": prompt}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except ValueError:
         raise ConfigError("the tokenizer has no chat template", remedy="leave --chat out") from None
-    return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _prompt_ids(tokenizer: Any, prompt: str) -> torch.Tensor:
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """The token ids of a text that is to be continued; of an empty one what begins a document."""
     ids = tokenizer(prompt)["input_ids"] if prompt else []
     if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
         ids.pop()  # some tokenizers end every text
@@ -113,4 +115,4 @@ def _prompt_ids(tokenizer: Any, prompt: str) -> torch.Tensor:
         if start is None:
             raise ConfigError("an empty prompt needs a tokenizer with a bos or eos token", remedy="give a prompt")
         ids = [start]
-    return torch.tensor([ids])
+    return ids
