@@ -150,12 +150,48 @@ def _rows_do_not_train(config: Recipe) -> bool:
 
 
 def _never_thaws(config: Recipe) -> bool:
-    return config.embeddings.freeze_rest_steps >= -(-config.train.tokens // config.batch.global_tokens)
+    return config.embeddings.freeze_rest_steps >= num_steps(config)
 
 
 def _half_a_pair(config: Recipe) -> bool:
     texts = (*config.data.sources, *config.data.validation)
     return any((text.prompt is None) != (text.response is None) for text in texts)
+
+
+def num_steps(config: Recipe) -> int:
+    """Optimizer steps of the whole run."""
+    return -(-config.train.tokens // config.batch.global_tokens)
+
+
+def _shapes(config: Recipe) -> tuple[Any, ...]:
+    """The schedule of every group."""
+    return (config.schedule, *config.schedule.per_group.values())
+
+
+def _length_twice(phase: str) -> Callable[[Recipe], bool]:
+    def test(config: Recipe) -> bool:
+        fraction = f"{phase}_fraction"
+        return any(
+            getattr(shape, f"{phase}_steps") is not None
+            and getattr(shape, fraction) != type(shape).model_fields[fraction].default
+            for shape in _shapes(config)
+        )
+
+    return test
+
+
+def _idle_length(phase: str, *kinds: str) -> Callable[[Recipe], bool]:
+    return lambda config: any(
+        getattr(shape, f"{phase}_steps") is not None and shape.kind not in kinds for shape in _shapes(config)
+    )
+
+
+def _longer_than_the_run(config: Recipe) -> bool:
+    steps = num_steps(config) - max(config.schedule.start_step, config.embeddings.freeze_rest_steps)
+    return any(
+        0 < steps < sum(length or 0 for length in (shape.warmup_steps, shape.cooldown_steps, shape.decay_steps))
+        for shape in _shapes(config)
+    )
 
 
 def _part_of_a_sequence(config: Recipe) -> bool:
@@ -295,6 +331,28 @@ EXCLUSIONS = (
     Exclusion((when("`batch.global_tokens` not a multiple of `data.seq_len`", ("batch.global_tokens", "data.seq_len"),
                     _part_of_a_sequence),),
               "a step is a whole number of sequences", "use a multiple of data.seq_len"),
+    # schedules; also those of `schedule.per_group`
+    *(Exclusion((when(f"`{phase}_steps` and `{phase}_fraction` in one schedule",
+                      (f"schedule.{phase}_steps", f"schedule.{phase}_fraction"), _length_twice(phase)),),
+                "the length of one phase is given twice", "leave one of them out")
+      for phase in ("warmup", "cooldown", "decay")),
+    Exclusion((when("`decay_steps` in a schedule other than `wsd` or `infinite`",
+                    ("schedule.decay_steps", "schedule.kind"), _idle_length("decay", "wsd", "infinite")),),
+              "only these end with a decay of their own", "use kind: wsd or infinite, or leave decay_steps out"),
+    Exclusion((when("`cooldown_steps` in a schedule other than `infinite`",
+                    ("schedule.cooldown_steps", "schedule.kind"), _idle_length("cooldown", "infinite")),),
+              "only an infinite schedule cools down", "use kind: infinite, or leave cooldown_steps out"),
+    Exclusion((when("`decay` in a schedule other than `wsd` or `infinite`", ("schedule.decay", "schedule.kind"),
+                    lambda config: any(shape.decay != "linear" and shape.kind not in ("wsd", "infinite")
+                                       for shape in _shapes(config))),),
+              "only these end with a decay of their own", "use kind: wsd or infinite, or leave decay out"),
+    Exclusion((when("phases in steps that are longer than the run",
+                    ("schedule.warmup_steps", "schedule.cooldown_steps", "schedule.decay_steps", "schedule.start_step",
+                     "train.tokens"), _longer_than_the_run),),
+              "the run ends within them", "use fewer steps, or more tokens"),
+    Exclusion((when("`schedule.start_step` at or after the last step", ("schedule.start_step", "train.tokens"),
+                    lambda config: config.schedule.start_step >= num_steps(config)),),
+              "the schedule would never begin", "use more tokens"),
     # engines, checkpoints, health
     Exclusion((given("engine.stage"), is_not("engine.kind", "zero")),
               "stages are ZeRO's", "use engine.kind: zero, or leave engine.stage out"),

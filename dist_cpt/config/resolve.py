@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from dist_cpt.config.adapter_settings import settings_of_adapter
-from dist_cpt.config.exclusions import shown
+from dist_cpt.config.exclusions import num_steps, shown
 from dist_cpt.config.load import build
 from dist_cpt.config.resume_changes import how_may_change, is_below
 from dist_cpt.config.schema import RunConfig
@@ -87,8 +87,7 @@ def step_shape(config: RunConfig, world_size: int) -> StepShape:
             f"which does not divide by {world_size} ranks x micro_batch {config.batch.micro_batch}",
             remedy=f"use a multiple of {per_forward * config.data.seq_len} tokens, or another micro_batch",
         )
-    num_steps = -(-config.train.tokens // config.batch.global_tokens)
-    return StepShape(blocks, config.batch.micro_batch, blocks // per_forward, num_steps, world_size)
+    return StepShape(blocks, config.batch.micro_batch, blocks // per_forward, num_steps(config), world_size)
 
 
 def settings(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:

@@ -306,28 +306,39 @@ class OptimConfig(Frozen):
 
 
 class ScheduleShape(Frozen):
-    """The learning rate as a fraction of its peak; the lengths of phases are fractions of all optimizer steps."""
+    """The learning rate as a fraction of its peak. The length of a phase is a fraction of all optimizer steps, or a
+    number of steps."""
 
-    kind: Literal["cosine", "wsd", "infinite", "constant"] = "cosine"
-    """After the warm-up: `cosine` decays to the end, `wsd` stays and then decays linearly, `infinite` cools down to
+    kind: Literal["cosine", "linear", "wsd", "infinite", "constant"] = "cosine"
+    """After the warm-up: `cosine` and `linear` decay to the end, `wsd` stays and then decays, `infinite` cools down to
     `constant_fraction`, stays and then decays, `constant` stays."""
     warmup_fraction: float = Field(default=0.02, ge=0.0, le=1.0)
-    """Length of the linear warm-up from 0."""
+    """Length of the linear warm-up."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """The same in steps, in place of the fraction."""
+    start_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Fraction of the peak that the warm-up starts from."""
     end_fraction: float = Field(default=0.1, ge=0.0, le=1.0)
     """Fraction of the peak that the decay ends at."""
+    decay: Literal["linear", "1-sqrt"] = "linear"
+    """The last decay of `wsd` and `infinite`: in a line, or as one minus the root of its progress, fast at first."""
     decay_fraction: float = Field(default=0.1, ge=0.0, le=1.0)
     """Length of the last decay of `wsd` and `infinite`."""
+    decay_steps: int | None = Field(default=None, ge=0)
+    """The same in steps, in place of the fraction."""
     cooldown_fraction: float = Field(default=0.2, ge=0.0, le=1.0)
     """Length of the cool-down of `infinite`."""
+    cooldown_steps: int | None = Field(default=None, ge=0)
+    """The same in steps, in place of the fraction."""
     constant_fraction: float = Field(default=0.5, gt=0.0, le=1.0)
     """Fraction of the peak that `infinite` stays at."""
 
     @model_validator(mode="after")
     def _phases_fit(self) -> ScheduleShape:
-        used = self.warmup_fraction
-        if self.kind in ("wsd", "infinite"):
+        used = 0.0 if self.warmup_steps is not None else self.warmup_fraction
+        if self.kind in ("wsd", "infinite") and self.decay_steps is None:
             used += self.decay_fraction
-        if self.kind == "infinite":
+        if self.kind == "infinite" and self.cooldown_steps is None:
             used += self.cooldown_fraction
         if used > 1.0:
             raise ValueError(f"the phases of {self.kind} sum to {used:g} of the run; at most 1")
@@ -337,6 +348,8 @@ class ScheduleShape(Frozen):
 class ScheduleConfig(ScheduleShape):
     """The learning-rate schedule of every group, and of single groups."""
 
+    start_step: int = Field(default=0, ge=0)
+    """Step after which the schedule begins, warm-up included: where a branch with another schedule left its source."""
     per_group: dict[str, ScheduleShape] = {}
     """Another schedule for a group: adapter, adapter_b (LoRA+; by default that of adapter), embeddings, weights,
     no_decay or head."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from dist_cpt.checkpoint.load import LoadedCheckpoint, load, newest_valid, requi
 from dist_cpt.checkpoint.plan_files import owners
 from dist_cpt.checkpoint.retention import reinstate, set_aside_after
 from dist_cpt.config.resolve import differences, require_same_recipe
+from dist_cpt.config.schema import ScheduleConfig
 from dist_cpt.errors import CheckpointError, NumericsError
 from dist_cpt.optim.eight_bit import within_half_step
 from dist_cpt.optim.groups import eight_bit_names
@@ -173,7 +175,7 @@ def _certify(run: Run, checkpoint: LoadedCheckpoint, changes: tuple[dict[str, st
             ),
             "recipe": changes,
         }
-        | ({} if changes[0] else {"schedule": (state.schedule, run.schedule)}),
+        | ({} if changes[0] else {"schedule": (_with_defaults(state.schedule), run.schedule)}),
         loss=ReplayedLoss(
             recorded=state.probe.loss,
             replayed=run.stream.probe_loss(state.probe.block_ids),
@@ -192,6 +194,12 @@ def _certify(run: Run, checkpoint: LoadedCheckpoint, changes: tuple[dict[str, st
             remedy="see certificate.json",
         )
     LOGGER.info("resumed from %s, certificate passes", checkpoint.path.name)
+
+
+def _with_defaults(schedule: dict[str, Any]) -> dict[str, Any]:
+    """A recorded schedule with the keys that a later version has added."""
+    known = ScheduleConfig.model_validate({key: value for key, value in schedule.items() if key != "num_steps"})
+    return {"num_steps": schedule.get("num_steps"), **known.model_dump(mode="json")}
 
 
 def _requantised(run: Run, checkpoint: LoadedCheckpoint) -> Callable[[StateKind, str, torch.Tensor], bool] | None:

@@ -68,6 +68,13 @@ def refused(values) -> str:
         ({"data": {"sources": [{"path": "a"}], "validation": [{"name": "v", "path": "b"}] * 2}}, "data.validation"),
         ({"task": "classify", "classify": {"labels": ["a", "a"]}}, "classify.labels"),
         ({"schedule": {"per_group": {"adpater": {}}}}, "unknown group 'adpater'"),
+        ({"schedule": {"warmup_steps": 5, "warmup_fraction": 0.1}}, "given twice"),
+        ({"schedule": {"per_group": {"adapter": {"warmup_steps": 1, "warmup_fraction": 0.1}}}}, "given twice"),
+        ({"schedule": {"decay_steps": 5}}, "kind: wsd or infinite"),
+        ({"schedule": {"kind": "wsd", "cooldown_steps": 5}}, "kind: infinite"),
+        ({"schedule": {"decay": "1-sqrt"}}, "leave decay out"),
+        ({"schedule": {"kind": "wsd", "decay_steps": 10**9}}, "the run ends within them"),
+        ({"schedule": {"start_step": 10**9}}, "never begin"),
     ],
 )
 def test_refusals_name_the_key(change, expected):
@@ -166,6 +173,27 @@ EXCLUDED = [  # a recipe for each row of the table, in its order, and what the r
     ({"data.overlap": "context"}, "data.packing: best_fit, data.overlap: context"),
     ({"data.packing": "windows", "data.stride": 129}, "data.stride: 129, data.seq_len: 128"),
     ({"batch.global_tokens": 1000}, "batch.global_tokens: 1000, data.seq_len: 128"),
+    (
+        {"schedule.warmup_steps": 5, "schedule.warmup_fraction": 0.1},
+        "schedule.warmup_steps: 5, schedule.warmup_fraction: 0.1",
+    ),
+    (
+        {"schedule": {"kind": "infinite", "cooldown_steps": 5, "cooldown_fraction": 0.1}},
+        "schedule.cooldown_steps: 5, schedule.cooldown_fraction: 0.1",
+    ),
+    (
+        {"schedule": {"kind": "wsd", "decay_steps": 5, "decay_fraction": 0.2}},
+        "schedule.decay_steps: 5, schedule.decay_fraction: 0.2",
+    ),
+    ({"schedule.decay_steps": 1}, "schedule.decay_steps: 1, schedule.kind: cosine"),
+    ({"schedule.cooldown_steps": 1}, "schedule.cooldown_steps: 1, schedule.kind: cosine"),
+    ({"schedule.decay": "1-sqrt"}, "schedule.decay: 1-sqrt, schedule.kind: cosine"),
+    (
+        {"schedule.warmup_steps": 11},
+        "schedule.warmup_steps: 11, schedule.cooldown_steps: null, schedule.decay_steps: null, "
+        "schedule.start_step: 0, train.tokens: 10000",
+    ),
+    ({"schedule.start_step": 10}, "schedule.start_step: 10, train.tokens: 10000"),
     ({"engine": {"kind": "fsdp", "stage": 3}}, "engine.stage: 3, engine.kind: fsdp"),
     ({"engine": {"kind": "zero", "shard": "full"}}, "engine.shard: full, engine.kind: zero"),
     ({"engine": {"kind": "fsdp", "dp_shard": 2}}, "engine.dp_shard: 2, engine.shard: null"),

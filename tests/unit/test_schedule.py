@@ -12,7 +12,7 @@ from dist_cpt.optim.groups import ParamGroup, param_groups
 from dist_cpt.optim.schedule import fraction, learning_rates
 
 
-@pytest.mark.parametrize("kind", ["cosine", "wsd", "infinite", "constant"])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "infinite", "constant"])
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 100, 1000])
 def test_every_shape_starts_above_zero_and_stays_within_the_peak(kind, num_steps):
     shape = ScheduleShape(kind=kind, warmup_fraction=0.1)
@@ -39,6 +39,34 @@ def test_wsd_and_infinite_phases():
     assert fraction(infinite, 100, 100) == pytest.approx(0.1)
     falling = [fraction(infinite, s, 100) for s in range(10, 101)]
     assert all(a >= b for a, b in itertools.pairwise(falling))
+
+
+def test_linear_and_one_minus_root_by_hand():
+    linear = ScheduleShape(kind="linear", warmup_steps=20, end_fraction=0.2)
+    assert [fraction(linear, s, 100) for s in (10, 20, 100)] == [0.5, 1.0, pytest.approx(0.2)]
+    assert fraction(linear, 60, 100) == pytest.approx(0.6)
+    wsd = ScheduleShape(kind="wsd", warmup_steps=0, decay_steps=40, decay="1-sqrt", end_fraction=0.0)
+    assert [fraction(wsd, s, 100) for s in (1, 60, 100)] == [1.0, 1.0, 0.0]
+    assert fraction(wsd, 70, 100) == pytest.approx(1 - math.sqrt(10 / 40))
+    infinite = ScheduleShape(kind="infinite", decay_steps=16, decay="1-sqrt", end_fraction=0.1)
+    assert fraction(infinite, 88, 100) == pytest.approx(0.5 - 0.4 * math.sqrt(4 / 16))
+
+
+def test_a_length_in_steps_is_the_same_as_a_fraction():
+    of_run = ScheduleShape(kind="infinite", warmup_fraction=0.1, cooldown_fraction=0.25, decay_fraction=0.15)
+    in_steps = ScheduleShape(kind="infinite", warmup_steps=10, cooldown_steps=25, decay_steps=15)
+    assert all(fraction(of_run, step, 100) == fraction(in_steps, step, 100) for step in range(1, 101))
+    # and does not change with the length of the run
+    assert all(fraction(in_steps, step, 100) == fraction(in_steps, step, 300) for step in range(1, 86))
+
+
+def test_a_warm_up_may_start_above_zero_and_a_schedule_later():
+    schedule = ScheduleConfig(kind="linear", warmup_steps=4, start_fraction=0.2, end_fraction=0.0, start_step=100)
+    group = ParamGroup("weights", (), 1e-3, 0.0)
+    rates = [learning_rates(schedule, [group], step, 120)["weights"] for step in (100, 101, 104, 112, 120)]
+    assert rates == pytest.approx([0.0, 0.4e-3, 1e-3, 0.5e-3, 0.0])
+    later = ParamGroup("adapter", (), 1e-3, 0.0, frozen_steps=110)
+    assert [learning_rates(schedule, [later], step, 120)["adapter"] for step in (110, 114)] == [0.0, 1e-3]
 
 
 def test_groups_have_their_own_peak_and_shape():
