@@ -119,12 +119,8 @@ class _BatchBuilder:
     def add(self, packed: _PackedStore, block: int, source: int) -> None:
         """Append one block of source number `source`."""
         store, plan = packed.store, packed.plan
-        first, last = plan.block_offsets[block : block + 2].tolist()
         filled = 0
-        for piece in range(first, last):
-            document = plan.piece_document[piece]
-            length = int(plan.piece_length[piece])
-            start = int(plan.piece_start[piece])
+        for document, start, length in plan.block(block):
             # One token beyond the piece, where the document continues: the last target of a split piece.
             stop = min(start + length + 1, int(store.lengths[document]))
             origin = int(store.starts[document])

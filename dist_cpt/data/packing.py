@@ -3,14 +3,22 @@
 Documents longer than a block are split into full pieces and one remainder; remainders and short documents are packed
 best-fit-decreasing. With a stride below seq_len the pieces of a long document overlap.
 Source: Ding et al. 2024, Fewer Truncations Improve Language Modeling (arXiv 2404.10830).
+
+Which block a piece goes to depends on its length and on how many pieces of that length precede it, so the decision
+needs only the number of pieces of every length: memory beside the plan itself does not grow with the corpus.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
+PIECE = np.dtype([("document", "<i8"), ("start", "<i4"), ("length", "<i4")])  # start: token offset in the document
+NewArray = Callable[[str, int, np.dtype], np.ndarray]  # (name, length, dtype) -> zeros
+_DOCUMENTS, _PIECES = 1 << 17, 1 << 20  # in memory at a time
 
 
 @dataclass(frozen=True)
@@ -18,10 +26,9 @@ class PackingPlan:
     """The pieces of documents in each block; those of block b are block_offsets[b] to block_offsets[b + 1]."""
 
     seq_len: int
-    block_offsets: np.ndarray  # int64 [num_blocks + 1] into the piece arrays
-    piece_document: np.ndarray  # int64 [num_pieces]
-    piece_start: np.ndarray  # int64 [num_pieces], token offset inside the document
-    piece_length: np.ndarray  # int32 [num_pieces], at most seq_len
+    block_offsets: np.ndarray  # int64 [num_blocks + 1] into `pieces`
+    pieces: np.ndarray  # PIECE [num_pieces], each of at most seq_len tokens
+    num_tokens: int  # in all blocks, without padding; with overlap a token counts in every piece that has it
     overlap: int = 0  # tokens that a piece shares with the previous piece of its document
 
     @property
@@ -29,87 +36,145 @@ class PackingPlan:
         return len(self.block_offsets) - 1
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens in all blocks, without padding; with overlap a token counts in every piece that has it."""
-        return int(self.piece_length.sum(dtype=np.int64))
-
-    @property
     def padding_fraction(self) -> float:
         """Share of the blocks' positions that are padding."""
         return 1.0 - self.num_tokens / (self.num_blocks * self.seq_len) if self.num_blocks else 0.0
 
+    def block(self, index: int) -> list[tuple[int, int, int]]:
+        """(document, start, length) of every piece of one block."""
+        first, last = self.block_offsets[index : index + 2].tolist()
+        return self.pieces[first:last].tolist()
 
-def pack(lengths: np.ndarray, seq_len: int, stride: int | None = None) -> PackingPlan:
+
+def _in_memory(name: str, length: int, dtype: np.dtype) -> np.ndarray:
+    return np.zeros(length, dtype)
+
+
+def pack(
+    lengths: np.ndarray,
+    seq_len: int,
+    stride: int | None = None,
+    excluded: np.ndarray | None = None,
+    new_array: NewArray = _in_memory,
+) -> PackingPlan:
     """Plan blocks for documents of `lengths` int [num_documents]; pieces in a block are in document order.
 
-    `stride` is the distance between the starts of a document's pieces, at most and by default `seq_len`.
+    `stride` is the distance between the starts of a document's pieces, at most and by default `seq_len`. The documents
+    `excluded`, int64 in ascending order, are in no block. `new_array` makes the arrays of the plan.
     """
-    lengths = np.asarray(lengths, dtype=np.int64)
     stride = seq_len if stride is None else stride
-    document, start, length = _split(lengths, seq_len, stride)
-    longest_first = np.argsort(-length, kind="stable")
-    block = np.empty(len(length), dtype=np.int64)
-    block[longest_first], num_blocks = _best_fit_decreasing(length[longest_first], seq_len)
-    by_block = np.argsort(block, kind="stable")
-    offsets = np.zeros(num_blocks + 1, dtype=np.int64)
-    np.cumsum(np.bincount(block, minlength=num_blocks), out=offsets[1:])
-    pieces = (document[by_block], start[by_block], length[by_block].astype(np.int32))
-    return PackingPlan(seq_len, offsets, *pieces, overlap=seq_len - stride)
+    excluded = np.zeros(0, np.int64) if excluded is None else np.asarray(excluded, np.int64)
+    counts = np.zeros(seq_len + 1, np.int64)
+    for pieces in _pieces(lengths, seq_len, stride, excluded):
+        counts += np.bincount(pieces["length"], minlength=seq_len + 1)
+    runs, num_blocks = _best_fit_decreasing(counts, seq_len)
+    offsets = new_array("offsets", num_blocks + 1, np.dtype("<i8"))
+    for start, stop, per_block, _ in runs.tolist():
+        offsets[start + 1 : stop + 1] += per_block
+    np.cumsum(offsets, out=offsets)
+    placed = new_array("pieces", int(counts.sum()), PIECE)
+    _place(_pieces(lengths, seq_len, stride, excluded), counts, runs, offsets, placed)
+    _sort_blocks(offsets, placed)
+    num_tokens = int((counts * np.arange(seq_len + 1)).sum())
+    return PackingPlan(seq_len, offsets, placed, num_tokens, overlap=seq_len - stride)
 
 
-def _split(lengths: np.ndarray, seq_len: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Document, start and length, int64 [num_pieces] each, of pieces of at most seq_len: one every `stride`, the last
-    of a document being the first that reaches its end."""
-    pieces = np.where(lengths > 0, 1 - (-np.maximum(lengths - seq_len, 0) // stride), 0)
-    document = np.repeat(np.arange(len(lengths), dtype=np.int64), pieces)
-    first = np.cumsum(pieces) - pieces
-    start = (np.arange(len(document), dtype=np.int64) - np.repeat(first, pieces)) * stride
-    return document, start, np.minimum(lengths[document] - start, seq_len)
+def _pieces(lengths: np.ndarray, seq_len: int, stride: int, excluded: np.ndarray) -> Iterator[np.ndarray]:
+    """PIECE arrays, in document order: one piece every `stride`, the last of a document being the first that reaches
+    its end."""
+    first = 0
+    while first < len(lengths):
+        part = np.asarray(lengths[first : first + _DOCUMENTS]).astype(np.int64)
+        begin, end = np.searchsorted(excluded, [first, first + len(part)])
+        part[excluded[begin:end] - first] = 0
+        num_pieces = np.where(part > 0, 1 - (-np.maximum(part - seq_len, 0) // stride), 0)
+        ends = np.cumsum(num_pieces)
+        taken = max(1, int(np.searchsorted(ends, _PIECES, side="right")))
+        part, num_pieces, ends = part[:taken], num_pieces[:taken], ends[:taken]
+        document = np.repeat(np.arange(taken), num_pieces)
+        pieces = np.empty(len(document), PIECE)
+        pieces["document"] = first + document
+        start = (np.arange(len(document)) - np.repeat(ends - num_pieces, num_pieces)) * stride
+        pieces["start"] = start
+        pieces["length"] = np.minimum(part[document] - start, seq_len)
+        yield pieces
+        first += taken
 
 
-def _best_fit_decreasing(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
-    """The block of each piece, int64 [num_pieces], for lengths in descending order; and the number of blocks.
+def _best_fit_decreasing(counts: np.ndarray, seq_len: int) -> tuple[np.ndarray, int]:
+    """Blocks for `counts[n]` pieces of n tokens: runs int64 [num_runs, 4], and the number of blocks.
 
-    Pieces of one length are placed together, and blocks with the same free space are kept as ranges, so the cost
-    grows with the number of distinct lengths, not of pieces.
+    A run (start, stop, per_block, held) puts the next pieces, longest first, into the blocks from `start` to `stop`,
+    `per_block` into each, which hold `held` pieces already. Blocks with the same free space are kept as ranges, so the
+    cost grows with the number of distinct lengths, not of pieces.
     """
-    block_of = np.empty(len(lengths), dtype=np.int64)
-    free: dict[int, list[tuple[int, int]]] = {}  # free space -> ranges of blocks
+    runs: list[tuple[int, int, int, int]] = []
+    free: dict[int, list[tuple[int, int, int]]] = {}  # free space -> ranges of blocks, and how many pieces each holds
     spaces: list[int] = []  # the keys of `free`, ascending
     num_blocks = 0
 
-    def release(space: int, start: int, stop: int) -> None:
+    def release(space: int, start: int, stop: int, held: int) -> None:
         if space and start < stop:
             if space not in free:
                 free[space] = []
                 insort(spaces, space)
-            free[space].append((start, stop))
+            free[space].append((start, stop, held))
 
-    borders = np.flatnonzero(np.diff(lengths, prepend=0, append=0)) if len(lengths) else np.zeros(1, int)
-    for piece, last in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
-        length = int(lengths[piece])
-        while piece < last:
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        left = int(counts[length])
+        while left:
             at = bisect_left(spaces, length)
             if at == len(spaces):  # nothing fits: open as many blocks as the rest of this length needs
-                space = seq_len
+                space, held = seq_len, 0
                 start = num_blocks
-                stop = num_blocks = start - (piece - last) // (seq_len // length)
+                stop = num_blocks = start - (-left // (seq_len // length))
             else:
                 space = spaces[at]
-                start, stop = free[space].pop()
+                start, stop, held = free[space].pop()
                 if not free[space]:
                     del free[space], spaces[at]
             # The tightest block stays the tightest while one more piece fits, so it is filled up first.
             per_block = space // length
-            filled = min(stop - start, (last - piece) // per_block)
+            filled = min(stop - start, left // per_block)
             if filled:
-                block_of[piece : piece + filled * per_block] = np.repeat(np.arange(start, start + filled), per_block)
-                piece += filled * per_block
-                release(space - per_block * length, start, start + filled)
+                runs.append((start, start + filled, per_block, held))
+                left -= filled * per_block
+                release(space - per_block * length, start, start + filled, held + per_block)
                 start += filled
-            if start < stop and piece < last:  # fewer pieces are left than fit into one block
-                block_of[piece:last] = start
-                release(space - (last - piece) * length, start, start + 1)
-                start, piece = start + 1, last
-            release(space, start, stop)
-    return block_of, num_blocks
+            if start < stop and left:  # fewer pieces are left than fit into one block
+                runs.append((start, start + 1, left, held))
+                release(space - left * length, start, start + 1, held + left)
+                start, left = start + 1, 0
+            release(space, start, stop, held)
+    return np.array(runs, np.int64).reshape(-1, 4), num_blocks
+
+
+def _place(
+    chunks: Iterator[np.ndarray], counts: np.ndarray, runs: np.ndarray, offsets: np.ndarray, placed: np.ndarray
+) -> None:
+    """Write every piece into a slot of its block, in `placed`."""
+    starts, stops, per_block, held = runs.T
+    first_of_run = np.cumsum((stops - starts) * per_block) - (stops - starts) * per_block
+    next_of_length = counts.sum() - np.cumsum(counts)  # longer pieces come first
+    for pieces in chunks:
+        pieces = pieces[np.argsort(pieces["length"], kind="stable")]
+        here = np.bincount(pieces["length"], minlength=len(counts))
+        rank = np.arange(len(pieces)) - np.repeat(np.cumsum(here) - here, here)  # among those of its length
+        number = next_of_length[pieces["length"]] + rank
+        next_of_length += here
+        run = np.searchsorted(first_of_run, number, side="right") - 1
+        block, slot = np.divmod(number - first_of_run[run], per_block[run])
+        placed[offsets[starts[run] + block] + held[run] + slot] = pieces
+
+
+def _sort_blocks(offsets: np.ndarray, placed: np.ndarray) -> None:
+    """Bring the pieces of every block into document order."""
+    first = 0
+    while first < len(offsets) - 1:
+        here = offsets[first : first + _PIECES + 1]
+        last = first + max(1, int(np.searchsorted(here, here[0] + _PIECES, side="right")) - 1)
+        begin, end = int(offsets[first]), int(offsets[last])
+        pieces = placed[begin:end]
+        block = np.repeat(np.arange(last - first), np.diff(offsets[first : last + 1]))
+        placed[begin:end] = pieces[np.lexsort((pieces["start"], pieces["document"], block))]
+        first = last
