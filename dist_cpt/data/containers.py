@@ -12,7 +12,6 @@ import csv
 import fnmatch
 import gzip
 import io
-import itertools
 import json
 import lzma
 import stat
@@ -24,14 +23,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dist_cpt.data.store import HEADER, INDEX_VERSION, MAGIC
+from dist_cpt.data.megatron import MegatronPair
 from dist_cpt.errors import DataError
-from dist_cpt.storage import PatientFile, is_there, patiently, read_bytes
+from dist_cpt.storage import PatientFile, is_there, patiently
 
 Fields = dict[str, Any]
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _READ_BYTES = 1 << 20
-_MEGATRON_DTYPES = {1: np.uint8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # by code; the rest are floats
 _ROWS = 1024  # of a columnar file that are Python objects at a time
 
 
@@ -308,34 +306,17 @@ def _dataset(folder: Path, split: str | None) -> Records:
 
 
 def _megatron(index: Path) -> Records:
-    """The documents of a .bin/.idx pair as int64 ids.
-
-    Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py (MMIDIDX, version 1).
-    """
-    raw = read_bytes(index)
-    if len(raw) < HEADER.itemsize or not raw.startswith(MAGIC):
-        raise BadRecord("damaged_file", "does not start with MMIDIDX")
-    header = np.frombuffer(raw, HEADER, 1)[0]
-    keys = ("version", "dtype", "sequences", "documents")
-    version, code, num_sequences, num_documents = (int(header[key]) for key in keys)
-    if version != INDEX_VERSION or code not in _MEGATRON_DTYPES:
-        raise BadRecord("damaged_file", f"version {version} and type {code} are not known")
-    at = HEADER.itemsize
-    lengths = np.frombuffer(raw, "<i4", num_sequences, at)
-    pointers = np.frombuffer(raw, "<i8", num_sequences, at + 4 * num_sequences)
-    borders = np.frombuffer(raw, "<i8", num_documents, at + 12 * num_sequences)
-    dtype = np.dtype(_MEGATRON_DTYPES[code])
-    path = index.with_suffix(".bin")
-    tokens = patiently(path, lambda: np.memmap(path, dtype, "r")) if lengths.sum(dtype=np.int64) else np.zeros(0, dtype)
-    for number, (first, last) in enumerate(itertools.pairwise(borders), start=1):
-        parts = [
-            tokens[pointer // dtype.itemsize :][:length]
-            for pointer, length in zip(pointers[first:last], lengths[first:last], strict=True)
-        ]
-        ids = np.concatenate([np.zeros(0, np.int64), *parts])
-        if len(ids) != int(lengths[first:last].sum(dtype=np.int64)):
-            raise BadRecord("damaged_file", f"the .bin file ends inside document {number}")
-        yield RawRecord(f"{index}:{number}", ids)
+    """The documents of a .bin/.idx pair as int64 ids."""
+    try:
+        pair = MegatronPair(index)
+    except ValueError as error:
+        raise BadRecord("damaged_file", str(error)) from None
+    for number in range(pair.num_documents):
+        try:
+            ids = pair.document(number)
+        except ValueError as error:
+            raise BadRecord("damaged_file", str(error)) from None
+        yield RawRecord(f"{index}:{number + 1}", ids.astype(np.int64))
 
 
 def is_ignored(name: str, ignore: Sequence[str]) -> bool:

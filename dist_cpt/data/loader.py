@@ -99,7 +99,10 @@ class ValidationLoader:
 
 
 def _pack_source(source: PreparedSource, seq_len: int) -> _PackedStore:
-    return _PackedStore(source.store, pack(source.store.lengths, seq_len, source.stride), source.overlap_trains)
+    plan = source.blocks.plan if source.blocks is not None else pack(source.store.lengths, seq_len, source.stride)
+    if plan.seq_len != seq_len:
+        raise ValueError(f"blocks of {plan.seq_len} tokens, expected {seq_len}")
+    return _PackedStore(source.store, plan, source.overlap_trains)
 
 
 class _BatchBuilder:
@@ -123,7 +126,7 @@ class _BatchBuilder:
         for document, start, length in plan.block(block):
             # One token beyond the piece, where the document continues: the last target of a split piece.
             stop = min(start + length + 1, int(store.lengths[document]))
-            origin = int(store.starts[document])
+            origin = store.start_of(document)
             tokens = store.tokens[origin + start : origin + stop]
             self._input_ids[self._row, filled : filled + length] = tokens[:length]
             self._position_ids[self._row, filled : filled + length] = self._ramp[:length]

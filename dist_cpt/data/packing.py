@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dist_cpt.runtime.liveness import made_progress
+
 PIECE = np.dtype([("document", "<i8"), ("start", "<i4"), ("length", "<i4")])  # start: token offset in the document
 NewArray = Callable[[str, int, np.dtype], np.ndarray]  # (name, length, dtype) -> zeros
 _DOCUMENTS, _PIECES = 1 << 17, 1 << 20  # in memory at a time
@@ -98,6 +100,7 @@ def _pieces(lengths: np.ndarray, seq_len: int, stride: int, excluded: np.ndarray
         pieces["start"] = start
         pieces["length"] = np.minimum(part[document] - start, seq_len)
         yield pieces
+        made_progress()
         first += taken
 
 

@@ -24,15 +24,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dist_cpt.config.schema import RunConfig, SourceConfig
+from dist_cpt.data.block_plan import BlockPlan, PlanKey, block_plan
 from dist_cpt.data.chat import ConversationEncoder, chat_template
 from dist_cpt.data.classes import ExampleEncoder
 from dist_cpt.data.containers import files_of
 from dist_cpt.data.encode import Encoded, Encoder, Source, TextEncoder
 from dist_cpt.data.mixture import Mixture
-from dist_cpt.data.packing import pack
 from dist_cpt.data.prefetch import prefetch
 from dist_cpt.data.sources import ReadCounts, Record, RecordTally, SourceFiles, check_budget, find_files, read_records
 from dist_cpt.data.store import QUARANTINE, StoreWriter, TokenStore, read_store_manifest, sha256_of
+from dist_cpt.data.token_ids import unpadded_copy
 from dist_cpt.data.tokenizer import load_run_tokenizer, tokenizer_hash, vocabulary_size
 from dist_cpt.errors import DataError, StorageError, WriteError, printable
 from dist_cpt.run_folder.json_files import fsync_path
@@ -60,6 +61,7 @@ class PreparedSource:
     store: TokenStore
     stride: int | None = None  # tokens between the starts of two windows; None: best-fit packing
     overlap_trains: bool = True  # whether a token is a target in every window, or only in the first that has it
+    blocks: BlockPlan | None = None  # None: packed in memory by who reads it
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class _Plan:
     """The stores of a recipe, training sources first, and what encodes their records."""
 
     stores: list[_PlannedStore]
+    tokenizer: PreTrainedTokenizerFast
     encoder: Encoder
     tokenizer_hash: str
     vocab_size: int
@@ -115,7 +118,7 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None, *, verify:
     plan = _plan(config)
     for planned in plan.stores:
         patiently(planned.folder, partial(_require_store, planned, plan, config, on_progress, verify))
-    return _open_stores(plan, config)
+    return _open_stores(plan, config, verify)
 
 
 def open_prepared(config: RunConfig) -> Prepared:
@@ -134,7 +137,7 @@ def _plan(config: RunConfig) -> _Plan:
     stores = [
         _plan_store(source, config, encoder, sha256) for source in (*config.data.sources, *config.data.validation)
     ]
-    return _Plan(stores, encoder, sha256, vocabulary_size(tokenizer))
+    return _Plan(stores, tokenizer, encoder, sha256, vocabulary_size(tokenizer))
 
 
 def _encoder(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Encoder:
@@ -296,11 +299,12 @@ def _write_store(
         sha256s = _input_sha256s(planned)
         _check_result(planned, tally.counts, writer.num_documents)
         source = {"name": planned.name, "path": planned.source.place, "text": planned.source.text}
-        source |= {"on_bad_record": policy} | plan.encoder.describe(planned.source)
+        source |= {"on_bad_record": policy, "eos": plan.tokenizer.eos_token_id} | plan.encoder.describe(planned.source)
         # Texts and documents differ in number where a text has no token, or an EOS in its middle.
         counts = asdict(tally.counts) | {"ignored_files": planned.files.ignored_files, "texts": num_texts}
         inputs = [file | {"sha256": sha256} for file, sha256 in zip(planned.inputs, sha256s, strict=True)]
-        writer.finish(plan.tokenizer_hash, source, counts, inputs, planned.settings)
+        tokenizer = unpadded_copy(plan.tokenizer.backend_tokenizer).to_str()
+        writer.finish(plan.tokenizer_hash, source, counts, inputs, planned.settings, tokenizer)
 
 
 def _batches(records: Iterator[Record[Any]]) -> Iterator[list[Record[Any]]]:
@@ -328,8 +332,9 @@ def _check_result(planned: _PlannedStore, counts: ReadCounts, num_documents: int
         raise DataError(f"{where} changed while it was read", remedy="prepare again")
 
 
-def _open_stores(plan: _Plan, config: RunConfig) -> Prepared:
+def _open_stores(plan: _Plan, config: RunConfig, verify: bool = False) -> Prepared:
     data = config.data
+    assert data.cache_dir is not None  # as _plan_store
     stride = (data.stride or data.seq_len) if data.packing == "windows" else None
     opened = []
     for planned in plan.stores:
@@ -344,7 +349,8 @@ def _open_stores(plan: _Plan, config: RunConfig) -> Prepared:
         weight, overlap_trains = 1.0, False  # of a held-out set every token is evaluated once
         if isinstance(planned.source, SourceConfig):
             weight, overlap_trains = planned.source.weight, data.overlap == "train"
-        opened.append(PreparedSource(planned.name, weight, planned.source.role, store, stride, overlap_trains))
+        blocks = block_plan(store, PlanKey(data.seq_len, stride), Path(data.cache_dir), verify=verify)
+        opened.append(PreparedSource(planned.name, weight, planned.source.role, store, stride, overlap_trains, blocks))
     sources, validation = opened[: len(data.sources)], opened[len(data.sources) :]
     content: list[Any] = [plan.tokenizer_hash]
     content += [[[s.name, s.store.manifest.content_hash] for s in part] for part in (sources, validation)]
@@ -397,7 +403,7 @@ def check_vocabulary(prepared: Prepared, model_vocab_size: int) -> None:
 def data_report(prepared: Prepared) -> dict[str, Any]:
     """JSON-able counts of the stores: per source documents, tokens, blocks, padding, bad records."""
     shares = Mixture([source.weight for source in prepared.sources])
-    training = [_source_report(source, prepared.seq_len) for source in prepared.sources]
+    training = [_source_report(source) for source in prepared.sources]
     for row, count in zip(training, shares.counts.tolist(), strict=True):
         row["share"] = count / shares.cycle
     return {
@@ -406,7 +412,7 @@ def data_report(prepared: Prepared) -> dict[str, Any]:
         "tokenizer_hash": prepared.tokenizer_hash,
         "identity": prepared.identity,
         "sources": training,
-        "validation": [_source_report(source, prepared.seq_len) for source in prepared.validation],
+        "validation": [_source_report(source) for source in prepared.validation],
     }
 
 
@@ -450,9 +456,9 @@ def _ends(text: str, num_characters: int = 160) -> str:
     return text if len(text) <= num_characters else f"{text[:half]} [...] {text[-half:]}"
 
 
-def _source_report(source: PreparedSource, seq_len: int) -> dict[str, Any]:
-    plan = pack(source.store.lengths, seq_len, source.stride)
-    manifest = source.store.manifest
+def _source_report(source: PreparedSource) -> dict[str, Any]:
+    assert source.blocks is not None  # of every source that prepare opened
+    plan, manifest = source.blocks.plan, source.store.manifest
     return {
         "name": source.name,
         "role": source.role,

@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +35,7 @@ HEADER = np.dtype([("magic", "S9"), ("version", "<u8"), ("dtype", "u1"), ("seque
 DTYPE_CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
 UINT16_VOCABULARY = 65500
 BIN, IDX, QUARANTINE = "tokens.bin", "tokens.idx", "quarantine.jsonl"
+TOKENIZER = "tokenizer.json"  # what turns the tokens back into text
 LabelKind = Literal["answers", "classes"]
 # Labels beside the tokens: per token whether it is part of an answer (0 or 1), or per document its class.
 LABEL_FILES: dict[LabelKind, tuple[str, np.dtype]] = {
@@ -97,7 +100,7 @@ class Chunk:
         """
         found = sha256_of(self.path, self.start, self.num_bytes)
         if found != self.sha256:
-            raise _damaged(
+            raise damaged(
                 self.path,
                 f"chunk {self.number} ({self.num_bytes} bytes from {self.start}) has sha256 {found[:12]}..., expected "
                 f"{self.sha256[:12]}... from the manifest",
@@ -114,6 +117,32 @@ def sha256_of(path: Path, start: int, num_bytes: int) -> str:
             num_bytes -= len(block)
             made_progress()
     return sha256.hexdigest()
+
+
+def chunks_of(folder: Path, files: Mapping[str, dict[str, Any]]) -> list[Chunk]:
+    """Every byte of a manifest's files in parts, with their hashes; where there is one hash per file, whole files.
+
+    Raises:
+        DataError: the manifest does not have a hash for every part.
+    """
+    chunks = []
+    for name, entry in files.items():
+        size = entry["bytes"]
+        part, hashes = entry.get("chunk_bytes", size), entry.get("chunks", [entry["sha256"]] if size else [])
+        starts = range(0, size, part) if size else range(0)
+        if len(starts) != len(hashes):
+            raise damaged(folder / MANIFEST, f"{len(hashes)} hashes of {name}, which has {len(starts)} chunks")
+        chunks += [
+            Chunk(folder / name, number, start, min(part, size - start), sha256)
+            for number, (start, sha256) in enumerate(zip(starts, hashes, strict=True))
+        ]
+    return chunks
+
+
+def place_of(folder: Path, names: Iterable[str]) -> list[list[int]]:
+    """File system, inode, size and time of files: equal for processes that see the same ones."""
+    stats = [(os.statvfs(path).f_fsid, path.stat()) for path in (folder / name for name in names)]
+    return [[system, stat.st_ino, stat.st_size, stat.st_mtime_ns] for system, stat in stats]
 
 
 def check_chunks(chunks: Sequence[Chunk]) -> None:
@@ -136,10 +165,15 @@ class StoreWriter:
         self._dtype = token_dtype(vocab_size)
         self._num_tokens = 0
         self._max_token_id = -1
-        self._lengths: list[np.ndarray] = []  # 4 bytes per document stay in memory, the tokens do not
-        self._bin = _HashedFile(folder / BIN)
         self._label_kind: LabelKind | None = label_kind
-        self._labels = None if label_kind is None else _HashedFile(folder / LABEL_FILES[label_kind][0])
+        self._labels: _HashedFile | None = None
+        with ExitStack() as opened:
+            self._bin = opened.enter_context(closing(_HashedFile(folder / BIN)))
+            # int32 per document, until their number is known.
+            self._lengths = opened.enter_context(tempfile.TemporaryFile(dir=folder))
+            if label_kind is not None:
+                self._labels = opened.enter_context(closing(_HashedFile(folder / LABEL_FILES[label_kind][0])))
+            self._opened = opened.pop_all()
 
     def append(self, ids: np.ndarray, lengths: np.ndarray, labels: np.ndarray | None = None) -> None:
         """Add documents: ids int [T] in a row, lengths int32 [num_documents] that sum to T, and in a store with
@@ -155,7 +189,7 @@ class StoreWriter:
             invalid = low if low < 0 else high
             raise DataError(f"token id {invalid} is outside the tokenizer's vocabulary of {self._vocab_size}")
         self._bin.write(np.ascontiguousarray(ids, dtype=self._dtype).data)
-        self._lengths.append(np.asarray(lengths, dtype=np.int32))
+        self._lengths.write(np.asarray(lengths, dtype="<i4").tobytes())
         self.num_documents += len(lengths)
         self._num_tokens += len(ids)
         self._max_token_id = max(self._max_token_id, high)
@@ -172,9 +206,13 @@ class StoreWriter:
         counts: dict[str, Any],
         inputs: list[dict[str, Any]],
         settings: str = "",
+        tokenizer: str | None = None,
     ) -> None:
-        """Write the index, then the manifest as the last file, all flushed to disk."""
+        """Write the index and the serialised tokenizer, then the manifest as the last file, all flushed to disk."""
         files = {BIN: self._bin.finish(), IDX: self._write_index()}
+        self._lengths.close()
+        if tokenizer is not None:
+            files[TOKENIZER] = write_hashed(self._folder / TOKENIZER, tokenizer.encode("utf-8"))
         if self._label_kind is not None and self._labels is not None:
             files[LABEL_FILES[self._label_kind][0]] = self._labels.finish()
         manifest = StoreManifest(
@@ -191,49 +229,49 @@ class StoreWriter:
             inputs,
             settings,
         )
-        file = _HashedFile(self._folder / MANIFEST)
-        file.write(json.dumps(asdict(manifest), indent=1).encode("utf-8"))
-        file.finish()
+        write_hashed(self._folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode("utf-8"))
         fsync_path(self._folder)
 
     def close(self) -> None:
         """Close the files, finished or not."""
-        self._bin.close()
-        if self._labels is not None:
-            self._labels.close()
+        self._opened.close()
+
+    def _read_lengths(self) -> Iterator[np.ndarray]:
+        self._lengths.seek(0)
+        while part := self._lengths.read(4 * _CHUNK):
+            yield np.frombuffer(part, "<i4")
 
     def _write_index(self) -> dict[str, Any]:
-        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int32)
+        num_documents = self.num_documents
         header = np.zeros((), HEADER)
         header["magic"], header["version"], header["dtype"] = MAGIC, INDEX_VERSION, DTYPE_CODES[self._dtype]
         # One sequence per document; the document index has one entry more than there are documents.
-        header["sequences"], header["documents"] = len(lengths), len(lengths) + 1
+        header["sequences"], header["documents"] = num_documents, num_documents + 1
         with closing(_HashedFile(self._folder / IDX)) as file:
             # numpy drops trailing NULs of an S9 when read, but stores all nine bytes.
             file.write(header.tobytes())
-            file.write(lengths.astype("<i4").tobytes())
+            for lengths in self._read_lengths():
+                file.write(lengths.tobytes())
             pointer = 0
-            for start in range(0, len(lengths), _CHUNK):
-                sizes = lengths[start : start + _CHUNK].astype("<i8") * self._dtype.itemsize
+            for lengths in self._read_lengths():
+                sizes = lengths.astype("<i8") * self._dtype.itemsize
                 ends = pointer + np.cumsum(sizes)
                 file.write((ends - sizes).tobytes())
                 pointer = int(ends[-1])
-            for start in range(0, len(lengths) + 1, _CHUNK):
-                file.write(np.arange(start, min(start + _CHUNK, len(lengths) + 1), dtype="<i8").tobytes())
+            for start in range(0, num_documents + 1, _CHUNK):
+                file.write(np.arange(start, min(start + _CHUNK, num_documents + 1), dtype="<i8").tobytes())
             return file.finish()
 
 
-class _HashedFile:
-    """A new binary file that is hashed as it is written."""
+class _Hashes:
+    """sha256 of bytes that come in pieces, and of every chunk of them."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
+    def __init__(self) -> None:
         self._sha256, self._chunk = hashlib.sha256(), hashlib.sha256()
         self._num_bytes = 0
         self._chunks: list[str] = []  # sha256 of the full ones
 
-    def write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
+    def update(self, data: bytes | memoryview) -> None:
         self._sha256.update(data)
         rest = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(b"")
         while rest:
@@ -245,22 +283,58 @@ class _HashedFile:
                 self._chunk = hashlib.sha256()
             rest = rest[len(part) :]
 
+    def entry(self) -> dict[str, Any]:
+        """What a manifest says of a file with these bytes."""
+        chunks = [*self._chunks, *([self._chunk.hexdigest()] if self._num_bytes % CHUNK_BYTES else [])]
+        whole = {"bytes": self._num_bytes, "sha256": self._sha256.hexdigest()}
+        return whole | {"chunk_bytes": CHUNK_BYTES, "chunks": chunks}
+
+
+class _HashedFile:
+    """A new binary file that is hashed as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._hashes = _Hashes()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._hashes.update(data)
+
     def finish(self) -> dict[str, Any]:
         """Flush the file to disk and close it; its manifest entry."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        chunks = [*self._chunks, *([self._chunk.hexdigest()] if self._num_bytes % CHUNK_BYTES else [])]
-        whole = {"bytes": self._num_bytes, "sha256": self._sha256.hexdigest()}
-        return whole | {"chunk_bytes": CHUNK_BYTES, "chunks": chunks}
+        return self._hashes.entry()
 
     def close(self) -> None:
         self._file.close()
 
 
+def write_hashed(path: Path, content: bytes) -> dict[str, Any]:
+    """Write a whole file and flush it to disk; its manifest entry."""
+    with closing(_HashedFile(path)) as file:
+        file.write(content)
+        return file.finish()
+
+
+def flush_hashed(path: Path) -> dict[str, Any]:
+    """Flush a file that was written otherwise to disk, and read it; its manifest entry."""
+    hashes = _Hashes()
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        while block := file.read(_READ_BYTES):
+            hashes.update(block)
+            made_progress()
+    return hashes.entry()
+
+
 class TokenStore:
-    """A finished store, memory-mapped. `tokens` uint16|int32 [T]; `lengths` int32 and `starts` int64 per document;
-    `answers` uint8 [T] or `classes` int32 [num_documents] for tasks with labels."""
+    """A finished store, memory-mapped: opening takes the same time and memory whatever its size.
+
+    `tokens` uint16|int32 [T]; `lengths` int32 per document; `answers` uint8 [T] or `classes` int32 [num_documents] for
+    tasks with labels."""
 
     def __init__(self, folder: Path, manifest: StoreManifest) -> None:
         self.folder = folder
@@ -274,8 +348,7 @@ class TokenStore:
         index = _mapped(folder / IDX, np.dtype(np.uint8))
         at = HEADER.itemsize
         self.lengths: np.ndarray = np.frombuffer(index, "<i4", n, at)
-        # The pointers are at an odd offset; arithmetic on a copy is faster than unaligned reads.
-        self.starts: np.ndarray = np.frombuffer(index, "<i8", n, at + 4 * n) // dtype.itemsize
+        self._pointers: np.ndarray = np.frombuffer(index, "<i8", n, at + 4 * n)  # in bytes; read one at a time
 
     @classmethod
     def open(cls, folder: str | Path, verify: bool = False) -> TokenStore:
@@ -288,11 +361,13 @@ class TokenStore:
         folder = Path(folder)
         manifest = read_store_manifest(folder)
         for name, expected in manifest.files.items():
-            _check_file(folder / name, expected)
+            check_file(folder / name, expected)
         _check_index(folder / IDX, manifest)
         store = cls(folder, manifest)
-        if int(store.lengths.sum(dtype=np.int64)) != manifest.num_tokens:
-            raise _damaged(folder / IDX, f"lengths do not sum to the {manifest.num_tokens} tokens of the manifest")
+        last = store.num_documents - 1
+        end = store.start_of(last) + int(store.lengths[last]) if store.num_documents else 0
+        if end != manifest.num_tokens:
+            raise damaged(folder / IDX, f"documents end at token {end}, not {manifest.num_tokens} as in the manifest")
         if verify:
             check_chunks(store.chunks())
         return store
@@ -303,28 +378,12 @@ class TokenStore:
         Raises:
             DataError: the manifest does not have a hash for every part.
         """
-        chunks = []
-        for name, entry in self.manifest.files.items():
-            size = entry["bytes"]
-            part, hashes = entry.get("chunk_bytes", size), entry.get("chunks", [entry["sha256"]] if size else [])
-            starts = range(0, size, part) if size else range(0)
-            if len(starts) != len(hashes):
-                raise _damaged(
-                    self.folder / MANIFEST, f"{len(hashes)} hashes of {name}, which has {len(starts)} chunks"
-                )
-            chunks += [
-                Chunk(self.folder / name, number, start, min(part, size - start), sha256)
-                for number, (start, sha256) in enumerate(zip(starts, hashes, strict=True))
-            ]
-        return chunks
+        return chunks_of(self.folder, self.manifest.files)
 
     @property
     def place(self) -> list[list[int]]:
-        """File system, inode, size and time of every file: equal for processes that see the same store."""
-        stats = [
-            (os.statvfs(path).f_fsid, path.stat()) for path in (self.folder / name for name in self.manifest.files)
-        ]
-        return [[system, stat.st_ino, stat.st_size, stat.st_mtime_ns] for system, stat in stats]
+        """As `place_of` its files."""
+        return place_of(self.folder, self.manifest.files)
 
     def _labels(self, kind: LabelKind) -> np.ndarray | None:
         if self.manifest.label_kind != kind:
@@ -334,9 +393,13 @@ class TokenStore:
             return np.zeros(0, dtype)
         return _mapped(self.folder / name, dtype)
 
+    def start_of(self, document: int) -> int:
+        """Where a document begins in `tokens`."""
+        return int(self._pointers[document]) // self.tokens.itemsize
+
     def document(self, index: int) -> np.ndarray:
         """The token ids of one document, its EOS included."""
-        start = int(self.starts[index])
+        start = self.start_of(index)
         return self.tokens[start : start + int(self.lengths[index])]
 
     def find_token_at_least(self, limit: int) -> tuple[int, int] | None:
@@ -347,7 +410,8 @@ class TokenStore:
             hits = np.flatnonzero(self.tokens[start : start + _CHUNK] >= limit)
             if len(hits):
                 at = start + int(hits[0])
-                return int(np.searchsorted(self.starts, at, side="right")) - 1, int(self.tokens[at])
+                document = bisect_right(range(self.num_documents), at, key=self.start_of) - 1
+                return document, int(self.tokens[at])
         return None
 
 
@@ -355,7 +419,8 @@ def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     return patiently(path, lambda: np.memmap(path, dtype=dtype, mode="r"), expected=True)
 
 
-def _damaged(path: Path, what: str) -> DataError:
+def damaged(path: Path, what: str) -> DataError:
+    """The error of a store's file that is not what its manifest says."""
     return DataError(
         f"token store: {path}: {what}", remedy="dist-cpt prepare RECIPE sets the store aside and makes it again"
     )
@@ -376,28 +441,33 @@ def read_store_manifest(folder: Path) -> StoreManifest:
             f"token store: {folder} has no {MANIFEST}", remedy="run dist-cpt prepare on the recipe first"
         ) from None
     except (OSError, ValueError) as error:
-        raise _damaged(path, f"unreadable ({error})") from None
+        raise damaged(path, f"unreadable ({error})") from None
     version = values.get("format_version") if isinstance(values, dict) else None
     if version not in _READ_VERSIONS:
-        raise _damaged(path, f"format version {version!r}, expected {' or '.join(map(str, _READ_VERSIONS))}")
+        raise damaged(path, f"format version {version!r}, expected {' or '.join(map(str, _READ_VERSIONS))}")
     try:
         manifest = StoreManifest(**values)
         complete = {BIN, IDX} <= manifest.files.keys() and manifest.dtype in ("uint16", "int32")
     except (TypeError, AttributeError) as error:
-        raise _damaged(path, f"invalid manifest ({error})") from None
+        raise damaged(path, f"invalid manifest ({error})") from None
     if not complete:
-        raise _damaged(path, f"dtype {manifest.dtype!r}, files {sorted(manifest.files)}")
+        raise damaged(path, f"dtype {manifest.dtype!r}, files {sorted(manifest.files)}")
     return manifest
 
 
-def _check_file(path: Path, expected: dict[str, Any]) -> None:
+def check_file(path: Path, expected: dict[str, Any]) -> None:
+    """Compare a file's size with its manifest entry.
+
+    Raises:
+        DataError: it is missing or has another size.
+    """
     try:
         with PatientFile(path, expected=True) as file:
             size = file.num_bytes()
     except OSError as error:
-        raise _damaged(path, f"missing or not a file ({error.strerror})") from None
+        raise damaged(path, f"missing or not a file ({error.strerror})") from None
     if size != expected["bytes"]:
-        raise _damaged(path, f"{size} bytes, expected {expected['bytes']} from the manifest")
+        raise damaged(path, f"{size} bytes, expected {expected['bytes']} from the manifest")
 
 
 def _check_index(path: Path, manifest: StoreManifest) -> None:
@@ -405,19 +475,19 @@ def _check_index(path: Path, manifest: StoreManifest) -> None:
     n = manifest.num_documents
     raw = read_bytes(path, num_bytes=HEADER.itemsize)
     if len(raw) < HEADER.itemsize or not raw.startswith(MAGIC):
-        raise _damaged(path, "does not start with MMIDIDX")
+        raise damaged(path, "does not start with MMIDIDX")
     header = np.frombuffer(raw, HEADER)[0]
     actual = tuple(int(header[key]) for key in ("version", "dtype", "sequences", "documents"))
     expected = (INDEX_VERSION, DTYPE_CODES[dtype], n, n + 1)
     if actual != expected:
-        raise _damaged(path, f"(version, dtype, sequences, documents) is {actual}, expected {expected}")
+        raise damaged(path, f"(version, dtype, sequences, documents) is {actual}, expected {expected}")
     size = HEADER.itemsize + n * 4 + n * 8 + (n + 1) * 8
     if (found := manifest.files[IDX]["bytes"]) != size:
-        raise _damaged(path, f"{found} bytes, {n} documents take {size}")
+        raise damaged(path, f"{found} bytes, {n} documents take {size}")
     sizes = {BIN: manifest.num_tokens * dtype.itemsize}
     if manifest.label_kind is not None:
         name, label_dtype = LABEL_FILES[manifest.label_kind]
         sizes[name] = (n if manifest.label_kind == "classes" else manifest.num_tokens) * label_dtype.itemsize
     for name, size in sizes.items():
         if manifest.files[name]["bytes"] != size:
-            raise _damaged(path.with_name(name), f"{n} documents of {manifest.num_tokens} tokens take {size} bytes")
+            raise damaged(path.with_name(name), f"{n} documents of {manifest.num_tokens} tokens take {size} bytes")

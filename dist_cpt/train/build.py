@@ -23,7 +23,7 @@ from dist_cpt.data.concerns import concerns
 from dist_cpt.data.loader import BlockLoader, ValidationLoader
 from dist_cpt.data.prefetch import prefetch
 from dist_cpt.data.prepare import Prepared, check_vocabulary, open_prepared, prepare
-from dist_cpt.data.store import TokenStore, check_chunks
+from dist_cpt.data.store import check_chunks
 from dist_cpt.data.tokenizer import load_new_vocabulary, load_run_tokenizer, tokenizer_hash
 from dist_cpt.engines.build import build_engine
 from dist_cpt.engines.engine import InspectableEngine
@@ -182,7 +182,7 @@ def open_data(context: RunContext, tokenizer: Any) -> TrainingData:
     _prepare(context)
     prepared = on_every_rank("open data", lambda: open_prepared(config))
     require_equal({f"token store of {s.name}": s.store.manifest.content_hash for s in prepared.all_sources})
-    _check_stores([source.store for source in prepared.all_sources])
+    _check_stores(prepared)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     loader = BlockLoader(prepared, config.data.seq_len, config.seed, pad_id)
     if context.env.rank == 0:
@@ -337,14 +337,17 @@ def _prepare(context: RunContext) -> None:
             raise Stopped("stopped while the data was prepared; finished sources are kept")
 
 
-def _check_stores(stores: Sequence[TokenStore]) -> None:
-    """Compare every byte with its hash, each read by one of the ranks that see the same files. Collective.
+def _check_stores(prepared: Prepared) -> None:
+    """Compare every byte of tokens and plans with its hash, each read by one of the ranks that see the same files.
+
+    Collective.
 
     Raises:
         DataError: a chunk differs.
     """
-    chunks = on_every_rank("token stores", lambda: [chunk for store in stores for chunk in store.chunks()])
-    ranks = ranks_that_see(on_every_rank("token stores", lambda: [store.place for store in stores]))
+    hashed = [part for source in prepared.all_sources for part in (source.store, source.blocks) if part is not None]
+    chunks = on_every_rank("token stores", lambda: [chunk for part in hashed for chunk in part.chunks()])
+    ranks = ranks_that_see(on_every_rank("token stores", lambda: [part.place for part in hashed]))
     on_every_rank("token stores", lambda: check_chunks(chunks[ranks.index(rank()) :: len(ranks)]))
 
 

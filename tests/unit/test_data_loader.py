@@ -220,6 +220,7 @@ def test_the_loader_imports_no_transformers() -> None:
 def test_every_target_of_overlapping_windows(tmp_path: Path, stride: int) -> None:
     """overlap context: each target once, with the longest context that a window has for it; train: in all windows."""
     store = make_store(tmp_path / "s", [3 * L + 5, L, L + 1, 7], 10)
+    starts = [store.start_of(document) for document in range(store.num_documents)]
     counts: dict[bool, dict[int, int]] = {}
     for repeats in (False, True):
         source = PreparedSource("s", 1.0, "domain", store, stride, repeats)
@@ -235,9 +236,9 @@ def test_every_target_of_overlapping_windows(tmp_path: Path, stride: int) -> Non
                 assert int(batch.labels[0, at]) in (place, EOS)
                 times[place] = times.get(place, 0) + 1
                 if not repeats:
-                    inside = place - 10 - int(store.starts[np.searchsorted(store.starts, place - 10, side="right") - 1])
+                    inside = place - 10 - starts[int(np.searchsorted(starts, place - 10, side="right")) - 1]
                     assert int(batch.position_ids[0, at]) + 1 >= min(inside, L - stride + 1)
-    places = [10 + int(s) + i for s, n in zip(store.starts, store.lengths, strict=True) for i in range(1, int(n))]
+    places = [10 + s + i for s, n in zip(starts, store.lengths, strict=True) for i in range(1, int(n))]
     assert sorted(counts[False]) == sorted(counts[True]) == places
     assert set(counts[False].values()) == {1}
     assert max(counts[True].values()) == min(-(-L // stride), 1 + -(-(2 * L + 5) // stride))

@@ -293,7 +293,7 @@ def test_a_store_that_cannot_be_read_is_neither_removed_nor_set_aside(
     config = recipe(tmp_path, tokenizer_folder)
     prepare(config)
     store = next(cache_of(config).glob("corpus-*"))
-    before = {path.name: (path.stat().st_ino, path.read_bytes()) for path in store.iterdir()}
+    before = {path.name: (path.stat().st_ino, path.read_bytes()) for path in store.rglob("*") if path.is_file()}
     names: list[str] = []
     with ErrnoLayer(store, errno.EIO, at=0, place=name).installed() as layer:
         prepare(config, lambda name, _: names.append(name))
@@ -305,7 +305,7 @@ def test_a_store_that_cannot_be_read_is_neither_removed_nor_set_aside(
         ErrnoLayer(store, errno.EIO, at=0, place=name, for_ever=True).installed(),
     ):
         prepare(config)
-    assert {path.name: (path.stat().st_ino, path.read_bytes()) for path in store.iterdir()} == before
+    assert {path.name: (path.stat().st_ino, path.read_bytes()) for path in store.rglob("*") if path.is_file()} == before
     assert not list(cache_of(config).glob("*.*"))
 
 

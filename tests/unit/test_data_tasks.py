@@ -67,7 +67,8 @@ def documents(store: TokenStore) -> list[tuple[list[int], list[int]]]:
     """(ids, answers) of every document."""
     answers = store.answers
     assert answers is not None
-    spans = [(int(s), int(s) + int(n)) for s, n in zip(store.starts, store.lengths, strict=True)]
+    ends = np.cumsum(store.lengths).tolist()
+    spans = zip([0, *ends], ends, strict=False)
     return [(store.tokens[a:b].tolist(), answers[a:b].tolist()) for a, b in spans]
 
 

@@ -1,0 +1,200 @@
+"""Block plans as files: the blocks of `pack`, made once, checked, and opened in constant memory whatever their size."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dist_cpt.data import block_plan as module
+from dist_cpt.data.block_plan import PlanKey, block_plan, plan_folders
+from dist_cpt.data.loader import BlockLoader
+from dist_cpt.data.packing import PIECE, PackingPlan, pack
+from dist_cpt.data.prepare import Prepared, PreparedSource
+from dist_cpt.data.store import StoreWriter, TokenStore, check_chunks
+from dist_cpt.errors import DataError
+from tests.errno_layer import ErrnoLayer
+
+L = 16
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TokenStore:
+    folder = tmp_path / "store"
+    folder.mkdir()
+    lengths = np.random.default_rng(0).integers(1, 50, 300).astype(np.int32)
+    writer = StoreWriter(folder, 60_000)
+    writer.append(np.arange(lengths.sum(), dtype=np.int32), lengths)
+    writer.finish("t", {"name": "s"}, {}, [])
+    return TokenStore.open(folder)
+
+
+class ReadOnly(ErrnoLayer):
+    """No folder can be made below this one."""
+
+    def reached(self, function: str, path: Any) -> None:
+        if function == "mkdir" and self._path(path).startswith(self._folder):
+            raise OSError(errno.EROFS, "Read-only file system", self._path(path))
+
+
+def require_same(plan: PackingPlan, expected: PackingPlan) -> None:
+    np.testing.assert_array_equal(plan.block_offsets, expected.block_offsets)
+    np.testing.assert_array_equal(plan.pieces, expected.pieces)
+    assert (plan.num_tokens, plan.overlap, plan.seq_len) == (expected.num_tokens, expected.overlap, expected.seq_len)
+
+
+def test_the_file_has_the_blocks_of_pack_and_is_made_once(
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    excluded = np.array([3, 77])
+    keys = [PlanKey(L), PlanKey(L, 5), PlanKey(L, excluded=excluded), PlanKey(2 * L)]
+    for key in keys:
+        made = block_plan(store, key, tmp_path / "cache")
+        require_same(made.plan, pack(store.lengths, key.seq_len, key.stride, key.excluded))
+        check_chunks(made.chunks())
+    assert len(plan_folders(store.folder)) == len(keys)
+    monkeypatch.setattr(module, "pack", None)
+    for key in keys:
+        require_same(
+            block_plan(store, key, tmp_path / "cache").plan, pack(store.lengths, key.seq_len, key.stride, key.excluded)
+        )
+    moved = TokenStore.open(store.folder.rename(tmp_path / "moved"))
+    require_same(block_plan(moved, PlanKey(L), tmp_path / "cache").plan, pack(store.lengths, L))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_batches_are_the_same_from_the_file_and_from_memory(store: TokenStore, tmp_path: Path) -> None:
+    mapped = PreparedSource("s", 1.0, "domain", store, blocks=block_plan(store, PlanKey(L), tmp_path))
+    loaders = [
+        BlockLoader(Prepared([source], [], "t", 60_000, "i", L), L, 0, 1)
+        for source in (mapped, PreparedSource("s", 1.0, "domain", store))
+    ]
+    one, two = (loader.batch(range(40)) for loader in loaders)
+    assert one.input_ids.tolist() == two.input_ids.tolist()
+    assert one.labels.tolist() == two.labels.tolist()
+
+
+def test_a_store_that_cannot_be_written_to_has_its_plan_in_the_cache(
+    store: TokenStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = tmp_path / "cache"
+    with ReadOnly(store.folder).installed():
+        made = block_plan(store, PlanKey(L), cache)
+    assert made.folder == cache / PlanKey(L).folder_name(store)
+    require_same(made.plan, pack(store.lengths, L))
+    assert block_plan(store, PlanKey(L), cache).folder == made.folder
+    assert not caplog.records
+    with ReadOnly(tmp_path).installed():
+        in_memory = block_plan(store, PlanKey(2 * L), cache)
+    assert (in_memory.folder, in_memory.chunks()) == (None, [])
+    require_same(in_memory.plan, pack(store.lengths, 2 * L))
+    assert "in memory" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "manifest"])
+def test_a_damaged_plan_is_made_again(store: TokenStore, tmp_path: Path, damage: str) -> None:
+    folder = block_plan(store, PlanKey(L), tmp_path).folder
+    assert folder is not None
+    path = folder / ("manifest.json" if damage == "manifest" else "pieces.npy")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + (b"" if damage != "bit" else bytes([content[-1] ^ 1])))
+    if damage == "bit":
+        with pytest.raises(DataError, match=r"pieces\.npy: chunk 0"):
+            check_chunks(block_plan(store, PlanKey(L), tmp_path).chunks())
+    again = block_plan(store, PlanKey(L), tmp_path, verify=True)
+    assert again.folder == folder
+    check_chunks(again.chunks())
+    require_same(again.plan, pack(store.lengths, L))
+    assert [path.name for path in store.folder.glob("blocks-*")] == [folder.name]
+
+
+def test_a_store_of_which_no_document_is_left_is_refused(store: TokenStore, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no document is left"):
+        block_plan(store, PlanKey(L, excluded=np.arange(store.num_documents)), tmp_path)
+    assert not list(store.folder.glob("blocks-*"))
+
+
+NUM_TOKENS, NUM_DOCUMENTS, SEQ_LEN = 10**12, 10**9, 4096
+OPEN = """
+import sys
+from pathlib import Path
+from dist_cpt.data.block_plan import PlanKey, block_plan
+from dist_cpt.data.loader import BlockLoader
+from dist_cpt.data.prepare import Prepared, PreparedSource
+from dist_cpt.data.store import TokenStore
+
+def anonymous_kib():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+before = anonymous_kib()
+store = TokenStore.open(sys.argv[1])
+blocks = block_plan(store, PlanKey(4096), Path("/nonexistent"))
+source = PreparedSource("s", 1.0, "domain", store, blocks=blocks)
+loader = BlockLoader(Prepared([source], [], "t", 9, "i", 4096), 4096, 0, 1)
+batch = loader.batch(range(8))
+print(anonymous_kib() - before, blocks.plan.num_blocks, blocks.plan.block(blocks.plan.num_blocks - 1))
+"""
+
+
+def sparse(path: Path, num_bytes: int, **content: tuple[int, bytes]) -> dict[str, Any]:
+    """A file of zeros, but for some bytes; its manifest entry."""
+    with path.open("wb") as file:
+        for at, data in content.values():
+            file.seek(at)
+            file.write(data)
+        file.truncate(num_bytes)
+    return {"bytes": num_bytes, "sha256": "0" * 64}
+
+
+def sparse_array(path: Path, length: int, dtype: np.dtype, **content: tuple[int, Any]) -> dict[str, Any]:
+    array = np.lib.format.open_memmap(path, "w+", dtype, (length,))
+    for at, value in content.values():
+        array[at] = value
+    array.flush()
+    return {"bytes": path.stat().st_size, "sha256": "0" * 64}
+
+
+def test_a_trillion_tokens_open_in_constant_memory(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    folder.mkdir()
+    header = b"MMIDIDX\x00\x00" + np.array([1], "<u8").tobytes() + b"\x08"
+    header += np.array([NUM_DOCUMENTS, NUM_DOCUMENTS + 1], "<u8").tobytes()
+    last_length = 34 + 4 * (NUM_DOCUMENTS - 1), np.array([7], "<i4").tobytes()
+    last_pointer = 34 + 12 * NUM_DOCUMENTS - 8, np.array([2 * (NUM_TOKENS - 7)], "<i8").tobytes()
+    index_bytes = 34 + 12 * NUM_DOCUMENTS + 8 * (NUM_DOCUMENTS + 1)
+    files = {
+        "tokens.bin": sparse(folder / "tokens.bin", 2 * NUM_TOKENS),
+        "tokens.idx": sparse(
+            folder / "tokens.idx", index_bytes, head=(0, header), length=last_length, pointer=last_pointer
+        ),
+    }
+    manifest = {"format_version": 2, "vocab_size": 9, "tokenizer_hash": "t", "dtype": "uint16"}
+    manifest |= {"num_documents": NUM_DOCUMENTS, "num_tokens": NUM_TOKENS, "max_token_id": 8}
+    manifest |= {"files": files, "source": {}, "counts": {}, "inputs": [], "settings": ""}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    key, num_blocks = PlanKey(SEQ_LEN), NUM_TOKENS // SEQ_LEN + 1
+    store = TokenStore.open(folder)
+    plan = folder / key.folder_name(store)
+    plan.mkdir()
+    arrays = {
+        "offsets.npy": sparse_array(
+            plan / "offsets.npy",
+            num_blocks + 1,
+            np.dtype("<i8"),
+            last=(num_blocks, NUM_DOCUMENTS),
+            before=(num_blocks - 1, NUM_DOCUMENTS - 1),
+        ),
+        "pieces.npy": sparse_array(plan / "pieces.npy", NUM_DOCUMENTS, PIECE, last=(-1, (NUM_DOCUMENTS - 1, 0, 7))),
+    }
+    (plan / "manifest.json").write_text(json.dumps({"key": key.of(store), "num_tokens": NUM_TOKENS, "files": arrays}))
+    done = subprocess.run([sys.executable, "-c", OPEN, str(folder)], capture_output=True, text=True, check=True)
+    kib, blocks, last = done.stdout.split(maxsplit=2)
+    assert int(kib) < 32 * 1024
+    assert int(blocks) == num_blocks
+    assert last.strip() == f"[({NUM_DOCUMENTS - 1}, 0, 7)]"
