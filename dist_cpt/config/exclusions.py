@@ -198,8 +198,19 @@ def _part_of_a_sequence(config: Recipe) -> bool:
     return config.batch.global_tokens % config.data.seq_len != 0
 
 
+def _hub_keys_elsewhere(config: Recipe) -> bool:
+    texts = (*config.data.sources, *config.data.validation)
+    return any((text.revision or text.subset) and not text.place.startswith("hf://") for text in texts)
+
+
+def _filtered_store(config: Recipe) -> bool:
+    return any(text.filter and text.store for text in (*config.data.sources, *config.data.validation))
+
+
 _TEXTS = ("data.sources[]", "data.validation[]")
 _PAIR = tuple(f"{text}.{field}" for text in _TEXTS for field in ("prompt", "response"))
+_HUB_KEYS = tuple(f"{text}.{field}" for text in _TEXTS for field in ("revision", "subset"))
+_FILTERS = tuple(f"{text}.filter" for text in _TEXTS)
 _QUANTISED = is_("model.weights", "nf4", "int8")
 _SCRATCH = given("model.config")
 _FULL = is_("adapter.kind", "none")
@@ -324,6 +335,14 @@ EXCLUSIONS = (
               "only conversations have these fields", "leave them out, or use task: instruct"),
     Exclusion((when("`prompt` without `response`, or the reverse", _PAIR, _half_a_pair),),
               "a question and its answer are read together", "give both, or neither"),
+    Exclusion((when("`revision` or `subset` of a source that is not on the hub", _HUB_KEYS, _hub_keys_elsewhere),),
+              "only a data set of the hub has them", "leave them out, or use path: hf://datasets/ORG/NAME"),
+    Exclusion((when("`filter` of a `store`", _FILTERS, _filtered_store),),
+              "a finished store is not filtered", "give the text in path"),
+    Exclusion((is_("data.decontaminate", "drop"), absent("data.validation")),
+              "there is no held-out set to compare with", "give data.validation, or leave it out"),
+    Exclusion((is_("data.decontaminate", "drop"), is_("task", "instruct")),
+              "the template gives every conversation the same words", "leave data.decontaminate out"),
     Exclusion((is_not("data.packing", "windows"), either(given("data.stride"), is_not("data.overlap", "train"))),
               "only windows overlap", "use data.packing: windows, or leave them out"),
     Exclusion((above("data.stride", "data.seq_len"),),

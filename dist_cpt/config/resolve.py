@@ -16,7 +16,7 @@ from dist_cpt.config.adapter_settings import settings_of_adapter
 from dist_cpt.config.exclusions import num_steps, shown
 from dist_cpt.config.load import build
 from dist_cpt.config.resume_changes import how_may_change, is_below
-from dist_cpt.config.schema import RunConfig
+from dist_cpt.config.schema import HUB_PREFIX, RunConfig
 from dist_cpt.errors import ConfigError
 
 _SHOWN_DIFFERENCES = 5  # in one message
@@ -46,7 +46,7 @@ def resolve_paths(config: RunConfig) -> RunConfig:
     for text in (*values["data"]["sources"], *values["data"]["validation"]):
         text["name"] = text["name"] or _source_name(text["path"] or text["store"])
         for key in ("path", "store"):
-            text[key] = text[key] and _absolute(text[key])
+            text[key] = text[key] if (text[key] or "").startswith(HUB_PREFIX) else text[key] and _absolute(text[key])
     if config.adapter.continue_from is not None:
         values["adapter"]["continue_from"]["path"] = _absolute(config.adapter.continue_from.path)
     for section, followed in settings_of_adapter(config).items():

@@ -6,6 +6,7 @@ numbers of one section; settings that exclude each other are rows of `exclusions
 
 from __future__ import annotations
 
+import re
 from string import Formatter
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,30 @@ def _text_template(value: str) -> str:
     return value
 
 
+HUB_PREFIX = "hf://datasets/"  # as huggingface_hub's file system names data sets
+
+
+def _local_or_hub(value: str) -> str:
+    """Refuse a place that would be taken for a local path."""
+    if "://" in value and not re.fullmatch(HUB_PREFIX + r"([\w.-]+/)?[\w.-]+", value):
+        raise ValueError(
+            "give a local path or hf://datasets/ORG/NAME (revision, subset and split are keys of their own); "
+            "copy or mount what lies elsewhere"
+        )
+    return value
+
+
+TextPath = Annotated[str, AfterValidator(_local_or_hub)]
+
+
+def _function_name(value: str) -> str:
+    """Refuse what cannot be imported."""
+    if not re.fullmatch(r"[\w.]+:[\w.]+", value):
+        raise ValueError("name a function as package.module:function")
+    return value
+
+
+FunctionName = Annotated[str, AfterValidator(_function_name)]
 TextField = Annotated[str, AfterValidator(_text_template)]
 
 
@@ -143,14 +168,21 @@ class EmbeddingsConfig(Frozen):
 class TextConfig(Frozen):
     """Where text comes from, and which fields of its records are read."""
 
-    path: str | None = None
-    """A file, a folder, a glob pattern, or a data set that `datasets` saved to disk; docs/data.md lists the formats."""
+    path: TextPath | None = None
+    """A file, a folder, a glob pattern, a data set that `datasets` saved to disk, or one of the hub as
+    `hf://datasets/ORG/NAME`; docs/data.md lists the formats."""
     store: str | None = None
     """A finished token store in place of `path`: its text is not needed."""
     text: TextField = "text"
     """The document: a field, a dotted path (`meta.text`) or a template (`"{title}\\n\\n{body}"`)."""
     split: str | None = None
-    """The split of a saved data set that has several."""
+    """The split of a saved data set, or of one of the hub, that has several."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; null means the default branch. The commit is resolved once."""
+    subset: str | None = None
+    """The subset (configuration) of a hub data set that has several."""
+    filter: FunctionName | None = None
+    """A function of yours, `package.module:function`: it gets each record as a dict and returns whether it is kept."""
     ignore: tuple[str, ...] = ()
     """Patterns of files in the folder or archive that are not read, such as `"*.png"`; any other is an error."""
     messages: str = "messages"
@@ -215,6 +247,11 @@ class DataConfig(Frozen):
     """What an unreadable record does: end the run with exit code 65, be left out, or be left out and kept in a file."""
     bad_record_budget_fraction: float = Field(default=0.001, ge=0.0, le=1.0)
     """Fraction of a source's records that may be left out before the run ends with exit code 65."""
+    deduplicate: Literal["none", "exact", "near"] = "none"
+    """Leave out documents that repeat an earlier one of any source: with the same tokens (`exact`), or with nearly the
+    same by MinHash (`near`)."""
+    decontaminate: Literal["report", "drop"] = "report"
+    """What becomes of training documents with text of a held-out set: they are counted, or also left out (`drop`)."""
     cache_dir: str | None = None
     """Folder of the prepared token stores; null means `<output_dir>/data`."""
     sources: tuple[SourceConfig, ...] = Field(min_length=1)

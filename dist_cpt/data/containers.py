@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from dist_cpt.data.hub import HubDataset, open_stream, rows
 from dist_cpt.data.megatron import MegatronPair
 from dist_cpt.errors import DataError
 from dist_cpt.storage import PatientFile, is_there, patiently
@@ -113,15 +114,19 @@ def is_dataset_folder(folder: Path) -> bool:
     return is_one or is_there(folder / "dataset_dict.json")
 
 
-def files_of(path: Path) -> list[Path]:
-    """The files whose change is a change of `path`: of a saved data set all, of Megatron-LM's index the pair."""
+def files_of(path: Path | HubDataset) -> list[Path]:
+    """The files whose change is a change of `path`: of a saved data set all, of Megatron-LM's index the pair, of a data
+    set on the hub none, for its commit says it."""
+    if isinstance(path, HubDataset):
+        return []
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
     return [path, path.with_suffix(".bin")] if path.suffix.lower() == ".idx" else [path]
 
 
-def read_container(path: Path, ignore: Sequence[str] = (), split: str | None = None) -> Records:
-    """The records of one file, or of a folder that `datasets` saved; None stands for a blank line.
+def read_container(path: Path | HubDataset, ignore: Sequence[str] = (), split: str | None = None) -> Records:
+    """The records of one file, of a folder that `datasets` saved, or of a data set on the hub; None stands for a blank
+    line.
 
     A file that is cut off, damaged or not what its name says ends with a bad record.
 
@@ -130,7 +135,11 @@ def read_container(path: Path, ignore: Sequence[str] = (), split: str | None = N
         StorageError: the file system does not answer.
         OSError: no such file, or not a regular one.
     """
-    if stat.S_ISDIR(patiently(path, path.stat).st_mode):
+    if isinstance(path, HubDataset):
+        stream = open_stream(path)
+        for shard in range(stream.num_shards):  # damage in one hides no other
+            yield from _until_damage(map(_row, rows(path, stream, shard)), f"{path}/{shard}")
+    elif stat.S_ISDIR(patiently(path, path.stat).st_mode):
         yield from _dataset(path, split)
     elif path.suffix.lower() == ".idx":
         yield from _until_damage(_megatron(path), str(path))
@@ -268,6 +277,10 @@ def _rows(batches: Iterator[Any], where: str) -> Records:
         for row in batch.to_pylist():
             number += 1
             yield RawRecord(f"{where}:{number}", row)
+
+
+def _row(placed: tuple[str, Fields]) -> RawRecord:
+    return RawRecord(*placed)
 
 
 def _seekable(stream: BinaryIO) -> BinaryIO:

@@ -99,7 +99,7 @@ class ValidationLoader:
 
 
 def _pack_source(source: PreparedSource, seq_len: int) -> _PackedStore:
-    plan = source.blocks.plan if source.blocks is not None else pack(source.store.lengths, seq_len, source.stride)
+    plan = source.blocks.plan if source.blocks else pack(source.store.lengths, seq_len, source.stride, source.excluded)
     if plan.seq_len != seq_len:
         raise ValueError(f"blocks of {plan.seq_len} tokens, expected {seq_len}")
     return _PackedStore(source.store, plan, source.overlap_trains)

@@ -12,10 +12,10 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,15 +23,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dist_cpt.config.schema import RunConfig, SourceConfig
+from dist_cpt.config.schema import HUB_PREFIX, DataConfig, RunConfig, SourceConfig
 from dist_cpt.data.block_plan import BlockPlan, PlanKey, block_plan
 from dist_cpt.data.chat import ConversationEncoder, chat_template
 from dist_cpt.data.classes import ExampleEncoder
 from dist_cpt.data.containers import files_of
 from dist_cpt.data.encode import Encoded, Encoder, Source, TextEncoder
+from dist_cpt.data.filters import describe_filter
+from dist_cpt.data.hub import HubDataset, with_commits
 from dist_cpt.data.mixture import Mixture
 from dist_cpt.data.prefetch import prefetch
-from dist_cpt.data.sources import ReadCounts, Record, RecordTally, SourceFiles, check_budget, find_files, read_records
+from dist_cpt.data.quality import SourceQuality, examine, excluded_hash
+from dist_cpt.data.sources import ReadCounts, Record, RecordTally, SourceFiles, check_budget, read_records, source_files
 from dist_cpt.data.store import QUARANTINE, StoreWriter, TokenStore, read_store_manifest, sha256_of
 from dist_cpt.data.token_ids import unpadded_copy
 from dist_cpt.data.tokenizer import load_run_tokenizer, tokenizer_hash, vocabulary_size
@@ -62,11 +65,17 @@ class PreparedSource:
     stride: int | None = None  # tokens between the starts of two windows; None: best-fit packing
     overlap_trains: bool = True  # whether a token is a target in every window, or only in the first that has it
     blocks: BlockPlan | None = None  # None: packed in memory by who reads it
+    quality: SourceQuality | None = None  # of a training source: what was found in it
+
+    @property
+    def excluded(self) -> np.ndarray | None:
+        """The documents that get no block, int64 in ascending order; None: all do."""
+        return None if self.quality is None or not len(self.quality.excluded) else self.quality.excluded
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All stores of a recipe; `identity` changes when any token of them or the tokenizer does."""
+    """All stores of a recipe; `identity` changes when any token that is read, or the tokenizer, does."""
 
     sources: list[PreparedSource]
     validation: list[PreparedSource]
@@ -79,6 +88,12 @@ class Prepared:
     def all_sources(self) -> list[PreparedSource]:
         """Training sources, then held-out sets."""
         return [*self.sources, *self.validation]
+
+    def shared_ngrams(self, held_out: str) -> dict[str, float]:
+        """By training source: the fraction of a held-out set's n-grams (`overlap.NGRAM` tokens) that the source has;
+        empty where it was not measured."""
+        found = [(source.name, source.quality) for source in self.sources if source.quality is not None]
+        return {name: quality.shared_ngrams[held_out] for name, quality in found if held_out in quality.shared_ngrams}
 
 
 @dataclass(frozen=True)
@@ -115,6 +130,7 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None, *, verify:
         StorageError: the text or a store cannot be read.
         WriteError: the cache cannot be written.
     """
+    config = with_commits(config)
     plan = _plan(config)
     for planned in plan.stores:
         patiently(planned.folder, partial(_require_store, planned, plan, config, on_progress, verify))
@@ -127,6 +143,7 @@ def open_prepared(config: RunConfig) -> Prepared:
     Raises:
         DataError: a store is missing, damaged, or made from other text or another tokenizer.
     """
+    config = with_commits(config)
     return _open_stores(_plan(config), config)
 
 
@@ -156,7 +173,7 @@ def _plan_store(source: Source, config: RunConfig, encoder: Encoder, sha256: str
     assert name is not None  # resolve_paths fills it in
     if source.store is not None:
         return _PlannedStore(source, name, SourceFiles([]), [], "", Path(source.store))
-    files = find_files(source.place, name, source.ignore, source.split)
+    files = source_files(source, name)
     inputs = _input_state(files)
     key: dict[str, Any] = {
         "format_version": 1,  # of the tokens, which format 2 writes as format 1 did
@@ -166,6 +183,8 @@ def _plan_store(source: Source, config: RunConfig, encoder: Encoder, sha256: str
     }
     key |= {name: value for name in ("split", "ignore") if (value := getattr(source, name))}
     key |= encoder.describe(source)
+    if source.filter is not None:
+        key |= describe_filter(source.filter)
     if encoder.label_kind is not None:
         key |= {"task": config.task}
     digest = _sha256(key | {"inputs": inputs})[:12]
@@ -178,7 +197,7 @@ def _sha256(value: Any) -> str:
 
 
 def _input_state(files: SourceFiles) -> list[dict[str, Any]]:
-    states = []
+    states = [{"path": str(path), "bytes": 0, "mtime_ns": 0} for path in files.files if isinstance(path, HubDataset)]
     parts = [part for path in files.files for part in patiently(path, partial(files_of, path))]
     for file in parts:
         try:
@@ -210,7 +229,13 @@ def _require_store(
 def _input_sha256s(planned: _PlannedStore) -> list[str]:
     """sha256 of every input file, in reading order."""
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
-        return list(pool.map(lambda file: sha256_of(Path(file["path"]), 0, file["bytes"]), planned.inputs))
+        return list(pool.map(_input_sha256, planned.inputs))
+
+
+def _input_sha256(file: dict[str, Any]) -> str:
+    if file["path"].startswith(HUB_PREFIX):
+        return _sha256(file["path"])  # which has the commit
+    return sha256_of(Path(file["path"]), 0, file["bytes"])
 
 
 def _link_store_of_same_input(planned: _PlannedStore) -> bool:
@@ -334,7 +359,6 @@ def _check_result(planned: _PlannedStore, counts: ReadCounts, num_documents: int
 
 def _open_stores(plan: _Plan, config: RunConfig, verify: bool = False) -> Prepared:
     data = config.data
-    assert data.cache_dir is not None  # as _plan_store
     stride = (data.stride or data.seq_len) if data.packing == "windows" else None
     opened = []
     for planned in plan.stores:
@@ -349,15 +373,47 @@ def _open_stores(plan: _Plan, config: RunConfig, verify: bool = False) -> Prepar
         weight, overlap_trains = 1.0, False  # of a held-out set every token is evaluated once
         if isinstance(planned.source, SourceConfig):
             weight, overlap_trains = planned.source.weight, data.overlap == "train"
-        blocks = block_plan(store, PlanKey(data.seq_len, stride), Path(data.cache_dir), verify=verify)
-        opened.append(PreparedSource(planned.name, weight, planned.source.role, store, stride, overlap_trains, blocks))
+        opened.append(PreparedSource(planned.name, weight, planned.source.role, store, stride, overlap_trains))
     sources, validation = opened[: len(data.sources)], opened[len(data.sources) :]
+    examined = _examine(sources, validation, config)
+    sources = [replace(source, quality=quality) for source, quality in zip(sources, examined, strict=True)]
+    sources, validation = ([_with_blocks(source, data, verify) for source in part] for part in (sources, validation))
     content: list[Any] = [plan.tokenizer_hash]
     content += [[[s.name, s.store.manifest.content_hash] for s in part] for part in (sources, validation)]
     if stride is not None:  # which tokens a block has
         content.append(["windows", stride, data.overlap])
+    if (lists := excluded_hash(examined)) is not None:
+        content.append(["excluded", lists])
     identity = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return Prepared(sources, validation, plan.tokenizer_hash, plan.vocab_size, identity, data.seq_len)
+
+
+def _with_blocks(source: PreparedSource, data: DataConfig, verify: bool) -> PreparedSource:
+    assert data.cache_dir is not None  # as _plan_store
+    key = PlanKey(data.seq_len, source.stride, source.excluded)
+    return replace(source, blocks=block_plan(source.store, key, Path(data.cache_dir), verify=verify))
+
+
+def _examine(
+    sources: Sequence[PreparedSource], validation: Sequence[PreparedSource], config: RunConfig
+) -> list[SourceQuality]:
+    """What the stores of the sources have twice, or of held-out sets.
+
+    Raises:
+        DataError: no document of a source is left.
+    """
+    held_out = {source.name: source.store for source in validation}
+    # The template gives every conversation the same words.
+    overlap = bool(held_out) and config.task != "instruct"
+    examined = examine(config.data, [source.store for source in sources], held_out, overlap=overlap)
+    for source, quality in zip(sources, examined, strict=True):
+        if len(quality.excluded) == source.store.num_documents:
+            raise DataError(
+                f"source {source.name!r}: all {source.store.num_documents} documents are excluded "
+                f"({len(quality.duplicates)} duplicates, {len(quality.overlapping)} with text of a held-out set)",
+                remedy="leave the source out, or change data.deduplicate or data.decontaminate",
+            )
+    return examined
 
 
 def _check_given_store(planned: _PlannedStore, store: TokenStore, encoder: Encoder, seq_len: int) -> None:
@@ -412,7 +468,10 @@ def data_report(prepared: Prepared) -> dict[str, Any]:
         "tokenizer_hash": prepared.tokenizer_hash,
         "identity": prepared.identity,
         "sources": training,
-        "validation": [_source_report(source) for source in prepared.validation],
+        "validation": [
+            _source_report(held_out) | {"in_training": prepared.shared_ngrams(held_out.name)}
+            for held_out in prepared.validation
+        ],
     }
 
 
@@ -422,11 +481,24 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     for row in [*report["sources"], *report["validation"]]:
         share = f", {row['share']:.1%} of the blocks" if "share" in row else ""
         bad = f", {sum(row['bad'].values()):,} of {row['records']:,} records bad" if row["bad"] else ""
+        bad += _quality_text(row)
         lines.append(
             f"{row['name']}: {row['documents']:,} documents, {row['tokens']:,} tokens in {row['blocks']:,} blocks of "
             f"{report['seq_len']:,} ({row['padding_fraction']:.1%} padding){share}{bad}; {row['folder']}"
         )
     return [*lines, f"identity {report['identity']}"]
+
+
+def _quality_text(row: dict[str, Any]) -> str:
+    """What is known of a source's duplicates, and of a held-out set's text in the sources."""
+    counts = {
+        "duplicates": row.get("duplicates"),
+        "with text of a held-out set": row.get("overlapping_documents"),
+        "excluded": row.get("excluded_documents"),
+    }
+    found = [f", {count:,} {what}" for what, count in counts.items() if count]
+    shared = row.get("in_training", {})
+    return "".join(found) + "".join(f", {fraction:.2%} of it in {name}" for name, fraction in shared.items())
 
 
 def preview(config: RunConfig, num_documents: int = 10) -> Iterator[str]:
@@ -435,6 +507,7 @@ def preview(config: RunConfig, num_documents: int = 10) -> Iterator[str]:
     Raises:
         DataError: missing input, an unusable tokenizer or template, or a bad record under `error`.
     """
+    config = with_commits(config)
     plan = _plan(config)
     for planned in plan.stores:
         num_bytes = sum(file["bytes"] for file in planned.inputs)
@@ -469,8 +542,19 @@ def _source_report(source: PreparedSource) -> dict[str, Any]:
         "tokens": source.store.num_tokens,
         "blocks": plan.num_blocks,
         "padding_fraction": plan.padding_fraction,
+        **_quality_report(source.quality),
         **_label_report(source.store),
         **manifest.counts,
+    }
+
+
+def _quality_report(quality: SourceQuality | None) -> dict[str, Any]:
+    if quality is None:
+        return {}
+    return {
+        "duplicates": len(quality.duplicates),
+        "overlapping_documents": len(quality.overlapping),
+        "excluded_documents": len(quality.excluded),
     }
 
 

@@ -9,10 +9,11 @@ import os
 import stat
 import string
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TextIO, TypeVar
 
+from dist_cpt.config.schema import TextConfig
 from dist_cpt.data.containers import (
     FORMATS,
     BadRecord,
@@ -23,6 +24,8 @@ from dist_cpt.data.containers import (
     read_container,
     suffix_of,
 )
+from dist_cpt.data.filters import keeps
+from dist_cpt.data.hub import HubDataset, dataset_of, is_on_hub
 from dist_cpt.errors import DataError, StorageError
 from dist_cpt.storage import ANSWERS, patiently
 
@@ -36,10 +39,11 @@ _NAMED = 5  # files in a message
 class SourceFiles:
     """The files of a source in reading order, with the settings that decide how they are read."""
 
-    files: list[Path]  # or folders, of data sets that `datasets` saved
+    files: list[Path | HubDataset]  # folders are data sets that `datasets` saved
     ignored_files: int = 0
     ignore: tuple[str, ...] = ()  # patterns, for the members of archives too
     split: str | None = None  # of saved data sets
+    filter: str | None = None  # the function that keeps records
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class ReadCounts:
     records: int = 0
     blank_lines: int = 0
     empty: int = 0  # nothing but white space
+    filtered: int = 0  # not kept by the source's filter
     bad: dict[str, int] = field(default_factory=dict)  # by reason
     first_bad: str | None = None  # where: detail
 
@@ -90,6 +95,17 @@ class RecordTally:
             text = origin.raw.decode("utf-8", "surrogateescape")
             record = {"where": origin.where, "reason": bad.reason, "detail": bad.detail, "record": text}
             self._quarantine.write(json.dumps(record) + "\n")
+
+
+def source_files(source: TextConfig, name: str) -> SourceFiles:
+    """What the source `name` of a resolved recipe reads, and how.
+
+    Raises:
+        DataError: as `find_files`.
+    """
+    if is_on_hub(source):
+        return SourceFiles([dataset_of(source)], filter=source.filter)
+    return replace(find_files(source.place, name, source.ignore, source.split), filter=source.filter)
 
 
 def find_files(path: str, name: str, ignore: Sequence[str] = (), split: str | None = None) -> SourceFiles:
@@ -142,7 +158,7 @@ def _find_files(path: str, name: str, ignore: Sequence[str], split: str | None) 
             remedy="check the path and ignore",
         )
     ordered = sorted(files, key=lambda f: f.as_posix())
-    return SourceFiles(ordered, len(candidates) - len(wanted), tuple(ignore), split)
+    return SourceFiles([*ordered], len(candidates) - len(wanted), tuple(ignore), split)
 
 
 def read_records(name: str, files: SourceFiles, parse: Parse[T], tally: RecordTally) -> Iterator[Record[T]]:
@@ -160,6 +176,9 @@ def read_records(name: str, files: SourceFiles, parse: Parse[T], tally: RecordTa
                     continue
                 tally.counts.records += 1
                 try:
+                    if files.filter is not None and not keeps(files.filter, _filter_record(raw), raw.where):
+                        tally.counts.filtered += 1
+                        continue
                     value = parse(raw)
                 except BadRecord as bad:
                     tally.reject(bad, raw)
@@ -172,6 +191,11 @@ def read_records(name: str, files: SourceFiles, parse: Parse[T], tally: RecordTa
             if error.errno not in ANSWERS:
                 raise StorageError(file, error) from error
             raise DataError(f"source {name!r}: cannot read {file}: {error.strerror or error}") from error
+
+
+def _filter_record(raw: RawRecord) -> Fields:
+    """A record as a filter gets it; a text file has one field, `text`."""
+    return {"text": _file_text(raw)} if raw.is_text else raw.fields()
 
 
 def check_budget(name: str, counts: ReadCounts, budget_fraction: float) -> None:

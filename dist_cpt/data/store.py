@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -396,6 +396,15 @@ class TokenStore:
     def start_of(self, document: int) -> int:
         """Where a document begins in `tokens`."""
         return int(self._pointers[document]) // self.tokens.itemsize
+
+    def documents_between(self, start: int, stop: int) -> tuple[int, np.ndarray]:
+        """(first document, int64 [n + 1]) of the n documents with a token in [start, stop) of `tokens`: where each
+        begins, and where the last ends."""
+        documents = range(self.num_documents)
+        first = bisect_right(documents, start, key=self.start_of) - 1
+        last = bisect_left(documents, stop, key=self.start_of)
+        ends = np.cumsum(self.lengths[first:last], dtype=np.int64)
+        return first, self.start_of(first) + np.concatenate([ends[:0], [0], ends])
 
     def document(self, index: int) -> np.ndarray:
         """The token ids of one document, its EOS included."""

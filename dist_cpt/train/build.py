@@ -20,6 +20,7 @@ from dist_cpt.config.schema import ContinueFromConfig
 from dist_cpt.data.batch import Batch
 from dist_cpt.data.chat import chat_template
 from dist_cpt.data.concerns import concerns
+from dist_cpt.data.hub import commits, with_revisions
 from dist_cpt.data.loader import BlockLoader, ValidationLoader
 from dist_cpt.data.prefetch import prefetch
 from dist_cpt.data.prepare import Prepared, check_vocabulary, open_prepared, prepare
@@ -132,15 +133,17 @@ class Run:
 
 
 def agree_on_recipe(context: RunContext) -> RunContext:
-    """Refuse ranks with another recipe or other packages; the context with a hub id's commit, resolved once for all.
+    """Refuse ranks with another recipe or other packages; the context with the commits of what is on the hub, resolved
+    once for all.
 
     Collective.
     """
     config = context.config
     recipe = {f"recipe: {key}": value for key, value in settings(config).items()}
     require_equal(recipe | {f"version of {name}": version for name, version in package_versions().items()})
+    config = with_revisions(config, on_rank_zero("data.sources", partial(commits, config)))
     if config.model.path is None:
-        return context
+        return replace(context, config=config)
     commit = on_rank_zero("model.path", lambda: commit_of(check_base(config.model)[0], config.model.revision))
     model = config.model.model_copy(update={"revision": commit})
     return replace(context, config=config.model_copy(update={"model": model}))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import gzip
+import hashlib
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dist_cpt.data.filters import describe_filter
 from dist_cpt.data.sources import (
     OnBadRecord,
     ReadCounts,
@@ -22,7 +25,7 @@ from dist_cpt.data.sources import (
     read_records,
     text_parser,
 )
-from dist_cpt.errors import EXIT_DATA, DataError, StorageError
+from dist_cpt.errors import EXIT_DATA, ConfigError, DataError, StorageError
 from tests.errno_layer import ErrnoLayer
 
 
@@ -191,3 +194,47 @@ def test_a_read_that_fails_half_way_continues_where_it_was(tmp_path: Path, monke
     for at in reads:
         with ErrnoLayer(tmp_path, errno.EIO, at, place=".jsonl").installed():
             assert [record.value for record in read(tmp_path)[0]] == [record.value for record in expected]
+
+
+FILTERS = """
+def short(record):
+    return len(record["text"]) < 5
+
+def forgets(record):
+    record["text"]
+
+def fails(record):
+    return record["langu\\nage"] == "de"
+
+number = 3
+"""
+
+
+def filtered(path: Path, name: str) -> tuple[list[str], ReadCounts]:
+    tally = RecordTally("skip")
+    files = replace(find_files(str(path), "s"), filter=name)
+    return [record.value for record in read_records("s", files, text_parser("text"), tally)], tally.counts
+
+
+def test_filter_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (tmp_path / "my_filters.py").write_text(FILTERS)
+    (texts / "a.jsonl").write_text('{"text": "one"}\n{"text": "longer"}\nno json\n{"text": "two"}\n')
+    (texts / "b.txt").write_text("text")
+    (texts / "c.txt").write_text("a long text")
+    monkeypatch.syspath_prepend(tmp_path)
+    read_texts, counts = filtered(texts, "my_filters:short")
+    assert read_texts == ["one", "two", "text"]
+    assert (counts.records, counts.filtered, counts.bad) == (6, 2, {"bad_json": 1})
+    sha256 = hashlib.sha256(FILTERS.encode()).hexdigest()
+    assert describe_filter("my_filters:short") == {"filter": "my_filters:short", "filter_sha256": sha256}
+    assert describe_filter("builtins:bool")["filter_sha256"] is None
+    for name, named in (("forgets", "NoneType"), ("fails", "KeyError")):
+        with pytest.raises(DataError, match=named) as raised:
+            filtered(texts, f"my_filters:{name}")
+        assert "a.jsonl:1" in str(raised.value)
+        assert "\n" not in str(raised.value)
+    for name in ("my_filters:none", "my_filters:number", "no_such_module:f"):
+        with pytest.raises(ConfigError, match=name):
+            describe_filter(name)

@@ -1,0 +1,113 @@
+"""Training text that is in a held-out set: n-grams of tokens, hashed once per set and looked up in every source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from dist_cpt.data.duplicates import ngram_hashes
+from dist_cpt.data.store import TokenStore
+from dist_cpt.runtime.liveness import made_progress
+
+NGRAM = 13  # tokens. Source: Brown et al. 2020, Language Models are Few-Shot Learners (arXiv 2005.14165), appendix C
+# Tokens in a row that two documents share only if one has text of the other.
+# Source: Lee et al. 2022, Deduplicating Training Data Makes Language Models Better (arXiv 2107.06499), section 4.2
+PASSAGE = 50
+_CHUNK = 1 << 20  # tokens; 32 MB of memory per thread
+_MAX_THREADS = 8  # numpy releases the interpreter lock
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What one source has of the held-out sets."""
+
+    documents: np.ndarray  # int64, ascending: those with a passage of a held-out document
+    shared: np.ndarray  # int64 [num_sets]: n-grams of each set that the source has
+
+
+class HeldOutNGrams:
+    """The n-grams of all held-out sets, without EOS and BOS: 13 bytes of memory for each, and a table of 16 times that
+    many bits or more."""
+
+    def __init__(self, stores: Sequence[TokenStore]) -> None:
+        per_set = [_ngrams(store) for store in stores]
+        self.hashes, index = np.unique(np.concatenate([h for h, _ in per_set]), return_inverse=True)  # uint64 [G]
+        self._passage = np.full(len(self.hashes), PASSAGE, dtype=np.int32)  # of the shortest document that has it
+        np.minimum.at(self._passage, index, np.concatenate([passage for _, passage in per_set]))
+        borders = np.cumsum([0, *(len(h) for h, _ in per_set)])
+        self._sets = [np.unique(index[a:b]) for a, b in pairwise(borders)]
+        self.counts = np.array([len(members) for members in self._sets])  # int64 [num_sets]
+        bits = max(16, int(16 * len(self.hashes)).bit_length())
+        self._shift = np.uint64(64 - bits)
+        self._maybe = np.zeros(1 << bits, dtype=bool)  # few of other n-grams are looked for among the hashes
+        self._maybe[self.hashes >> self._shift] = True
+
+    def overlap(self, store: TokenStore) -> Overlap:
+        """Look for them in a source, reading each token once."""
+        seen = np.zeros(len(self.hashes), dtype=bool)
+        documents: list[np.ndarray] = []
+        if not len(seen):  # held-out documents of fewer tokens
+            return Overlap(np.zeros(0, dtype=np.int64), self.counts)
+        with ThreadPoolExecutor(_MAX_THREADS) as pool:
+            for found, ngrams in pool.map(lambda start: self._in_chunk(store, start), _starts(store)):
+                seen[ngrams] = True
+                documents.append(found)
+                made_progress()
+        return Overlap(
+            np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *documents])),
+            np.array([int(seen[members].sum()) for members in self._sets]),
+        )
+
+    def _in_chunk(self, store: TokenStore, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """Documents with a passage that begins among the `_CHUNK` tokens from `start`, and the n-grams seen."""
+        tokens = store.tokens[start : start + _CHUNK + PASSAGE + NGRAM]
+        hashes = ngram_hashes(tokens, NGRAM)
+        at = np.flatnonzero(self._maybe[hashes >> self._shift])
+        ngram = np.minimum(np.searchsorted(self.hashes, hashes[at]), len(self.hashes) - 1)
+        at, ngram = (values[self.hashes[ngram] == hashes[at]] for values in (at, ngram))
+        position = at + start
+        document, begin, end = _bodies(store, position, start + len(tokens))
+        inside = (position >= begin) & (position + NGRAM <= end)  # an n-gram of one document
+        position, document, ngram = position[inside], document[inside], ngram[inside]
+        if not len(position):
+            return document, ngram
+        is_first = np.diff(position, prepend=-2) != 1
+        is_first[1:] |= document[1:] != document[:-1]
+        runs = np.flatnonzero(is_first)
+        length = np.diff(np.append(runs, len(position))) + NGRAM - 1
+        passage = np.minimum.reduceat(self._passage[ngram], runs)
+        passage = np.minimum(passage, (end - begin)[inside][runs])  # or all of a shorter document
+        return document[runs[length >= passage]], ngram
+
+
+def _starts(store: TokenStore) -> Iterator[int]:
+    return iter(range(0, store.num_tokens, _CHUNK))
+
+
+def _ngrams(store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
+    """The hash of each n-gram, uint64, and the tokens of a passage of its document, int64."""
+    hashes, passages = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+    for start in _starts(store):
+        found = ngram_hashes(store.tokens[start : start + _CHUNK + NGRAM - 1], NGRAM)
+        position = np.arange(start, start + len(found))
+        _, begin, end = _bodies(store, position, start + len(found))
+        inside = (position >= begin) & (position + NGRAM <= end)
+        hashes.append(found[inside])
+        passages.append(np.minimum((end - begin)[inside], PASSAGE))
+        made_progress()
+    return np.concatenate(hashes), np.concatenate(passages)
+
+
+def _bodies(store: TokenStore, position: np.ndarray, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The document at each ascending position below `stop`, and where its text begins and ends, without BOS and EOS;
+    int64 each."""
+    if not len(position):
+        return position, position, position
+    first, starts = store.documents_between(int(position[0]), stop)
+    document = np.searchsorted(starts, position, side="right") - 1
+    has_bos = store.manifest.source.get("bos") is not None
+    return first + document, starts[document] + int(has_bos), starts[document + 1] - 1
