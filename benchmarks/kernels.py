@@ -399,7 +399,8 @@ def adamw(shape: Shape, device: str) -> list[Work]:
 
     def ours(*tensors: torch.Tensor) -> None:
         p, g, m, v = (list(tensors[i * groups : (i + 1) * groups]) for i in range(4))
-        fused.adamw_(p, g, m, v, step=1, lr=1e-6, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+        corrections = fused.bias_corrections(1, (0.9, 0.95))
+        fused.adamw_(p, g, m, v, corrections=corrections, lr=1e-6, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
 
     steps = [torch.ones((), device=device) for _ in sizes]
 

@@ -31,6 +31,12 @@ class GradStats:
     grad_norm: float
     skipped: bool  # non-finite on some rank: masters, moments and step counter are unchanged
 
+    @classmethod
+    def read(cls, norm: torch.Tensor, skip: torch.Tensor) -> GradStats:
+        """From the device, fp32 [] each: one host sync."""
+        grad_norm, skipped = torch.stack([norm, skip]).tolist()
+        return cls(grad_norm, bool(skipped))
+
 
 class Engine(Protocol):
     """One training state on all ranks. Every method is collective: all ranks call it in the same order."""

@@ -14,7 +14,6 @@ waits for the last micro-batch: it works on shards and costs no memory.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -28,10 +27,11 @@ from dist_cpt.config.schema import EngineConfig, RunConfig
 from dist_cpt.data.batch import Batch
 from dist_cpt.engines.engine import GradStats
 from dist_cpt.engines.forward import Forward
-from dist_cpt.engines.slices import SlicedState, clip_factor, frozen_tensors, global_norm, probe, storage_bytes
+from dist_cpt.engines.gradients import norm_and_clip, probe
+from dist_cpt.engines.slices import SlicedState, frozen_tensors, storage_bytes
 from dist_cpt.errors import ConfigError
 from dist_cpt.optim.groups import ParamGroup, eight_bit_names
-from dist_cpt.optim.optimizer import AdamW
+from dist_cpt.optim.optimizer import AdamW, Part
 from dist_cpt.runtime.env import process_env
 from dist_cpt.training_state import ReadingOrder, ReadState
 
@@ -63,7 +63,7 @@ class Fsdp2Engine:
         # Sharding replaces the parameters, so they are looked up again by path.
         self._parameters = {name: module.get_parameter(path) for name, path in paths.items()}
         shards = {name: _local(parameter) for name, parameter in self._parameters.items()}
-        self._adam = AdamW(shards, config.optim, eight_bit_names(groups, config.optim))
+        self._adam = AdamW(shards, config.optim, eight_bit_names(groups, config.optim), config.model.kernels)
         self._state = SlicedState(
             {name: parameter.shape for name, parameter in self._parameters.items()},
             {name: _range(parameter, mesh) for name, parameter in self._parameters.items()},
@@ -88,14 +88,21 @@ class Fsdp2Engine:
     def step(self, lrs: Mapping[str, float]) -> GradStats:
         grads = {name: self._grad(name) for name in self._parameters}
         present = [grad for grad in grads.values() if grad is not None]
-        norm = global_norm(present, self._device, self._replicas)
-        if math.isfinite(norm):
-            factor = clip_factor(norm, self._max_norm)
-            if factor < 1.0:
-                torch._foreach_mul_(present, factor)
-            self._update(grads, lrs)
+        norm, clip = norm_and_clip(present, self._device, self._max_norm, self._replicas)
+        masters = self._adam.masters
+        parts = [
+            Part(
+                group.names,
+                [torch.zeros_like(masters[name]) if (grad := grads[name]) is None else grad for name in group.names],
+                lrs[group.name],
+                group.weight_decay,
+            )
+            for group in self._groups
+        ]
+        self._adam.update(parts, clip)
+        self._adam.steps += 1 - clip.skip
         self.discard()
-        return GradStats(norm, skipped=not math.isfinite(norm))
+        return GradStats.read(norm, clip.skip)
 
     def discard(self) -> None:
         for parameter in self._parameters.values():
@@ -103,7 +110,7 @@ class Fsdp2Engine:
 
     def import_state(self, read: ReadState, step: int, order: ReadingOrder | None = None) -> None:
         self._state.import_(read, order)
-        self._adam.steps = step
+        self._adam.steps.fill_(step)
 
     def gradient_probe(self) -> dict[str, tuple[float, float]]:
         return probe({name: self._grad(name) for name in self._parameters}, self._device, self._replicas)
@@ -130,13 +137,6 @@ class Fsdp2Engine:
     def _grad(self, name: str) -> torch.Tensor | None:
         grad = self._parameters[name].grad
         return None if grad is None else _local(grad)
-
-    def _update(self, grads: Mapping[str, torch.Tensor | None], lrs: Mapping[str, float]) -> None:
-        for group in self._groups:
-            masters = {name: self._adam.masters[name] for name in group.names if self._adam.masters[name].numel()}
-            whole = [torch.zeros_like(m) if (grad := grads[name]) is None else grad for name, m in masters.items()]
-            self._adam.update(list(masters), whole, lrs[group.name], group.weight_decay)
-        self._adam.steps += 1
 
 
 def _mesh(engine: EngineConfig, device: torch.device) -> DeviceMesh:

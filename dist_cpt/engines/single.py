@@ -2,12 +2,11 @@
 
 Backward yields gradients in the compute dtype. The first micro-batch's gradient is kept as it is; the second turns it
 into an fp32 sum. A bf16 step of one micro-batch thus needs 2 bytes per trainable element, a longer one 4, and rounds
-once per micro-batch, never in the sum. The norm and the update convert a slice at a time to fp32.
+once per micro-batch, never in the sum.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -17,15 +16,13 @@ from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.batch import Batch
 from dist_cpt.engines.engine import GradStats
 from dist_cpt.engines.forward import Forward
-from dist_cpt.engines.slices import SlicedState, clip_factor, frozen_tensors, global_norm, probe, storage_bytes
+from dist_cpt.engines.gradients import norm_and_clip, probe
+from dist_cpt.engines.slices import SlicedState, frozen_tensors, storage_bytes
 from dist_cpt.errors import ConfigError
 from dist_cpt.optim.groups import ParamGroup, eight_bit_names
-from dist_cpt.optim.optimizer import AdamW
+from dist_cpt.optim.optimizer import AdamW, Part
 from dist_cpt.runtime.collectives import world_size
 from dist_cpt.training_state import ReadingOrder, ReadState
-
-# Per call of the optimizer: bounds the fp32 copies of bf16 gradients. On a GPU small calls cost only launches.
-UPDATE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 class SingleEngine:
@@ -47,14 +44,15 @@ class SingleEngine:
         self._device = device
         self._groups = list(groups)
         self._max_norm = config.optim.max_grad_norm
-        self._update_elements = UPDATE_ELEMENTS[device.type]
         self._parameters = {name: trainable[name] for group in groups for name in group.names}
         # In fp32 the master and the compute copy are the same tensor.
         masters = {name: p.data for name, p in self._parameters.items()}
-        self._adam = AdamW(masters, config.optim, eight_bit_names(groups, config.optim))
+        self._adam = AdamW(masters, config.optim, eight_bit_names(groups, config.optim), config.model.kernels)
+        self._copies: dict[str, torch.Tensor] | None = None
         if config.model.compute_dtype == "bf16":
             for parameter in self._parameters.values():
                 parameter.data = parameter.data.to(torch.bfloat16)
+            self._copies = {name: parameter.data for name, parameter in self._parameters.items()}
         self._grads: dict[str, torch.Tensor] = {}
         self._hooks = [p.register_post_accumulate_grad_hook(self._keep(n)) for n, p in self._parameters.items()]
         self._state = SlicedState(
@@ -76,29 +74,22 @@ class SingleEngine:
         return loss_sum
 
     def step(self, lrs: Mapping[str, float]) -> GradStats:
-        norm = global_norm(self._grads.values(), self._device)
-        if not math.isfinite(norm):
-            self._grads.clear()
-            return GradStats(norm, skipped=True)
-        factor = clip_factor(norm, self._max_norm)
-        for group in self._groups:
-            for names in _portions(group.names, self._parameters, self._update_elements):
-                if self._parameters[names[0]].numel() > self._update_elements:
-                    self._update_in_slices(names[0], factor, lrs[group.name], group.weight_decay)
-                    continue
-                grads = [self._fp32_gradient(name, factor) for name in names]
-                self._adam.update(names, grads, lrs[group.name], group.weight_decay)
-        self._adam.steps += 1
+        norm, clip = norm_and_clip(list(self._grads.values()), self._device, self._max_norm)
+        parts = [
+            Part(group.names, [self._gradient(name) for name in group.names], lrs[group.name], group.weight_decay)
+            for group in self._groups
+        ]
+        self._adam.update(parts, clip, self._copies)
+        self._adam.steps += 1 - clip.skip
         self._grads.clear()
-        self._refresh()
-        return GradStats(norm, skipped=False)
+        return GradStats.read(norm, clip.skip)
 
     def discard(self) -> None:
         self._grads.clear()
 
     def import_state(self, read: ReadState, step: int, order: ReadingOrder | None = None) -> None:
         self._state.import_(read, order)
-        self._adam.steps = step
+        self._adam.steps.fill_(step)
         self._refresh()
 
     def gradient_probe(self) -> dict[str, tuple[float, float]]:
@@ -133,42 +124,11 @@ class SingleEngine:
 
         return keep
 
-    def _fp32_gradient(self, name: str, factor: float) -> torch.Tensor:
-        """The clipped gradient of `name`, which is dropped here; zeros if backward did not reach the tensor."""
-        grad = self._grads.pop(name, None)
-        if grad is None:
-            return torch.zeros_like(self._adam.masters[name])
-        return grad.float().mul_(factor) if factor < 1.0 else grad.float()
-
-    def _update_in_slices(self, name: str, factor: float, lr: float, weight_decay: float) -> None:
-        """Update one large tensor; an fp32 copy of its whole gradient would raise peak memory."""
-        grad = self._grads.pop(name, None)
-        if grad is None:
-            grad = torch.zeros_like(self._adam.masters[name])
-        buffer = torch.empty(self._update_elements, device=grad.device)
-        start = 0
-        for piece in grad.reshape(-1).split(self._update_elements):
-            fp32 = piece if piece.dtype == torch.float32 else buffer[: piece.numel()].copy_(piece)
-            if factor < 1.0:
-                fp32.mul_(factor)
-            self._adam.update_slice(name, start, fp32, lr, weight_decay)
-            start += piece.numel()
+    def _gradient(self, name: str) -> torch.Tensor:
+        """The gradient of `name`; zeros if backward did not reach the tensor."""
+        grad = self._grads.get(name)
+        return torch.zeros_like(self._adam.masters[name]) if grad is None else grad
 
     def _refresh(self) -> None:
-        for name, parameter in self._parameters.items():
-            master = self._adam.masters[name]
-            if parameter.data_ptr() != master.data_ptr():
-                parameter.data.copy_(master)
-
-
-def _portions(names: Sequence[str], parameters: Mapping[str, nn.Parameter], most: int) -> Iterator[list[str]]:
-    """`names` in runs of at most `most` elements; a larger tensor is a run of its own."""
-    portion: list[str] = []
-    elements = 0
-    for name in names:
-        if portion and elements + parameters[name].numel() > most:
-            yield portion
-            portion, elements = [], 0
-        portion.append(name)
-        elements += parameters[name].numel()
-    yield portion
+        for name, copy in (self._copies or {}).items():
+            copy.copy_(self._adam.masters[name])

@@ -10,7 +10,6 @@ exported from another thread while training continues.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +34,6 @@ from dist_cpt.training_state import (
     StateKind,
 )
 
-NORM_ELEMENTS = 1 << 16  # of one fp32 sum of squares
 TENSORS_PER_RANK = 4  # under way in all: tensors differ in size, and a rank with a large one must not hold up others
 WHOLE_TENSORS = 2  # under way at one rank: one arrives, or leaves, while another one is written or read
 
@@ -247,36 +245,6 @@ def _checked(read: ReadState, kind: StateKind, name: str, start: int, stop: int)
     return values.reshape(-1)
 
 
-def global_norm(grads: Iterable[torch.Tensor], device: torch.device, replicas: int = 1) -> float:
-    """Euclidean norm over all tensors of all ranks, where each is counted `replicas` times; the same on every rank."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for grad in grads:
-        total += _sum_of_squares(grad)
-    if world_size() > 1:
-        dist.all_reduce(total)
-    return math.sqrt(total.item() / replicas)  # host sync: whether the step is skipped depends on this value
-
-
-def probe(
-    grads: Mapping[str, torch.Tensor | None], device: torch.device, replicas: int = 1
-) -> dict[str, tuple[float, float]]:
-    """(norm, max abs) by name over all ranks; a NaN gives norm NaN and max infinity. Collective."""
-    nothing = torch.zeros(0, device=device)
-    local = [nothing if grad is None else grad for grad in grads.values()]
-    squares = torch.stack([_sum_of_squares(grad).to(device) for grad in local])
-    largest = torch.stack([_largest(grad).to(device) for grad in local])
-    if world_size() > 1:
-        dist.all_reduce(squares)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    norms = (squares / replicas).sqrt().tolist()
-    return {name: (norms[i], value) for i, (name, value) in enumerate(zip(grads, largest.tolist(), strict=True))}
-
-
-def clip_factor(norm: float, max_norm: float) -> float:
-    """The factor of every gradient. Source: torch.nn.utils.clip_grad_norm_, the same constant."""
-    return min(1.0, max_norm / (norm + 1e-6))
-
-
 def frozen_tensors(
     module: nn.Module,
     trained: Iterable[torch.Tensor],
@@ -300,21 +268,3 @@ def storage_bytes(**groups: Iterable[torch.Tensor]) -> dict[str, int]:
                 counted.add(storage.data_ptr())
                 totals[name] += storage.nbytes()
     return totals
-
-
-def _sum_of_squares(grad: torch.Tensor) -> torch.Tensor:
-    """fp64 [] over fp32 norms of slices: one fp32 sum over 2e6 elements on the CPU is 1e-4 too low. No host sync."""
-    flat = grad.detach().reshape(-1)
-    rows = flat.numel() // NORM_ELEMENTS
-    whole, rest = flat.split([rows * NORM_ELEMENTS, flat.numel() - rows * NORM_ELEMENTS])
-    # All slices in one call: on a GPU a launch for each would take longer than the sums.
-    norms = torch.linalg.vector_norm(whole.view(rows, NORM_ELEMENTS), dim=1, dtype=torch.float32)
-    last = torch.linalg.vector_norm(rest, dtype=torch.float32)
-    return torch.cat([norms, last[None]]).double().square().sum()
-
-
-def _largest(grad: torch.Tensor) -> torch.Tensor:
-    if grad.numel() == 0:
-        return torch.zeros((), dtype=torch.float32)
-    # MAX reductions may drop a NaN.
-    return grad.detach().abs().amax().float().nan_to_num(nan=math.inf, posinf=math.inf)

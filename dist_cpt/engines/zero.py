@@ -75,7 +75,7 @@ class ZeroEngine:
         self._ranges = {name: self._layout.range(parameter) for name, parameter in self._parameters.items()}
         masters = {n: self._flat_slice("master", n) for n, (start, stop) in self._ranges.items() if start < stop}
         # With 8-bit moments they are kept by name, and the flat buffers have no state of their own.
-        self._named = AdamW(masters, config.optim, eight_bit) if eight_bit else None
+        self._named = AdamW(masters, config.optim, eight_bit, config.model.kernels) if eight_bit else None
         self._create_moments(masters)
         self._state = SlicedState(
             {name: getattr(p, "ds_shape", p.shape) for name, p in self._parameters.items()},
@@ -120,7 +120,7 @@ class ZeroEngine:
     def import_state(self, read: ReadState, step: int, order: ReadingOrder | None = None) -> None:
         self._state.import_(read, order)
         if self._named is not None:
-            self._named.steps = step
+            self._named.steps.fill_(step)
         else:
             for flat in self._layout.flats:
                 self._adam.state[flat]["step"].fill_(float(step))

@@ -2,29 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
+from dist_cpt_kernels import adamw_, bias_corrections
+from dist_cpt_kernels.dispatch import available
+from dist_cpt_kernels.self_test import ALLOWED, self_test_adamw
 
 from dist_cpt.config.schema import OptimConfig
+from dist_cpt.errors import ConfigError
 from dist_cpt.optim.eight_bit import BLOCK, EightBit
 
-SLICE_ELEMENTS = 1 << 20  # of a tensor with 8-bit moments that are dequantised at one time
+SLICE_ELEMENTS = (
+    1 << 20
+)  # of the gradients that are in fp32, and of the 8-bit moments that are dequantised, at one time
 assert SLICE_ELEMENTS % BLOCK == 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Named gradients, fp32 or bf16, with the rate and the decay of their group."""
+
+    names: Sequence[str]
+    grads: Sequence[torch.Tensor]
+    lr: float
+    weight_decay: float
+
+
+class Clip(NamedTuple):
+    """What a step does to every gradient, decided on the device: fp32 [] each."""
+
+    factor: torch.Tensor
+    skip: torch.Tensor  # 1: the update is not applied
 
 
 class AdamW:
     """Named fp32 masters (flat or shaped, whole or one rank's part) with their moments and one step counter.
 
-    The counter is one integer for all tensors, as in every engine. `update` may be called for a few tensors at a time,
-    so that not every fp32 gradient is in memory at once. The moments of the tensors in `eight_bit` are stored in 8 bit
-    between updates; the arithmetic is the same.
+    The counter, fp32 [] on the device, is the same for all tensors, as in every engine. `update` may be called for a
+    few tensors at a time. The moments of the tensors in `eight_bit` are stored in 8 bit between updates; the arithmetic
+    is the same. On a GPU one kernel updates a whole part and refreshes its compute copies; elsewhere, and with 8-bit
+    moments, torch's fused AdamW runs over SLICE_ELEMENTS at a time.
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, algorithm 2, with bias correction.
     """
 
     def __init__(
-        self, masters: Mapping[str, torch.Tensor], optim: OptimConfig, eight_bit: Collection[str] = ()
+        self,
+        masters: Mapping[str, torch.Tensor],
+        optim: OptimConfig,
+        eight_bit: Collection[str] = (),
+        kernels: str = "auto",
     ) -> None:
         self.masters = dict(masters)
         plain = {name: tensor for name, tensor in masters.items() if name not in eight_bit}
@@ -38,9 +68,12 @@ class AdamW:
             for name in masters
             if name in eight_bit
         }
-        self.steps = 0
-        self._options = {"beta1": optim.betas[0], "beta2": optim.betas[1], "eps": optim.eps}
-        self._options |= {"amsgrad": False, "maximize": False}
+        device = next(iter(masters.values())).device if masters else torch.device("cpu")
+        self.steps = torch.zeros((), device=device)
+        self._betas, self._eps = optim.betas, optim.eps
+        self._use_kernel = kernels != "reference" and available(self.steps)
+        if device.type == "cuda" and self._use_kernel:
+            _require_right_kernel(device)
 
     def read(self, kind: str, name: str) -> torch.Tensor:
         """The flat fp32 values of `kind` master, exp_avg or exp_avg_sq; a view, or a copy of 8-bit moments."""
@@ -61,53 +94,125 @@ class AdamW:
         parts = [part for moment in packed for part in (moment.codes, moment.scales)]
         return [*self.exp_avg.values(), *self.exp_avg_sq.values(), *parts]
 
-    def update(self, names: Sequence[str], grads: Sequence[torch.Tensor], lr: float, weight_decay: float) -> None:
-        """Apply fp32 `grads` as part of update number `steps + 1`; the caller raises `steps` after the last part."""
-        given = dict(zip(names, grads, strict=True))
-        for name in names:
-            if name in self.eight_bit:
-                for number, piece in enumerate(given.pop(name).reshape(-1).split(SLICE_ELEMENTS)):
-                    self.update_slice(name, number * SLICE_ELEMENTS, piece, lr, weight_decay)
-        if given:
-            self._apply(
-                [self.masters[name] for name in given],
-                list(given.values()),
-                [self.exp_avg[name] for name in given],
-                [self.exp_avg_sq[name] for name in given],
-                lr,
-                weight_decay,
-            )
-
-    def update_slice(self, name: str, start: int, grad: torch.Tensor, lr: float, weight_decay: float) -> None:
-        """As `update`, for the elements of one flattened tensor from `start` that the flat fp32 `grad` covers.
-
-        With 8-bit moments `start` is a multiple of BLOCK, and so is the length unless the tensor ends there.
-        """
-        piece = slice(start, start + grad.numel())
-        master = self.masters[name].view(-1)[piece]
-        if name not in self.eight_bit:
-            exp_avg, exp_avg_sq = (kind[name].view(-1)[piece] for kind in (self.exp_avg, self.exp_avg_sq))
-            self._apply([master], [grad], [exp_avg], [exp_avg_sq], lr, weight_decay)
-            return
-        moments = self.eight_bit[name]
-        exp_avg, exp_avg_sq = (moments[kind].read(piece.start, piece.stop) for kind in ("exp_avg", "exp_avg_sq"))
-        self._apply([master], [grad], [exp_avg], [exp_avg_sq], lr, weight_decay)
-        moments["exp_avg"].write(exp_avg, start)
-        moments["exp_avg_sq"].write(exp_avg_sq, start)
-
-    def _apply(
-        self,
-        masters: list[torch.Tensor],
-        grads: list[torch.Tensor],
-        exp_avgs: list[torch.Tensor],
-        exp_avg_sqs: list[torch.Tensor],
-        lr: float,
-        weight_decay: float,
+    def update(
+        self, parts: Sequence[Part], clip: Clip | None = None, copies: Mapping[str, torch.Tensor] | None = None
     ) -> None:
-        step = torch.full((), float(self.steps + 1), dtype=torch.float32, device=grads[0].device)
-        steps = [step] * len(masters)
-        rates: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, **self._options}
-        torch._fused_adamw_(masters, grads, exp_avgs, exp_avg_sqs, [], steps, **rates)
+        """Apply `parts` as pieces of update number `steps + 1`, without a host sync; the caller then raises `steps`.
+
+        Gradients are clipped as `clip` says, fp32 ones in place. `copies`, by name and all of one dtype, receive the
+        new masters, rounded.
+        """
+        step = self.steps + 1
+        corrections = bias_corrections(step, self._betas)
+        stale: dict[str, torch.Tensor] = {}  # copies that the update itself does not write
+        for part in parts:
+            given = {name: grad for name, grad in zip(part.names, part.grads, strict=True) if grad.numel()}
+            whole = {n: g for n, g in given.items() if self._use_kernel and n not in self.eight_bit}
+            for dtype in {grad.dtype for grad in whole.values()}:
+                names = [name for name, grad in whole.items() if grad.dtype == dtype]
+                adamw_(
+                    [self.masters[name] for name in names],
+                    [whole[name].contiguous() for name in names],
+                    [self.exp_avg[name] for name in names],
+                    [self.exp_avg_sq[name] for name in names],
+                    corrections=corrections,
+                    lr=part.lr,
+                    betas=self._betas,
+                    eps=self._eps,
+                    weight_decay=part.weight_decay,
+                    grad_factor=None if clip is None else clip.factor,
+                    skip=None if clip is None else clip.skip,
+                    copies=None if copies is None else [copies[name] for name in names],
+                )
+            rest = {name: grad for name, grad in given.items() if name not in whole}
+            for pieces in self._portions(rest):
+                self._update_pieces(pieces, step, part, clip)
+            stale |= {name: copies[name] for name in rest} if copies is not None else {}
+        if stale:
+            torch._foreach_copy_(list(stale.values()), [self.masters[name] for name in stale])
+
+    def _portions(self, grads: Mapping[str, torch.Tensor]) -> Iterator[list[tuple[str, slice, torch.Tensor]]]:
+        """(name, elements, flat gradient) of pieces, SLICE_ELEMENTS at most together."""
+        portion: list[tuple[str, slice, torch.Tensor]] = []
+        num_elements = 0
+        for name, grad in grads.items():
+            start = 0
+            for piece in grad.reshape(-1).split(SLICE_ELEMENTS):
+                if portion and num_elements + piece.numel() > SLICE_ELEMENTS:
+                    yield portion
+                    portion, num_elements = [], 0
+                portion.append((name, slice(start, start + piece.numel()), piece))
+                start, num_elements = start + piece.numel(), num_elements + piece.numel()
+        if portion:
+            yield portion
+
+    def _update_pieces(
+        self, pieces: Sequence[tuple[str, slice, torch.Tensor]], step: torch.Tensor, part: Part, clip: Clip | None
+    ) -> None:
+        """torch's fused AdamW over pieces of flattened tensors; of one with 8-bit moments a piece is whole blocks."""
+        grads = _in_fp32([grad for _, _, grad in pieces])
+        if clip is not None:
+            torch._foreach_mul_(grads, clip.factor)
+        exp_avgs, exp_avg_sqs = (
+            [
+                self.eight_bit[name][kind].read(where.start, where.stop)
+                if name in self.eight_bit
+                else self.read(kind, name)[where]
+                for name, where, _ in pieces
+            ]
+            for kind in ("exp_avg", "exp_avg_sq")
+        )
+        options: dict[str, Any] = {"lr": part.lr, "weight_decay": part.weight_decay, "eps": self._eps}
+        options |= {"beta1": self._betas[0], "beta2": self._betas[1], "amsgrad": False, "maximize": False}
+        torch._fused_adamw_(
+            [self.masters[name].view(-1)[where] for name, where, _ in pieces],
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            [step] * len(pieces),
+            found_inf=None if clip is None else clip.skip,
+            **options,
+        )
+        for (name, where, _), exp_avg, exp_avg_sq in zip(pieces, exp_avgs, exp_avg_sqs, strict=True):
+            if name in self.eight_bit:
+                self.eight_bit[name]["exp_avg"].write(exp_avg, where.start)
+                self.eight_bit[name]["exp_avg_sq"].write(exp_avg_sq, where.start)
+
+
+@cache
+def _require_right_kernel(device: torch.device) -> None:
+    """Compare the kernel on this device with its specification, once.
+
+    Raises:
+        ConfigError: it does not run there, or differs by more than rounding.
+    """
+    try:
+        error = self_test_adamw(device)
+    except Exception as failure:  # Triton, its compiler and the driver raise errors of their own
+        raise ConfigError(
+            f"model.kernels: the update fails on {device}: {type(failure).__name__}: {failure}",
+            remedy="use model.kernels: reference",
+        ) from failure
+    if not error <= ALLOWED[torch.float32]:
+        raise ConfigError(
+            f"model.kernels: on {device} the relative error of the update is {error:.1e}, allowed "
+            f"{ALLOWED[torch.float32]:.0e}",
+            remedy="use model.kernels: reference",
+        )
+
+
+def _in_fp32(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Flat gradients in fp32: those that are, and copies of the others in one buffer."""
+    narrow = [index for index, grad in enumerate(grads) if grad.dtype != torch.float32]
+    whole = list(grads)
+    if narrow:
+        sizes = [grads[index].numel() for index in narrow]
+        buffers = torch.empty(sum(sizes), device=grads[0].device).split(sizes)
+        torch._foreach_copy_(list(buffers), [grads[index] for index in narrow])
+        for index, buffer in zip(narrow, buffers, strict=True):
+            whole[index] = buffer
+    return whole
 
 
 class FlatAdamW(torch.optim.Optimizer):
@@ -125,10 +230,15 @@ class FlatAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Apply the gradients of the flat buffers that are in the groups now."""
+        if not self.parts:
+            return
+        assert self.adam is not None
+        updated = []
         for group in self.param_groups:
+            grads: dict[str, torch.Tensor] = {}
             for flat in group["params"]:
                 for name, offset, number in self.parts.get(id(flat), ()):
-                    assert self.adam is not None
                     assert flat.grad is not None, f"no gradient for {name}"
-                    grad = flat.grad.view(-1).narrow(0, offset, number)
-                    self.adam.update([name], [grad], group["lr"], group["weight_decay"])
+                    grads[name] = flat.grad.view(-1).narrow(0, offset, number)
+            updated.append(Part(list(grads), list(grads.values()), group["lr"], group["weight_decay"]))
+        self.adam.update(updated)

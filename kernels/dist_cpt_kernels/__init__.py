@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dist_cpt_kernels.adamw import adamw_, clip, sum_of_squares
+from dist_cpt_kernels.adamw import adamw_, bias_corrections, clip, sum_of_squares
 from dist_cpt_kernels.cross_entropy import cross_entropy
 from dist_cpt_kernels.embedding import embedding, embedding_gradient
 from dist_cpt_kernels.gated import gated, gated_gradients
@@ -19,6 +19,7 @@ __all__ = [
     "Projection",
     "adamw_",
     "add_rms_norm",
+    "bias_corrections",
     "clip",
     "cross_entropy",
     "dequantize_nf4",

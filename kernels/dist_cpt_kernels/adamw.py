@@ -30,7 +30,7 @@ def adamw_(
     exp_avgs: Sequence[torch.Tensor],
     exp_avg_sqs: Sequence[torch.Tensor],
     *,
-    step: int | torch.Tensor,
+    corrections: tuple[float, float] | tuple[torch.Tensor, torch.Tensor],
     lr: float,
     betas: tuple[float, float],
     eps: float,
@@ -41,10 +41,9 @@ def adamw_(
 ) -> None:
     """One AdamW update in place of fp32 `params` and moments; `grads` are all fp32 or all bf16.
 
-    `step` counts updates from 1, on the host or as one element on the device. Gradients are multiplied by
-    `grad_factor` (one fp32 element on the device). If `skip` (one element on the device) is not zero, nothing is
-    written; the caller then increments a `step` on the device by `1 - skip`. `copies`, all of one dtype, receive the
-    new params, rounded. All tensors are contiguous.
+    `corrections` are `bias_corrections` of this update's number. Gradients are multiplied by `grad_factor` (one fp32
+    element on the device). If `skip` (one element on the device) is not zero, nothing is written. `copies`, all of one
+    dtype, receive the new params, rounded. All tensors are contiguous.
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, algorithm 2, with bias correction.
 
     Raises:
@@ -54,7 +53,10 @@ def adamw_(
     if not lists[0]:
         return
     _check(lists)
-    step_size, denominator = _corrections(step, lr, betas)
+    step_size, denominator = lr / corrections[0], corrections[1]
+    on_device = isinstance(step_size, torch.Tensor)
+    if on_device:
+        step_size = step_size.float()
     if not available(lists[0][0]):
         reference.adamw_(
             *lists[:4],
@@ -68,7 +70,6 @@ def adamw_(
             skip=skip,
         )
         return
-    on_device = isinstance(step_size, torch.Tensor)
     launch = _Launch(lists)
     if launch.num_pieces:
         adamw_kernel[(launch.num_pieces,)](
@@ -131,23 +132,26 @@ def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def clip(sum_of_squares: torch.Tensor, max_norm: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(norm fp32 [], factor fp32 [], skip int32 []) of the global `sum_of_squares`, all on its device.
+    """(norm, factor, skip), fp32 [] each, of the global `sum_of_squares`, all on its device.
 
     factor = min(1, max_norm / (norm + 1e-6)), 1 without a limit; skip is 1 if the norm is not finite.
     """
     norm = sum_of_squares.sqrt()
     factor = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp_max(1.0)
-    return norm.float(), factor.float(), (~norm.isfinite()).int()
+    return norm.float(), factor.float(), (~norm.isfinite()).float()
 
 
-def _corrections(
-    step: int | torch.Tensor, lr: float, betas: tuple[float, float]
+def bias_corrections(
+    step: int | torch.Tensor, betas: tuple[float, float]
 ) -> tuple[float, float] | tuple[torch.Tensor, torch.Tensor]:
-    """(lr / (1 - beta1^step), sqrt(1 - beta2^step)), computed in fp64 on the device of `step`."""
+    """(1 - beta1^step, sqrt(1 - beta2^step)) of update number `step`, from 1.
+
+    Floats for an int; for one element on a device fp64 [] and fp32 [] there, both computed in fp64.
+    """
     if isinstance(step, torch.Tensor):
         exponent = step.reshape(()).double()
-        return (lr / (1 - betas[0] ** exponent)).float(), (1 - betas[1] ** exponent).sqrt().float()
-    return lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5
+        return 1 - betas[0] ** exponent, (1 - betas[1] ** exponent).sqrt().float()
+    return 1 - betas[0] ** step, (1 - betas[1] ** step) ** 0.5
 
 
 def _check(lists: list[list[torch.Tensor]]) -> None:

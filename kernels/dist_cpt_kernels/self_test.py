@@ -5,6 +5,7 @@ T tokens, D model, F ffn, H heads, K kv heads, N head dim.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from dist_cpt_kernels import reference
+from dist_cpt_kernels.adamw import adamw_, bias_corrections
 from dist_cpt_kernels.embedding import embedding
 from dist_cpt_kernels.gated import ACTIVATIONS, gated
 from dist_cpt_kernels.linear_cross_entropy import linear_cross_entropy
@@ -71,6 +73,29 @@ def self_test(
         settings = {"activation": activation}
         cases[f"gated {activation}"] = (partial(gated, **settings), partial(reference.gated, **settings), (gate, up))
     return {name: _error(*case) for name, case in cases.items()}
+
+
+def self_test_adamw(device: torch.device) -> float:
+    """The relative error of one clipped AdamW update and of its bf16 copies: masters, moments; fp32.
+
+    Compared with the specification in fp64 on the same inputs; expected below `ALLOWED[torch.float32]`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sizes = (1, 1031, 40000)
+    scales = (0.02, 1e-3, 1e-4, 1e-4)  # master, gradient, moments
+    lists = [[(torch.randn(size, generator=generator) * scale).to(device) for size in sizes] for scale in scales]
+    lists[3] = [values.square() for values in lists[3]]
+    exact = [[values.double() for values in values_] for values_ in lists]
+    factor, skip = torch.tensor(0.3, device=device), torch.zeros((), device=device)
+    options: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "grad_factor": factor, "skip": skip}
+    copies = [torch.empty_like(values, dtype=torch.bfloat16) for values in lists[0]]
+    corrections = bias_corrections(torch.tensor(3.0, device=device), options["betas"])
+    adamw_(*lists, corrections=corrections, lr=1e-3, weight_decay=0.1, copies=copies, **options)
+    bias, denominator = bias_corrections(3, options["betas"])
+    reference.adamw_(*exact, step_size=1e-3 / bias, denominator=denominator, decay=1 - 1e-4, **options)
+    pairs = [(ours, spec) for i in (0, 2, 3) for ours, spec in zip(lists[i], exact[i], strict=True)]
+    rounded_right = all(bool(torch.equal(a, b.bfloat16())) for a, b in zip(copies, lists[0], strict=True))
+    return max(_relative(ours, spec) for ours, spec in pairs) if rounded_right else math.inf
 
 
 def _error(function: Function, spec: Function, inputs: Sequence[torch.Tensor]) -> float:

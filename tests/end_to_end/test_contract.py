@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -47,9 +48,13 @@ def test_a_tensor_that_does_not_move_is_named(made, tmp_path, monkeypatch, capfd
 
     update = AdamW.update
 
-    def without_embeddings(self, names, grads, lr, weight_decay):
-        pairs = [(n, g) for n, g in zip(names, grads, strict=True) if not n.endswith("embed_tokens.weight")]
-        update(self, [n for n, _ in pairs], [g for _, g in pairs], lr, weight_decay)
+    def without_embeddings(self, parts, clip, copies):
+        for part in parts:
+            pairs = [
+                (n, g) for n, g in zip(part.names, part.grads, strict=True) if not n.endswith("embed_tokens.weight")
+            ]
+            kept = replace(part, names=[name for name, _ in pairs], grads=[grad for _, grad in pairs])
+            update(self, [kept], clip, copies)
 
     monkeypatch.setattr(AdamW, "update", without_embeddings)
     check = broken(tiny.recipe(*made, tmp_path), tmp_path / "tiny", capfd)

@@ -17,8 +17,7 @@ SIZES = (1, 507, 16384, 1_000_003)
 def test_update_beside_torchs_fused_adamw(step):
     assert not dispatch.INTERPRETED, "run with TRITON_INTERPRET=0"
     params, grads, exp_avgs, exp_avg_sqs = case.state(SIZES, device="cuda")
-    hyper = {key: case.HYPER[key] for key in ("lr", "eps", "weight_decay")}
-    betas = case.HYPER["betas"]
+    hyper, betas = case.HYPER, case.HYPER["betas"]
     torchs, truth, actual = (
         [[tensor.to(dtype, copy=True) for tensor in tensors] for tensors in (params, exp_avgs, exp_avg_sqs)]
         for dtype in (torch.float32, torch.float64, torch.float32)
@@ -31,7 +30,7 @@ def test_update_beside_torchs_fused_adamw(step):
         eps=hyper["eps"],
     )  # fmt: skip
     copies = [torch.empty_like(param, dtype=torch.bfloat16) for param in params]
-    adamw_(actual[0], grads, actual[1], actual[2], step=number, betas=betas, copies=copies, **hyper)
+    adamw_(actual[0], grads, actual[1], actual[2], copies=copies, **case.update(number))
     for ours, theirs, exact in zip(actual, torchs, truth, strict=True):
         assert_right(ours, theirs, exact)
     assert all(torch.equal(copy, param.bfloat16()) for copy, param in zip(copies, actual[0], strict=True))
@@ -43,15 +42,14 @@ def test_clip_and_skip_without_a_host_sync():
         torch.cuda.set_sync_debug_mode("error" if attempt else "default")
         try:
             _, factor, skip = clip(sum_of_squares([*grads, grads[2].bfloat16()]), 1.0)
-            adamw_(params, grads, exp_avgs, exp_avg_sqs, step=1, lr=1e-3, betas=(0.9, 0.95), eps=1e-8,
-                   weight_decay=0.1, grad_factor=factor, skip=skip)  # fmt: skip
+            step = torch.ones((), device="cuda")
+            adamw_(params, grads, exp_avgs, exp_avg_sqs, grad_factor=factor, skip=skip, **case.update(step))
         finally:
             torch.cuda.set_sync_debug_mode("default")
     before = [param.clone() for param in params]
     grads[3][77] = float("nan")
     _, factor, skip = clip(sum_of_squares(grads), 1.0)
-    adamw_(params, grads, exp_avgs, exp_avg_sqs, step=2, lr=1e-3, betas=(0.9, 0.95), eps=1e-8,
-           weight_decay=0.1, grad_factor=factor, skip=skip)  # fmt: skip
+    adamw_(params, grads, exp_avgs, exp_avg_sqs, grad_factor=factor, skip=skip, **case.update(2))
     assert all(map(torch.equal, params, before))
 
 
@@ -67,7 +65,7 @@ def test_views_that_are_not_aligned():
         [[torch.ones(n + 3, device="cuda")[offset : offset + n] for n in SIZES] for _ in range(4)] for offset in (3, 0)
     )
     for lists in (shifted, straight):
-        adamw_(*lists, step=1, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        adamw_(*lists, **case.update(1))
     assert all(torch.equal(*pair) for pair in zip(shifted[0], straight[0], strict=True))
     # in another order: how many neighbours a thread reads depends on the alignment
     torch.testing.assert_close(sum_of_squares(shifted[0]), sum_of_squares(straight[0]), rtol=1e-6, atol=0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from dist_cpt_kernels.adamw import PIECE
+from dist_cpt_kernels.adamw import PIECE, bias_corrections
 
 SIZES = (1, 123, PIECE, PIECE + 507, 0)
 HYPER = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -17,6 +17,11 @@ def state(sizes=SIZES, first=False, device="cpu"):
     exp_avgs = [torch.randn(n, generator=generator) * (0.0 if first else 1e-4) for n in sizes]
     exp_avg_sqs = [torch.rand(n, generator=generator) * (0.0 if first else 1e-6) for n in sizes]
     return [[tensor.to(device) for tensor in tensors] for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
+
+
+def update(step):
+    """The options of update number `step`."""
+    return {"corrections": bias_corrections(step, HYPER["betas"]), **HYPER}
 
 
 def torch_fused(params, grads, exp_avgs, exp_avg_sqs, step, hyper):

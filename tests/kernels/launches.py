@@ -182,7 +182,8 @@ def _adamw(grad: torch.dtype, on_device: bool) -> None:
     params, exp_avgs, exp_avg_sqs = ([torch.zeros(4096)] for _ in range(3))
     grads, copies = [torch.zeros(4096, dtype=grad)], [torch.zeros(4096, dtype=BF16)]
     _, factor, skip = kernels.clip(kernels.sum_of_squares(grads), 1.0)
-    step = torch.ones(()) if on_device else 1
+    corrections = kernels.bias_corrections(torch.ones(()) if on_device else 1, (0.9, 0.95))
+    options: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    options |= {"corrections": corrections, "grad_factor": factor, "skip": skip}
     for copied in (None, copies):
-        kernels.adamw_(params, grads, exp_avgs, exp_avg_sqs, step=step, lr=1e-4, betas=(0.9, 0.95), eps=1e-8,
-                       weight_decay=0.1, grad_factor=factor, skip=skip, copies=copied)  # fmt: skip
+        kernels.adamw_(params, grads, exp_avgs, exp_avg_sqs, copies=copied, **options)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dist_cpt_kernels import adamw_, clip, dispatch, reference, sum_of_squares
+from dist_cpt_kernels import adamw_, bias_corrections, clip, dispatch, reference, self_test, sum_of_squares
 from dist_cpt_kernels.adamw import PIECE, _Launch
+from dist_cpt_kernels.self_test import ALLOWED, self_test_adamw
 
 from tests.kernel_inputs import adamw as case
 
@@ -23,7 +24,7 @@ def test_bits_are_those_of_torchs_fused_adamw(step, weight_decay, on_device):
     expected = [_clone(params), _clone(exp_avgs), _clone(exp_avg_sqs)]
     case.torch_fused(expected[0], grads, expected[1], expected[2], step, hyper)
     number = torch.tensor(float(step)) if on_device else step
-    adamw_(params, grads, exp_avgs, exp_avg_sqs, step=number, **hyper)
+    adamw_(params, grads, exp_avgs, exp_avg_sqs, corrections=bias_corrections(number, hyper["betas"]), **hyper)
     for actual, wanted in zip((params, exp_avgs, exp_avg_sqs), expected, strict=True):
         for ours, theirs in zip(actual, wanted, strict=True):
             whole = len(ours) // 64 * 64
@@ -40,8 +41,8 @@ def test_clip_factor_copies_and_bf16_gradients(monkeypatch, interpreted):
     copies = [torch.empty(n, dtype=torch.bfloat16) for n in (507, 64)]
     factor = torch.tensor(0.3)
     expected = [_clone(params), _clone(exp_avgs), _clone(exp_avg_sqs)]
-    adamw_(expected[0], [grad.float() * factor for grad in narrow], expected[1], expected[2], step=3, **case.HYPER)
-    adamw_(params, narrow, exp_avgs, exp_avg_sqs, step=3, **case.HYPER, grad_factor=factor, copies=copies)
+    adamw_(expected[0], [grad.float() * factor for grad in narrow], expected[1], expected[2], **case.update(3))
+    adamw_(params, narrow, exp_avgs, exp_avg_sqs, **case.update(3), grad_factor=factor, copies=copies)
     for actual, wanted in zip((params, exp_avgs, exp_avg_sqs), expected, strict=True):
         assert all(map(torch.equal, actual, wanted))
     assert all(torch.equal(copy, param.bfloat16()) for copy, param in zip(copies, params, strict=True))
@@ -59,13 +60,13 @@ def test_a_step_that_is_not_finite_moves_nothing(monkeypatch, interpreted, bad):
     norm, factor, skip = clip(sum_of_squares(grads), 1.0)
     assert not norm.isfinite()
     assert int(skip) == 1
-    adamw_(*state, step=3, **case.HYPER, grad_factor=factor, skip=skip, copies=copies)
+    adamw_(*state, **case.update(3), grad_factor=factor, skip=skip, copies=copies)
     for actual, wanted in zip((params, exp_avgs, exp_avg_sqs), before, strict=True):
         assert all(map(torch.equal, actual, wanted))
     assert all(bool((copy == 7.0).all()) for copy in copies)
     grads[0][300] = 0.0
     _, factor, skip = clip(sum_of_squares(grads), 1.0)
-    adamw_(*state, step=3, **case.HYPER, grad_factor=factor, skip=skip, copies=copies)
+    adamw_(*state, **case.update(3), grad_factor=factor, skip=skip, copies=copies)
     assert not any(map(torch.equal, params, before[0]))
 
 
@@ -76,9 +77,9 @@ def test_views_that_are_not_aligned():
     params, grads, exp_avgs, exp_avg_sqs = case.state((PIECE + 300, 100))
     expected = _clone(params)
     adamw_([p[3:] for p in expected], [g[3:] for g in grads], _clone([m[3:] for m in exp_avgs]),
-           _clone([v[3:] for v in exp_avg_sqs]), step=2, **case.HYPER)  # fmt: skip
+           _clone([v[3:] for v in exp_avg_sqs]), **case.update(2))  # fmt: skip
     aligned = [_clone([t[3:] for t in tensors]) for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
-    adamw_(*aligned, step=2, **case.HYPER)
+    adamw_(*aligned, **case.update(2))
     for whole, part, old in zip(expected, aligned[0], params, strict=True):
         assert torch.equal(whole[3:], part)
         assert torch.equal(whole[:3], old[:3])
@@ -110,7 +111,7 @@ def test_clip_is_torchs():
 
 def test_wrong_arguments_are_named():
     params, grads, exp_avgs, exp_avg_sqs = case.state((5, 6))
-    adamw_([], [], [], [], step=1, **case.HYPER)
+    adamw_([], [], [], [], **case.update(1))
     for match, lists in (
         ("grads: ", (params, grads[:1], exp_avgs, exp_avg_sqs)),
         ("exp_avgs: .*dtype", (params, grads, [m.bfloat16() for m in exp_avgs], exp_avg_sqs)),
@@ -118,6 +119,15 @@ def test_wrong_arguments_are_named():
         ("params: .*contiguous", ([torch.ones(5, 2)[:, 0], params[1]], grads, exp_avgs, exp_avg_sqs)),
     ):
         with pytest.raises(ValueError, match=match):
-            adamw_(*lists, step=1, **case.HYPER)
+            adamw_(*lists, **case.update(1))
     with pytest.raises(ValueError, match="tensors: "):
         sum_of_squares([])
+
+
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_the_check_of_a_device_passes_and_finds_a_wrong_update(monkeypatch, interpreted):
+    monkeypatch.setattr(dispatch, "interpret_cpu_tensors", interpreted)
+    assert self_test_adamw(torch.device("cpu")) <= ALLOWED[torch.float32]
+    right = self_test.adamw_
+    monkeypatch.setattr(self_test, "adamw_", lambda *lists, lr, **options: right(*lists, lr=1.001 * lr, **options))
+    assert self_test_adamw(torch.device("cpu")) > ALLOWED[torch.float32]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_cpt.engines import single
-from dist_cpt.engines.slices import global_norm
+from dist_cpt.engines.gradients import norm_and_clip
 from dist_cpt.runtime.stop import StopRequest
 from tests import tiny
 from tests.whole_run import rows, train
@@ -17,7 +16,8 @@ def test_the_norm_of_a_large_tensor_is_right_to_fp32(numel):
     """5e6 elements in one fp32 sum on the CPU read 1e-4 low; the rounding of 2**16 terms stays below 1e-5."""
     grad = torch.randn(numel, generator=torch.Generator().manual_seed(0)) + 1.0
     exact = float(grad.double().norm())
-    assert global_norm([grad], torch.device("cpu")) == pytest.approx(exact, rel=1e-5)
+    norm, _ = norm_and_clip([grad], torch.device("cpu"), 1.0)
+    assert float(norm) == pytest.approx(exact, rel=1e-5)
 
 
 def test_updating_in_slices_changes_no_bit(tmp_path, monkeypatch):
@@ -26,7 +26,7 @@ def test_updating_in_slices_changes_no_bit(tmp_path, monkeypatch):
     base = tiny.write_base(tmp_path / "base", tiny.write_tokenizer(tmp_path / "tokenizer", corpus))
     optim = {"lr": 1e-2, "embedding_lr": 1e-3, "max_grad_norm": 0.5}
     assert train(tiny.recipe(base, corpus, tmp_path / "whole", optim=optim), StopRequest()) == 0
-    monkeypatch.setitem(single.UPDATE_ELEMENTS, "cpu", 1 << 13)
+    monkeypatch.setattr("dist_cpt.optim.optimizer.SLICE_ELEMENTS", 1 << 13)
     assert train(tiny.recipe(base, corpus, tmp_path / "slices", optim=optim), StopRequest()) == 0
     losses = [[row["loss"] for row in rows(tmp_path / how / "tiny/metrics.jsonl")] for how in ("whole", "slices")]
     assert losses[0] == losses[1]

@@ -7,7 +7,7 @@ import torch
 
 from dist_cpt.config.schema import OptimConfig
 from dist_cpt.optim.eight_bit import BLOCK, SMALLEST_SCALE, EightBit, dynamic_map, half_step, within_half_step
-from dist_cpt.optim.optimizer import SLICE_ELEMENTS, AdamW
+from dist_cpt.optim.optimizer import SLICE_ELEMENTS, AdamW, Clip, Part
 
 SIGNED = pytest.mark.parametrize("signed", [True, False])
 
@@ -79,7 +79,7 @@ def test_no_element_moves_by_many_learning_rates(every: int) -> None:
     for step in range(60):
         before = master.clone()
         grad = torch.randn(16 * BLOCK, generator=generator) * sizes * (step % every == 0)
-        adam.update(["w"], [grad], 1.0, 0.0)
+        adam.update([Part(["w"], [grad], 1.0, 0.0)])
         adam.steps += 1
         assert float((master - before).abs().max()) < 2.0, step
 
@@ -126,19 +126,32 @@ def test_the_bound_at_an_element_is_that_of_the_largest_within_255(number: int, 
         assert within_half_step("exp_avg_sq", restored, saved) == (abs(at - place) < BLOCK), at
 
 
-def test_slices_of_an_update_are_the_whole_update() -> None:
+def test_slices_of_an_update_are_the_whole_update(monkeypatch: pytest.MonkeyPatch) -> None:
     number = SLICE_ELEMENTS + 3 * BLOCK + 5
     masters = {"w": torch.randn(number)}
     grad = torch.randn(number)
     whole, sliced = (AdamW({"w": masters["w"].clone()}, OptimConfig(), ["w"]) for _ in range(2))
-    for step in range(2):
-        whole.update(["w"], [grad], 1e-2, 0.1)
-        for start in range(0, number, 4 * BLOCK):
-            sliced.update_slice("w", start, grad[start : start + 4 * BLOCK], 1e-2, 0.1)
-        whole.steps = sliced.steps = step + 1
+    for adam, elements in ((whole, SLICE_ELEMENTS), (sliced, 4 * BLOCK)):
+        monkeypatch.setattr("dist_cpt.optim.optimizer.SLICE_ELEMENTS", elements)
+        for _ in range(2):
+            adam.update([Part(["w"], [grad], 1e-2, 0.1)])
+            adam.steps += 1
     assert torch.equal(whole.masters["w"], sliced.masters["w"])
     for kind in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(whole.read(kind, "w"), sliced.read(kind, "w"))
+
+
+@pytest.mark.parametrize("eight_bit", [(), ("w",)])
+def test_a_skipped_update_changes_no_bit(eight_bit: tuple[str, ...]) -> None:
+    adam = AdamW({"w": torch.randn(3 * BLOCK + 5)}, OptimConfig(), eight_bit)
+    adam.update([Part(["w"], [torch.randn(3 * BLOCK + 5)], 1e-2, 0.1)])
+    adam.steps += 1
+    before = {kind: adam.read(kind, "w").clone() for kind in ("master", "exp_avg", "exp_avg_sq")}
+    bad = torch.full((3 * BLOCK + 5,), float("nan"))
+    copies = {"w": torch.zeros(3 * BLOCK + 5, dtype=torch.bfloat16)}
+    adam.update([Part(["w"], [bad], 1e-2, 0.1)], Clip(torch.tensor(float("nan")), torch.ones(())), copies)
+    assert all(torch.equal(adam.read(kind, "w"), values) for kind, values in before.items())
+    assert torch.equal(copies["w"], before["master"].bfloat16())
 
 
 def test_two_bytes_and_the_scales_per_element() -> None:

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -305,11 +306,19 @@ def test_a_run_folder_that_cannot_be_read_is_left_to_the_next_start(fake, monkey
 
 def test_ranks_that_the_supervisor_kills_strike_no_node(fake, monkeypatch):
     monkeypatch.setattr(supervise, "LAST_SECONDS", 3600.0)  # the limit is here
+    ready = fake.folder / "ready"
     fake.script(
         "srun",
-        "trap '' USR1; trap 'echo \"srun: error: n2: task 1: Killed\" >&2; exit 137' TERM\nwhile :; do sleep 0.1; done",
+        "trap '' USR1; trap 'echo \"srun: error: n2: task 1: Killed\" >&2; exit 137' TERM\n"
+        f"touch {ready}\nwhile :; do sleep 0.1; done",
     )
-    threading.Timer(0.6, lambda: setattr(fake.signals, "near_limit", True)).start()
+
+    def the_limit_comes() -> None:
+        while not ready.exists():
+            time.sleep(0.05)
+        fake.signals.near_limit = True
+
+    threading.Thread(target=the_limit_comes, daemon=True).start()
     assert fake.supervise() == 75
     (ended,) = fake.rows("end")
     assert (ended["action"], ended["code"], ended["first_failure"]) == ("requeue", 137, None)

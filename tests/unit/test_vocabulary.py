@@ -26,7 +26,7 @@ from dist_cpt.data.tokenizer import load_new_vocabulary, load_tokenizer
 from dist_cpt.data.tokenizer_extend import extend_tokenizer
 from dist_cpt.errors import ConfigError, DataError
 from dist_cpt.optim.groups import ParamGroup, param_groups
-from dist_cpt.optim.optimizer import AdamW
+from dist_cpt.optim.optimizer import AdamW, Part
 from dist_cpt.optim.schedule import fraction, learning_rates
 from tests import tiny
 
@@ -163,7 +163,7 @@ def test_old_rows_get_no_gradient_and_do_not_move(tied):
     grad = model.head.weight.grad
     assert grad is not None
     for _ in range(3):
-        adam.update(["head"], [grad], 0.1, 0.0)
+        adam.update([Part(["head"], [grad], 0.1, 0.0)])
         adam.steps += 1
     assert torch.equal(weights["head"][:5], before[:5])
     assert not torch.equal(weights["head"][5:], before[5:])
