@@ -126,8 +126,18 @@ def replay(
 
 
 @app.command(rich_help_panel=RUN)
-def train(recipe: Recipe, set_: Overrides = None, accept: Accept = None) -> None:
+def train(
+    recipe: Recipe,
+    set_: Overrides = None,
+    accept: Accept = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plot the learning rates by group, and stop.")] = False,
+) -> None:
     """Train as one process: alone, or as one rank under torchrun, srun, accelerate or deepspeed launch."""
+    if dry_run:
+        from dist_cpt.optim.rate_plot import rate_plot
+
+        print(*rate_plot(_load(recipe, _overrides(set_, accept))), sep="\n")
+        return
     from dist_cpt.runtime.stop import StopRequest, stop_with_parent
 
     stop = StopRequest().install()  # before torch is loaded: a signal during imports already counts
@@ -198,6 +208,31 @@ def resume(
         raise ConfigError(f"--set names {folder}, not {run}", remedy="leave out --set name and --set output_dir")
     options = LaunchOptions(**vars(options))
     raise typer.Exit(launch_recipes([recipe], overrides, options, on=on, dry_run=dry_run))
+
+
+@app.command(rich_help_panel=RUN)
+def branch(
+    run: Run,
+    at: Annotated[int, typer.Option("--at", min=0, metavar="STEP", help="The step of one of its checkpoints.")],
+    name: Annotated[str, typer.Option("--name", help="The new run's name; its folder is beside the run's.")],
+    set_: Overrides = None,
+) -> None:
+    """Make a new run that continues from a checkpoint of another, which may be training; a resume trains it."""
+    from dist_cpt.train.branch import branch as make_branch
+    from dist_cpt.train.branch import branch_lines
+
+    print(*branch_lines(make_branch(_run_folder(run), at, name, set_ or ())), sep="\n")
+
+
+@app.command(rich_help_panel=RUN)
+def extend(
+    run: Run,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="The new total, counted as train.tokens.")],
+) -> None:
+    """Let a run go on to more tokens; a resume trains them."""
+    from dist_cpt.train.extend import extend as extend_run
+
+    print(*extend_run(_run_folder(run), tokens).lines(), sep="\n")
 
 
 @app.command(rich_help_panel=LOOK)

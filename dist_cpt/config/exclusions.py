@@ -159,8 +159,8 @@ def _half_a_pair(config: Recipe) -> bool:
 
 
 def num_steps(config: Recipe) -> int:
-    """Optimizer steps of the whole run."""
-    return -(-config.train.tokens // config.batch.global_tokens)
+    """Optimizer steps of the whole run; 0 while its length is not known."""
+    return -(-(config.train.tokens or 0) // config.batch.global_tokens)
 
 
 def _shapes(config: Recipe) -> tuple[Any, ...]:
@@ -370,7 +370,7 @@ EXCLUSIONS = (
                      "train.tokens"), _longer_than_the_run),),
               "the run ends within them", "use fewer steps, or more tokens"),
     Exclusion((when("`schedule.start_step` at or after the last step", ("schedule.start_step", "train.tokens"),
-                    lambda config: config.schedule.start_step >= num_steps(config)),),
+                    lambda config: 0 < num_steps(config) <= config.schedule.start_step),),
               "the schedule would never begin", "use more tokens"),
     # engines, checkpoints, health
     Exclusion((given("engine.stage"), is_not("engine.kind", "zero")),

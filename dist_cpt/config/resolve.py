@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,11 @@ def differences(old: RunConfig, new: RunConfig) -> dict[str, str]:
     }
 
 
-def require_same_recipe(recorded: RunConfig, config: RunConfig, where: str) -> dict[str, str]:
-    """The changes against the recorded recipe that `accept_changes` names, as `differences` gives them.
+def require_same_recipe(
+    recorded: RunConfig, config: RunConfig, where: str, agreed: Collection[tuple[str, str]] = ()
+) -> dict[str, str]:
+    """The changes against the recorded recipe, as `differences` gives them: those that `accept_changes` names, and
+    those that a branch or an extension of the run has `agreed` to.
 
     Raises:
         ConfigError: other changes; `where` is what has the recorded recipe.
@@ -124,7 +127,7 @@ def require_same_recipe(recorded: RunConfig, config: RunConfig, where: str) -> d
     changed = differences(recorded, config)
     accepted = {key for key in changed if any(is_below(key, name) for name in config.accept_changes)}
     accepted = {key for key in accepted if how_may_change(key) == "accepted"}
-    refused = {key: text for key, text in changed.items() if key not in accepted}
+    refused = {key: text for key, text in changed.items() if key not in accepted and (key, text) not in agreed}
     if refused:
         listed = "; ".join(f"{key}: {text}" for key, text in list(refused.items())[:_SHOWN_DIFFERENCES])
         more = f" and {len(refused) - _SHOWN_DIFFERENCES} more" if len(refused) > _SHOWN_DIFFERENCES else ""
@@ -132,6 +135,8 @@ def require_same_recipe(recorded: RunConfig, config: RunConfig, where: str) -> d
         if all(how_may_change(key) == "accepted" for key in refused):
             keys = dict.fromkeys(re.sub(r"\.\d+(\.|$).*", "", key) for key in changed)
             remedy += f", or resume with --accept-changes {','.join(keys)}"
+        elif all(how_may_change(key) in ("accepted", "branched") for key in refused):
+            remedy += ", or make a branch (dist-cpt branch)"
         raise ConfigError(f"{where} has a run of another recipe ({listed}{more})", remedy=remedy)
     return changed
 

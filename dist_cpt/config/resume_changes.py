@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Change = Literal["freely", "same content", "accepted"]
+Change = Literal["freely", "same content", "accepted", "branched"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ RESUME_CHANGES = (
                 "optim.betas", "optim.eps", "optim.max_grad_norm", "optim.max_skipped_steps", "schedule",
                 "train.tokens", "embeddings.freeze_rest_steps", "health.spike"), "accepted",
                "what is learned from here on; named by `--accept-changes KEY,...`"),
+    Changeable(("adapter.dropout",), "branched",
+               "what is learned from here on, beside which the straight run goes on; `dist-cpt branch` sets it"),
 )
 # fmt: on
 

@@ -34,6 +34,7 @@ from dist_cpt.model.base_model import base_sha256s, check_base, commit_of, sha25
 from dist_cpt.model.continue_from import ProbeBlock
 from dist_cpt.model.load import TrainableModel, load_model
 from dist_cpt.model.safety_checks import require_base_checkpoint
+from dist_cpt.optim.continued_schedule import last_step_before_decay
 from dist_cpt.optim.eight_bit import dynamic_map
 from dist_cpt.optim.groups import ParamGroup, param_groups
 from dist_cpt.run_folder.checkpoints import published
@@ -255,6 +256,7 @@ def open_run(context: RunContext, data: TrainingData, model: TrainableModel) -> 
         sidecars=_sidecars(context, data, model),
         aliases=model.aliases,
         keep=config.checkpoint.keep,
+        landmark_step=last_step_before_decay(config),
         fault=context.fault,
     )
     saver = Saver(context, engine, stream, schedule, metrics, checkpoints)

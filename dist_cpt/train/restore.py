@@ -19,6 +19,7 @@ from dist_cpt.optim.eight_bit import within_half_step
 from dist_cpt.optim.groups import eight_bit_names
 from dist_cpt.run_folder.checkpoints import checkpoints_folder
 from dist_cpt.run_folder.json_files import cannot_write, read_complete_rows, read_object
+from dist_cpt.run_folder.lineage import agreed_changes
 from dist_cpt.run_folder.names import CERTIFICATE, EVENTS, ROLLBACKS
 from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
 from dist_cpt.runtime.log import LOGGER
@@ -149,7 +150,7 @@ def _recipe_changes(run: Run, checkpoint: LoadedCheckpoint) -> tuple[dict[str, s
     if saved is None:
         LOGGER.warning("%s has no recipe (format 1): rates, decay and betas are not compared", checkpoint.path.name)
         return {}, {}
-    accepted = require_same_recipe(saved, config, checkpoint.path.name)
+    accepted = require_same_recipe(saved, config, checkpoint.path.name, agreed_changes(run.context.folder))
     for key, text in accepted.items():
         LOGGER.warning("%s: %s from step %d on", key, text, checkpoint.state.step + 1)
     return differences(saved, config), accepted

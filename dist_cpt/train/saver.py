@@ -240,7 +240,8 @@ class Saver:
 
     def _require_space(self, num_bytes: int) -> None:
         folder = checkpoints_folder(self._context.folder)
-        places = max(1, self._config.keep + 1 - len(published(self._context.folder)))
+        kept = self._config.keep + (self._checkpoints.landmark_step is not None)
+        places = max(1, kept + 1 - len(published(self._context.folder)))
         stat = os.statvfs(folder)
         free = stat.f_bavail * stat.f_frsize
         if free < places * num_bytes:
