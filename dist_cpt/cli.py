@@ -159,6 +159,9 @@ def train(
 
     if process_env().world_size == 1 and says_finished(config):  # several ranks ask rank 0
         raise typer.Exit(EXIT_DONE)
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Packed batches and gathered units differ in size; read when torch is loaded.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     from dist_cpt.train.run import train as train_run
 
     code, folder = train_run(config, stop, even_if_finished=False)

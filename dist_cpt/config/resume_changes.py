@@ -24,8 +24,8 @@ class Changeable:
 # fmt: off
 RESUME_CHANGES = (
     Changeable(("name", "output_dir", "data.cache_dir"), "freely", "where the run and its token stores are"),
-    Changeable(("engine", "batch.micro_batch", "model.kernels", "model.attention"), "freely",
-               "where and in which pieces the same step is computed; the number of ranks may change too"),
+    Changeable(("engine", "batch.micro_batch", "model.kernels", "model.attention", "train.deterministic"), "freely",
+               "where, and in which pieces and order the same step is computed; the number of ranks may change too"),
     Changeable(("checkpoint", "evaluate", "track", "health.hang", "health.straggler"), "freely",
                "when states are saved, and what is watched"),
     Changeable(("model.trust_remote_code", "model.allow_instruct", "accept_changes"), "freely", "permissions"),

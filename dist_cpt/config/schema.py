@@ -308,6 +308,8 @@ class TrainConfig(Frozen):
 
     tokens: PositiveInt
     """Tokens of the whole run, rounded up to whole steps."""
+    deterministic: bool = False
+    """Whether every sum has a fixed order, so that a GPU repeats a run bit for bit; may be slower."""
 
 
 class OptimConfig(Frozen):
