@@ -29,7 +29,7 @@ class StepShape:
     blocks_per_step: int
     micro_batch: int
     accumulation: int
-    num_steps: int
+    num_steps: int  # 0 while the data has yet to say what train.epochs are
     world_size: int
 
 
@@ -65,7 +65,24 @@ def resolve_paths(config: RunConfig) -> RunConfig:
     names = [source["name"] for source in values["data"]["sources"]]
     if len(set(names)) != len(names):
         raise ConfigError(f"data.sources: names must differ, got {names}", remedy="give each source a name")
+    _check_stages(config, names)
     return build(values, where="the recipe, with what adapter.continue_from sets")
+
+
+def _check_stages(config: RunConfig, names: Sequence[str]) -> None:
+    """Refuse stages that name a source that does not exist, or leave one out everywhere."""
+    staged = [(number, name) for number, stage in enumerate(config.data.stages) for name in stage.weights]
+    for number, name in staged:
+        if name not in names:
+            raise ConfigError(
+                f"data.stages.{number}.weights: there is no source {name!r}; sources are {', '.join(names)}",
+                remedy="use a source's name, which is the stem of its path unless it is given",
+            )
+    unread = [name for name in names if staged and name not in {name for _, name in staged}]
+    if unread:
+        raise ConfigError(
+            f"data.stages: no stage reads {', '.join(unread)}", remedy="give it a weight in a stage, or leave it out"
+        )
 
 
 def is_template_text(template: str) -> bool:
@@ -88,6 +105,17 @@ def step_shape(config: RunConfig, world_size: int) -> StepShape:
             remedy=f"use a multiple of {per_forward * config.data.seq_len} tokens, or another micro_batch",
         )
     return StepShape(blocks, config.batch.micro_batch, blocks // per_forward, num_steps(config), world_size)
+
+
+def with_tokens(config: RunConfig, tokens: int) -> RunConfig:
+    """The recipe with `train.epochs` as the number of tokens that they are on this run's data.
+
+    Raises:
+        ConfigError: settings that exclude each other for a run of this length.
+    """
+    values = config.model_dump(mode="json")
+    values["train"] |= {"tokens": tokens, "epochs": None}
+    return build(values, where=f"train.epochs: {config.train.epochs:g}, which are {tokens:,} tokens of this data")
 
 
 def settings(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:

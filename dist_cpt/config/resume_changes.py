@@ -38,7 +38,7 @@ RESUME_CHANGES = (
                "a place; what is there is compared by its sha256"),
     Changeable(("optim.lr", "optim.embedding_lr", "optim.head_lr", "optim.weight_decay", "optim.embedding_weight_decay",
                 "optim.betas", "optim.eps", "optim.max_grad_norm", "optim.max_skipped_steps", "schedule",
-                "train.tokens", "embeddings.freeze_rest_steps", "health.spike"), "accepted",
+                "train.tokens", "train.epochs", "embeddings.freeze_rest_steps", "health.spike"), "accepted",
                "what is learned from here on; named by `--accept-changes KEY,...`"),
     Changeable(("adapter.dropout",), "branched",
                "what is learned from here on, beside which the straight run goes on; `dist-cpt branch` sets it"),

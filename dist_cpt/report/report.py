@@ -67,7 +67,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (values.number, values.as_list, values.mappings, values.clock, outcome)
+    filters = (values.number, values.percent, values.epochs, values.as_list, values.mappings, values.clock, outcome)
     templates.filters |= {function.__name__: function for function in filters}
     return templates
 

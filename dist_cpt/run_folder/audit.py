@@ -39,6 +39,7 @@ class _Row(BaseModel):
     tokens_by_source: dict[str, int]
     skipped: bool
     skipped_total: int
+    totals_by_source: dict[str, tuple[int, int, int]] = {}  # blocks, tokens, targets; none by earlier versions
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,10 @@ def _checkpoint_problems(one: _Checkpoint, rows: Sequence[_Row]) -> list[str]:
         "skipped_total": (state.skipped_total, at.skipped_total if at else 0),
         "tokens_by_source": (dict(+Counter(state.tokens_by_source)), dict(+by_source)),
     }
+    if state.blocks_by_source is not None and state.targets_by_source is not None and at is not None:
+        totals = at.totals_by_source
+        pairs["blocks_by_source"] = (state.blocks_by_source, {name: counts[0] for name, counts in totals.items()})
+        pairs["targets_by_source"] = (state.targets_by_source, {name: counts[2] for name, counts in totals.items()})
     return [
         f"{one.name}: {name} is {saved}, by {METRICS} {counted}"
         for name, (saved, counted) in pairs.items()

@@ -50,11 +50,16 @@ def extend(run: Path, tokens: int) -> Extended:
     Where the decay has begun, what came after the newest checkpoint before it is moved aside.
 
     Raises:
-        ConfigError: not more tokens, a schedule that decays over the whole run, or another process trains in it.
+        ConfigError: not more tokens, a length in epochs, a schedule that decays over the whole run, or another process trains in it.
         CheckpointError: there is no checkpoint to continue from.
         WriteError: the run folder cannot be written.
     """
     recipe = recipe_of(run)
+    if recipe.train.tokens is None:
+        raise ConfigError(
+            f"the length of {run} is train.epochs: {recipe.train.epochs:g}, not a number of tokens",
+            remedy="resume it with --set train.epochs=N --accept-changes train.epochs",
+        )
     longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"tokens": tokens})})
     if num_steps(longer) <= num_steps(recipe):
         raise ConfigError(
