@@ -50,7 +50,8 @@ def extend(run: Path, tokens: int) -> Extended:
     Where the decay has begun, what came after the newest checkpoint before it is moved aside.
 
     Raises:
-        ConfigError: not more tokens, a length in epochs, a schedule that decays over the whole run, or another process trains in it.
+        ConfigError: not more tokens, a length in epochs, a schedule that decays over the whole run, or another process
+            trains in it.
         CheckpointError: there is no checkpoint to continue from.
         WriteError: the run folder cannot be written.
     """
