@@ -34,12 +34,7 @@ setting is refused by name with exit code 64: it would be another run.
 
 | settings | may change | because |
 |---|---|---|"""
-_HOW = {
-    "freely": "freely",
-    "same content": "to a place with the same content",
-    "accepted": "if accepted by name, or in a branch",
-}
-_HOW |= {"branched": "in a branch"}
+_HOW = {"freely": "freely", "same content": "to a place with the same content", "accepted": "if accepted by name"}
 _BOUNDS = {"exclusiveMinimum": "> {}", "minimum": "≥ {}", "exclusiveMaximum": "< {}", "maximum": "≤ {}"}
 _WORDS = {"boolean": "true or false", "object": "mapping"}
 

@@ -1,0 +1,214 @@
+"""Every way to run a recipe on a machine that exists and fits: memory of a rank and tokens/s, by the model.
+
+A way is an engine with what it shards, a micro-batch, whether layers are recomputed, and how the base is stored. The
+fastest comes first. New settings of a recipe become new ways here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_cpt.config.exclusions import refusals
+from dist_cpt.config.schema import RunConfig
+from dist_cpt.errors import ConfigError
+from dist_cpt.plan.devices import Machine
+from dist_cpt.plan.memory import Memory, Placement, RankStep, StateBytes, loading_bytes, peak_memory, state_bytes
+from dist_cpt.plan.shapes import ModelShapes, read_config, shapes_of
+from dist_cpt.plan.step_model import StepTime, step_time, token_work
+from dist_cpt.plan.tensors import Training, training_of
+from dist_cpt.run_folder.names import MODEL_CONFIG
+
+USABLE_FRACTION = 0.95  # of a device's memory; the rest is fragments between blocks of the allocator
+_ENGINES: dict[str, dict[str, Any]] = {
+    "single": {"kind": "single"},
+    "fsdp-trainable": {"kind": "fsdp", "shard": "trainable"},
+    "fsdp-full": {"kind": "fsdp", "shard": "full"},
+    "fsdp-hybrid": {"kind": "fsdp", "shard": "hybrid"},
+    "zero-1": {"kind": "zero", "stage": 1},
+    "zero-2": {"kind": "zero", "stage": 2},
+    "zero-3": {"kind": "zero", "stage": 3},
+}
+RECOMPUTED = {"none": False, "full": True}  # engine.activation_checkpointing
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run, with the model's prediction."""
+
+    engine: str  # as Engine.kind
+    ranks: int
+    weights: str
+    checkpointing: str
+    micro_batch: int
+    accumulation: int
+    memory: Memory
+    loading_bytes: int
+    time: StepTime
+    tokens_per_second: float  # of the whole machine
+    mfu: float
+    fits: bool
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the step or of loading, whichever is larger."""
+        return max(self.memory.total, self.loading_bytes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The ways that fit, fastest first, those that do not, and the recipe's own."""
+
+    shapes: ModelShapes
+    training: Training  # under the recipe's own weights
+    machine: Machine
+    ways: tuple[Way, ...]
+    too_large: tuple[Way, ...]
+    own: Way | None  # None: the recipe's micro_batch does not divide, or its engine does not exist here
+
+
+def make_plan(config: RunConfig, values: Mapping[str, Any], machine: Machine) -> Plan:
+    """Predict every way to run `config` on `machine`; `values` are the content of its model's config.json.
+
+    Raises:
+        ConfigError: the model is not known, or a step's sequences do not divide by the ranks.
+    """
+    shapes = shapes_of(values)
+    own = training_of(config, shapes)
+    candidates = [way for variant in _variants(config, values, machine) for way in _ways(variant, shapes, machine)]
+    fitting = sorted((way for way in candidates if way.fits), key=lambda way: -way.tokens_per_second)
+    too_large = sorted((way for way in candidates if not way.fits), key=lambda way: way.peak_bytes)
+    mine = _own(config, machine)
+    here = [w for w in candidates if (w.engine, w.weights, w.checkpointing, w.micro_batch) == mine]
+    return Plan(shapes, own, machine, tuple(fitting), tuple(too_large), here[0] if here else None)
+
+
+def model_config(config: RunConfig) -> dict[str, Any]:
+    """The content of the config.json of the recipe's model, from its folder or the Hugging Face cache.
+
+    Raises:
+        ConfigError: it is in neither.
+    """
+    if config.model.config is not None:
+        return config.model.config
+    path = str(config.model.path)
+    if Path(path).expanduser().is_dir() or path.startswith((".", "/", "~")):
+        return read_config(path)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(path, MODEL_CONFIG, revision=config.model.revision)
+    if not isinstance(found, str):
+        raise ConfigError(
+            f"model.path: {path} is neither a folder nor in the Hugging Face cache",
+            remedy=f"hf download {path} {MODEL_CONFIG}, or --set model.path=FOLDER with its {MODEL_CONFIG}",
+        )
+    return read_config(Path(found).parent)
+
+
+def recipe_patch(config: RunConfig, way: Way) -> dict[str, Any]:
+    """The settings of `way` that `config` does not have, by dotted key."""
+    engine = _ENGINES[way.engine] | {"activation_checkpointing": way.checkpointing}
+    wanted = {f"engine.{key}": value for key, value in engine.items()}
+    for key in ("stage", "shard", "dp_shard"):  # of another kind of engine
+        wanted.setdefault(f"engine.{key}", engine.get(key))
+    wanted |= {"model.weights": way.weights, "batch.micro_batch": way.micro_batch}
+    return {key: value for key, value in wanted.items() if _read(config, key) != value}
+
+
+def _read(config: RunConfig, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+def _variants(config: RunConfig, values: Mapping[str, Any], machine: Machine) -> Iterator[tuple[RunConfig, str]]:
+    """The recipe under each engine and storage of the base that it allows: (recipe, Engine.kind)."""
+    stored_quantised = values.get("quantization_config") is not None
+    changes = ("bf16", "nf4", "int8") if config.model.weights != "fp32" and not stored_quantised else ()
+    for weights in dict.fromkeys((config.model.weights, *changes)):
+        for name, engine in _ENGINES.items():
+            if (name == "single") != (machine.ranks == 1) or (name == "fsdp-hybrid" and machine.nodes == 1):
+                continue
+            settings = dict(engine)
+            if engine["kind"] == "fsdp":
+                settings["reshard_after_forward"] = config.engine.reshard_after_forward
+            variant = config.model_copy(
+                update={
+                    "model": config.model.model_copy(update={"weights": weights}),
+                    "engine": type(config.engine).model_validate(settings),
+                }
+            )
+            same_as_full = name == "fsdp-trainable" and config.adapter.kind == "none"
+            if not refusals(variant) and not same_as_full:
+                yield variant, name
+
+
+def _ways(variant: tuple[RunConfig, str], shapes: ModelShapes, machine: Machine) -> Iterator[Way]:
+    config, engine = variant
+    training = training_of(config, shapes)
+    shard_ranks = machine.node_devices if engine == "fsdp-hybrid" else machine.ranks
+    placement = Placement(engine, machine.ranks, shard_ranks, machine.node_devices)  # type: ignore[arg-type]
+    state = state_bytes(training, placement)
+    for micro_batch in _micro_batches(config, machine):
+        for checkpointing in RECOMPUTED:
+            yield _predict(config, training, placement, state, machine, micro_batch, checkpointing)
+
+
+def _predict(
+    config: RunConfig,
+    training: Training,
+    placement: Placement,
+    state: StateBytes,
+    machine: Machine,
+    micro_batch: int,
+    checkpointing: str,
+) -> Way:
+    blocks = config.batch.global_tokens // config.data.seq_len
+    accumulation = blocks // (machine.ranks * micro_batch)
+    step = RankStep(config.data.seq_len, micro_batch, accumulation, RECOMPUTED[checkpointing])
+    memory = peak_memory(training, placement, state, step)
+    time = step_time(training, placement, machine.device, machine.network, step)
+    rate = config.batch.global_tokens / time.total
+    work = token_work(training, step.seq_len)
+    loading = loading_bytes(training)
+    return Way(
+        engine=placement.kind,
+        ranks=placement.ranks,
+        weights=training.weights,
+        checkpointing=checkpointing,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        memory=memory,
+        loading_bytes=loading,
+        time=time,
+        tokens_per_second=rate,
+        mfu=rate / machine.ranks * work.model_flops / machine.device.peak,
+        fits=max(memory.total, loading) <= USABLE_FRACTION * machine.device.memory_bytes,
+    )
+
+
+def _micro_batches(config: RunConfig, machine: Machine) -> list[int]:
+    """The divisors of a rank's sequences per step."""
+    blocks = config.batch.global_tokens // config.data.seq_len
+    if blocks % machine.ranks:
+        multiple = machine.ranks * config.data.seq_len
+        nearest = max(1, round(config.batch.global_tokens / multiple)) * multiple
+        raise ConfigError(
+            f"batch.global_tokens {config.batch.global_tokens} is {blocks} sequences of {config.data.seq_len}, "
+            f"which do not divide by {machine.ranks} ranks",
+            remedy=f"use a multiple of {multiple}, such as --set batch.global_tokens={nearest}",
+        )
+    share = blocks // machine.ranks
+    return [number for number in range(1, share + 1) if share % number == 0]
+
+
+def _own(config: RunConfig, machine: Machine) -> tuple[str, str, str, int]:
+    """(engine, weights, checkpointing, micro_batch) of the recipe as it is."""
+    engine = config.engine
+    kind: str = engine.kind
+    if kind == "auto":
+        kind = "single" if machine.ranks == 1 else "fsdp"
+    if kind != "single":
+        kind = f"zero-{engine.stage or 3}" if kind == "zero" else f"fsdp-{engine.shard or 'full'}"
+    return kind, config.model.weights, engine.activation_checkpointing, config.batch.micro_batch

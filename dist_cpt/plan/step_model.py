@@ -1,0 +1,253 @@
+"""Seconds of one optimizer step by part: arithmetic on a model's shapes, a device's rates and named assumptions.
+
+Nothing here is measured. A token is one of a full sequence: documents packed into it attend to less, so attention is an
+upper bound.
+
+D model, V vocab, F ffn, Q query features, K key features, R rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dist_cpt.plan.devices import Device
+from dist_cpt.plan.memory import LOSS_CHUNK_TOKENS, PERSISTENT_ELEMENTS, Placement, RankStep
+from dist_cpt.plan.tensors import Training
+from dist_cpt.plan.widths import LayerWidths, layer_widths
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Fractions and costs that are the same on every device. Source: a review of the kernels, counted on a CPU."""
+
+    elementwise_fraction: float = 0.85  # of copy bandwidth, in kernels that only move bytes
+    skinny_fraction: float = 0.72  # of copy bandwidth, in products with an adapter's matrices
+    unfused_passes: float = 2.5  # bytes moved by transformers' own modules, for each byte of the fused ones
+    loss_passes: int = 4  # over the logits: written, read for the softmax, read and overwritten by the gradient
+    nf4_elements_per_second: float = 0.75e12  # dequantised; fitted to the review of the kernels
+    nf4_copy: float = 3.0e12  # the copy bandwidth from which on that holds
+    gradient_bytes: int = 10  # per trained element and micro-batch: a bf16 gradient added to an fp32 sum
+    update_bytes: int = 46  # per trained element: norm, clip, AdamW, the bf16 copy
+    update_launches: int = 33  # of an optimizer step. Source: benchmarks/counts.py
+    update_launches_per_tensor: int = 0
+    launch_seconds: float = 5.6e-6  # of a kernel that nothing hides
+    step_seconds: float = 3.6e-3  # host reads and what waits for them, per step
+    layer_launches_forward: int = 29
+    layer_launches_backward: int = 40
+    host_seconds_per_launch: float = 46e-6  # Python and autograd included
+
+
+ASSUMED = Assumptions()
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step on one rank; `communication` and `host` are what the device waits for."""
+
+    gemm: float
+    attention: float
+    lora: float
+    elementwise: float
+    loss: float
+    recomputation: float
+    dequantise: float
+    gradients: float
+    communication: float
+    optimizer: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class TokenWork:
+    """FLOPs and bytes of one token through all layers and the loss."""
+
+    gemm_forward: float
+    gemm_backward: float
+    attention_forward: float
+    attention_backward: float
+    attention_bytes: float  # of its backward, outside of the products
+    lora: float  # FLOPs, forward and backward
+    lora_bytes_forward: float
+    lora_bytes_backward: float
+    elementwise_forward: float  # bytes
+    elementwise_backward: float
+    loss: float
+    loss_bytes: float
+
+    @property
+    def model_flops(self) -> float:
+        """What the model needs: the numerator of MFU, without recomputation."""
+        products = self.gemm_forward + self.gemm_backward + self.attention_forward + self.attention_backward
+        return products + self.lora + self.loss
+
+
+def token_work(training: Training, seq_len: int, assumed: Assumptions = ASSUMED) -> TokenWork:
+    """The work of one token. In full, a map's weight gradient costs another product."""
+    widths = layer_widths(training.shapes, training.adapted)
+    passes = 1.0 if training.shapes.fused else assumed.unfused_passes
+    size = training.compute_bytes
+    forward = 2.0 * sum(layer.parameters for layer in widths)
+    attention = sum(_attention(layer, seq_len) for layer in widths)
+    inputs, outputs = (sum(getattr(layer, name) for layer in widths) for name in ("adapted_inputs", "adapted_outputs"))
+    loss, loss_bytes = _loss(training, assumed)
+    return TokenWork(
+        gemm_forward=forward,
+        gemm_backward=forward * (2.0 if training.full else 1.0),
+        attention_forward=attention,
+        attention_backward=2.5 * attention,  # five products for two
+        attention_bytes=sum(4.0 * layer.output + 10.0 * layer.query for layer in widths),  # dQ is summed in fp32
+        lora=6.0 * sum(tensor.elements for tensor in training.trained if tensor.group == "adapter"),
+        lora_bytes_forward=size * passes * (inputs + 2.0 * outputs),
+        lora_bytes_backward=size * passes * (3.0 * inputs + 2.0 * outputs),
+        elementwise_forward=size * passes * sum(map(_elementwise_forward, widths)),
+        elementwise_backward=size * passes * sum(map(_elementwise_backward, widths)),
+        loss=loss,
+        loss_bytes=loss_bytes,
+    )
+
+
+def step_time(
+    training: Training,
+    placement: Placement,
+    device: Device,
+    network: float,
+    step: RankStep,
+    assumed: Assumptions = ASSUMED,
+) -> StepTime:
+    """Seconds of a step by part; `network`: a rank's bytes/s to other nodes."""
+    accumulation = step.accumulation
+    work = token_work(training, step.seq_len, assumed)
+    tokens = step.micro_batch_tokens * accumulation
+    moved = device.copy * assumed.elementwise_fraction
+    skinny = device.copy * assumed.skinny_fraction
+    lora_forward = max(work.lora_bytes_forward / skinny, work.lora / 3 / device.gemm)
+    lora_backward = max(work.lora_bytes_backward / skinny, work.lora * 2 / 3 / device.gemm)
+    again = work.gemm_forward / device.gemm + work.attention_forward / device.attention_forward
+    again += lora_forward + work.elementwise_forward / moved
+    attention = work.attention_forward / device.attention_forward + work.attention_backward / device.attention_backward
+    per_token = {
+        "gemm": (work.gemm_forward + work.gemm_backward) / device.gemm,
+        "attention": attention + work.attention_bytes / moved,
+        "lora": lora_forward + lora_backward,
+        "elementwise": (work.elementwise_forward + work.elementwise_backward) / moved,
+        "loss": work.loss / device.gemm + work.loss_bytes / moved,
+        "recomputation": again if step.recompute else 0.0,
+    }
+    parts = {name: seconds * tokens for name, seconds in per_token.items()}
+    parts["dequantise"] = _dequantise(training, device, step.recompute, assumed) * accumulation
+    parts["gradients"] = _gradients(training, accumulation, assumed) / moved
+    compute = sum(parts.values()) / accumulation
+    launches = assumed.layer_launches_forward * (2 if step.recompute else 1) + assumed.layer_launches_backward
+    host = launches * training.shapes.num_layers * assumed.host_seconds_per_launch
+    parts["communication"] = communication(
+        training, placement, device, network, compute=compute, accumulation=accumulation
+    )
+    parts["optimizer"] = _optimizer(training, placement, device, assumed)
+    parts["host"] = assumed.step_seconds + max(0.0, host - compute) * accumulation
+    return StepTime(**parts)
+
+
+def _attention(layer: LayerWidths, seq_len: int) -> float:
+    """Forward FLOPs per token: scores and their product with the values, over the keys that causality leaves."""
+    keys = seq_len / 2
+    if layer.window is not None and layer.window < seq_len:
+        keys = layer.window - layer.window**2 / (2 * seq_len)
+    return 2.0 * keys * (layer.query + layer.output)
+
+
+def _elementwise_forward(layer: LayerWidths) -> float:
+    """Elements moved: the first norm, the second with its residual sum, the last sum; RoPE; the gated product."""
+    norms = (9 + 2 * (layer.norms - 2)) * layer.hidden
+    rotated = layer.query + layer.key
+    return norms + 2 * rotated + (2 * rotated if layer.head_norms else 0) + layer.up + layer.ffn
+
+
+def _elementwise_backward(layer: LayerWidths) -> float:
+    """Both norms, the sum of residual gradients, the sums of three maps' input gradients; RoPE; gate and up."""
+    norms = (16 + 3 * (layer.norms - 2)) * layer.hidden
+    rotated = layer.query + layer.key
+    return norms + 2 * rotated + (3 * rotated if layer.head_norms else 0) + 2 * layer.up + 2 * layer.ffn
+
+
+def _loss(training: Training, assumed: Assumptions) -> tuple[float, float]:
+    """(FLOPs, bytes) per token: logits, their gradient's product with the head, and with the hidden states."""
+    if training.is_classifier:
+        return 0.0, 0.0
+    products = 6.0 if training.trains_head else 4.0
+    passes = assumed.loss_passes * training.compute_bytes * training.shapes.vocab_size
+    head = 8.0 * training.shapes.head_elements / LOSS_CHUNK_TOKENS if training.trains_head else 0.0
+    return products * training.shapes.head_elements, passes + head
+
+
+def _dequantise(training: Training, device: Device, recompute: bool, assumed: Assumptions) -> float:
+    """Seconds per micro-batch to make 16-bit weights: in forward, backward and recomputation."""
+    times = 3 if recompute else 2
+    elements = times * training.num_quantised
+    if training.weights == "int8":  # codes read, bf16 written
+        return 3.0 * elements / (device.copy * assumed.elementwise_fraction)
+    return elements / (assumed.nf4_elements_per_second * min(1.0, device.copy / assumed.nf4_copy))
+
+
+def _gradients(training: Training, accumulation: int, assumed: Assumptions) -> float:
+    """Bytes per step: each micro-batch adds its gradient to a sum in fp32, and clears that of the embedding."""
+    sums = training.num_trained * assumed.gradient_bytes * (accumulation if accumulation > 1 else 0)
+    zeros = training.shapes.head_elements * training.compute_bytes if training.trains_embedding else 0
+    return float(sums + zeros * accumulation)
+
+
+def _optimizer(training: Training, placement: Placement, device: Device, assumed: Assumptions) -> float:
+    """Traffic of the rank's part, or its launches if these take longer: nothing runs beside them."""
+    ranks = 1 if placement.kind == "single" else placement.shard_ranks
+    traffic = training.num_trained / ranks * assumed.update_bytes / (device.copy * assumed.elementwise_fraction)
+    launches = assumed.update_launches + assumed.update_launches_per_tensor * len(training.trained)
+    return max(traffic, launches * assumed.launch_seconds)
+
+
+def communication(
+    training: Training, placement: Placement, device: Device, network: float, *, compute: float, accumulation: int
+) -> float:
+    """Seconds per step that a rank waits for others; `compute` seconds of one micro-batch hide what layers send."""
+    if placement.ranks == 1:
+        return 0.0
+    inner, outer = _rate(placement.shard_ranks, placement, device, network), network
+    if placement.kind in ("zero-1", "zero-2"):
+        return _zero12(training, placement, inner, accumulation)
+    layers, exposed = _bytes_per_micro_batch(training, placement)
+    share = (placement.shard_ranks - 1) / placement.shard_ranks
+    per_micro_batch = max(0.0, layers * share / inner - compute) + exposed * share / inner
+    seconds = per_micro_batch * accumulation
+    replicas = placement.ranks // placement.shard_ranks
+    if replicas > 1:  # hybrid: the shards' gradients once per step, after the last micro-batch
+        reduced = 2 * 4 * training.num_trained / placement.shard_ranks * (replicas - 1) / replicas
+        seconds += max(0.0, reduced / outer - compute / 2)
+    return seconds
+
+
+def _rate(ranks: int, placement: Placement, device: Device, network: float) -> float:
+    return device.link if ranks <= placement.node_ranks else min(device.link, network)
+
+
+def _bytes_per_micro_batch(training: Training, placement: Placement) -> tuple[float, float]:
+    """(of layers, exposed): gathered for forward and backward, reduced in fp32.
+
+    Embedding, head and last norm are one unit, which nothing overlaps; it stays gathered from forward to backward.
+    """
+    size = training.compute_bytes
+    trained = [t for t in training.trained if placement.kind != "zero-3" or t.elements >= PERSISTENT_ELEMENTS]
+    frozen = training.frozen if placement.kind != "fsdp-trainable" else ()
+    layers = 2.0 * sum(t.bytes for t in frozen if t.layer is not None and not t.scales)
+    layers += sum(t.elements * (2 * size + 4) for t in trained if t.layer is not None)
+    exposed = float(sum(t.bytes for t in frozen if t.layer is None))
+    exposed += sum(t.elements * (size + 4) for t in trained if t.layer is None)
+    return layers, exposed
+
+
+def _zero12(training: Training, placement: Placement, rate: float, accumulation: int) -> float:
+    """Gradients are reduced in fp32, by stage 2 in every micro-batch, and the updated copies gathered once."""
+    share = (placement.ranks - 1) / placement.ranks
+    times = accumulation if placement.kind == "zero-2" else 1
+    return training.num_trained * share * (4 * times + training.compute_bytes) / rate

@@ -1,0 +1,27 @@
+"""The tables of docs/performance.md are what benchmarks/roofline.py prints now."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import Any
+
+from tests.docs.pages import ROOT
+
+
+def roofline() -> Any:
+    spec = importlib.util.spec_from_file_location("roofline", ROOT / "benchmarks" / "roofline.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_has_the_models_tables():
+    """`python benchmarks/roofline.py --write` brings it up to date."""
+    module = roofline()
+    text = module.PAGE.read_text()
+    assert text.count("benchmarks/roofline.py --write -->") == 3
+    assert module.page_with_tables(text) == text

@@ -1,0 +1,160 @@
+"""`dist-cpt plan`: which ways exist, that they are recipes, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from dist_cpt.cli import app
+from dist_cpt.config.load import build, load_recipe
+from dist_cpt.config.resolve import step_shape
+from dist_cpt.errors import ConfigError
+from dist_cpt.optim import groups
+from dist_cpt.plan import tensors
+from dist_cpt.plan.devices import DEVICES, machine_of
+from dist_cpt.plan.plan import Plan, make_plan, model_config, recipe_patch
+from dist_cpt.plan.plan_text import as_json, as_text, launch_line
+from tests.plan_cases import LLAMA_8B, LLAMA_70B, model_folder, recipe
+
+
+def planned(tmp_path: Any, model: dict[str, Any] = LLAMA_8B, machine: Any = None, **values: Any) -> tuple[Any, Plan]:
+    config = build(recipe(model_folder(tmp_path / "model", model), **values), "recipe")
+    return config, make_plan(config, model_config(config), machine or machine_of("h100", 1, 8, "50GBps"))
+
+
+def test_every_way_is_a_recipe_that_divides(tmp_path):
+    """Its patch, applied as --set would, gives a valid recipe of that engine, micro-batch and storage."""
+    config, plan = planned(tmp_path)
+    assert len({(w.engine, w.weights, w.checkpointing) for w in plan.ways}) == 5 * 3 * 2
+    for way in plan.ways[:: len(plan.ways) // 20]:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe(config.model.path)))
+        changed = load_recipe(path, [f"{key}={json.dumps(value)}" for key, value in recipe_patch(config, way).items()])
+        assert step_shape(changed, 8).accumulation == way.accumulation
+        assert changed.model.weights == way.weights
+        assert changed.engine.activation_checkpointing == way.checkpointing
+        stated = changed.engine.shard if changed.engine.kind == "fsdp" else changed.engine.stage
+        assert f"{changed.engine.kind}-{stated}" == way.engine
+        assert recipe_patch(changed, way) == {}
+
+
+def test_the_fastest_comes_first_and_nothing_exceeds_the_memory(tmp_path):
+    _, plan = planned(tmp_path)
+    rates = [way.tokens_per_second for way in plan.ways]
+    assert rates == sorted(rates, reverse=True)
+    limit = DEVICES["h100"].memory_bytes
+    assert all(way.peak_bytes < limit for way in plan.ways)
+    assert plan.too_large
+    assert all(way.peak_bytes > 0.95 * limit for way in plan.too_large)
+
+
+def test_a_base_that_fits_is_not_recomputed(tmp_path):
+    _, plan = planned(tmp_path)
+    assert (plan.ways[0].checkpointing, plan.ways[0].weights) == ("none", "bf16")
+
+
+def test_the_recipes_own_way_is_predicted_though_its_micro_batch_need_not_divide(tmp_path):
+    _, plan = planned(tmp_path, batch={"global_tokens": 262144, "micro_batch": 3})
+    assert plan.own is None
+    _, plan = planned(tmp_path, engine={"kind": "zero", "stage": 2})
+    assert plan.own is not None
+    assert (plan.own.engine, plan.own.micro_batch) == ("zero-2", 1)
+
+
+@pytest.mark.parametrize(
+    ("machine", "values", "engines"),
+    [
+        (("h200", 1, 1), {}, {"single"}),
+        (("h200", 1, 2), {}, {"fsdp-trainable", "fsdp-full", "zero-1", "zero-2", "zero-3"}),
+        (("h200", 2, 2), {}, {"fsdp-trainable", "fsdp-full", "fsdp-hybrid", "zero-1", "zero-2", "zero-3"}),
+        (("h200", 1, 8), {"adapter": {"kind": "none"}}, {"fsdp-full", "zero-1", "zero-2", "zero-3"}),
+    ],
+)
+def test_engines_that_exist_are_ways(tmp_path, machine, values, engines):
+    gpu, nodes, gpus = machine
+    _, plan = planned(tmp_path, machine=machine_of(gpu, nodes, gpus, "50GBps"), **values)
+    assert {way.engine for way in (*plan.ways, *plan.too_large)} == engines
+
+
+def test_weights_that_cannot_train_are_no_way(tmp_path):
+    _, plan = planned(tmp_path, adapter={"kind": "none"})
+    assert {way.weights for way in (*plan.ways, *plan.too_large)} == {"bf16"}
+    _, plan = planned(tmp_path, LLAMA_8B | {"quantization_config": {"load_in_4bit": True}}, weights="nf4")
+    assert {way.weights for way in (*plan.ways, *plan.too_large)} == {"nf4"}
+
+
+def test_what_does_not_fit_is_said(tmp_path):
+    config, plan = planned(tmp_path, LLAMA_70B, machine_of("l40s", 1, 1, "50GBps"), adapter={"kind": "none"})
+    assert plan.ways == ()
+    lines = list(as_text(config, plan, "recipe.yaml"))
+    assert any("nothing fits in 48.0 GB" in line for line in lines)
+    assert as_json(config, plan, "recipe.yaml")["best"] is None
+
+
+def test_every_rank_loads_the_whole_base(tmp_path):
+    """So a sharded 70B in bf16 does not start on 80 GB, whatever lies there later; in NF4 it does."""
+    _, plan = planned(tmp_path, LLAMA_70B)
+    assert {way.weights for way in plan.ways} == {"nf4"}
+
+
+def test_sequences_that_do_not_divide_are_refused_with_a_number_that_does(tmp_path):
+    with pytest.raises(ConfigError, match=r"64 sequences of 4096.*7 ranks") as error:
+        planned(tmp_path, machine=machine_of("h100", 1, 7, "50GBps"))
+    number = int(str(error.value).rpartition("=")[2])
+    planned(tmp_path, machine=machine_of("h100", 1, 7, "50GBps"), batch={"global_tokens": number})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu", "h800"], "--gpu h800"),
+        (["--network", "fast"], "--network fast"),
+        (["--network", "0GBps"], "--network 0GBps"),
+        (["--set", "model.path=nobody/nothing"], "hf download nobody/nothing config.json"),
+        (["--set", "model.path=/does/not/exist"], "has no config.json"),
+        (["--set", "adapter.targets=[w1]"], "no linear layer is called 'w1'"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, monkeypatch, arguments, said):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(model_folder(tmp_path / "model", LLAMA_8B))))
+    with pytest.raises(ConfigError) as error:
+        CliRunner().invoke(app, ["plan", str(path), *arguments], catch_exceptions=False)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_loads_no_torch_and_its_json_has_every_part(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(model_folder(tmp_path / "model", LLAMA_8B))))
+    program = "import sys; from dist_cpt.cli import app; app(standalone_mode=False); assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", program, "plan", str(path), "--nodes", "2", "--json"]
+    values = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert values["measured"] is False
+    assert values["parameters"] == 8_030_261_248
+    for way in (*values["ways"], *values["too_large"], values["recipe"]):
+        memory, seconds = way["memory_bytes"], way["seconds"]
+        assert memory["total"] == sum(memory.values()) - memory["total"]
+        assert seconds["total"] == pytest.approx(sum(seconds.values()) - seconds["total"])
+    assert values["best"]["launch"].startswith(f"dist-cpt launch {path} --procs-per-node 8 --on slurm --nodes 2 --set")
+
+
+def test_text_names_the_patch_and_the_command(tmp_path):
+    config, plan = planned(tmp_path)
+    lines = list(as_text(config, plan, "my recipe.yaml"))
+    assert any("not measured" in line for line in lines)
+    assert lines[-1] == launch_line(config, plan.ways[0], plan.machine, "my recipe.yaml")
+    assert lines[-1].startswith("dist-cpt launch 'my recipe.yaml' --procs-per-node 8 --set ")
+    patched = [line.strip().removeprefix("--set ") for line in lines if line.startswith("  --set ")]
+    assert patched == [f"{key}={value}" for key, value in recipe_patch(config, plan.ways[0]).items()]
+
+
+def test_moments_in_8_bit_are_those_of_the_optimizer():
+    """LoRA+'s B matrices count as the adapter here."""
+    assert {*tensors.EIGHT_BIT_GROUPS, "adapter_b"} == set(groups.EIGHT_BIT_GROUPS)

@@ -1,0 +1,155 @@
+"""The table of shapes against transformers' own modules, built on the meta device."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+from dist_cpt.errors import ConfigError
+from dist_cpt.model.architectures import FUSABLE
+from dist_cpt.plan.families import FAMILIES
+from dist_cpt.plan.shapes import ModelShapes, read_config, shapes_of
+from tests import tiny
+
+LAYERS = 4
+SIZES = {
+    "hidden_size": 64,
+    "n_embd": 64,
+    "intermediate_size": 112,
+    "vocab_size": 320,
+    "num_hidden_layers": LAYERS,
+    "n_layer": LAYERS,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "num_experts": 6,
+    "num_local_experts": 6,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 72,
+    "n_shared_experts": 2,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 20,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 14,
+    "first_k_dense_replace": 1,
+    "decoder_sparse_step": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "pad_token_id": 0,
+}
+SWITCHES = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias", "attention_out_bias", "use_qk_norm", "use_post_norm")
+
+
+def built(kind: str, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(transformers' model on the meta device, the content of the config.json that it would write)."""
+    config = CONFIG_MAPPING[kind](**values)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return model, json.loads(config.to_json_string(use_diff=False)) | {"model_type": kind}
+
+
+def known(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of `values` that the configuration of `kind` has."""
+    keys = CONFIG_MAPPING[kind]().to_dict()
+    return {key: value for key, value in values.items() if key in keys}
+
+
+def require_equal(shapes: ModelShapes, model: Any) -> None:
+    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert {weight.name: weight.shape for weight in shapes.weights} == parameters
+    assert len(shapes.weights) == len(parameters)
+    assert shapes.num_parameters == sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings()
+    linear = {
+        f"{name}.weight": (module.weight.shape[1], module.weight.shape[0])[:: -1 if isinstance(module, Conv1D) else 1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    assert {weight.name: (weight.inputs, weight.outputs) for weight in shapes.of("linear")} == linear
+    assert shapes.tied == (head.weight is model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_names_shapes_and_counts_are_transformers(kind):
+    model, config = built(kind, known(kind, SIZES))
+    require_equal(shapes_of(config), model)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_so_they_are_with_every_switch_turned(kind):
+    defaults = CONFIG_MAPPING[kind]().to_dict()
+    turned = {key: not defaults[key] for key in (*SWITCHES, "tie_word_embeddings") if key in defaults}
+    latent = {"q_lora_rank": None} if "q_lora_rank" in defaults else {}
+    derived = {key for key, value in FAMILIES[kind].defaults.items() if value is None}  # left to other sizes
+    sizes = {key: value for key, value in SIZES.items() if key not in derived}
+    model, config = built(kind, known(kind, sizes) | turned | latent)
+    require_equal(shapes_of(config), model)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_absent_keys_have_transformers_defaults(kind):
+    layers = {"n_layer" if "n_layer" in FAMILIES[kind].defaults else "num_hidden_layers": 2}
+    model, _ = built(kind, layers)
+    require_equal(shapes_of({"model_type": kind} | layers), model)
+
+
+def test_the_table_is_wide_and_knows_what_is_fused():
+    assert len(FAMILIES) >= 30
+    assert {kind for kind, family in FAMILIES.items() if family.fused} == set(FUSABLE)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "gemma2", "gemma3_text", "olmo3", "exaone4", "gpt_oss", "llama"])
+def test_windows_are_those_of_the_layers(kind):
+    model, _ = built(kind, {"num_hidden_layers": 12})
+    types = getattr(model.config, "layer_types", None)
+    window = getattr(model.config, "sliding_window", None)
+    wanted = [window if t == "sliding_attention" else None for t in types] if types else [window] * 12
+    assert list(shapes_of({"model_type": kind, "num_hidden_layers": 12}).windows) == wanted
+    config = json.loads(model.config.to_json_string(use_diff=False)) | {"model_type": kind}
+    assert list(shapes_of(config).windows) == wanted
+
+
+def test_experts_that_a_token_does_not_visit_do_not_count():
+    shapes = shapes_of({"model_type": "mixtral"})
+    assert {shapes.active_share(weight) for weight in shapes.of("experts")} == {2 / 8}
+    assert {shapes.active_share(weight) for weight in shapes.of("linear")} == {1.0}
+
+
+def test_a_folder_is_read(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny.llama()))
+    assert shapes_of(read_config(tmp_path)).model_type == "llama"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"model_type": "lama"}', "did you mean llama"),
+        ('{"model_type": "mamba2"}', "not in the table"),
+        ('{"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}', "text_config (gemma3_text)"),
+        ('{"model_type": ["llama"]}', "not in the table"),
+        ('{"model_type": "llama", "hidden_size": "many"}', "make no llama model"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "make no llama model"),
+        ("{}", "not in the table"),
+        ("[]", "not a JSON object"),
+        ("{", "not readable as JSON"),
+        (None, "has no config.json"),
+    ],
+)
+def test_what_is_no_known_model_is_refused_in_one_line(tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError) as error:
+        shapes_of(read_config(tmp_path))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
