@@ -15,7 +15,9 @@ import io
 import json
 import lzma
 import stat
+import struct
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -31,6 +33,11 @@ from dist_cpt.storage import PatientFile, is_there, patiently
 Fields = dict[str, Any]
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _READ_BYTES = 1 << 20
+# What the formats' libraries raise on bytes that are none of theirs; pyarrow's errors are the built-in ones.
+_DAMAGE = (
+    *(EOFError, ValueError, LookupError, TypeError, NotImplementedError, RecursionError, OverflowError),
+    *(zlib.error, lzma.LZMAError, tarfile.TarError, csv.Error, struct.error),
+)
 _ROWS = 1024  # of a columnar file that are Python objects at a time
 
 
@@ -162,7 +169,7 @@ def _until_damage(records: Records, where: str) -> Records:
         yield from records
     except BadRecord as bad:
         yield RawRecord(where, b"", bad=bad)
-    except (EOFError, ValueError, RecursionError, OSError, lzma.LZMAError, tarfile.TarError) as error:
+    except (*_DAMAGE, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # gzip, bz2 and pyarrow raise it without a number
             raise
         detail = f"the rest of the file is damaged or cut off ({error})".replace("\n", " ")
@@ -267,16 +274,42 @@ def _arrow(stream: BinaryIO, where: str) -> Records:
         batches = (opened.get_batch(index) for index in range(opened.num_record_batches))
     else:
         batches = iter(pa.ipc.open_stream(seekable))
-    pieces = (batch.slice(start, _ROWS) for batch in batches for start in range(0, batch.num_rows, _ROWS))
+    pieces = (
+        batch.slice(start, _ROWS) for batch in map(_checked, batches) for start in range(0, batch.num_rows, _ROWS)
+    )
     yield from _rows(pieces, where)
+
+
+def _checked(batch: Any) -> Any:
+    """The batch itself; a ValueError if its offsets lead outside it, where reading a value could end the process."""
+    import pyarrow as pa
+
+    binary = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+    for column in batch.columns:  # invalid UTF-8 is the fault of one record
+        (column.view(binary[column.type]) if column.type in binary else column).validate(full=True)
+    return batch
 
 
 def _rows(batches: Iterator[Any], where: str) -> Records:
     number = 0
     for batch in batches:
-        for row in batch.to_pylist():
+        for row in _values(batch):
             number += 1
-            yield RawRecord(f"{where}:{number}", row)
+            if isinstance(row, dict):
+                yield RawRecord(f"{where}:{number}", row)
+            else:
+                bad = BadRecord("invalid_utf8", f"invalid UTF-8 in a string of the row ({row.reason})")
+                yield RawRecord(f"{where}:{number}", b"", bad=bad)
+
+
+def _values(batch: Any) -> list[Fields | UnicodeDecodeError]:
+    """The rows of a batch; an error in place of one that has invalid UTF-8."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [error]
+        return [value for row in range(batch.num_rows) for value in _values(batch.slice(row, 1))]
 
 
 def _row(placed: tuple[str, Fields]) -> RawRecord:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import bz2
-import csv
-import gzip
 import io
+import itertools
 import json
-import lzma
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
@@ -23,91 +18,12 @@ from dist_cpt.config.resolve import resolve_paths
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.chat import ConversationEncoder
 from dist_cpt.data.containers import BadRecord, RawRecord, read_container, suffix_of
-from dist_cpt.data.prepare import prepare
+from dist_cpt.data.prepare import Prepared, prepare
 from dist_cpt.data.sources import RecordTally, SourceFiles, find_files, read_records, text_of, text_parser
+from dist_cpt.data.store import BIN, IDX
 from dist_cpt.errors import ConfigError, DataError
+from tests.container_files import COMPRESS, PLAIN, TEXTS, archive, jsonl, table
 from tests.tiny import write_corpus, write_tokenizer
-
-TEXTS = [
-    "Die Berufung ist zulässig.\r\nBegründet ist sie nicht.",
-    'He said: "no, thanks"; twice\ttoday',
-    "日本語の文章です。\n二行目。",
-    "नमस्ते दुनिया, مرحبا بالعالم 🙂 é",
-    "line separator \u2028 inside",
-    "long " * 30_000,  # above the default limit of a field of csv
-]
-
-
-def table() -> pa.Table:
-    return pa.table({"number": list(range(len(TEXTS))), "text": TEXTS})
-
-
-def jsonl() -> bytes:
-    return b"".join(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n" for text in TEXTS)
-
-
-def comma_separated(delimiter: str = ",") -> bytes:
-    file = io.StringIO(newline="")
-    csv.writer(file, delimiter=delimiter, quoting=csv.QUOTE_ALL).writerows([("number", "text"), *enumerate(TEXTS)])
-    return file.getvalue().encode()
-
-
-def parquet() -> bytes:
-    file = io.BytesIO()
-    pyarrow.parquet.write_table(table(), file, row_group_size=2)
-    return file.getvalue()
-
-
-def arrow(new: Callable[..., Any]) -> bytes:
-    file = io.BytesIO()
-    with new(file, table().schema) as writer:
-        writer.write_table(table(), max_chunksize=2)
-    return file.getvalue()
-
-
-def archive() -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        for number, text in enumerate(TEXTS):
-            name, content = (f"{number:03}.txt", text.encode())
-            if number % 2:
-                name, content = f"{number:03}.json", json.dumps({"text": text}).encode()
-            for member_name, member in ((name, content), (f"{number:03}.jpg", b"\xff\xd8")):
-                info = tarfile.TarInfo(f"shard/{member_name}")
-                info.size = len(member)
-                tar.addfile(info, io.BytesIO(member))
-    return file.getvalue()
-
-
-def zstd(content: bytes) -> bytes:
-    """Two frames, as `cat a.zst b.zst` makes them."""
-    frames = []
-    for part in (content[: len(content) // 2], content[len(content) // 2 :]):
-        sink = pa.BufferOutputStream()
-        with pa.CompressedOutputStream(sink, "zstd") as stream:
-            stream.write(part)
-        frames.append(sink.getvalue().to_pybytes())
-    return b"".join(frames)
-
-
-PLAIN: dict[str, Callable[[], bytes]] = {
-    "a.jsonl": jsonl,
-    "a.json": lambda: json.dumps([{"text": text} for text in TEXTS], indent=2).encode(),
-    "lines.json": jsonl,
-    "a.csv": comma_separated,
-    "a.tsv": lambda: comma_separated("\t"),
-    "a.parquet": parquet,
-    "file.arrow": lambda: arrow(pa.ipc.new_file),
-    "stream.arrow": lambda: arrow(pa.ipc.new_stream),
-    "a.tar": archive,
-}
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".zst": zstd,
-    ".xz": lzma.compress,
-    ".bz2": bz2.compress,
-}
 
 
 def read(path: Path, text: str = "text", policy: Any = "error") -> tuple[list[str], RecordTally]:
@@ -151,20 +67,57 @@ def recipe(folder: Path, tokenizer: Path, source: Path, **more: Any) -> RunConfi
     return resolve_paths(RunConfig.model_validate(values))
 
 
-def test_same_tokens_and_identity_from_text_objects_and_token_files(tmp_path: Path) -> None:
-    tokenizer = write_tokenizer(tmp_path / "tokenizer", write_corpus(tmp_path))
-    texts = tmp_path / "texts"
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Prepared]:
+    """A tokenizer, the texts as a folder of text files, and what is prepared of them."""
+    folder = tmp_path_factory.mktemp("expected")
+    tokenizer = write_tokenizer(folder / "tokenizer", write_corpus(folder))
+    texts = folder / "texts"
     texts.mkdir()
     for number, text in enumerate(TEXTS):
         (texts / f"{number}.txt").write_bytes(text.encode())
-    expected = prepare(recipe(tmp_path, tokenizer, texts))
-    (tmp_path / "a.parquet").write_bytes(parquet())
-    (tmp_path / "a.tar.zst").write_bytes(zstd(archive()))
-    store = expected.sources[0].store.folder
-    for source, more in (("a.parquet", {}), ("a.tar.zst", {"ignore": ["*.jpg"]}), (store / "tokens.idx", {})):
-        made = prepare(recipe(tmp_path, tokenizer, tmp_path / source, **more))
-        assert made.identity == expected.identity, source
-        assert made.sources[0].store.folder != store  # read anew, not found again
+    return tokenizer, texts, prepare(recipe(folder, tokenizer, texts))
+
+
+def require_same(expected: tuple[Path, Path, Prepared], folder: Path, source: Path, **more: Any) -> None:
+    tokenizer, _, prepared = expected
+    made = prepare(recipe(folder, tokenizer, source, **more))
+    assert made.identity == prepared.identity, source
+    files = [[(s.store.folder / name).read_bytes() for name in (BIN, IDX)] for p in (made, prepared) for s in p.sources]
+    assert files[0] == files[1]
+
+
+# Each container once, each compression at least once; the matrix has all pairs.
+@pytest.mark.parametrize(("name", "compression"), list(zip(PLAIN, itertools.cycle(COMPRESS), strict=False)))
+def test_same_tokens_and_identity_from_every_container(
+    expected: tuple[Path, Path, Prepared], tmp_path: Path, name: str, compression: str
+) -> None:
+    path = tmp_path / (name + compression)
+    path.write_bytes(COMPRESS[compression](PLAIN[name]()))
+    require_same(expected, tmp_path, path, ignore=["*.jpg"])
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("name", PLAIN)
+def test_same_tokens_and_identity_from_every_pair(
+    expected: tuple[Path, Path, Prepared], tmp_path: Path, name: str, compression: str
+) -> None:
+    test_same_tokens_and_identity_from_every_container(expected, tmp_path, name, compression)
+
+
+def test_same_tokens_and_identity_from_token_files_data_sets_and_mixed_folders(
+    expected: tuple[Path, Path, Prepared], tmp_path: Path
+) -> None:
+    require_same(expected, tmp_path / "1", expected[2].sources[0].store.folder / IDX)
+    datasets.Dataset(table()).save_to_disk(tmp_path / "saved")
+    require_same(expected, tmp_path / "2", tmp_path / "saved")
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    lines, half = jsonl().splitlines(keepends=True), len(TEXTS) // 2
+    (mixed / "1.jsonl.xz").write_bytes(COMPRESS[".xz"](b"".join(lines[:half])))
+    pyarrow.parquet.write_table(table().slice(half), mixed / "2.parquet")
+    require_same(expected, tmp_path / "3", mixed)
 
 
 def test_token_files_of_several_sequences_per_document_and_another_type(tmp_path: Path) -> None:
