@@ -297,7 +297,8 @@ def timed_steps(built: Trained, count: int) -> list[float]:
 
     ids = torch.randint(0, 2048, (1, SEQ_LEN))  # in the vocabulary of both models
     borders = torch.tensor([0, SEQ_LEN], dtype=torch.int32)
-    batch = Batch(ids, ids, torch.arange(SEQ_LEN)[None], borders, SEQ_LEN, SEQ_LEN, np.array([SEQ_LEN]), (0,))
+    counts = np.array([[1, SEQ_LEN, SEQ_LEN]])
+    batch = Batch(ids, ids, torch.arange(SEQ_LEN)[None], borders, SEQ_LEN, SEQ_LEN, counts, (0,))
     seconds = []
     for _ in range(count):
         begun = time.perf_counter()

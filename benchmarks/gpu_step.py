@@ -422,8 +422,8 @@ def dist_cpt(run: Run) -> tuple[Any, int]:
         positions = torch.arange(length).repeat(size, 1)
         borders = torch.arange(0, size * length + 1, length, dtype=torch.int32)
         targets = size * (length - 1)
-        tokens = np.array([ids.numel()])
-        batch = Batch(ids, labels, positions, borders, length, targets, tokens, tuple(range(size)))
+        counts = np.array([[size, ids.numel(), targets]])
+        batch = Batch(ids, labels, positions, borders, length, targets, counts, tuple(range(size)))
         loss = engine.accumulate(batch, targets, last=True)
         engine.step(lrs)
         return loss / targets

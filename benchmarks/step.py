@@ -272,8 +272,8 @@ def by_dist_cpt(base: str, blocks: Any, arguments: argparse.Namespace, clock: Cl
         labels = torch.cat([ids[:, 1:], torch.full((size, 1), IGNORE_INDEX)], dim=1)
         positions = torch.arange(length).repeat(size, 1)
         borders = torch.arange(0, size * length + 1, length, dtype=torch.int32)
-        tokens = np.array([ids.numel()])
-        return Batch(ids, labels, positions, borders, length, size * (length - 1), tokens, tuple(range(size)))
+        counts = np.array([[size, ids.numel(), size * (length - 1)]])
+        return Batch(ids, labels, positions, borders, length, size * (length - 1), counts, tuple(range(size)))
 
     losses = []
     for step_blocks in blocks.split(arguments.micro_batch * arguments.accumulation):

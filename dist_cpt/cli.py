@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -22,9 +23,10 @@ from dist_cpt.errors import (
     ConfigError,
     DataError,
     DistCptError,
+    WriteError,
     say,
 )
-from dist_cpt.run_folder.names import ADAPTER_CONFIG, CHECKPOINTS, MANIFEST, RECIPE
+from dist_cpt.run_folder.names import ADAPTER_CONFIG, CHECKPOINTS, MANIFEST, RECIPE, REPORT
 from dist_cpt.storage import explained
 
 INTERRUPTED = 130
@@ -85,6 +87,14 @@ def prepare(
         print(f"{name}: {documents} documents", file=sys.stderr)
 
     prepared = prepare_data(config, progress, verify=True)
+    from dist_cpt.data.documents import open_documents
+    from dist_cpt.data.store_facts import store_facts
+    from dist_cpt.report.report import write_page
+    from dist_cpt.report.store_page import store_page
+
+    for folder in {source.store.folder.resolve() for source in prepared.all_sources}:
+        with contextlib.suppress(WriteError):  # a store given may be on a read-only file system
+            write_page(store_page(store_facts(open_documents(folder))), folder / REPORT)
     report = data_report(prepared)
     print(*([json.dumps(report, indent=1)] if json_ else report_lines(report)), sep="\n")
 
@@ -149,8 +159,18 @@ def plan(
 
 
 @app.command(rich_help_panel=RUN)
-def train(recipe: Recipe, set_: Overrides = None, accept: Accept = None) -> None:
+def train(
+    recipe: Recipe,
+    set_: Overrides = None,
+    accept: Accept = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plot the learning rates by group, and stop.")] = False,
+) -> None:
     """Train as one process: alone, or as one rank under torchrun, srun, accelerate or deepspeed launch."""
+    if dry_run:
+        from dist_cpt.optim.rate_plot import rate_plot
+
+        print(*rate_plot(_load(recipe, _overrides(set_, accept))), sep="\n")
+        return
     from dist_cpt.runtime.stop import StopRequest, stop_with_parent
 
     stop = StopRequest().install()  # before torch is loaded: a signal during imports already counts
@@ -162,6 +182,9 @@ def train(recipe: Recipe, set_: Overrides = None, accept: Accept = None) -> None
 
     if process_env().world_size == 1 and says_finished(config):  # several ranks ask rank 0
         raise typer.Exit(EXIT_DONE)
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Packed batches and gathered units differ in size; read when torch is loaded.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     from dist_cpt.train.run import train as train_run
 
     code, folder = train_run(config, stop, even_if_finished=False)
@@ -221,6 +244,31 @@ def resume(
         raise ConfigError(f"--set names {folder}, not {run}", remedy="leave out --set name and --set output_dir")
     options = LaunchOptions(**vars(options))
     raise typer.Exit(launch_recipes([recipe], overrides, options, on=on, dry_run=dry_run))
+
+
+@app.command(rich_help_panel=RUN)
+def branch(
+    run: Run,
+    at: Annotated[int, typer.Option("--at", min=0, metavar="STEP", help="The step of one of its checkpoints.")],
+    name: Annotated[str, typer.Option("--name", help="The new run's name; its folder is beside the run's.")],
+    set_: Overrides = None,
+) -> None:
+    """Make a new run that continues from a checkpoint of another, which may be training; a resume trains it."""
+    from dist_cpt.train.branch import branch as make_branch
+    from dist_cpt.train.branch import branch_lines
+
+    print(*branch_lines(make_branch(_run_folder(run), at, name, set_ or ())), sep="\n")
+
+
+@app.command(rich_help_panel=RUN)
+def extend(
+    run: Run,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="The new total, counted as train.tokens.")],
+) -> None:
+    """Let a run go on to more tokens; a resume trains them."""
+    from dist_cpt.train.extend import extend as extend_run
+
+    print(*extend_run(_run_folder(run), tokens).lines(), sep="\n")
 
 
 @app.command(rich_help_panel=LOOK)
@@ -418,6 +466,96 @@ def generate(
     ours = (model / CHECKPOINTS).is_dir() or (model / MANIFEST).exists()
     folder = _checkpoint_folder(model) if ours else model
     print(generate_text(folder, prompt, max_new_tokens, temperature, top_k, seed, top_p, chat))
+
+
+data_app = typer.Typer(help="Look at, check, merge and decode token stores.", no_args_is_help=True)
+app.add_typer(data_app, name="data", rich_help_panel=TOOLS)
+Store = Annotated[Path, typer.Argument(metavar="STORE", help="A token store, or the .idx of a Megatron-LM pair.")]
+OfStore = Annotated[
+    str | None, typer.Option("--tokenizer", help="Folder or hub id, where the store has no tokenizer.json.")
+]
+
+
+@data_app.command("inspect")
+def data_inspect(
+    store: Store,
+    tokenizer: OfStore = None,
+    page: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Also write an HTML page.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show what is inside: counts, lengths, tokenizer, origin, hashes, and documents with visible borders."""
+    from dist_cpt.data.documents import open_documents
+    from dist_cpt.data.store_facts import facts_text, store_facts
+
+    facts = store_facts(open_documents(store), tokenizer)
+    print(json.dumps(facts, indent=1) if json_ else facts_text(facts))
+    if page is not None:
+        from dist_cpt.report.report import write_page
+        from dist_cpt.report.store_page import store_page
+
+        write_page(store_page(facts), page)
+
+
+@data_app.command("verify")
+def data_verify(store: Store, json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
+    """Compare every chunk of a store and of its block plans with its hash; exit code 65 if one differs."""
+    from dataclasses import asdict
+
+    from dist_cpt.data.store_check import check_store
+    from dist_cpt.errors import printable
+
+    check = check_store(store)
+    if json_:
+        print(json.dumps({"store": str(store), **asdict(check)}, indent=1))
+    if check.problems:
+        if not json_:
+            print(*map(printable, check.problems), sep="\n")
+        more = f" (and {len(check.problems) - 1} more)" if len(check.problems) > 1 else ""
+        remedy = "copy it again, or dist-cpt prepare makes it again from the text"
+        raise DataError(f"{printable(check.problems[0])}{more}", remedy=remedy)
+    if not json_:
+        found = (
+            f"{check.num_chunks:,} chunks, {check.num_bytes:,} bytes" if check.hashed else "no hashes to compare with"
+        )
+        print(f"{store}: valid ({found})")
+
+
+@data_app.command("merge")
+def data_merge(
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE STORE...", help="Two or more token stores.")],
+    out: Annotated[Path, typer.Option("--out", help="New folder for the merged store.")],
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Write the documents of several stores into one, with where each part came from."""
+    from dist_cpt.data.merge_stores import merge_stores
+
+    merged = merge_stores(stores, out)
+    counts = {"documents": merged.num_documents, "tokens": merged.num_tokens}
+    shown = {"store": str(out), **counts, "content_hash": merged.manifest.content_hash}
+    print(
+        json.dumps(shown, indent=1)
+        if json_
+        else f"{out}: {merged.num_documents:,} documents, {merged.num_tokens:,} tokens"
+    )
+
+
+@data_app.command("decode")
+def data_decode(
+    store: Store,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.jsonl", help="New file; default: stdout.")] = None,
+    documents: Annotated[str, typer.Option(metavar="A:B", help="Documents A to B - 1, as a slice in Python.")] = ":",
+    tokenizer: OfStore = None,
+) -> None:
+    """Turn the tokens back into text: one JSON object with `text` per line."""
+    from dist_cpt.data.documents import decode_rows, open_documents, write_rows
+
+    rows = decode_rows(open_documents(store), documents, tokenizer)
+    if out is not None:
+        print(f"{out}: {write_rows(rows, out):,} documents")
+        return
+    with contextlib.suppress(BrokenPipeError):  # the reader has seen enough
+        for row in rows:
+            sys.stdout.write(row)
 
 
 tokenizer_app = typer.Typer(help="Train, extend and measure tokenizers.", no_args_is_help=True)

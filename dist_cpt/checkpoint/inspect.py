@@ -15,6 +15,7 @@ from dist_cpt.config.resolve import fingerprint
 from dist_cpt.errors import CheckpointError, ConfigError, printable
 from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state, superseded
 from dist_cpt.run_folder.json_files import strict_json
+from dist_cpt.run_folder.lineage import read_lineage
 from dist_cpt.run_folder.manifest import Manifest
 from dist_cpt.run_folder.names import CERTIFICATE, CHECKPOINTS, MANIFEST, RECIPE, SUPERSEDED
 from dist_cpt.run_folder.train_state import TrainState
@@ -70,6 +71,7 @@ def _run(run_folder: Path) -> dict[str, Any]:
     return {
         "kind": "run",
         "path": str(run_folder),
+        "lineage": read_lineage(run_folder),
         "checkpoints": rows,
         "newest": _checkpoint(family.by_path[valid[0]], family),
     }
@@ -219,10 +221,18 @@ def _problem(path: Path) -> str | None:
     return summary(problems) if problems else None
 
 
+_LINEAGE = {"branch": "branched from", "extend": "extended:"}
+
+
 def as_text(content: Mapping[str, Any]) -> str:
     """The object from `inspect_path` as plain text in aligned columns."""
     lines: list[str] = []
     if content["kind"] == "run":
+        lines += [
+            f"{_LINEAGE.get(entry.get('kind', ''), '?')} {entry.get('run')}, step {entry.get('step')}, "
+            f"{entry.get('time')}: {' '.join(entry.get('set', ()))}"
+            for entry in content["lineage"]
+        ]
         lines += [f"{content['path']}: {len(content['checkpoints'])} checkpoints", *_run_table(content), ""]
         content = content["newest"]
     lines += [content["path"], *_facts(content), "", *_group_table(content), "", *_file_table(content)]

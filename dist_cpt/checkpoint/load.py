@@ -19,7 +19,8 @@ from dist_cpt.run_folder.train_state import TrainState
 from dist_cpt.runtime.collectives import on_rank_zero, world_size
 from dist_cpt.training_state import ReadingOrder, StateKind, TensorSpec
 
-_PLACES = {"path", "revision", "stores"}  # of an identity: its content is compared, so that all of it may move
+# Of an identity: places, which may all move since the content is compared, and what only explains a difference.
+_NOT_COMPARED = {"path", "revision", "stores", "tokens"}
 
 
 class LoadedCheckpoint:
@@ -133,14 +134,24 @@ def require_fit(manifest: Manifest, specs: Sequence[TensorSpec], identity: Ident
     if list(saved) != list(here):
         raise CheckpointError(f"step {manifest.step}: the checkpoint has the same tensors in another order")
     for what, recorded, current in (("base", manifest.base, identity.base), ("data", manifest.data, identity.data)):
-        for key in sorted((recorded.keys() | current.keys()) - _PLACES):
+        for key in sorted((recorded.keys() | current.keys()) - _NOT_COMPARED):
             saved_value, value = _without_version(recorded.get(key)), _without_version(current.get(key))
             if saved_value != value:
-                revision = f" (model.revision: {recorded['revision']})" if recorded.get("revision") else ""
+                note = f" (model.revision: {recorded['revision']})" if recorded.get("revision") else ""
+                note += _other_tokens(recorded.get("tokens"), current.get("tokens"))
                 raise CheckpointError(
                     f"step {manifest.step}: {what}.{key} is {saved_value!r} in the checkpoint, {value!r} here",
-                    remedy=f"resume with the {what} the run was started with{revision}",
+                    remedy=f"resume with the {what} the run was started with{note}",
                 )
+
+
+def _other_tokens(recorded: Any, current: Any) -> str:
+    """The sources and held-out sets with another number of tokens, in parentheses; nothing if that is not known."""
+    if not (isinstance(recorded, dict) and isinstance(current, dict)):
+        return ""
+    changed = [name for name in {**recorded, **current} if recorded.get(name) != current.get(name)]
+    listed = ", ".join(f"{name}: {recorded.get(name, 0):,} tokens, here {current.get(name, 0):,}" for name in changed)
+    return f" ({listed})" if listed else ""
 
 
 def _without_version(value: Any) -> Any:

@@ -150,7 +150,34 @@ def _rows_do_not_train(config: Recipe) -> bool:
 
 
 def _never_thaws(config: Recipe) -> bool:
-    return config.embeddings.freeze_rest_steps >= num_steps(config)
+    return 0 < num_steps(config) <= config.embeddings.freeze_rest_steps
+
+
+def _stages_end_early(config: Recipe) -> bool:
+    lengths = [stage.tokens for stage in config.data.stages]
+    return None not in (config.train.tokens, *lengths) and 0 < sum(lengths) < config.train.tokens
+
+
+def _stage_never_begins(config: Recipe) -> bool:
+    tokens = config.train.tokens
+    return tokens is not None and sum(stage.tokens or 0 for stage in config.data.stages[:-1]) >= tokens
+
+
+def _limits_without_effect(config: Recipe) -> Settings:
+    return [
+        (f"data.sources.{number}.{key}", limit)
+        for number, source in enumerate(config.data.sources)
+        for key, limit in (("max_tokens", source.max_tokens), ("max_epochs", source.max_epochs))
+        if limit is not None and source.on_exhausted == "repeat"
+    ]
+
+
+def _limits_below_a_sequence(config: Recipe) -> Settings:
+    return [
+        (f"data.sources.{number}.max_tokens", source.max_tokens)
+        for number, source in enumerate(config.data.sources)
+        if source.max_tokens is not None and source.max_tokens < config.data.seq_len
+    ]
 
 
 def _half_a_pair(config: Recipe) -> bool:
@@ -159,8 +186,8 @@ def _half_a_pair(config: Recipe) -> bool:
 
 
 def num_steps(config: Recipe) -> int:
-    """Optimizer steps of the whole run."""
-    return -(-config.train.tokens // config.batch.global_tokens)
+    """Optimizer steps of the whole run; 0 while the data has yet to say what `train.epochs` are."""
+    return -(-(config.train.tokens or 0) // config.batch.global_tokens)
 
 
 def _shapes(config: Recipe) -> tuple[Any, ...]:
@@ -208,6 +235,7 @@ def _filtered_store(config: Recipe) -> bool:
 
 
 _TEXTS = ("data.sources[]", "data.validation[]")
+_LIMITS = tuple(f"data.sources[].{key}" for key in ("max_tokens", "max_epochs", "on_exhausted"))
 _PAIR = tuple(f"{text}.{field}" for text in _TEXTS for field in ("prompt", "response"))
 _HUB_KEYS = tuple(f"{text}.{field}" for text in _TEXTS for field in ("revision", "subset"))
 _FILTERS = tuple(f"{text}.filter" for text in _TEXTS)
@@ -316,6 +344,23 @@ EXCLUSIONS = (
     Exclusion((given("embeddings.freeze_rest_steps"),
                when("`train.tokens` for no more steps", ("train.tokens", "batch.global_tokens"), _never_thaws)),
               "nothing else would ever train", "use fewer steps, or more tokens"),
+    # the length of the run, and what is read in it
+    Exclusion((given("train.tokens"), given("train.epochs")),
+              "the length is given twice", "give one of them (the other as null)"),
+    Exclusion((absent("train.tokens"), absent("train.epochs")),
+              "the run has no length", "give train.tokens, or train.epochs"),
+    Exclusion((Condition(_LIMITS, "`data.sources[].max_tokens` or `max_epochs`, and `on_exhausted: repeat` there",
+                         _limits_without_effect),),
+              "a source that repeats has no limit", "set on_exhausted: drop or error there, or leave the limit out"),
+    Exclusion((Condition(_LIMITS, "`data.sources[].max_tokens` below `data.seq_len`", _limits_below_a_sequence),),
+              "not one sequence would be read", "use data.seq_len or more, or leave the source out"),
+    Exclusion((given("data.stages"), given("data.sources[].weight")),
+              "the stages give the weights", "leave the weights of the sources out"),
+    Exclusion((when("`data.stages` shorter than `train.tokens`", ("data.stages[].tokens", "train.tokens"),
+                    _stages_end_early),),
+              "the stages end before the run", "leave tokens out of the last stage"),
+    Exclusion((when("a stage after `train.tokens`", ("data.stages[].tokens", "train.tokens"), _stage_never_begins),),
+              "the last stage would never begin", "use more tokens, or shorter stages"),
     # tasks and their data
     Exclusion((_CLASSIFY, absent("classify")),
               "the classes are unknown", "add a section classify with labels or num_labels"),
@@ -370,7 +415,7 @@ EXCLUSIONS = (
                      "train.tokens"), _longer_than_the_run),),
               "the run ends within them", "use fewer steps, or more tokens"),
     Exclusion((when("`schedule.start_step` at or after the last step", ("schedule.start_step", "train.tokens"),
-                    lambda config: config.schedule.start_step >= num_steps(config)),),
+                    lambda config: 0 < num_steps(config) <= config.schedule.start_step),),
               "the schedule would never begin", "use more tokens"),
     # engines, checkpoints, health
     Exclusion((given("engine.stage"), is_not("engine.kind", "zero")),

@@ -34,7 +34,12 @@ setting is refused by name with exit code 64: it would be another run.
 
 | settings | may change | because |
 |---|---|---|"""
-_HOW = {"freely": "freely", "same content": "to a place with the same content", "accepted": "if accepted by name"}
+_HOW = {
+    "freely": "freely",
+    "same content": "to a place with the same content",
+    "accepted": "if accepted by name, or in a branch",
+}
+_HOW |= {"branched": "in a branch"}
 _BOUNDS = {"exclusiveMinimum": "> {}", "minimum": "≥ {}", "exclusiveMaximum": "< {}", "maximum": "≤ {}"}
 _WORDS = {"boolean": "true or false", "object": "mapping"}
 

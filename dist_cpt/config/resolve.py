@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class StepShape:
     blocks_per_step: int
     micro_batch: int
     accumulation: int
-    num_steps: int
+    num_steps: int  # 0 while the data has yet to say what train.epochs are
     world_size: int
 
 
@@ -65,7 +65,24 @@ def resolve_paths(config: RunConfig) -> RunConfig:
     names = [source["name"] for source in values["data"]["sources"]]
     if len(set(names)) != len(names):
         raise ConfigError(f"data.sources: names must differ, got {names}", remedy="give each source a name")
+    _check_stages(config, names)
     return build(values, where="the recipe, with what adapter.continue_from sets")
+
+
+def _check_stages(config: RunConfig, names: Sequence[str]) -> None:
+    """Refuse stages that name a source that does not exist, or leave one out everywhere."""
+    staged = [(number, name) for number, stage in enumerate(config.data.stages) for name in stage.weights]
+    for number, name in staged:
+        if name not in names:
+            raise ConfigError(
+                f"data.stages.{number}.weights: there is no source {name!r}; sources are {', '.join(names)}",
+                remedy="use a source's name, which is the stem of its path unless it is given",
+            )
+    unread = [name for name in names if staged and name not in {name for _, name in staged}]
+    if unread:
+        raise ConfigError(
+            f"data.stages: no stage reads {', '.join(unread)}", remedy="give it a weight in a stage, or leave it out"
+        )
 
 
 def is_template_text(template: str) -> bool:
@@ -88,6 +105,17 @@ def step_shape(config: RunConfig, world_size: int) -> StepShape:
             remedy=f"use a multiple of {per_forward * config.data.seq_len} tokens, or another micro_batch",
         )
     return StepShape(blocks, config.batch.micro_batch, blocks // per_forward, num_steps(config), world_size)
+
+
+def with_tokens(config: RunConfig, tokens: int) -> RunConfig:
+    """The recipe with `train.epochs` as the number of tokens that they are on this run's data.
+
+    Raises:
+        ConfigError: settings that exclude each other for a run of this length.
+    """
+    values = config.model_dump(mode="json")
+    values["train"] |= {"tokens": tokens, "epochs": None}
+    return build(values, where=f"train.epochs: {config.train.epochs:g}, which are {tokens:,} tokens of this data")
 
 
 def settings(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:
@@ -115,8 +143,11 @@ def differences(old: RunConfig, new: RunConfig) -> dict[str, str]:
     }
 
 
-def require_same_recipe(recorded: RunConfig, config: RunConfig, where: str) -> dict[str, str]:
-    """The changes against the recorded recipe that `accept_changes` names, as `differences` gives them.
+def require_same_recipe(
+    recorded: RunConfig, config: RunConfig, where: str, agreed: Collection[tuple[str, str]] = ()
+) -> dict[str, str]:
+    """The changes against the recorded recipe, as `differences` gives them: those that `accept_changes` names, and
+    those that a branch or an extension of the run has `agreed` to.
 
     Raises:
         ConfigError: other changes; `where` is what has the recorded recipe.
@@ -124,7 +155,7 @@ def require_same_recipe(recorded: RunConfig, config: RunConfig, where: str) -> d
     changed = differences(recorded, config)
     accepted = {key for key in changed if any(is_below(key, name) for name in config.accept_changes)}
     accepted = {key for key in accepted if how_may_change(key) == "accepted"}
-    refused = {key: text for key, text in changed.items() if key not in accepted}
+    refused = {key: text for key, text in changed.items() if key not in accepted and (key, text) not in agreed}
     if refused:
         listed = "; ".join(f"{key}: {text}" for key, text in list(refused.items())[:_SHOWN_DIFFERENCES])
         more = f" and {len(refused) - _SHOWN_DIFFERENCES} more" if len(refused) > _SHOWN_DIFFERENCES else ""
@@ -132,6 +163,8 @@ def require_same_recipe(recorded: RunConfig, config: RunConfig, where: str) -> d
         if all(how_may_change(key) == "accepted" for key in refused):
             keys = dict.fromkeys(re.sub(r"\.\d+(\.|$).*", "", key) for key in changed)
             remedy += f", or resume with --accept-changes {','.join(keys)}"
+        elif all(how_may_change(key) in ("accepted", "branched") for key in refused):
+            remedy += ", or make a branch (dist-cpt branch)"
         raise ConfigError(f"{where} has a run of another recipe ({listed}{more})", remedy=remedy)
     return changed
 

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Change = Literal["freely", "same content", "accepted"]
+Change = Literal["freely", "same content", "accepted", "branched"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Changeable:
 # fmt: off
 RESUME_CHANGES = (
     Changeable(("name", "output_dir", "data.cache_dir"), "freely", "where the run and its token stores are"),
-    Changeable(("engine", "batch.micro_batch", "model.kernels", "model.attention"), "freely",
-               "where and in which pieces the same step is computed; the number of ranks may change too"),
+    Changeable(("engine", "batch.micro_batch", "model.kernels", "model.attention", "train.deterministic"), "freely",
+               "where, and in which pieces and order the same step is computed; the number of ranks may change too"),
     Changeable(("checkpoint", "evaluate", "track", "health.hang", "health.straggler"), "freely",
                "when states are saved, and what is watched"),
     Changeable(("model.trust_remote_code", "model.allow_instruct", "accept_changes"), "freely", "permissions"),
@@ -38,8 +38,10 @@ RESUME_CHANGES = (
                "a place; what is there is compared by its sha256"),
     Changeable(("optim.lr", "optim.embedding_lr", "optim.head_lr", "optim.weight_decay", "optim.embedding_weight_decay",
                 "optim.betas", "optim.eps", "optim.max_grad_norm", "optim.max_skipped_steps", "schedule",
-                "train.tokens", "embeddings.freeze_rest_steps", "health.spike"), "accepted",
+                "train.tokens", "train.epochs", "embeddings.freeze_rest_steps", "health.spike"), "accepted",
                "what is learned from here on; named by `--accept-changes KEY,...`"),
+    Changeable(("adapter.dropout",), "branched",
+               "what is learned from here on, beside which the straight run goes on; `dist-cpt branch` sets it"),
 )
 # fmt: on
 

@@ -212,9 +212,17 @@ class SourceConfig(TextConfig):
     name: str | None = None
     """The source's name in stores, metrics and the report; null means the stem of the path."""
     weight: PositiveFloat = 1.0
-    """Share of the blocks relative to the other sources."""
+    """Share relative to the other sources, of what `data.share_of` names."""
     role: Literal["domain", "replay"] = "domain"
     """Whether the source is new text or a replay of what the base knows."""
+    max_tokens: PositiveInt | None = None
+    """Most tokens that are read of the source, counted as `train.tokens` and rounded down to whole sequences."""
+    max_epochs: PositiveFloat | None = None
+    """Most times that the source is read; fractions are rounded down to whole sequences."""
+    on_exhausted: Literal["repeat", "error", "drop"] = "repeat"
+    """What follows the source's last sequence: `repeat` reads it again, `error` refuses the run before its first step,
+    `drop` leaves it out and gives its share to the others. The last one is where a limit is reached; without one, where
+    all of the source has been read once."""
 
 
 class ValidationConfig(TextConfig):
@@ -224,6 +232,15 @@ class ValidationConfig(TextConfig):
     """The set's name in metrics and the report."""
     role: Literal["domain", "retention"] = "domain"
     """Whether the set measures what is learned (`domain`) or what the base must not forget (`retention`)."""
+
+
+class StageConfig(Frozen):
+    """A part of the run with weights of its own."""
+
+    tokens: PositiveInt | None = None
+    """Length, counted as `train.tokens`, rounded up to whole sequences; without it the last stage runs to the end."""
+    weights: dict[str, PositiveFloat] = Field(min_length=1)
+    """Weight by the source's name; a source that is not named is not read in this stage."""
 
 
 class DataConfig(Frozen):
@@ -254,8 +271,19 @@ class DataConfig(Frozen):
     """What becomes of training documents with text of a held-out set: they are counted, or also left out (`drop`)."""
     cache_dir: str | None = None
     """Folder of the prepared token stores; null means `<output_dir>/data`."""
+    share_of: Literal["blocks", "tokens"] = "blocks"
+    """What weights are shares of: sequences with their padding (`blocks`), or `tokens` of text, padding aside."""
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    stages: tuple[StageConfig, ...] = ()
     validation: tuple[ValidationConfig, ...] = ()
+
+    @field_validator("stages")
+    @classmethod
+    def _only_the_last_is_open(cls, value: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
+        for number, stage in enumerate(value[:-1]):
+            if stage.tokens is None:
+                raise ValueError(f"stage {number} needs tokens: only the last one runs to the end")
+        return value
 
     @field_validator("validation")
     @classmethod
@@ -306,8 +334,14 @@ class BatchConfig(Frozen):
 class TrainConfig(Frozen):
     """The length of the run."""
 
-    tokens: PositiveInt
-    """Tokens of the whole run, rounded up to whole steps."""
+    tokens: PositiveInt | None = None
+    """Tokens of the whole run, rounded up to whole steps. They are batch tokens, `batch.global_tokens` a step: padding
+    and tokens without a target count."""
+    epochs: PositiveFloat | None = None
+    """In place of `tokens`: how often the sources of `role: domain` are read, taken together; the rest of the mixture
+    comes on top."""
+    deterministic: bool = False
+    """Whether every sum has a fixed order, so that a GPU repeats a run bit for bit; may be slower."""
 
 
 class OptimConfig(Frozen):

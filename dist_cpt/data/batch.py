@@ -25,7 +25,7 @@ class Batch:
     cu_seqlens: torch.Tensor  # int32 [num_documents + 1], starts at 0, ends at T
     max_seqlen: int
     num_targets: int  # labels that are not IGNORE_INDEX; a Python int: no host sync
-    tokens_by_source: np.ndarray  # int64 [num_sources]: non-padding tokens of each source
+    counts_by_source: np.ndarray  # int64 [num_sources, 3]: blocks, tokens without padding, targets
     block_ids: tuple[int, ...]  # global stream positions of the B blocks
 
     def to(self, device: torch.device) -> Batch:

@@ -9,12 +9,20 @@ MAX_EPOCHS = 4  # Muennighoff et al. 2023, arXiv:2305.16264: up to here repeated
 
 
 def concerns(prepared: Prepared, loader: BlockLoader, num_blocks: int) -> list[str]:
-    """One line for each source read more than `MAX_EPOCHS` times in `num_blocks`, and for each held-out set whose
-    documents are those of a source."""
+    """One line each, for a run of `num_blocks`: sources read more than `MAX_EPOCHS` times, more tokens than the
+    sources have, a source of one block, and held-out sets whose documents are those of a source."""
     lines = [
         f"source {name} is read {epochs:.1f} times; beyond {MAX_EPOCHS} it adds little: lower train.tokens or weight"
         for name, epochs in loader.epochs(num_blocks).items()
         if epochs > MAX_EPOCHS
+    ]
+    asked, available = num_blocks * prepared.seq_len, sum(loader.available) * prepared.seq_len
+    if asked > available:
+        lines.append(f"the run takes {asked:,} tokens, its sources have {available:,}: text is read more than once")
+    lines += [
+        f"source {source.name} is one block of {tokens:,} tokens: each of its steps reads the same text"
+        for source, (blocks, tokens) in zip(prepared.sources, loader.sizes, strict=True)
+        if blocks == 1
     ]
     trained = {source.store.manifest.content_hash: source.name for source in prepared.sources}
     return lines + [

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dist_cpt.data.batch import IGNORE_INDEX, Batch
-from dist_cpt.data.mixture import Mixture
+from dist_cpt.data.mixture import mixture_of
 from dist_cpt.data.order import FeistelOrder
 from dist_cpt.data.packing import PackingPlan, pack
 from dist_cpt.data.prepare import Prepared, PreparedSource
@@ -37,7 +37,9 @@ class BlockLoader:
         self._seed = seed
         self._pad_id = pad_id
         self._packed = [_pack_source(source, seq_len) for source in prepared.sources]
-        self._mixture = Mixture([source.weight for source in prepared.sources])
+        self.sizes = [(packed.plan.num_blocks, packed.plan.num_tokens) for packed in self._packed]  # by source
+        self.available = [blocks for blocks, _ in self.sizes]
+        self.mixture = mixture_of(prepared, self.sizes)
         # Neighbouring positions share their epoch: its keys are derived once, not per block.
         self._order = lru_cache(maxsize=4 * len(self._packed))(self._new_order)
 
@@ -57,20 +59,22 @@ class BlockLoader:
                 builder.add(self._packed[source], block, source)
         return builder.build(positions)
 
+    def blocks_read(self, num_blocks: int) -> dict[str, int]:
+        """How many of the first `num_blocks` of the stream are of each source."""
+        return dict(zip(self.source_names, self.mixture.counts_before(num_blocks).tolist(), strict=True))
+
     def epochs(self, num_blocks: int) -> dict[str, float]:
         """How often the first `num_blocks` of the stream go through each source."""
-        shares = self._mixture.counts / self._mixture.cycle
-        packed = zip(self.source_names, shares.tolist(), self._packed, strict=True)
-        return {name: num_blocks * share / source.plan.num_blocks for name, share, source in packed}
+        read = self.blocks_read(num_blocks).items()
+        return {name: count / available for (name, count), available in zip(read, self.available, strict=True)}
 
     def _locate(self, position: int) -> tuple[int, int, int]:
-        sources, indices = self._mixture(position)
-        source = int(sources)
-        epoch, index = divmod(int(indices), self._packed[source].plan.num_blocks)
+        source, number = self.mixture(position)
+        epoch, index = divmod(number, self.available[source])
         return source, epoch, int(self._order(source, epoch)(index))
 
     def _new_order(self, source: int, epoch: int) -> FeistelOrder:
-        return FeistelOrder(self._packed[source].plan.num_blocks, self._seed, self.source_names[source], epoch)
+        return FeistelOrder(self.available[source], self._seed, self.source_names[source], epoch)
 
 
 class ValidationLoader:
@@ -115,14 +119,14 @@ class _BatchBuilder:
         self._position_ids = np.empty((num_blocks, seq_len), dtype=np.int64)
         self._ramp = np.arange(seq_len, dtype=np.int64)
         self._borders = [0]
-        self._tokens_by_source = np.zeros(num_sources, dtype=np.int64)
+        self._counts_by_source = np.zeros((num_sources, 3), dtype=np.int64)
         self._num_targets = 0
         self._row = 0
 
     def add(self, packed: _PackedStore, block: int, source: int) -> None:
         """Append one block of source number `source`."""
         store, plan = packed.store, packed.plan
-        filled = 0
+        filled, targets_before = 0, self._num_targets
         for document, start, length in plan.block(block):
             # One token beyond the piece, where the document continues: the last target of a split piece.
             stop = min(start + length + 1, int(store.lengths[document]))
@@ -142,7 +146,7 @@ class _BatchBuilder:
                 self._num_targets += 1
             filled += length
             self._borders.append(self._row * self._seq_len + filled)
-        self._tokens_by_source[source] += filled
+        self._counts_by_source[source] += (1, filled, self._num_targets - targets_before)
         self._finish_row(filled)
 
     def add_padding(self) -> None:
@@ -163,7 +167,7 @@ class _BatchBuilder:
             torch.from_numpy(borders),
             int(np.diff(borders).max(initial=0)),
             self._num_targets,
-            self._tokens_by_source,
+            self._counts_by_source,
             tuple(int(b) for b in block_ids),
         )
 

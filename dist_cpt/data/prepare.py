@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dist_cpt.config.schema import HUB_PREFIX, DataConfig, RunConfig, SourceConfig
+from dist_cpt.config.schema import HUB_PREFIX, DataConfig, RunConfig, SourceConfig, StageConfig
 from dist_cpt.data.block_plan import BlockPlan, PlanKey, block_plan
 from dist_cpt.data.chat import ConversationEncoder, chat_template
 from dist_cpt.data.classes import ExampleEncoder
@@ -31,7 +31,7 @@ from dist_cpt.data.containers import files_of
 from dist_cpt.data.encode import Encoded, Encoder, Source, TextEncoder
 from dist_cpt.data.filters import describe_filter
 from dist_cpt.data.hub import HubDataset, with_commits
-from dist_cpt.data.mixture import Mixture
+from dist_cpt.data.mixture import UNLIMITED, Limit, mixture_of
 from dist_cpt.data.prefetch import prefetch
 from dist_cpt.data.quality import SourceQuality, examine, excluded_hash
 from dist_cpt.data.sources import ReadCounts, Record, RecordTally, SourceFiles, check_budget, read_records, source_files
@@ -65,6 +65,7 @@ class PreparedSource:
     stride: int | None = None  # tokens between the starts of two windows; None: best-fit packing
     overlap_trains: bool = True  # whether a token is a target in every window, or only in the first that has it
     blocks: BlockPlan | None = None  # None: packed in memory by who reads it
+    limit: Limit = UNLIMITED
     quality: SourceQuality | None = None  # of a training source: what was found in it
 
     @property
@@ -83,6 +84,8 @@ class Prepared:
     vocab_size: int
     identity: str
     seq_len: int  # of the recipe, for the report
+    stages: tuple[StageConfig, ...] = ()
+    share_of: Literal["blocks", "tokens"] = "blocks"
 
     @property
     def all_sources(self) -> list[PreparedSource]:
@@ -370,10 +373,11 @@ def _open_stores(plan: _Plan, config: RunConfig, verify: bool = False) -> Prepar
             )
         if planned.source.store is not None:
             _check_given_store(planned, store, plan.encoder, data.seq_len)
-        weight, overlap_trains = 1.0, False  # of a held-out set every token is evaluated once
-        if isinstance(planned.source, SourceConfig):
-            weight, overlap_trains = planned.source.weight, data.overlap == "train"
-        opened.append(PreparedSource(planned.name, weight, planned.source.role, store, stride, overlap_trains))
+        weight, overlap_trains, limit = 1.0, False, UNLIMITED  # of a held-out set every token is evaluated once
+        if (source := planned.source) and isinstance(source, SourceConfig):
+            weight, overlap_trains = source.weight, data.overlap == "train"
+            limit = Limit(source.max_tokens, source.max_epochs, source.on_exhausted)
+        opened.append(PreparedSource(planned.name, weight, source.role, store, stride, overlap_trains, limit=limit))
     sources, validation = opened[: len(data.sources)], opened[len(data.sources) :]
     examined = _examine(sources, validation, config)
     sources = [replace(source, quality=quality) for source, quality in zip(sources, examined, strict=True)]
@@ -385,7 +389,16 @@ def _open_stores(plan: _Plan, config: RunConfig, verify: bool = False) -> Prepar
     if (lists := excluded_hash(examined)) is not None:
         content.append(["excluded", lists])
     identity = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return Prepared(sources, validation, plan.tokenizer_hash, plan.vocab_size, identity, data.seq_len)
+    return Prepared(
+        sources,
+        validation,
+        plan.tokenizer_hash,
+        plan.vocab_size,
+        identity,
+        data.seq_len,
+        stages=data.stages,
+        share_of=data.share_of,
+    )
 
 
 def _with_blocks(source: PreparedSource, data: DataConfig, verify: bool) -> PreparedSource:
@@ -458,16 +471,18 @@ def check_vocabulary(prepared: Prepared, model_vocab_size: int) -> None:
 
 def data_report(prepared: Prepared) -> dict[str, Any]:
     """JSON-able counts of the stores: per source documents, tokens, blocks, padding, bad records."""
-    shares = Mixture([source.weight for source in prepared.sources])
     training = [_source_report(source) for source in prepared.sources]
-    for row, count in zip(training, shares.counts.tolist(), strict=True):
-        row["share"] = count / shares.cycle
+    mixture = mixture_of(prepared, [(row["blocks"], row["block_tokens"]) for row in training])
+    if len(mixture.segments) == 1:
+        for row, share in zip(training, mixture.segments[0].shares.tolist(), strict=True):
+            row["share"] = share
     return {
         "seq_len": prepared.seq_len,
         "vocab_size": prepared.vocab_size,
         "tokenizer_hash": prepared.tokenizer_hash,
         "identity": prepared.identity,
         "sources": training,
+        "mixture": [{"from_block": part.start, "share": part.shares.tolist()} for part in mixture.segments],
         "validation": [
             _source_report(held_out) | {"in_training": prepared.shared_ngrams(held_out.name)}
             for held_out in prepared.validation
@@ -486,6 +501,11 @@ def report_lines(report: dict[str, Any]) -> list[str]:
             f"{row['name']}: {row['documents']:,} documents, {row['tokens']:,} tokens in {row['blocks']:,} blocks of "
             f"{report['seq_len']:,} ({row['padding_fraction']:.1%} padding){share}{bad}; {row['folder']}"
         )
+    names = [row["name"] for row in report["sources"]]
+    for part in report["mixture"] if len(report["mixture"]) > 1 else ():
+        shares = zip(names, part["share"], strict=True)
+        read = ", ".join(f"{name} {share:.1%}" for name, share in shares if share)
+        lines.append(f"from token {part['from_block'] * report['seq_len']:,} on: {read}")
     return [*lines, f"identity {report['identity']}"]
 
 
@@ -541,6 +561,7 @@ def _source_report(source: PreparedSource) -> dict[str, Any]:
         "documents": source.store.num_documents,
         "tokens": source.store.num_tokens,
         "blocks": plan.num_blocks,
+        "block_tokens": plan.num_tokens,
         "padding_fraction": plan.padding_fraction,
         **_quality_report(source.quality),
         **_label_report(source.store),

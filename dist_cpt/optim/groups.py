@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from dist_cpt.config.adapter_settings import VOCABULARY_NAMES
-from dist_cpt.config.schema import OptimConfig
+from dist_cpt.config.schema import OptimConfig, RunConfig
+
+if TYPE_CHECKING:
+    import torch
 
 EIGHT_BIT_GROUPS = ("adapter", "adapter_b", "weights")  # embeddings, head, norms and biases have fp32 moments
 _VOCABULARY = re.compile(rf"(^|\.)({'|'.join(VOCABULARY_NAMES)})\.(weight$|lora_)")
@@ -57,21 +59,43 @@ def param_groups(
             members["no_decay"].append(name)
         else:
             members["adapter_b" if lora_plus_ratio is not None and ".lora_B." in name else "adapter"].append(name)
+    return [
+        _group(key, tuple(names), optim, (adapter, freeze_rest_steps, lora_plus_ratio))
+        for key, names in members.items()
+        if names
+    ]
+
+
+def expected_groups(config: RunConfig) -> list[ParamGroup]:
+    """The groups that a resolved recipe will train, without their tensors: nothing is loaded."""
+    lora = config.adapter.kind == "lora"
+    trained = {
+        "adapter": lora,
+        "adapter_b": config.adapter.lora_plus_ratio is not None,
+        "weights": not lora,
+        "embeddings": not lora or bool(config.embeddings.train),
+        "no_decay": not lora or config.adapter.dora,
+        "head": config.task == "classify",
+    }
+    settings = (lora, config.embeddings.freeze_rest_steps, config.adapter.lora_plus_ratio)
+    return [_group(key, (), config.optim, settings) for key, trains in trained.items() if trains]
+
+
+def _group(
+    key: str, names: tuple[str, ...], optim: OptimConfig, settings: tuple[bool, int, float | None]
+) -> ParamGroup:
+    adapter, freeze_rest_steps, lora_plus_ratio = settings
     embedding_lr = optim.embedding_lr if adapter and optim.embedding_lr is not None else optim.lr
     lr = {"adapter_b": optim.lr * (lora_plus_ratio or 1.0), "embeddings": embedding_lr}
     lr["head"] = optim.head_lr or optim.lr
     decay = {"embeddings": optim.embedding_weight_decay, "no_decay": 0.0}
-    return [
-        ParamGroup(
-            key,
-            tuple(names),
-            lr.get(key, optim.lr),
-            decay.get(key, optim.weight_decay),
-            0 if key == "embeddings" else freeze_rest_steps,
-        )
-        for key, names in members.items()
-        if names
-    ]
+    return ParamGroup(
+        key,
+        names,
+        lr.get(key, optim.lr),
+        decay.get(key, optim.weight_decay),
+        0 if key == "embeddings" else freeze_rest_steps,
+    )
 
 
 def state_dtype(group: ParamGroup, optim: OptimConfig) -> str:

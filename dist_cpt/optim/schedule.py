@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from dist_cpt.config.schema import ScheduleConfig, ScheduleShape
-
-if TYPE_CHECKING:
-    from dist_cpt.optim.groups import ParamGroup
+from dist_cpt.config.exclusions import num_steps as steps_of
+from dist_cpt.config.schema import RunConfig, ScheduleConfig, ScheduleShape
+from dist_cpt.optim.groups import ParamGroup, expected_groups
 
 
 def learning_rates(
@@ -27,6 +25,11 @@ def learning_rates(
         shape = shape_of(schedule, group.name)
         rates[group.name] = group.peak_lr * fraction(shape, step - late, num_steps - late) if step > late else 0.0
     return rates
+
+
+def rates_at(config: RunConfig, step: int) -> dict[str, float]:
+    """Learning rate by group name at a step (from 1) of a resolved recipe."""
+    return learning_rates(config.schedule, expected_groups(config), step, steps_of(config))
 
 
 def shape_of(schedule: ScheduleConfig, group: str) -> ScheduleShape:

@@ -1,23 +1,39 @@
-"""Tokens by source, and the checkpoints that were saved."""
+"""What was asked of each source and what it gave, and the checkpoints that were saved."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dist_cpt.report.values import clock, integer, mappings, real
 from dist_cpt.run_folder.contents import RunFiles
+from dist_cpt.run_folder.train_state import SourceCounts
+
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class SourceTokens:
-    """One source: its share in the recipe and its share of the tokens that were trained on."""
+class SourceLedger:
+    """One source up to the newest row; None: an earlier version did not record it."""
 
     name: str
     role: str
-    target: str
-    trained: str
-    tokens: int
+    asked: float | None  # share of the blocks (or tokens: data.share_of) by the recipe's weights up to here
+    given: float | None  # share that was read
+    epochs: float | None  # how often its text was read
+    planned_epochs: float | None  # by the whole run
+    repeated: float | None  # share of its blocks that had been read before
+    batch_tokens: int | None  # padding included
+    tokens: int  # padding aside
+    targets: int | None  # labels
+
+    @property
+    def padding(self) -> int | None:
+        """Tokens of padding."""
+        return None if self.batch_tokens is None else self.batch_tokens - self.tokens
 
 
 @dataclass(frozen=True)
@@ -32,30 +48,78 @@ class SavedCheckpoint:
     time: str = ""
 
 
-def token_ledger(run: RunFiles) -> list[SourceTokens]:
-    """The sources of the recipe, then those that only the rows name."""
-    trained: dict[str, int] = {}
-    for row in run.steps:
-        by_source = row.get("tokens_by_source")
-        for name, count in (by_source if isinstance(by_source, dict) else {}).items():
-            trained[str(name)] = trained.get(str(name), 0) + (integer(count) or 0)
-    data = run.recipe.get("data")
-    sources = {
-        str(s.get("name") or s.get("path")): s
-        for s in mappings(data.get("sources") if isinstance(data, dict) else None)
-    }
-    weights = {name: real(source.get("weight", 1.0)) or 0.0 for name, source in sources.items()}
-    all_weights, all_tokens = sum(weights.values()), sum(trained.values())
-    return [
-        SourceTokens(
-            name,
-            str(sources[name].get("role", "domain")) if name in sources else "",
-            f"{weights[name] / all_weights:.2%}" if name in sources and all_weights else "",
-            f"{trained.get(name, 0) / all_tokens:.2%}" if all_tokens else "",
-            trained.get(name, 0),
+def token_ledger(run: RunFiles) -> list[SourceLedger]:
+    """The ledger of a run at its newest row; of rows without totals only the tokens are known, as their sum."""
+    newest = run.steps[-1] if run.steps else {}
+    if not isinstance(newest.get("totals_by_source"), dict):
+        tokens: Counter[str] = Counter()
+        for row in run.steps:
+            by_source = row.get("tokens_by_source")
+            for name, count in (by_source if isinstance(by_source, dict) else {}).items():
+                tokens[str(name)] += integer(count) or 0
+        newest = {**newest, "totals_by_source": {name: [0, count, 0] for name, count in tokens.items()}}
+    return source_ledger(run.recipe, run.events, newest)
+
+
+def source_ledger(recipe: Row, events: Sequence[Row], newest: Row) -> list[SourceLedger]:
+    """The ledger at one row of metrics.jsonl: the sources of the recipe, then those that only the row names."""
+    data = _mapping(recipe.get("data"))
+    sources = {str(s.get("name") or s.get("path")): s for s in mappings(data.get("sources"))}
+    counts = {str(name): SourceCounts(*map(int, c)) for name, c in _mapping(newest.get("totals_by_source")).items()}
+    seq_len, targets = integer(data.get("seq_len")) or 0, integer(newest.get("tokens"))
+    sizes = {str(size.get("name")): size for size in _last_sizes(events)}
+    asked = _asked(data, list(sources), newest, seq_len)
+    has_blocks = any(c.blocks for c in counts.values())
+    # Of a run that an earlier version began, the targets of its first part are not known by source.
+    has_targets = targets is not None and sum(c.targets for c in counts.values()) == targets
+    of_tokens = data.get("share_of") == "tokens" or not has_blocks
+    whole = sum(c.tokens if of_tokens else c.blocks for c in counts.values())
+    rows = []
+    for name in dict.fromkeys([*sources, *counts]):
+        count, size = counts.get(name, SourceCounts()), sizes.get(name, {})
+        available = integer(size.get("blocks"))
+        rows.append(
+            SourceLedger(
+                name,
+                str(sources[name].get("role", "domain")) if name in sources else "",
+                asked.get(name),
+                (count.tokens if of_tokens else count.blocks) / whole if whole else None,
+                count.blocks / available if has_blocks and available else None,
+                real(size.get("epochs")),
+                max(0.0, 1.0 - available / count.blocks) if available and count.blocks else None,
+                count.blocks * seq_len if has_blocks else None,
+                count.tokens,
+                count.targets if has_targets else None,
+            )
         )
-        for name in dict.fromkeys([*sources, *trained])
-    ]
+    return rows
+
+
+def _asked(data: Row, names: Sequence[str], newest: Row, seq_len: int) -> dict[str, float]:
+    """Share by source of the stream up to the newest row, by the weights of the recipe or of its stages."""
+    sources = mappings(data.get("sources"))
+    weights = {str(source.get("name") or source.get("path")): source.get("weight", 1.0) for source in sources}
+    position = newest.get("position")
+    blocks = integer(position[1]) if isinstance(position, list | tuple) and len(position) == 2 else None
+    shares = dict.fromkeys(names, 0.0)
+    total = left = blocks or 1  # without a position: the first block's
+    for stage in mappings(data.get("stages")) or [{"weights": weights}]:
+        tokens = integer(stage.get("tokens"))
+        length = left if tokens is None or not seq_len else min(left, -(-tokens // seq_len))
+        of_stage = {name: real(_mapping(stage.get("weights")).get(name)) or 0.0 for name in names}
+        for name, weight in of_stage.items():
+            shares[name] += length / total * weight / (sum(of_stage.values()) or 1.0)
+        left -= length
+    return shares
+
+
+def _last_sizes(events: Sequence[Row]) -> list[dict[str, Any]]:
+    sizes = (mappings(event.get("sources")) for event in reversed(events) if event.get("kind") in ("start", "resume"))
+    return next((listed for listed in sizes if listed), [])
+
+
+def _mapping(value: Any) -> Row:
+    return value if isinstance(value, dict) else {}
 
 
 def saved_checkpoints(run: RunFiles) -> list[SavedCheckpoint]:

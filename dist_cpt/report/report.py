@@ -38,9 +38,17 @@ def write_report(run_folder: Path) -> Path:
     """
     if not run_folder.is_dir():
         raise DataError(f"run folder not found: {run_folder}", remedy="pass the folder that `train` printed first")
-    target = run_folder / REPORT
-    temporary = run_folder / f"{REPORT}.{os.getpid()}.tmp"
-    page = report_html(read_run(run_folder)).encode("utf-8", errors="replace")  # JSON may contain lone surrogates
+    return write_page(report_html(read_run(run_folder)), run_folder / REPORT)
+
+
+def write_page(html: str, target: Path) -> Path:
+    """Replace the file `target`, and return its path.
+
+    Raises:
+        WriteError: it cannot be written; an earlier page is untouched.
+    """
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    page = html.encode("utf-8", errors="replace")  # JSON may contain lone surrogates
     try:
         temporary.write_bytes(page)
         os.replace(temporary, target)
@@ -50,32 +58,41 @@ def write_report(run_folder: Path) -> Path:
     return target
 
 
-def report_html(run: RunFiles) -> str:
-    """The page as text."""
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """The templates, which escape all text, and the filters that they use."""
+    templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (values.number, values.as_list, values.mappings, values.clock, outcome)
-    environment.filters |= {function.__name__: function for function in filters}
+    filters = (values.number, values.percent, values.epochs, values.as_list, values.mappings, values.clock, outcome)
+    templates.filters |= {function.__name__: function for function in filters}
+    return templates
+
+
+def report_html(run: RunFiles) -> str:
+    """The page as text."""
     script = (TEMPLATES / "hover.js").read_text(encoding="utf-8")
     attempts, held_out = read_attempts(run), held_out_sets(run)
-    return environment.get_template("page.html").render(
-        run=run,
-        name=str(run.recipe.get("name") or run.folder.name),
-        status=_status(run, attempts),
-        facts=_facts(run, attempts) if run.steps else [],
-        held_out=held_out,
-        charts=curves(run, attempts, held_out),
-        sources=token_ledger(run),
-        attempts=attempts,
-        checkpoints=saved_checkpoints(run),
-        messages=[event for event in run.events if event.get("kind") == "message"],
-        script=Markup(script),
-        script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            run=run,
+            name=str(run.recipe.get("name") or run.folder.name),
+            status=_status(run, attempts),
+            facts=_facts(run, attempts) if run.steps else [],
+            held_out=held_out,
+            charts=curves(run, attempts, held_out),
+            sources=token_ledger(run),
+            attempts=attempts,
+            checkpoints=saved_checkpoints(run),
+            messages=[event for event in run.events if event.get("kind") == "message"],
+            script=Markup(script),
+            script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        )
     )
 
 

@@ -19,6 +19,18 @@ def number(value: Any) -> str:
     return str(value)
 
 
+def percent(value: Any) -> str:
+    """A share with two decimals, empty if absent."""
+    share = real(value)
+    return "" if share is None else f"{share:.2%}"
+
+
+def epochs(value: Any) -> str:
+    """How often a text is read; more digits below one, empty if absent."""
+    count = real(value)
+    return "" if count is None else f"{count:.2f}" if count >= 1 else f"{count:.3g}"
+
+
 def large(value: Any) -> str:
     """A count that may be huge: 1,560,000, then 52 B."""
     amount = real(value)

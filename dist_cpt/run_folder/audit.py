@@ -22,6 +22,7 @@ from dist_cpt.config.resolve import differences, fingerprint
 from dist_cpt.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DistCptError
 from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state, step_of, superseded
 from dist_cpt.run_folder.json_files import read_rows, strict_json
+from dist_cpt.run_folder.lineage import inherited_attempt
 from dist_cpt.run_folder.manifest import Manifest
 from dist_cpt.run_folder.names import CERTIFICATE, EVALUATIONS, EVENTS, EXIT, METRICS, RECIPE, ROLLBACKS, RUN
 from dist_cpt.run_folder.train_state import TrainState, first_line, past_windows
@@ -38,6 +39,7 @@ class _Row(BaseModel):
     tokens_by_source: dict[str, int]
     skipped: bool
     skipped_total: int
+    totals_by_source: dict[str, tuple[int, int, int]] = {}  # blocks, tokens, targets; none by earlier versions
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def _problems(run_folder: Path) -> list[str]:
         problems += [problem for one in checkpoints for problem in _checkpoint_problems(one, rows)]
         problems += _end_problems(end, rows[-1].step if rows else 0, newest_step) if ended_well else []
     problems += _recipe_problems(run_folder, run, checkpoints)
-    problems += _wandb_problems(run, events, checkpoints)
+    own = [one for one in checkpoints if one.state.attempt > inherited_attempt(run_folder)]
+    problems += _wandb_problems(run, events, own)
     aside = _readable(superseded(run_folder))
     problems += _certificate_problems(objects.get(CERTIFICATE), events, checkpoints, aside)
     problems += [
@@ -159,6 +162,10 @@ def _checkpoint_problems(one: _Checkpoint, rows: Sequence[_Row]) -> list[str]:
         "skipped_total": (state.skipped_total, at.skipped_total if at else 0),
         "tokens_by_source": (dict(+Counter(state.tokens_by_source)), dict(+by_source)),
     }
+    if state.blocks_by_source is not None and state.targets_by_source is not None and at is not None:
+        totals = at.totals_by_source
+        pairs["blocks_by_source"] = (state.blocks_by_source, {name: counts[0] for name, counts in totals.items()})
+        pairs["targets_by_source"] = (state.targets_by_source, {name: counts[2] for name, counts in totals.items()})
     return [
         f"{one.name}: {name} is {saved}, by {METRICS} {counted}"
         for name, (saved, counted) in pairs.items()
@@ -202,6 +209,7 @@ def _recipe_problems(run_folder: Path, run: Mapping[str, Any], checkpoints: Sequ
 def _wandb_problems(
     run: Mapping[str, Any], events: Sequence[Mapping[str, Any]], checkpoints: Sequence[_Checkpoint]
 ) -> list[str]:
+    """Several W&B runs in the record; `checkpoints` are this run's own, without the one that it was branched from."""
     recorded = [(RUN, run.get("wandb_run_id"))]
     recorded += [
         (f"{EVENTS}, attempt {event.get('attempt')}", event.get("wandb_run_id"))

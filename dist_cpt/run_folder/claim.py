@@ -32,6 +32,7 @@ from dist_cpt.run_folder.json_files import (
     write_object,
     write_temporary,
 )
+from dist_cpt.run_folder.lineage import agreed_changes
 from dist_cpt.run_folder.names import (
     APPENDED,
     BAD_NODES,
@@ -316,7 +317,8 @@ def _accepted_changes(folder: Path, config: RunConfig) -> list[str] | None:
             with contextlib.suppress(CheckpointError):  # damaged: a restore says so
                 recorded += [recipe for recipe in [read_manifest(checkpoint).recipe_config()] if recipe is not None]
                 break
-        return sorted(changed.union(*(require_same_recipe(one, config, str(folder)) for one in recorded)))
+        agreed = agreed_changes(folder)
+        return sorted(changed.union(*(require_same_recipe(one, config, str(folder), agreed) for one in recorded)))
     except ConfigError:
         if ever_trained(folder):
             raise

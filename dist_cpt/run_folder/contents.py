@@ -35,16 +35,11 @@ class RunFiles:
 def read_run(folder: Path) -> RunFiles:
     """Read every file of a run folder that the report shows."""
     problems: list[str] = []
-    text = _text(folder / names.RECIPE, problems)
-    try:
-        recipe = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        recipe = None
-        problems.append(f"{names.RECIPE}: {' '.join(str(error).split())[:200]}")
+    text, recipe = recipe_or_problem(folder, problems)
     return RunFiles(
         folder=folder,
         recipe_text=text,
-        recipe=recipe if isinstance(recipe, dict) else {},
+        recipe=recipe,
         steps=rows_or_problem(folder / names.METRICS, problems, ended=True),
         rewound=rows_or_problem(folder / names.METRICS_REWOUND, problems, ended=True),
         evaluations=rows_or_problem(folder / names.EVALUATIONS, problems, ended=True),
@@ -56,6 +51,17 @@ def read_run(folder: Path) -> RunFiles:
         checkpoints=sorted(path.parent.name for path in (folder / names.CHECKPOINTS).glob(f"*/{names.MANIFEST}")),
         problems=problems,
     )
+
+
+def recipe_or_problem(folder: Path, problems: list[str]) -> tuple[str, dict[str, Any]]:
+    """The recorded recipe as text and as a mapping, empty if it is absent; a damaged one adds a line to `problems`."""
+    text = _text(folder / names.RECIPE, problems)
+    try:
+        recipe = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        recipe = None
+        problems.append(f"{names.RECIPE}: {' '.join(str(error).split())[:200]}")
+    return text, recipe if isinstance(recipe, dict) else {}
 
 
 def object_or_problem(path: Path, problems: list[str]) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class MetricsFile:
             first_step=start.first_step,
             resumed_from=start.resumed_from,
             wandb_run_id=start.wandb_run_id,
+            sources=[asdict(source) for source in start.sources],
         )
 
     def on_step(self, record: StepRecord) -> None:

@@ -12,6 +12,7 @@ EXIT = "exit.json"  # code and reason of the last ending
 CONTRACT = "contract.json"  # what trains, and the checks that it does
 CERTIFICATE = "certificate.json"  # of the last resume
 CONTINUED = "continued.json"  # evidence that the adapter this run starts from is in effect
+LINEAGE = "lineage.json"  # what the run was branched from, and how it was extended
 ROLLBACKS = "rollbacks.json"  # blocks that rollbacks left out
 SAMPLE = "sample.json"  # a continuation by the trained model
 METRICS = "metrics.jsonl"  # one row per optimizer step
@@ -41,7 +42,7 @@ MODEL_INDEX = "model.safetensors.index.json"
 # What an attempt replaces whole, and what it appends to, in the run folder itself.
 APPENDED = (METRICS, EVALUATIONS, EVENTS)
 REPLACED = (
-    *(CONTRACT, CERTIFICATE, CONTINUED, ROLLBACKS, SAMPLE, EXIT, INITIAL_ADAPTER),
+    *(CONTRACT, CERTIFICATE, CONTINUED, LINEAGE, ROLLBACKS, SAMPLE, EXIT, INITIAL_ADAPTER),
     *(*APPENDED, METRICS_REWOUND, EVALUATIONS_REWOUND),  # in a rewind
 )
 

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dist_cpt.config.schema import RunConfig
+from dist_cpt.run_folder.train_state import SourceCounts
+
+
+@dataclass(frozen=True)
+class SourceSize:
+    """A training source, and how often the whole run reads it."""
+
+    name: str
+    blocks: int  # sequences of data.seq_len
+    tokens: int  # in them, padding aside
+    epochs: float  # planned
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,7 @@ class RunStart:
     wandb_run_id: str
     contract: dict[str, Any]  # the content of contract.json
     attempt: int  # as in StepRecord
+    sources: tuple[SourceSize, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,8 @@ class StepRecord:
     memory_gib: float  # peak of this rank: CUDA allocated, or resident set on CPU
     attempt: int  # 0 for the first start, +1 with every resume
     spike: bool = False  # the loss was far above the recent ones
+    batch_tokens: int = 0  # since step 0, padding and tokens without a target included
+    totals_by_source: Mapping[str, SourceCounts] = field(default_factory=dict)  # [blocks, tokens, targets] since step 0
 
 
 @dataclass(frozen=True)

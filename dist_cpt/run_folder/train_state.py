@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -29,13 +29,26 @@ class Randomness(Frozen):
     next_draws: tuple[tuple[int, ...], ...] = ()
 
 
+class SourceCounts(NamedTuple):
+    """What was read of a source."""
+
+    blocks: int = 0  # sequences of data.seq_len
+    tokens: int = 0  # in them, padding aside
+    targets: int = 0  # labels
+
+    def plus(self, other: SourceCounts) -> SourceCounts:
+        return SourceCounts(*(mine + more for mine, more in zip(self, other, strict=True)))
+
+
 class TrainState(Frozen):
     """The content of state.json."""
 
     step: int = Field(ge=0)  # optimizer steps done
     position: int = Field(ge=0)  # packed blocks consumed by the whole job
     tokens: int = Field(ge=0)  # target tokens
-    tokens_by_source: dict[str, int]
+    tokens_by_source: dict[str, int]  # padding aside
+    blocks_by_source: dict[str, int] | None = None  # None: an earlier version did not count them
+    targets_by_source: dict[str, int] | None = None
     skipped_total: int = Field(ge=0)
     skipped_in_a_row: int = Field(default=0, ge=0)
     random: Randomness
@@ -51,9 +64,13 @@ class TrainState(Frozen):
     probe: Probe
 
 
+_LATER = ("blocks_by_source", "targets_by_source")  # keys that earlier versions did not write
+
+
 def state_to_bytes(state: TrainState) -> bytes:
     """The content of state.json for `state`."""
-    return canonical_json(state.model_dump(mode="json"))
+    not_counted = {name for name in _LATER if getattr(state, name) is None}
+    return canonical_json(state.model_dump(mode="json", exclude=not_counted))
 
 
 def state_from_bytes(raw: bytes) -> TrainState:

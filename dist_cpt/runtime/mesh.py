@@ -82,6 +82,8 @@ def _device(env: ProcessEnv) -> torch.device:
         )
     device = torch.device("cuda", env.local_rank)
     torch.cuda.set_device(device)
+    # Partial sums of a product over tokens, as in every weight gradient, stay in fp32.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return device
 
 

@@ -28,6 +28,7 @@ from dist_cpt.runtime.faults import VARIABLE, Faults, planned_faults
 from dist_cpt.runtime.log import LOGGER, close_log, open_log
 from dist_cpt.runtime.mesh import init_distributed, shutdown
 from dist_cpt.runtime.node_address import with_address
+from dist_cpt.runtime.seed import deterministic
 from dist_cpt.runtime.stop import StopRequest
 from dist_cpt.storage import explained
 from dist_cpt.train.observers import Observers
@@ -136,7 +137,8 @@ def run_attempt(
                 watchdog=watchdog,
                 observers=observers,
             )
-            code, reason = body(context)
+            with deterministic(config.train.deterministic):
+                code, reason = body(context)
     except BaseException as raised:
         error = _cause(raised, own_claim)
         superseded = isinstance(error, Superseded)

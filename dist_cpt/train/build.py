@@ -15,9 +15,10 @@ from dist_cpt.adapters.prior_adapter import open_prior_adapter
 from dist_cpt.adapters.quantize import QUANTISED, require_bitsandbytes
 from dist_cpt.adapters.vocabulary import NewVocabulary
 from dist_cpt.checkpoint.save import RunCheckpoints
-from dist_cpt.config.resolve import settings
+from dist_cpt.config.resolve import settings, step_shape, with_tokens
 from dist_cpt.config.schema import ContinueFromConfig
 from dist_cpt.data.batch import Batch
+from dist_cpt.data.budget import blocks_of_epochs, require_enough
 from dist_cpt.data.chat import chat_template
 from dist_cpt.data.concerns import concerns
 from dist_cpt.data.hub import commits, with_revisions
@@ -34,6 +35,7 @@ from dist_cpt.model.base_model import base_sha256s, check_base, commit_of, sha25
 from dist_cpt.model.continue_from import ProbeBlock
 from dist_cpt.model.load import TrainableModel, load_model
 from dist_cpt.model.safety_checks import require_base_checkpoint
+from dist_cpt.optim.continued_schedule import last_step_before_decay
 from dist_cpt.optim.eight_bit import dynamic_map
 from dist_cpt.optim.groups import ParamGroup, param_groups
 from dist_cpt.run_folder.checkpoints import published
@@ -188,14 +190,32 @@ def open_data(context: RunContext, tokenizer: Any) -> TrainingData:
     _check_stores(prepared)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     loader = BlockLoader(prepared, config.data.seq_len, config.seed, pad_id)
-    if context.env.rank == 0:
-        for concern in concerns(prepared, loader, context.shape.num_steps * context.shape.blocks_per_step):
-            LOGGER.warning("%s", concern)
     held_out = [
         ValidationLoader(source, config.data.seq_len, pad_id, config.evaluate.max_blocks)
         for source in prepared.validation
     ]
     return TrainingData(prepared, tokenizer, loader, held_out)
+
+
+def settle_length(context: RunContext, data: TrainingData) -> RunContext:
+    """The context with the steps that `train.epochs` are on this data, which suffices for them. Collective.
+
+    Raises:
+        ConfigError: settings exclude each other for a run of this length.
+        DataError: a source that may not repeat ends before the run.
+    """
+    config, loader = context.config, data.loader
+    if (epochs := config.train.epochs) is not None:
+        blocks = on_rank_zero("train.epochs", lambda: blocks_of_epochs(data.prepared, loader, epochs))
+        settled = on_every_rank("train.epochs", lambda: with_tokens(config, blocks * config.data.seq_len))
+        context = replace(context, shape=step_shape(settled, context.env.world_size))
+        LOGGER.info("train.epochs: %g are %d steps", epochs, context.shape.num_steps)
+    blocks = context.shape.num_steps * context.shape.blocks_per_step
+    on_rank_zero("data", lambda: require_enough(data.prepared, loader, blocks))
+    if context.env.rank == 0:
+        for concern in concerns(data.prepared, loader, blocks):
+            LOGGER.warning("%s", concern)
+    return context
 
 
 def build_model(context: RunContext, start: StartingPoint, data: TrainingData) -> TrainableModel:
@@ -240,6 +260,7 @@ def open_run(context: RunContext, data: TrainingData, model: TrainableModel) -> 
             "seq_len": config.data.seq_len,
             "seed": config.seed,
             "stores": [str(source.store.folder.resolve()) for source in data.prepared.all_sources],
+            "tokens": {source.name: source.store.num_tokens for source in data.prepared.all_sources},
         },
         recipe=config.model_dump(mode="json"),
         engine=engine.kind,
@@ -255,6 +276,7 @@ def open_run(context: RunContext, data: TrainingData, model: TrainableModel) -> 
         sidecars=_sidecars(context, data, model),
         aliases=model.aliases,
         keep=config.checkpoint.keep,
+        landmark_step=last_step_before_decay(config),
         fault=context.fault,
     )
     saver = Saver(context, engine, stream, schedule, metrics, checkpoints)

@@ -20,6 +20,7 @@ from dist_cpt.errors import DataError, NumericsError
 from dist_cpt.health.spikes import Decision, SpikeDetector, decide
 from dist_cpt.optim.schedule import learning_rates
 from dist_cpt.run_folder.records import StepRecord
+from dist_cpt.run_folder.train_state import SourceCounts
 from dist_cpt.runtime.collectives import all_reduce_floats, all_reduce_ints
 from dist_cpt.runtime.seed import seed_step
 from dist_cpt.train.build import Run
@@ -62,7 +63,7 @@ def train_loop(run: Run, contract: Contract, progress: Progress) -> tuple[Outcom
         stats, decision = _update(run, rates, progress, finite=math.isfinite(loss), spike=spike)
         contract.after_update(step, stats.skipped)
 
-        counts = (agreed.num_targets, agreed.tokens_by_source)
+        counts = (agreed.num_targets, agreed.counts_by_source)
         result = StepResult(loss, stats.grad_norm, stats.skipped, spike, *counts, tuple(spikes.state()))
         before, progress = progress, progress.advance(run.context.shape, result)
         watchdog.tick("training", progress.step)
@@ -83,7 +84,7 @@ class Agreed:
     stop: bool  # some rank was asked to stop
     save: bool  # rank 0 wants a checkpoint
     num_targets: int  # of the coming step
-    tokens_by_source: Mapping[str, int]  # of the coming step, padding aside
+    counts_by_source: Mapping[str, SourceCounts]  # of the coming step
 
 
 def agree_at_boundary(run: Run, progress: Progress, micro_batches: Sequence[Batch]) -> Agreed:
@@ -92,13 +93,13 @@ def agree_at_boundary(run: Run, progress: Progress, micro_batches: Sequence[Batc
     # The checkpoint from before a bad step must not be pruned by one from after it.
     may_save = not (progress.bad_in_a_row and run.context.config.health.spike.policy == "rollback")
     flags = [run.context.stop_requested, may_save and saver.due(progress.step), saver.ended, saver.failed]
-    targets = sum(batch.num_targets for batch in micro_batches)
-    by_source = np.sum([batch.tokens_by_source for batch in micro_batches], axis=0).tolist()
-    counts = all_reduce_ints([targets, *map(int, flags), *by_source])
-    num_targets, stop, save, ended, failed, *source_tokens = counts
+    own = np.sum([batch.counts_by_source for batch in micro_batches], axis=0)  # int64 [num_sources, 3]
+    stop, save, ended, failed, *summed = all_reduce_ints([*map(int, flags), *own.reshape(-1).tolist()])
     if ended == run.context.shape.world_size or failed:
         saver.collect()
-    return Agreed(bool(stop), bool(save), num_targets, dict(zip(run.data.source_names, source_tokens, strict=True)))
+    by_source = [SourceCounts(*summed[at : at + 3]) for at in range(0, len(summed), 3)]
+    num_targets = sum(counts.targets for counts in by_source)
+    return Agreed(bool(stop), bool(save), num_targets, dict(zip(run.data.source_names, by_source, strict=True)))
 
 
 def _accumulate(run: Run, step: int, micro_batches: Sequence[Batch], num_targets: int) -> float:
@@ -159,7 +160,9 @@ def _record(
         position=(before.next_position, progress.position),
         num_tokens=result.num_tokens,
         tokens=progress.tokens,
-        tokens_by_source=dict(result.tokens_by_source),
+        tokens_by_source={name: counts.tokens for name, counts in result.counts_by_source.items()},
+        batch_tokens=progress.step * run.context.config.batch.global_tokens,
+        totals_by_source=dict(progress.counts_by_source),
         tokens_per_second=result.num_tokens / seconds,
         step_seconds=seconds,
         memory_gib=peak_memory_gib(),

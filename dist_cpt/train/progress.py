@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from dist_cpt.config.resolve import StepShape
-from dist_cpt.run_folder.train_state import TrainState, past_windows
+from dist_cpt.run_folder.train_state import SourceCounts, TrainState, past_windows
 
 Windows = tuple[tuple[int, int], ...]  # positions [start, stop) that rollbacks left out; sorted, whole steps
 
@@ -20,7 +20,7 @@ class StepResult:
     skipped: bool  # the update was not applied
     spike: bool  # the loss was far above the recent ones
     num_tokens: int  # targets
-    tokens_by_source: Mapping[str, int]  # non-padding tokens
+    counts_by_source: Mapping[str, SourceCounts]
     recent_losses: tuple[float, ...]  # the spike detector's window after this step
 
 
@@ -31,7 +31,7 @@ class Progress:
     step: int = 0
     position: int = 0  # global blocks consumed
     tokens: int = 0  # target tokens trained on
-    tokens_by_source: Mapping[str, int] = field(default_factory=dict)
+    counts_by_source: Mapping[str, SourceCounts] = field(default_factory=dict)  # since step 0
     skipped_total: int = 0
     skipped_in_a_row: int = 0
     optimizer_steps: int = 0  # AdamW's counter
@@ -49,15 +49,15 @@ class Progress:
     def advance(self, shape: StepShape, result: StepResult) -> Progress:
         """The state one step later."""
         bad = result.spike or result.skipped
-        by_source = dict(self.tokens_by_source)
-        for name, count in result.tokens_by_source.items():
-            by_source[name] = by_source.get(name, 0) + count
+        by_source = dict(self.counts_by_source)
+        for name, counts in result.counts_by_source.items():
+            by_source[name] = by_source.get(name, SourceCounts()).plus(counts)
         return replace(
             self,
             step=self.step + 1,
             position=self.next_position + shape.blocks_per_step,
             tokens=self.tokens + result.num_tokens,
-            tokens_by_source=by_source,
+            counts_by_source=by_source,
             skipped_total=self.skipped_total + result.skipped,
             skipped_in_a_row=self.skipped_in_a_row + 1 if result.skipped else 0,
             optimizer_steps=self.optimizer_steps + (not result.skipped),
@@ -69,11 +69,15 @@ class Progress:
 
 def progress_of(state: TrainState, checkpoint: str, windows: Windows) -> Progress:
     """The progress that a checkpoint recorded; `windows` already known are kept."""
+    blocks, targets = state.blocks_by_source or {}, state.targets_by_source or {}
     return Progress(
         step=state.step,
         position=state.position,
         tokens=state.tokens,
-        tokens_by_source=state.tokens_by_source,
+        counts_by_source={
+            name: SourceCounts(blocks.get(name, 0), tokens, targets.get(name, 0))
+            for name, tokens in state.tokens_by_source.items()
+        },
         skipped_total=state.skipped_total,
         skipped_in_a_row=state.skipped_in_a_row,
         optimizer_steps=state.optimizer_steps,

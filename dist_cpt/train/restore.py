@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ from dist_cpt.checkpoint.plan_files import owners
 from dist_cpt.checkpoint.retention import reinstate, set_aside_after
 from dist_cpt.config.resolve import differences, require_same_recipe
 from dist_cpt.config.schema import ScheduleConfig
+from dist_cpt.data.budget import require_enough
 from dist_cpt.errors import CheckpointError, NumericsError
 from dist_cpt.optim.eight_bit import within_half_step
 from dist_cpt.optim.groups import eight_bit_names
 from dist_cpt.run_folder.checkpoints import checkpoints_folder
 from dist_cpt.run_folder.json_files import cannot_write, read_complete_rows, read_object
+from dist_cpt.run_folder.lineage import agreed_changes
 from dist_cpt.run_folder.names import CERTIFICATE, EVENTS, ROLLBACKS
 from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
 from dist_cpt.runtime.log import LOGGER
@@ -115,16 +119,37 @@ def _restore(run: Run, windows: Windows, up_to_step: int | None = None) -> Progr
     if newest is None:
         return None
     run.context.fault("restore", 0)
+    on_rank_zero("data", lambda: _require_enough_data(run, windows))
     with on_every_rank("checkpoint", lambda: load(newest, verified=True)) as checkpoint:
         changes = on_every_rank("recipe", lambda: _recipe_changes(run, checkpoint))
         on_every_rank("checkpoint", lambda: require_fit(checkpoint.manifest, run.specs, run.identity))
-        progress = progress_of(checkpoint.state, newest.name, windows)
+        progress = _with_blocks(progress_of(checkpoint.state, newest.name, windows), run)
         run.engine.import_state(checkpoint.read, checkpoint.state.optimizer_steps, checkpoint.reading_order())
         _certify(run, checkpoint, changes)
         run.saver.resumed_from(progress.step, checkpoint.manifest.state_sha256)
     on_rank_zero("checkpoints", lambda: patiently(folder, lambda: _leave_behind(run, newest, progress.step)))
     run.context.watchdog.tick("starting", progress.step)
     return progress
+
+
+def _require_enough_data(run: Run, windows: Windows) -> None:
+    """What rollbacks left out makes the run reach further into the stream."""
+    shape = run.context.shape
+    left_out = sum(stop - start for start, stop in windows)
+    require_enough(run.data.prepared, run.data.loader, shape.num_steps * shape.blocks_per_step + left_out)
+
+
+def _with_blocks(progress: Progress, run: Run) -> Progress:
+    """The progress with its blocks by source, which a checkpoint of an earlier version does not have."""
+    if any(counts.blocks for counts in progress.counts_by_source.values()):
+        return progress
+    blocks = Counter(run.data.loader.blocks_read(progress.position))
+    for start, stop in progress.skipped_windows:
+        if stop <= progress.position:
+            blocks.subtract(run.data.loader.blocks_read(stop))
+            blocks.update(run.data.loader.blocks_read(start))
+    counted = {name: counts._replace(blocks=blocks[name]) for name, counts in progress.counts_by_source.items()}
+    return replace(progress, counts_by_source=counted)
 
 
 def _leave_behind(run: Run, restored: Path, step: int) -> None:
@@ -149,7 +174,7 @@ def _recipe_changes(run: Run, checkpoint: LoadedCheckpoint) -> tuple[dict[str, s
     if saved is None:
         LOGGER.warning("%s has no recipe (format 1): rates, decay and betas are not compared", checkpoint.path.name)
         return {}, {}
-    accepted = require_same_recipe(saved, config, checkpoint.path.name)
+    accepted = require_same_recipe(saved, config, checkpoint.path.name, agreed_changes(run.context.folder))
     for key, text in accepted.items():
         LOGGER.warning("%s: %s from step %d on", key, text, checkpoint.state.step + 1)
     return differences(saved, config), accepted

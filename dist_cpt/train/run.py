@@ -9,7 +9,14 @@ from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import EXIT_DONE, EXIT_STOPPED, DistCptError, NumericsError
 from dist_cpt.runtime.stop import StopRequest
 from dist_cpt.train.attempt import RunContext, run_attempt
-from dist_cpt.train.build import agree_on_recipe, build_model, check_before_hours_of_work, open_data, open_run
+from dist_cpt.train.build import (
+    agree_on_recipe,
+    build_model,
+    check_before_hours_of_work,
+    open_data,
+    open_run,
+    settle_length,
+)
 from dist_cpt.train.held_out import evaluate_all
 from dist_cpt.train.loop import train_loop
 from dist_cpt.train.restore import restore, roll_back
@@ -32,6 +39,7 @@ def train_attempt(context: RunContext) -> tuple[int, str]:
     context = agree_on_recipe(context)
     start_point = check_before_hours_of_work(context)
     data = open_data(context, start_point.tokenizer)
+    context = settle_length(context, data)
     model = build_model(context, start_point, data)
     run = open_run(context, data, model)
     progress = restore(run) or start(run)

@@ -196,7 +196,9 @@ class Saver:
             step=progress.step,
             position=progress.position,
             tokens=progress.tokens,
-            tokens_by_source=dict(progress.tokens_by_source),
+            tokens_by_source={name: counts.tokens for name, counts in progress.counts_by_source.items()},
+            blocks_by_source={name: counts.blocks for name, counts in progress.counts_by_source.items()},
+            targets_by_source={name: counts.targets for name, counts in progress.counts_by_source.items()},
             skipped_total=progress.skipped_total,
             skipped_in_a_row=progress.skipped_in_a_row,
             random=Randomness(seed=config.seed, step=progress.step, next_draws=tuple(map(tuple, draws))),
@@ -240,7 +242,8 @@ class Saver:
 
     def _require_space(self, num_bytes: int) -> None:
         folder = checkpoints_folder(self._context.folder)
-        places = max(1, self._config.keep + 1 - len(published(self._context.folder)))
+        kept = self._config.keep + (self._checkpoints.landmark_step is not None)
+        places = max(1, kept + 1 - len(published(self._context.folder)))
         stat = os.statvfs(folder)
         free = stat.f_bavail * stat.f_frsize
         if free < places * num_bytes:

@@ -8,12 +8,13 @@ import torch
 
 from dist_cpt.checkpoint.import_peft import start_from
 from dist_cpt.config.schema import ContinueFromConfig
+from dist_cpt.data.concerns import concerns
 from dist_cpt.errors import CheckpointError
 from dist_cpt.model.attention import describe
 from dist_cpt.model.base_model import WEIGHTS_DTYPE
 from dist_cpt.model.continue_from import PriorInUse, first_document
 from dist_cpt.run_folder.names import CONTINUED
-from dist_cpt.run_folder.records import RunStart
+from dist_cpt.run_folder.records import RunStart, SourceSize
 from dist_cpt.runtime.collectives import on_rank_zero
 from dist_cpt.runtime.log import LOGGER
 from dist_cpt.train.build import Run
@@ -86,8 +87,20 @@ def announce(run: Run, contract: Contract, progress: Progress) -> None:
         wandb_run_id=context.wandb_run_id,
         contract=contract.content,
         attempt=context.attempt,
+        sources=_source_sizes(run),
     )
     on_rank_zero("observers", lambda: context.observers.on_start(record))
+    if context.env.rank == 0 and progress.resumed_from is None:
+        num_blocks = context.shape.num_steps * context.shape.blocks_per_step
+        for concern in concerns(run.data.prepared, run.data.loader, num_blocks):
+            run.metrics.on_message(concern)  # the terminal has them already
+
+
+def _source_sizes(run: Run) -> tuple[SourceSize, ...]:
+    shape, data = run.context.shape, run.data
+    planned = data.loader.epochs(shape.num_steps * shape.blocks_per_step).items()
+    sizes = zip(planned, data.loader.sizes, strict=True)
+    return tuple(SourceSize(name, blocks, tokens, epochs) for (name, epochs), (blocks, tokens) in sizes)
 
 
 def _import_adapter(run: Run, prior: ContinueFromConfig) -> int:

@@ -26,6 +26,7 @@ from typing import Any
 
 from dist_cpt.config.schema import WandbConfig
 from dist_cpt.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, MissingExtraError
+from dist_cpt.run_folder.lineage import group_of
 from dist_cpt.run_folder.names import WANDB
 from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 from dist_cpt.runtime.log import LOGGER
@@ -189,6 +190,7 @@ class WandbObserver:
             project=self._config.project,
             entity=self._config.entity,
             name=start.config.name,
+            group=group_of(self._folder, start.config.name),
             id=self._run_id,
             resume="allow",
             dir=str(self._folder),

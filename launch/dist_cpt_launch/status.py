@@ -21,9 +21,10 @@ from dist_cpt import storage
 from dist_cpt.checkpoint.quick_check import quick_check
 from dist_cpt.errors import EXIT_DONE, EXIT_WORDS, ConfigError, StorageError
 from dist_cpt.health.heartbeats import Heartbeat, read_heartbeats
+from dist_cpt.report.ledger import SourceLedger, source_ledger
 from dist_cpt.report.values import duration
 from dist_cpt.run_folder.checkpoints import published
-from dist_cpt.run_folder.contents import object_or_problem
+from dist_cpt.run_folder.contents import object_or_problem, recipe_or_problem
 from dist_cpt.run_folder.json_files import rows_or_problem
 from dist_cpt.run_folder.names import CERTIFICATE, EVENTS, EXIT, LAUNCHES, METRICS, METRICS_REWOUND, RUN
 from dist_cpt_launch.attempts import LaunchRecord
@@ -87,7 +88,9 @@ class Status:
     step: int | None
     num_steps: int | None
     loss: float | None
-    tokens: int | None
+    tokens: int | None  # target tokens
+    batch_tokens: int | None
+    sources: list[SourceLedger]
     tokens_per_second: float | None
     eta_seconds: float | None  # of the remaining steps
     goodput: Goodput | None
@@ -152,6 +155,8 @@ def read_status(folder: Path, now: float | None = None, *, ask_slurm: bool = Fal
         num_steps=num_steps,
         loss=_float(newest.get("loss")),
         tokens=_int(newest.get("tokens")),
+        batch_tokens=_int(newest.get("batch_tokens")),
+        sources=source_ledger(files.recipe, files.events, newest) if newest.get("totals_by_source") else [],
         tokens_per_second=tokens_per_second,
         eta_seconds=None if left is None or step_seconds is None else max(left, 0) * step_seconds,
         goodput=_goodput(files, state),
@@ -205,6 +210,7 @@ class _Files:
     launches: list[Row]
     last_steps: list[Row]
     beats: list[Heartbeat]  # of the current attempt
+    recipe: Row
     problems: list[str]
 
     @property
@@ -229,6 +235,7 @@ def _read_files(folder: Path, now: float) -> _Files:
         events=rows_or_problem(folder / EVENTS, problems),
         launches=rows_or_problem(folder / LAUNCHES, problems),
         last_steps=rows_or_problem(folder / METRICS, problems, TAIL_BYTES),
+        recipe=recipe_or_problem(folder, problems)[1],
         beats=[beat for beat in read_heartbeats(folder) if attempts is None or beat.attempt == attempts - 1],
         problems=problems,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dist_cpt.errors import printable
-from dist_cpt.report.values import duration
+from dist_cpt.report.values import duration, epochs, percent
 from dist_cpt.run_folder.names import BAD_NODES
 from dist_cpt_launch.status import Status, outcome
 
@@ -24,6 +24,11 @@ def as_text(status: Status) -> str:
         total = f" of {status.num_steps}" if status.num_steps else ""
         loss = f", loss {status.loss:.4f}" if status.loss is not None else ""
         rows.append(("step", f"{status.step}{total}{loss}"))
+    for ledger in status.sources:
+        of = "" if ledger.planned_epochs is None else f" of {epochs(ledger.planned_epochs)}"
+        read = "" if ledger.epochs is None else f", {epochs(ledger.epochs)}{of} epochs"
+        share = f"{percent(ledger.given)} ({percent(ledger.asked)} asked)"
+        rows.append((f"source {ledger.name}", f"{share}{read}, {ledger.tokens:,} tokens"))
     if status.tokens_per_second is not None:
         eta = f", {duration(status.eta_seconds)} of steps left" if status.eta_seconds is not None else ""
         rows.append(("speed", f"{status.tokens_per_second:,.0f} tokens/s{eta}"))

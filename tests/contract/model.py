@@ -88,4 +88,4 @@ def block(step: int, number: int) -> Batch:
     positions = torch.cat([torch.arange(border), torch.arange(SEQ_LEN - border)])[None]
     targets = int((labels != IGNORE_INDEX).sum())
     borders = torch.tensor([0, border, SEQ_LEN], dtype=torch.int32)
-    return Batch(ids, labels, positions, borders, SEQ_LEN, targets, np.array([used]), (number,))
+    return Batch(ids, labels, positions, borders, SEQ_LEN, targets, np.array([[1, used, targets]]), (number,))

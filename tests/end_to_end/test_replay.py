@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def place(tmp_path_factory):
     return folder, tiny.recipe(base, corpus, folder / "runs")
 
 
-def loaded(place):
+def loaded(place) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base = AutoModelForCausalLM.from_pretrained(place[0] / "base", dtype=torch.float32).eval()
@@ -81,7 +82,8 @@ def test_what_a_kill_left_is_continued(place, expected, tmp_path, fraction):
 def test_the_loss_is_the_models_own(place):
     """Of two documents in one batch, with beginnings of different lengths, by a forward pass over each alone."""
     base, tokenizer = loaded(place)
-    outputs, generate = [], base.generate
+    outputs: list[Any] = []
+    generate = base.generate
     base.generate = lambda **given: outputs.append(generate(**given)) or outputs[-1]
     beginnings = [[7, 8, 9, 10], [11]]
     sampled = Sampler(base, tokenizer, 0, 0.8, 0.9, 12)([5, 6], beginnings)

@@ -31,6 +31,7 @@ from dist_cpt.run_folder.names import (
     EVALUATIONS,
     EXIT,
     INITIAL_ADAPTER,
+    LINEAGE,
     MANIFEST,
     METRICS,
     RECIPE,
@@ -49,7 +50,7 @@ EVERY, KEEP = 2, 2
 FREEZE_SECONDS = 300.0
 JOB = {"SLURM_JOB_ID": "11"}  # every attempt may take over from the one before, as a requeued job does
 # Reached by runs of other recipes, or where a stranger takes a step's name; elsewhere in this folder and tests/unit.
-ELSEWHERE = {"save.aside", *(f"change.{name}" for name in (CONTINUED, ROLLBACKS, INITIAL_ADAPTER))}
+ELSEWHERE = {"save.aside", *(f"change.{name}" for name in (CONTINUED, LINEAGE, ROLLBACKS, INITIAL_ADAPTER))}
 # Before the first step.
 EARLY = {"restore", "change.aside", "change.reinstate", *(f"change.{n}" for n in (CERTIFICATE, CONTRACT))}
 EARLY |= {f"change.{change}" for change in CHANGES if change.endswith(".jsonl") and not change.startswith("append.")}

@@ -23,6 +23,7 @@ from dist_cpt.config.resolve import (
     settings_of_place,
     step_shape,
     to_yaml,
+    with_tokens,
 )
 from dist_cpt.config.resume_changes import RESUME_CHANGES, how_may_change
 from dist_cpt.errors import ConfigError
@@ -157,6 +158,25 @@ EXCLUDED = [  # a recipe for each row of the table, in its order, and what the r
     (
         {"embeddings": {"freeze_rest_steps": 10, "train": MATRICES}},
         "embeddings.freeze_rest_steps: 10, train.tokens: 10000, batch.global_tokens: 1024",
+    ),
+    ({"train.epochs": 2}, "train.tokens: 10000, train.epochs: 2.0"),
+    ({"train": {}}, "train.tokens: null, train.epochs: null"),
+    ({"data.sources.0.max_epochs": 2}, "data.sources.0.max_epochs: 2.0"),
+    (
+        {"data.sources.0.max_tokens": 127, "data.sources.0.on_exhausted": "drop"},
+        "data.sources.0.max_tokens: 127",
+    ),
+    (
+        {"data.stages": [{"weights": {"corpus": 1}}], "data.sources.0.weight": 2},
+        "data.stages: [{...}], data.sources.0.weight: 2.0",
+    ),
+    (
+        {"data.stages": [{"tokens": 5000, "weights": {"corpus": 1}}]},
+        "data.stages.0.tokens: 5000, train.tokens: 10000",
+    ),
+    (
+        {"data.stages": [{"tokens": 10_000, "weights": {"corpus": 1}}, {"weights": {"corpus": 1}}]},
+        "data.stages.0.tokens: 10000, data.stages.1.tokens: null, train.tokens: 10000",
     ),
     ({"task": "classify"}, "task: classify, classify: null"),
     ({"classify.num_labels": 2}, "task: cpt, classify: {...}"),
@@ -381,3 +401,37 @@ def test_a_key_that_a_later_version_adds_changes_no_fingerprint():
     assert fingerprint(spelled_out) == fingerprint(config)
     assert "data.bos" in settings(config)
     assert "data.bos" not in settings(config, defaults=False)
+
+
+STAGES = [{"tokens": 5000, "weights": {"law": 1}}, {"weights": {"law": 1, "corpus": 3}}]
+
+
+def staged(stages) -> dict:
+    data = {"seq_len": 128, "sources": [{"path": "corpus.jsonl"}, {"path": "b.jsonl", "name": "law"}], "stages": stages}
+    return recipe(data=data)
+
+
+def test_stages_name_sources_that_exist_and_every_source_is_read():
+    assert resolve_paths(build(staged(STAGES), "recipe.yaml")).data.stages[1].weights == {"law": 1, "corpus": 3}
+    with pytest.raises(ConfigError, match=r"data.stages.1.weights: there is no source 'lwa'; sources are corpus, law"):
+        resolve_paths(build(staged([STAGES[0], {"weights": {"lwa": 1}}]), "recipe.yaml"))
+    with pytest.raises(ConfigError, match=r"data.stages: no stage reads corpus"):
+        resolve_paths(build(staged([{"weights": {"law": 1}}]), "recipe.yaml"))
+    assert "stage 0 needs tokens" in refused(staged([{"weights": {"law": 1}}, *STAGES]))
+
+
+def test_epochs_are_a_length_once_the_data_is_known():
+    config = build(recipe(train={"epochs": 1.5}, embeddings={"freeze_rest_steps": 3, "train": MATRICES}), "recipe.yaml")
+    assert step_shape(config, 2).num_steps == 0
+    assert step_shape(with_tokens(config, 4097), 2).num_steps == 5
+    with pytest.raises(
+        ConfigError, match=r"train.epochs: 1.5, which are 3,072 tokens .*embeddings.freeze_rest_steps: 3"
+    ):
+        with_tokens(config, 3072)
+
+
+FINGERPRINT = "2ee134b78fad05e516b791661236bd1ef894bd3d566d4afa8f16dbae6596d05d"
+
+
+def test_new_settings_at_their_defaults_are_not_in_the_fingerprint():
+    assert fingerprint(build(recipe(), "recipe.yaml")) == FINGERPRINT

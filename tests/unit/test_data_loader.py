@@ -19,40 +19,14 @@ from hypothesis import strategies as st
 from dist_cpt.data.batch import IGNORE_INDEX, Batch
 from dist_cpt.data.concerns import concerns
 from dist_cpt.data.loader import PADDING, BlockLoader, ValidationLoader
-from dist_cpt.data.packing import pack
 from dist_cpt.data.prefetch import prefetch
 from dist_cpt.data.prepare import Prepared, PreparedSource
-from dist_cpt.data.store import StoreWriter, TokenStore
-
-EOS, PAD, L = 0, 1, 16
-
-
-def make_store(folder: Path, lengths: list[int], first_id: int) -> TokenStore:
-    """Documents whose tokens name their place: ids rise by one through the store, EOS aside."""
-    folder.mkdir(parents=True)
-    ids = np.arange(first_id, first_id + sum(lengths), dtype=np.int32)
-    ids[np.cumsum(lengths) - 1] = EOS
-    writer = StoreWriter(folder, 60_000)
-    writer.append(ids, np.array(lengths, dtype=np.int32))
-    writer.finish("t", {"name": folder.name}, {}, [])
-    return TokenStore.open(folder)
-
-
-def prepared_of(sources: list[PreparedSource]) -> Prepared:
-    return Prepared(sources, [], "t", 60_000, "i", L)
-
-
-def num_blocks(source: PreparedSource) -> int:
-    return pack(source.store.lengths, L, source.stride).num_blocks
+from tests.tiny_stores import EOS, PAD, L, make_store, num_blocks, prepared_of, two_sources
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    folder = tmp_path_factory.mktemp("stores")
-    rng = np.random.default_rng(0)
-    a = make_store(folder / "a", rng.integers(2, 40, 60).tolist(), 10)
-    b = make_store(folder / "b", rng.integers(2, 9, 50).tolist(), 10_000)
-    return prepared_of([PreparedSource("a", 0.7, "domain", a), PreparedSource("b", 0.3, "replay", b)])
+    return two_sources(tmp_path_factory.mktemp("stores"))
 
 
 def check_layout(batch: Batch) -> None:
@@ -67,8 +41,8 @@ def check_layout(batch: Batch) -> None:
     assert batch.max_seqlen == max(b - a for a, b in pairwise(borders))
     positions = batch.position_ids.flatten().tolist()
     assert positions == [i for a, b in pairwise(borders) for i in range(b - a)]
-    assert batch.num_targets == int((batch.labels != IGNORE_INDEX).sum())
-    assert int(batch.tokens_by_source.sum()) == int((batch.input_ids != PAD).sum())
+    assert batch.num_targets == int((batch.labels != IGNORE_INDEX).sum()) == batch.counts_by_source[:, 2].sum()
+    assert int(batch.counts_by_source[:, 1].sum()) == int((batch.input_ids != PAD).sum())
 
 
 def test_every_token_and_every_target_of_an_epoch_once(two: Prepared) -> None:
@@ -94,7 +68,7 @@ def test_position_ids_restart_with_each_document_and_padding(tmp_path: Path) -> 
     i = IGNORE_INDEX
     assert batch.labels.tolist() == [[11, 12, 13, EOS, i, 16, EOS, i, *[i] * 8]]
     assert batch.cu_seqlens.tolist() == [0, 5, 8, 16]
-    assert (batch.max_seqlen, batch.num_targets, batch.tokens_by_source.tolist()) == (8, 6, [8])
+    assert (batch.max_seqlen, batch.num_targets, batch.counts_by_source.tolist()) == (8, 6, [[1, 8, 6]])
 
 
 def test_a_document_longer_than_a_block_keeps_the_target_at_the_split(tmp_path: Path) -> None:
@@ -151,7 +125,7 @@ def test_epochs_reshuffle_and_sources_keep_their_share(two: Prepared) -> None:
     check_layout(batch)
     ids = batch.input_ids
     in_b = sum(int((row != PAD).sum()) for p, row in enumerate(ids) if loader.describe(p)[0] == "b")
-    assert batch.tokens_by_source[1] == in_b > 0
+    assert batch.counts_by_source[1, 1] == in_b > 0
 
 
 def test_another_seed_is_another_order(two: Prepared) -> None:
@@ -184,10 +158,7 @@ def test_a_training_batch_can_be_filled_up_with_padding(two: Prepared) -> None:
     check_layout(batch)
     alone = loader.batch([3])
     assert torch.equal(batch.input_ids[:1], alone.input_ids)
-    assert (batch.num_targets, batch.tokens_by_source.tolist()) == (
-        alone.num_targets,
-        alone.tokens_by_source.tolist(),
-    )
+    assert (batch.num_targets, batch.counts_by_source.tolist()) == (alone.num_targets, alone.counts_by_source.tolist())
     assert (batch.labels[1] == IGNORE_INDEX).all()
 
 
@@ -257,7 +228,8 @@ def test_repeated_text_and_held_out_text_that_is_trained_on_are_named(two: Prepa
     assert concerns(two, loader, 10) == []
     a, b = two.sources
     seen = replace(two, validation=[replace(a, name="test", role="domain")])
-    [repeated, inside] = concerns(seen, loader, int(5 * num_blocks(b) / 0.3) + 1)
+    [repeated, beyond, inside] = concerns(seen, loader, int(5 * num_blocks(b) / 0.3) + 1)
     assert "source b is read 5.0 times" in repeated
+    assert "more than once" in beyond
     assert "test" in inside
     assert "source a" in inside

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_cpt.data.mixture import MAX_CYCLE, SHARE_TOLERANCE, Mixture, quantise
+from dist_cpt.data.mixture import MAX_CYCLE, SHARE_TOLERANCE, Limit, Mixture, Stage, StagedMixture, quantise
 from dist_cpt.data.order import FeistelOrder
 from dist_cpt.errors import ConfigError
 
@@ -91,3 +91,66 @@ def test_many_sources_come_as_close_as_the_cycle_allows() -> None:
 def test_a_weight_too_small_for_any_block_is_refused() -> None:
     with pytest.raises(ConfigError, match="1e-07"):
         Mixture([1.0, 1e-7])
+
+
+@st.composite
+def staged_mixtures(draw: st.DrawFn) -> tuple[StagedMixture, list[Stage], list[int | None]]:
+    num_sources = draw(st.integers(1, 4))
+    weights = st.lists(st.integers(0, 6), min_size=num_sources, max_size=num_sources).filter(any)
+    stages = [Stage(draw(st.integers(1, 60)), draw(weights)) for _ in range(draw(st.integers(0, 3)))]
+    stages.append(Stage(draw(st.none() | st.integers(1, 60)), draw(weights)))
+    limits = [draw(st.none() | st.integers(1, 50)) for _ in range(num_sources)]
+    return StagedMixture(stages, limits), stages, limits
+
+
+@settings(deadline=None, max_examples=150)
+@given(staged_mixtures())
+def test_shares_are_exact_in_every_segment_and_no_block_is_lost_or_doubled(drawn) -> None:
+    mixture, stages, limits = drawn
+    length = mixture.segments[-1].start + 40
+    read = [mixture(position) for position in range(length)]
+    counts = np.zeros((length + 1, len(limits)), dtype=np.int64)
+    for position, (source, index) in enumerate(read):
+        assert index == counts[position, source]  # the next one of its source, over all borders
+        counts[position + 1] = counts[position]
+        counts[position + 1, source] += 1
+    assert all(mixture.counts_before(p).tolist() == counts[p].tolist() for p in range(length + 1))
+    borders = np.cumsum([stage.num_blocks or 0 for stage in stages]).tolist()
+    ends = [*(segment.start for segment in mixture.segments[1:]), length]
+    for segment, end in zip(mixture.segments, ends, strict=True):
+        for position in range(segment.start, end + 1):
+            given = counts[position] - counts[segment.start]
+            assert (np.abs(given - (position - segment.start) * segment.shares) < 1).all()
+        stage = stages[min(sum(border <= segment.start for border in borders[:-1]), len(stages) - 1)]
+        named = [s for s, weight in enumerate(stage.weights) if weight]
+        left = [s for s in named if limits[s] is None or counts[segment.start, s] < limits[s]]
+        whole = sum(stage.weights[s] for s in left or named)
+        expected = [stage.weights[s] / whole if s in (left or named) else 0 for s in range(len(limits))]
+        assert segment.shares == pytest.approx(expected)
+        assert (not left) <= (mixture.end is not None and mixture.end <= segment.start)
+    until = length if mixture.end is None else min(mixture.end, length)
+    assert all(limit is None or counts[until, s] <= limit for s, limit in enumerate(limits))
+
+
+def test_a_seek_costs_the_same_anywhere_and_stages_may_be_long() -> None:
+    stages = [Stage(10**12, [0.9, 0.1, 0]), Stage(10**11, [0.5, 0.2, 0.3]), Stage(None, [0, 0, 1])]
+    mixture = StagedMixture(stages, [None, 10**11 - 5, None])
+    assert [segment.start for segment in mixture.segments] == [0, 10**12 - 50, 10**12, 11 * 10**11]
+    assert mixture(10**12 - 1)[0] == 0  # the second source is used up
+    assert mixture.counts_before(12 * 10**11).sum() == 12 * 10**11
+    assert mixture(12 * 10**11) == (2, int(mixture.counts_before(12 * 10**11)[2]))
+
+
+@pytest.mark.parametrize(
+    ("limit", "most"),
+    [
+        (Limit(), None),
+        (Limit(on_exhausted="drop"), 30),
+        (Limit(max_epochs=2.5, on_exhausted="error"), 75),
+        (Limit(max_epochs=0.1, on_exhausted="drop"), 3),
+        (Limit(max_tokens=16 * 7 + 15, on_exhausted="drop"), 7),
+        (Limit(max_tokens=16 * 70, max_epochs=2, on_exhausted="drop"), 60),
+    ],
+)
+def test_a_limit_is_a_number_of_whole_blocks(limit: Limit, most: int | None) -> None:
+    assert limit.num_blocks(30, 16) == most

@@ -84,6 +84,8 @@ def test_one_flat_row_per_step_is_on_disk_at_once(tmp_path: Path) -> None:
         "memory_gib": 1.5,
         "attempt": 0,
         "spike": False,
+        "batch_tokens": 0,
+        "totals_by_source": {},
     }
     file.close()
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import pytest
 
-from dist_cpt.config.schema import OptimConfig, ScheduleConfig, ScheduleShape
-from dist_cpt.optim.groups import ParamGroup, param_groups
-from dist_cpt.optim.schedule import fraction, learning_rates
+from dist_cpt.config.load import build
+from dist_cpt.config.schema import OptimConfig, RunConfig, ScheduleConfig, ScheduleShape
+from dist_cpt.errors import ConfigError
+from dist_cpt.optim.continued_schedule import last_step_before_decay, pinned, require_extendable
+from dist_cpt.optim.groups import ParamGroup, expected_groups, param_groups
+from dist_cpt.optim.rate_plot import rate_plot
+from dist_cpt.optim.schedule import fraction, learning_rates, rates_at
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "infinite", "constant"])
@@ -97,3 +102,76 @@ def test_full_parameter_groups_spare_vectors_from_decay():
     groups = {g.name: g for g in param_groups(trainable, OptimConfig(weight_decay=0.1), adapter=False)}
     assert {name: g.weight_decay for name, g in groups.items()} == {"weights": 0.1, "embeddings": 0.0, "no_decay": 0.0}
     assert all(isinstance(g, ParamGroup) and g.peak_lr == 1e-4 for g in groups.values())
+
+
+def recipe(steps: int, schedule: dict, freeze: int = 0, **changes) -> RunConfig:
+    values = {
+        "name": "run",
+        "model": {"path": "base"},
+        "embeddings": {"train": ["embed_tokens"], "freeze_rest_steps": freeze},
+        "data": {"seq_len": 8, "sources": [{"path": "text.jsonl"}]},
+        "batch": {"global_tokens": 8},
+        "train": {"tokens": 8 * steps},
+        "optim": {"lr": 1e-3, "embedding_lr": 1e-4},
+        "schedule": schedule,
+    }
+    return build(values | changes, "recipe.yaml")
+
+
+def test_a_longer_run_has_the_rates_that_it_has_had():
+    """Of every group, bit for bit, up to the step that it continues from, which is before the decay."""
+    dice = random.Random(0)
+    for _ in range(300):
+        shapes = [
+            {
+                "kind": dice.choice(["wsd", "infinite", "constant"]),
+                "warmup_fraction": dice.random() / 3,
+                "cooldown_fraction": dice.random() / 3,
+                "decay_fraction": dice.random() / 3,
+                "start_fraction": dice.choice([0.0, 0.3]),
+            }
+            for _ in range(2)
+        ]
+        schedule = {**shapes[0], "per_group": dice.choice([{}, {"adapter": shapes[1]}, {"embeddings": shapes[1]}])}
+        steps = dice.randrange(20, 200)
+        config = recipe(steps, schedule, dice.choice([0, 7]))
+        require_extendable(config)
+        step = dice.randrange((last_step_before_decay(config) or steps) + 1)
+        longer = recipe(steps + dice.randrange(1, 300), schedule, config.embeddings.freeze_rest_steps)
+        longer = longer.model_copy(update={"schedule": pinned(config, step)})
+        assert [rates_at(longer, s) for s in range(1, step + 1)] == [rates_at(config, s) for s in range(1, step + 1)]
+        build(longer.model_dump(mode="json"), "a recipe")
+
+
+def test_a_decay_over_the_whole_run_is_named_by_its_key():
+    with pytest.raises(ConfigError, match=r"schedule\.per_group\.embeddings\.kind linear"):
+        require_extendable(recipe(20, {"kind": "wsd", "per_group": {"embeddings": {"kind": "linear"}}}))
+    assert last_step_before_decay(recipe(20, {"kind": "wsd", "decay_steps": 4})) == 16
+    assert last_step_before_decay(recipe(20, {"kind": "wsd", "decay_steps": 4}, 10)) == 16
+    assert last_step_before_decay(recipe(20, {"kind": "constant"})) is None
+    assert last_step_before_decay(recipe(20, {})) is None
+
+
+def test_groups_are_expected_as_they_are_built():
+    import torch
+
+    lora = {
+        "base_model.model.q.lora_A.weight": torch.zeros(2, 2),
+        "base_model.model.q.lora_B.weight": torch.zeros(2, 2),
+    }
+    trained = lora | {"base_model.model.model.embed_tokens.weight": torch.zeros(4, 2)}
+    config = recipe(20, {}, 3, adapter={"lora_plus_ratio": 4.0})
+    built = param_groups(trained, config.optim, True, 3, 4.0)
+    plain = [ParamGroup(g.name, (), g.peak_lr, g.weight_decay, g.frozen_steps) for g in built]
+    assert sorted(expected_groups(config), key=lambda g: g.name) == sorted(plain, key=lambda g: g.name)
+
+
+def test_the_plot_shows_every_group_once_and_its_rates():
+    plot = rate_plot(recipe(100, {"kind": "wsd", "warmup_steps": 10}), width=50)
+    assert all(line.isascii() for line in plot)
+    assert sum("embeddings" in line for line in plot) == sum("adapter" in line for line in plot) == 1
+    heights = [line.partition("|")[2] for line in plot if "|" in line]
+    assert max(map(len, heights)) <= 50
+    assert heights[0].strip() == "*" * len(heights[0].strip())  # the plateau at the top
+    peak = 1e-3
+    assert any(f"{peak:.2e}" in line for line in plot)

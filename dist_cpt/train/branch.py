@@ -1,0 +1,242 @@
+"""`dist-cpt branch`: a new run folder that continues from a checkpoint of another run, which it leaves as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dist_cpt.checkpoint.quick_check import summary
+from dist_cpt.checkpoint.verify import verify_checkpoint
+from dist_cpt.config.exclusions import num_steps
+from dist_cpt.config.load import apply_overrides, build, load_recipe
+from dist_cpt.config.resolve import (
+    differences,
+    fingerprint,
+    resolve_paths,
+    run_folder,
+    settings_of_place,
+    to_yaml,
+)
+from dist_cpt.config.resume_changes import how_may_change
+from dist_cpt.config.schema import RunConfig, ScheduleShape
+from dist_cpt.errors import CheckpointError, ConfigError
+from dist_cpt.optim.continued_schedule import PHASES, pinned
+from dist_cpt.optim.schedule import rates_at
+from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state, step_of
+from dist_cpt.run_folder.json_files import cannot_write, encode_row, fsync_path, json_bytes, parse_row
+from dist_cpt.run_folder.lineage import Lineage, group_of, lineage_content
+from dist_cpt.run_folder.names import (
+    CHECKPOINTS,
+    CONTINUED,
+    EVALUATIONS,
+    EVENTS,
+    INITIAL_ADAPTER,
+    LINEAGE,
+    MANIFEST,
+    METRICS,
+    RECIPE,
+    ROLLBACKS,
+    RUN,
+)
+from dist_cpt.run_folder.records import CheckpointRecord
+from dist_cpt.storage import is_there, read_bytes
+
+
+@dataclass(frozen=True)
+class Branched:
+    """A new branch."""
+
+    folder: Path
+    source: RunConfig  # the recipe of the checkpoint
+    config: RunConfig
+    lineage: Lineage
+
+
+def branch(run: Path, step: int, name: str, overrides: Sequence[str] = ()) -> Branched:
+    """Make `<output_dir>/<name>` from the checkpoint of `step` of a run, which may be training; a resume trains it.
+
+    Its files are links to the run's, or copies, with every byte verified; metrics and evaluations up to the step are
+    copied. `overrides` change its recipe.
+
+    Raises:
+        ConfigError: no such run, a name that is taken, or a change that a checkpoint cannot be continued with.
+        CheckpointError: no such checkpoint, or it is damaged.
+        WriteError: the new folder cannot be written.
+    """
+    checkpoint = _checkpoint(run, step)
+    saved = read_manifest(checkpoint).recipe_config()
+    if saved is None:
+        raise CheckpointError(f"{checkpoint} has no recipe (format 1)", remedy="resume the run, and branch from there")
+    config = _branched_recipe(run, step, name, overrides)
+    changed = differences(saved, config)
+    _require_continuable(changed, config, step)
+    folder = run_folder(config)
+    if os.path.lexists(folder):
+        raise ConfigError(f"{folder} exists", remedy="give the branch another --name")
+    staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        lineage = _fill(staging, run, checkpoint, config, (tuple(overrides), changed))
+        os.rename(staging, folder)
+        fsync_path(folder.parent)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return Branched(folder, saved, config, lineage)
+
+
+def branch_lines(made: Branched) -> list[str]:
+    """What was made, what changed, and how the rates go on."""
+    step, total = made.lineage.step, num_steps(made.config)
+    before, after = rates_at(made.source, step), rates_at(made.config, step + 1)
+    rates = [f"{name} {before.get(name, 0.0):.3g} -> {rate:.3g}" for name, rate in after.items()]
+    return [
+        f"{made.folder}: from step {step} of {made.lineage.run} (state {made.lineage.state_sha256[:12]})",
+        *(f"  {key}: {text}" for key, text in made.lineage.changed.items()),
+        f"  rates of steps {step} and {step + 1}: {', '.join(rates)}",
+        f"dist-cpt resume {made.folder} trains steps {step + 1} to {total}",
+    ]
+
+
+def recipe_of(run: Path) -> RunConfig:
+    """The recorded recipe of a run where it is now."""
+    recorded = load_recipe(run / RECIPE)
+    return resolve_paths(load_recipe(run / RECIPE, settings_of_place(recorded, run)))
+
+
+def _checkpoint(run: Path, step: int) -> Path:
+    there = published(run)
+    for path in there:
+        if step_of(path) == step:
+            return path
+    steps = ", ".join(str(step_of(path)) for path in reversed(there)) or "none"
+    raise CheckpointError(f"{run} has no checkpoint of step {step}", remedy=f"its checkpoints are of steps: {steps}")
+
+
+def _branched_recipe(run: Path, step: int, name: str, overrides: Sequence[str]) -> RunConfig:
+    """The run's recipe with the overrides; a schedule of another kind begins at `step`, else its past is pinned."""
+    recipe = recipe_of(run)
+    values = recipe.model_dump(mode="json")
+    given = {item.partition("=")[0].strip() for item in overrides}
+    changed = apply_overrides(values, overrides)
+    schedule = changed["schedule"] if isinstance(changed["schedule"], dict) else {}
+    if _kinds(schedule) != _kinds(values["schedule"]):
+        if "schedule.start_step" not in given:
+            schedule["start_step"] = step
+    elif "schedule" not in given and changed["train"] != values["train"]:
+        values["schedule"] = pinned(recipe, step).model_dump(mode="json")
+        schedule = apply_overrides(values, overrides)["schedule"]
+    for phase in PHASES:  # one of the two replaces the other
+        steps, fraction = f"{phase}_steps", f"{phase}_fraction"
+        if f"schedule.{steps}" in given and f"schedule.{fraction}" not in given:
+            schedule[fraction] = ScheduleShape.model_fields[fraction].default
+        if f"schedule.{fraction}" in given and f"schedule.{steps}" not in given:
+            schedule[steps] = None
+    return resolve_paths(build(changed | {"schedule": schedule, "name": name}, where=f"the branch {name}"))
+
+
+def _kinds(schedule: dict[str, Any]) -> dict[str, Any]:
+    shapes = {"": schedule} | (schedule.get("per_group") or {})
+    return {group: (shape or {}).get("kind", "cosine") for group, shape in shapes.items()}
+
+
+def _require_continuable(changed: dict[str, str], config: RunConfig, step: int) -> None:
+    refused = [f"{key}: {text}" for key, text in changed.items() if how_may_change(key) not in ("accepted", "branched")]
+    if refused:
+        raise ConfigError(
+            f"a branch cannot change {'; '.join(refused)}: the checkpoint was trained with the first",
+            remedy="leave it out, or start a new run with it (adapter.continue_from, model.path)",
+        )
+    if num_steps(config) <= step:
+        raise ConfigError(
+            f"train.tokens {config.train.tokens} end at step {num_steps(config)}, the branch begins at step {step}",
+            remedy=f"--set train.tokens=N with more than {step * config.batch.global_tokens}",
+        )
+
+
+def _fill(
+    folder: Path, run: Path, source: Path, config: RunConfig, asked: tuple[tuple[str, ...], dict[str, str]]
+) -> Lineage:
+    """Everything that a resume reads, in a new folder."""
+    checkpoint = folder / CHECKPOINTS / source.name
+    checkpoint.mkdir(parents=True)
+    manifest, state = read_manifest(source), read_state(source)
+    try:
+        for name in (*manifest.files, MANIFEST):
+            _link(source / name, checkpoint / name)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{source} was removed meanwhile", remedy="branch from a newer checkpoint") from error
+    if problems := verify_checkpoint(checkpoint):
+        raise CheckpointError(f"{source}: {summary(problems)}", remedy="branch from another checkpoint")
+    overrides, changed = asked
+    lineage = Lineage(
+        kind="branch",
+        run=str(run.absolute()),
+        step=state.step,
+        checkpoint=source.name,
+        state_sha256=manifest.state_sha256,
+        manifest_sha256=hashlib.sha256(read_bytes(checkpoint / MANIFEST)).hexdigest(),
+        attempt=state.attempt,
+        group=group_of(run, run.absolute().name),
+        set=overrides,
+        changed=changed,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    record = CheckpointRecord(state.step, source.name, 0.0, manifest.num_bytes(), 0.0)
+    events = [{"kind": "branch", **asdict(lineage)}, {"time": lineage.time, "kind": "checkpoint", **asdict(record)}]
+    now = round(time.time(), 3)
+    started = {
+        "wandb_run_id": secrets.token_hex(4),
+        "attempts": state.attempt + 1,
+        "fingerprint": fingerprint(config),
+        "accepted_changes": sorted(changed),
+        "first_started": now,
+        "started": now,
+        "ends": [],
+    }
+    files = {
+        METRICS: _rows_until(run / METRICS, state.step),
+        EVALUATIONS: _rows_until(run / EVALUATIONS, state.step),
+        EVENTS: b"".join(map(encode_row, events)),
+        LINEAGE: json_bytes(lineage_content(run, lineage)),
+        ROLLBACKS: json_bytes({"windows": state.skipped_windows}) if state.skipped_windows else b"",
+        RUN: json_bytes(started),
+        RECIPE: to_yaml(config).encode(),
+    }
+    for name, content in files.items():
+        if content:
+            (folder / name).write_bytes(content)
+    for name in (CONTINUED, INITIAL_ADAPTER):
+        if is_there(run / name):
+            shutil.copyfile(run / name, folder / name)
+    for path in (*folder.rglob("*"), folder):
+        fsync_path(path)
+    return lineage
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link where the file system has them; checkpoints are never changed in place."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _rows_until(path: Path, step: int) -> bytes:
+    """The lines of a file of rows up to a step."""
+    if not is_there(path):
+        return b""
+    lines = read_bytes(path).splitlines(keepends=True)
+    rows = [(line, parse_row(line)) for line in lines if line.endswith(b"\n")]
+    return b"".join(line for line, row in rows if row is not None and row.get("step", step + 1) <= step)
