@@ -4,8 +4,9 @@ full        every tensor is sharded over all ranks, along its first dimension.
 hybrid      sharded over `dp_shard` ranks, replicated over the others (mesh dp_replicate x dp_shard).
 trainable   the trainable tensors are sharded over all ranks, the frozen base is whole on each.
 
-The decoder layers are the units; embeddings, head and last norm form the root unit, so that a tied output matrix is
-whole wherever the loss needs it.
+The decoder layers are units; so are embeddings and head where they are apart, each gathered once per micro-batch and
+reduced while the layers beside it compute. What is left, the last norm and tied matrices, is the root unit, gathered
+throughout, so that a tied output matrix is whole wherever the loss needs it.
 
 Accumulation: every micro-batch is reduced into fp32 shards. Reducing only the last one would keep a full fp32 gradient
 on each rank: 4 bytes per trainable element, 32 GB for 8B parameters. Under hybrid the all-reduce between shard groups
@@ -15,6 +16,7 @@ waits for the last micro-batch: it works on shards and costs no memory.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -167,16 +169,13 @@ def _shard(
     ignored = {p for p in module.parameters() if not p.requires_grad} if engine.shard == "trainable" else None
     for parameter in ignored or ():
         parameter.data = parameter.data.to(device)
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": ignored}
     for layer in layers:
-        fully_shard(
-            layer,
-            mesh=mesh,
-            reshard_after_forward=engine.reshard_after_forward,
-            mp_policy=policy,
-            ignored_params=ignored,
-        )
-    # Backward needs the root first: freeing it in between would only gather it twice.
-    fully_shard(module, mesh=mesh, reshard_after_forward=False, mp_policy=policy, ignored_params=ignored)
+        fully_shard(layer, reshard_after_forward=engine.reshard_after_forward, **options)
+    # Backward begins with the head and the root, and the embeddings' needs no weights: freeing them after the forward
+    # would only gather them twice.
+    for part in [*_vocabulary(module), module]:
+        fully_shard(part, reshard_after_forward=False, **options)
     units: list[FSDPModule] = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
     for unit in units:
         # A plain sum: the loss is already divided by the tokens of the whole step. gloo refuses the factor without
@@ -184,6 +183,13 @@ def _shard(
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     return units
+
+
+def _vocabulary(module: Any) -> list[nn.Module]:
+    """The embeddings and the head, if they share no matrix with one another."""
+    parts: list[nn.Module] = [module.hf_model.get_input_embeddings(), module.head]
+    embedded, read = ({id(parameter) for parameter in part.parameters()} for part in parts)
+    return [] if embedded & read else parts
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

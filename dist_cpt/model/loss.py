@@ -56,6 +56,12 @@ class CausalLMForLoss(nn.Module):
         inner = getattr(self.causal_lm, "get_base_model", None)
         return self.causal_lm if inner is None else inner()
 
+    @property
+    def head(self) -> Any:
+        """The output head, or a sequence classifier's."""
+        score = getattr(self.hf_model, "score", None)
+        return self.hf_model.get_output_embeddings() if score is None else score
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -71,13 +77,9 @@ class CausalLMForLoss(nn.Module):
         since an engine may cast floating-point tensor arguments to bf16.
         """
         hidden_BLD = self.hidden(input_ids, position_ids, cu_seqlens, max_seqlen)
-        model = self.hf_model
-        head = getattr(model, "score", None)  # a sequence classifier
-        if head is None:
-            head = model.get_output_embeddings()
         if labels is None:
-            return head(hidden_BLD[:, -1]).float()
-        return head(hidden_BLD.flatten(0, 1), labels.flatten(), scale)
+            return self.head(hidden_BLD[:, -1]).float()
+        return self.head(hidden_BLD.flatten(0, 1), labels.flatten(), scale)
 
     def hidden(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int

@@ -6,12 +6,14 @@ import gc
 import importlib.metadata
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_cpt.engines.build import build_engine
 from dist_cpt.engines.engine import GradStats, InspectableEngine
@@ -281,6 +283,21 @@ def frozen_is_untouched(base: str, engine: dict[str, Any], weights: str) -> tupl
         after = dict(built.frozen_tensors())
         assert after.keys() == before.keys()
         return len(before), [name for name, tensor in before.items() if not torch.equal(after[name], tensor)]
+
+
+def collectives(base: str, engine: dict[str, Any], variant: str) -> dict[str, int]:
+    """How often each collective of torch.distributed is called in a step's first micro-batch, by name."""
+    counts: Counter[str] = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function.namespace == "c10d":
+                counts[function.overloadpacket.__name__] += 1
+            return function(*args, **(kwargs or {}))
+
+    with running(base, engine, variant, "bf16") as (built, _), Count():
+        built.accumulate(block(1, dist.get_rank()), num_tokens(1), False)
+    return dict(counts)
 
 
 def refusal(base: str, engine: dict[str, Any], deepspeed_version: str | None = "0.19.8") -> str:

@@ -132,3 +132,17 @@ def test_recomputed_activations_change_no_bit(engine: str, ranks: int, variant: 
     assert kept == recomputed
     assert_same(recomputed_state, kept_state)
     assert any(torch.count_nonzero(tensor) for tensor in kept_state.values())
+
+
+@pytest.mark.parametrize(
+    ("variant", "gathers", "reductions"),
+    # Two layers, gathered in both directions. With a frozen last norm the root has nothing to reduce.
+    [("lora", 2 * 2 + 3, 2 + 2), ("full", 2 * 2 + 3, 2 + 3), ("lora-tied", 2 * 2 + 1, 2 + 1)],
+)
+def test_each_unit_is_gathered_once_per_direction_and_reduced_once(
+    variant: str, gathers: int, reductions: int, pool: Any, base: Any
+) -> None:
+    for counts in pool(2).run(
+        "tests.contract.cases:collectives", base=base(variant), engine=ENGINES["fsdp-full"], variant=variant
+    ):
+        assert counts == {"_allgather_base_": gathers, "_reduce_scatter_base_": reductions}
