@@ -71,22 +71,30 @@ def demo(
 def prepare(
     recipe: Recipe,
     set_: Overrides = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes of this host that tokenise.")] = 1,
+    in_part: Annotated[
+        bool, typer.Option("--in-part", help="Leave what other processes work on to them, and end.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be read, with ten documents.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Turn raw text into token stores, and print a data report."""
+    """Turn raw text into token stores, and print a data report; any number of processes and hosts share the work."""
     config = _load(recipe, set_)
-    from dist_cpt.data.prepare import data_report, preview, report_lines
+    from dist_cpt.data.prepare import data_report, prepare_in_part, preview, report_lines
     from dist_cpt.data.prepare import prepare as prepare_data
+    from dist_cpt.data.progress_line import shown_progress
 
     if dry_run:
         print(*preview(config), sep="\n")
         return
-
-    def progress(name: str, documents: int) -> None:
-        print(f"{name}: {documents} documents", file=sys.stderr)
-
-    prepared = prepare_data(config, progress, verify=True)
+    with shown_progress(sys.stderr) as progress:
+        if in_part:
+            prepared = prepare_in_part(config, progress, workers=workers)
+        else:
+            prepared = prepare_data(config, progress, verify=True, workers=workers)
+    if prepared is None:
+        say("the rest is left to other processes, the last of which makes the store")
+        return
     from dist_cpt.data.documents import open_documents
     from dist_cpt.data.store_facts import store_facts
     from dist_cpt.report.report import write_page

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 EXIT_DONE = 0
 EXIT_CONFIG = 64
@@ -54,6 +54,15 @@ class DistCptError(Exception):
         self.message = message
         self.remedy = remedy
         super().__init__(message if remedy is None else f"{message} -- {remedy}")
+
+    def __reduce__(self) -> tuple[Any, ...]:  # constructors differ; a worker process hands its error to its parent
+        return _unpickled, (type(self), self.message, self.remedy)
+
+
+def _unpickled(kind: type[DistCptError], message: str, remedy: str | None) -> DistCptError:
+    error = kind.__new__(kind)
+    DistCptError.__init__(error, message, remedy=remedy)
+    return error
 
 
 class ConfigError(DistCptError):

@@ -18,7 +18,7 @@ import stat
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -101,6 +101,16 @@ def _object(value: Any) -> Fields:
     return value
 
 
+@dataclass(frozen=True)
+class Part:
+    """What of a file is read: lines that start in bytes, row groups, or shards of a hub data set, [start, end); without
+    an end all of it."""
+
+    path: Path | HubDataset
+    start: int = 0
+    end: int | None = None
+
+
 Records = Iterator[RawRecord | None]  # None: a blank line
 Read = Callable[[BinaryIO, str], Records]  # (stream, name for messages)
 
@@ -131,23 +141,65 @@ def files_of(path: Path | HubDataset) -> list[Path]:
     return [path, path.with_suffix(".bin")] if path.suffix.lower() == ".idx" else [path]
 
 
-def read_container(path: Path | HubDataset, ignore: Sequence[str] = (), split: str | None = None) -> Records:
-    """The records of one file, of a folder that `datasets` saved, or of a data set on the hub; None stands for a blank
-    line.
+def cuts(path: Path | HubDataset, num_bytes: int, unit_bytes: int) -> list[tuple[int, int]]:
+    """Where a file is divided into parts of about `unit_bytes`, by its size and format alone; [] if it is read whole.
 
-    A file that is cut off, damaged or not what its name says ends with a bad record.
+    Lines of jsonl can be found from any byte on, and row groups of parquet. Of a compressed file, an array, rows with
+    quoted line breaks or an archive no part can be read without all before it.
+    """
+    if isinstance(path, HubDataset):
+        return [(number, number + 1) for number in range(open_stream(path).num_shards)]
+    if num_bytes <= unit_bytes or (suffix := suffix_of(path.name)) not in (".jsonl", ".parquet"):
+        return []
+    if suffix == ".jsonl":
+        starts = range(0, num_bytes, unit_bytes)
+        return [(start, min(start + unit_bytes, num_bytes)) for start in starts]
+    return _row_groups(path, unit_bytes)
+
+
+def _row_groups(path: Path, unit_bytes: int) -> list[tuple[int, int]]:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    try:
+        with io.BufferedReader(PatientFile(path), _READ_BYTES) as file:
+            metadata = parquet.ParquetFile(file).metadata
+    except (pa.ArrowException, OSError, ValueError) as error:  # reading it says what is wrong with it
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        return []
+    parts, start, num_bytes = [], 0, 0
+    for number in range(metadata.num_row_groups):
+        num_bytes += metadata.row_group(number).total_byte_size
+        if num_bytes >= unit_bytes or number == metadata.num_row_groups - 1:
+            parts.append((start, number + 1))
+            start, num_bytes = number + 1, 0
+    return parts
+
+
+def read_container(part: Part, ignore: Sequence[str] = (), split: str | None = None) -> Records:
+    """The records of one file or a part of it, of a folder that `datasets` saved, or of a data set on the hub; None
+    stands for a blank line.
+
+    Lines are counted from the part's first. A file that is cut off, damaged or not what its name says ends with a bad
+    record.
 
     Raises:
         DataError: an archive has a file that is not read and that `ignore` does not name.
         StorageError: the file system does not answer.
         OSError: no such file, or not a regular one.
     """
+    path = part.path
     if isinstance(path, HubDataset):
         stream = open_stream(path)
-        for shard in range(stream.num_shards):  # damage in one hides no other
+        for shard in range(stream.num_shards)[part.start : part.end]:  # damage in one hides no other
             yield from _until_damage(map(_row, rows(path, stream, shard)), f"{path}/{shard}")
     elif stat.S_ISDIR(patiently(path, path.stat).st_mode):
         yield from _dataset(path, split)
+    elif part.end is not None:
+        read = _lines_from if path.suffix.lower() == ".jsonl" else _parquet
+        with io.BufferedReader(PatientFile(path), _READ_BYTES) as file:
+            yield from _until_damage(read(file, str(path), part.start, part.end), str(path))
     elif path.suffix.lower() == ".idx":
         yield from _until_damage(_megatron(path), str(path))
     else:
@@ -180,11 +232,29 @@ def _text(stream: BinaryIO, where: str) -> Records:
     yield RawRecord(where, stream.read(), is_text=True)
 
 
-def _lines(stream: BinaryIO, where: str) -> Records:
+def _lines(lines: Iterable[bytes], where: str, *, is_start: bool = True) -> Records:
     """One object per line. Lines end at \\n only: U+2028 may occur inside a string."""
-    for number, line in enumerate(stream, start=1):
-        raw = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+    for number, line in enumerate(lines, start=1):
+        raw = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 and is_start else line
         yield RawRecord(f"{where}:{number}", raw) if raw and not raw.isspace() else None
+
+
+def _lines_from(stream: BinaryIO, where: str, start: int, end: int) -> Records:
+    """The lines that start in bytes [start, end)."""
+    at = max(start - 1, 0)
+    stream.seek(at)
+    while start and at < end:  # the rest of a line that starts earlier, which may be longer than this part
+        piece = stream.readline(_READ_BYTES)
+        at += len(piece)
+        if not piece or piece.endswith(b"\n"):
+            break
+    yield from _lines(_until(stream, at, end), where, is_start=start == 0)
+
+
+def _until(stream: BinaryIO, at: int, end: int) -> Iterator[bytes]:
+    while at < end and (line := stream.readline()):
+        at += len(line)
+        yield line
 
 
 def _json(stream: BinaryIO, where: str) -> Records:
@@ -256,10 +326,14 @@ def _csv(stream: BinaryIO, where: str) -> Records:
             yield RawRecord(f"{where}:{reader.line_num}", json.dumps(row).encode(), bad=bad)
 
 
-def _parquet(stream: BinaryIO, where: str) -> Records:
+def _parquet(stream: BinaryIO, where: str, start: int = 0, end: int | None = None) -> Records:
+    """The rows of row groups [start, end), counted from the file's first."""
     import pyarrow.parquet as parquet
 
-    yield from _rows(parquet.ParquetFile(_seekable(stream)).iter_batches(_ROWS), where)
+    file = parquet.ParquetFile(_seekable(stream))
+    groups = list(range(file.metadata.num_row_groups))
+    before = sum(file.metadata.row_group(number).num_rows for number in groups[:start])
+    yield from _rows(file.iter_batches(_ROWS, row_groups=groups[start:end]), where, before)
 
 
 def _arrow(stream: BinaryIO, where: str) -> Records:
@@ -290,8 +364,7 @@ def _checked(batch: Any) -> Any:
     return batch
 
 
-def _rows(batches: Iterator[Any], where: str) -> Records:
-    number = 0
+def _rows(batches: Iterator[Any], where: str, number: int = 0) -> Records:
     for batch in batches:
         for row in _values(batch):
             number += 1

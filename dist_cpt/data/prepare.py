@@ -1,21 +1,21 @@
 """Text files -> token stores on disk: made once, atomically, and again only when the text or the tokenizer changes.
 
-From top to bottom: a recipe becomes a plan of stores; each store is read, encoded and written in one pass, its
-manifest last; then all are opened.
+From top to bottom: a recipe becomes a plan of stores; the units of those that are missing are tokenised, by any number
+of processes, and put together, the manifest last; then all are opened.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,35 +23,59 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dist_cpt.config.schema import HUB_PREFIX, DataConfig, RunConfig, SourceConfig, StageConfig
+from dist_cpt.config.schema import DataConfig, RunConfig, SourceConfig, StageConfig
+from dist_cpt.data.assemble import append_units, hashed_inputs, join_counts
 from dist_cpt.data.block_plan import BlockPlan, PlanKey, block_plan
 from dist_cpt.data.chat import ConversationEncoder, chat_template
+from dist_cpt.data.claims import Claim, claim, is_held
 from dist_cpt.data.classes import ExampleEncoder
 from dist_cpt.data.containers import files_of
-from dist_cpt.data.encode import Encoded, Encoder, Source, TextEncoder
+from dist_cpt.data.encode import Encoder, Source, TextEncoder
 from dist_cpt.data.filters import describe_filter
 from dist_cpt.data.hub import HubDataset, with_commits
 from dist_cpt.data.mixture import UNLIMITED, Limit, mixture_of
-from dist_cpt.data.prefetch import prefetch
 from dist_cpt.data.quality import SourceQuality, examine, excluded_hash
-from dist_cpt.data.sources import ReadCounts, Record, RecordTally, SourceFiles, check_budget, read_records, source_files
-from dist_cpt.data.store import QUARANTINE, StoreWriter, TokenStore, read_store_manifest, sha256_of
+from dist_cpt.data.sources import (
+    NoFiles,
+    ReadCounts,
+    RecordTally,
+    SourceFiles,
+    check_budget,
+    read_records,
+    source_files,
+)
+from dist_cpt.data.store import QUARANTINE, StoreManifest, StoreWriter, TokenStore, read_store_manifest
 from dist_cpt.data.token_ids import unpadded_copy
 from dist_cpt.data.tokenizer import load_run_tokenizer, tokenizer_hash, vocabulary_size
+from dist_cpt.data.unit_work import SourceWork, take_units
+from dist_cpt.data.units import UNIT_BYTES, has_content, plan_digest, plan_units
+from dist_cpt.data.workers import POLL_SECONDS, cores, take_with_workers
 from dist_cpt.errors import DataError, StorageError, WriteError, printable
 from dist_cpt.run_folder.json_files import fsync_path
 from dist_cpt.run_folder.names import MANIFEST
-from dist_cpt.runtime.liveness import made_progress
 from dist_cpt.storage import LOGGER, is_there, patiently
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-OnProgress = Callable[[str, int], None]  # (source name, records tokenised so far)
-
-BATCH_BYTES = 1 << 19  # of records per call of the tokenizer; bounds memory
-BATCH_RECORDS = 8192
+UNITS = ".units-"  # what the folder of a store's units has after the store's name
+_ASSEMBLY = "assembly"
+_WAIT_SECONDS = 0.5
 _MAX_THREADS = 16  # the tokenizer has its own threads; ours overlap reading and conversion with it
+_ABANDONED_SECONDS = 7 * 86400  # after which what nobody works on is removed
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the stores that are being made are, over all processes that make them."""
+
+    source: str  # the first that is not finished
+    num_bytes: int  # of the input, tokenised
+    total_bytes: int
+    num_tokens: int
+
+
+OnProgress = Callable[[Progress], object]
 
 
 @dataclass(frozen=True)
@@ -105,10 +129,14 @@ class _PlannedStore:
 
     source: Source
     name: str
-    files: SourceFiles
-    inputs: list[dict[str, Any]]  # path, bytes and mtime_ns of each file
-    settings: str  # sha256 of what else makes its tokens
     folder: Path
+    files: SourceFiles = field(default_factory=lambda: SourceFiles([]))
+    inputs: list[dict[str, Any]] = field(default_factory=list)  # path, bytes and mtime_ns of each file
+    settings: str = ""  # sha256 of what else makes its tokens
+    gone: DataError | None = None  # why there is no text: only its finished store is left
+
+
+_Missing = tuple[_PlannedStore, SourceWork]  # a store to be made, and how
 
 
 @dataclass(frozen=True)
@@ -122,11 +150,19 @@ class _Plan:
     vocab_size: int
 
 
-def prepare(config: RunConfig, on_progress: OnProgress | None = None, *, verify: bool = False) -> Prepared:
+def prepare(
+    config: RunConfig,
+    on_progress: OnProgress | None = None,
+    *,
+    verify: bool = False,
+    workers: int = 1,
+    unit_bytes: int = UNIT_BYTES,
+) -> Prepared:
     """Tokenise every source and held-out set of a resolved recipe into data.cache_dir.
 
     A finished store of input with the same content is reused, after a check of all its bytes with `verify`; a new one
-    gets its final name only when it is complete.
+    gets its final name only when it is complete. Processes that prepare the same share its units, of about
+    `unit_bytes`, and wait for each other.
 
     Raises:
         DataError: missing or empty input, bad records beyond policy or budget, an unusable tokenizer or template.
@@ -134,30 +170,60 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None, *, verify:
         WriteError: the cache cannot be written.
     """
     config = with_commits(config)
-    plan = _plan(config)
-    for planned in plan.stores:
-        patiently(planned.folder, partial(_require_store, planned, plan, config, on_progress, verify))
+    plan, todo = _missing_stores(config, verify, unit_bytes)
+    _make_stores(todo, plan, config, _Report(todo, on_progress), workers, wait=True)
     return _open_stores(plan, config, verify)
 
 
-def open_prepared(config: RunConfig) -> Prepared:
-    """Open the stores that `prepare` made for this resolved recipe.
+def prepare_in_part(config: RunConfig, on_progress: OnProgress | None = None, *, workers: int = 1) -> Prepared | None:
+    """As `prepare`, but what other processes work on is left to them: None, unless all stores are finished.
+
+    Raises:
+        DistCptError: as `prepare`.
+    """
+    config = with_commits(config)
+    plan, todo = _missing_stores(config, False, UNIT_BYTES)
+    if not _make_stores(todo, plan, config, _Report(todo, on_progress), workers, wait=False):
+        return None
+    return _open_stores(plan, config)
+
+
+def _missing_stores(config: RunConfig, verify: bool, unit_bytes: int) -> tuple[_Plan, list[_Missing]]:
+    plan = _plan(config)
+    missing: dict[Path, _Missing] = {}
+    for planned in plan.stores:
+        if not patiently(planned.folder, partial(_is_there, planned, config, verify)):
+            missing.setdefault(planned.folder, (planned, _work_on(planned, plan, config, unit_bytes)))
+    return plan, list(missing.values())
+
+
+def open_prepared(config: RunConfig, folders: Sequence[str] | None = None) -> Prepared:
+    """Open the stores that `prepare` made for this resolved recipe, in `folders` if this host has them.
 
     Raises:
         DataError: a store is missing, damaged, or made from other text or another tokenizer.
     """
     config = with_commits(config)
-    return _open_stores(_plan(config), config)
+    return _open_stores(_plan(config, folders), config)
 
 
-def _plan(config: RunConfig) -> _Plan:
+def _plan(config: RunConfig, folders: Sequence[str] | None = None) -> _Plan:
     tokenizer = load_run_tokenizer(config)
     encoder = _encoder(config, tokenizer)
     sha256 = tokenizer_hash(tokenizer)
-    stores = [
-        _plan_store(source, config, encoder, sha256) for source in (*config.data.sources, *config.data.validation)
-    ]
+    sources: list[Source] = [*config.data.sources, *config.data.validation]
+    if folders is not None and all(is_there(Path(folder) / MANIFEST) for folder in folders):
+        stores = [
+            _PlannedStore(source, _name(source), Path(folder)) for source, folder in zip(sources, folders, strict=True)
+        ]
+    else:
+        stores = [_plan_store(source, config, encoder, sha256) for source in sources]
     return _Plan(stores, tokenizer, encoder, sha256, vocabulary_size(tokenizer))
+
+
+def _name(source: Source) -> str:
+    assert source.name is not None  # resolve_paths fills it in
+    return source.name
 
 
 def _encoder(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Encoder:
@@ -172,12 +238,9 @@ def _encoder(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Encoder:
 def _plan_store(source: Source, config: RunConfig, encoder: Encoder, sha256: str) -> _PlannedStore:
     if config.data.cache_dir is None:
         raise ValueError("prepare takes a recipe after resolve_paths")
-    name = source.name
-    assert name is not None  # resolve_paths fills it in
+    name, cache = _name(source), Path(config.data.cache_dir)
     if source.store is not None:
-        return _PlannedStore(source, name, SourceFiles([]), [], "", Path(source.store))
-    files = source_files(source, name)
-    inputs = _input_state(files)
+        return _PlannedStore(source, name, Path(source.store))
     key: dict[str, Any] = {
         "format_version": 1,  # of the tokens, which format 2 writes as format 1 did
         "tokenizer_hash": sha256,
@@ -190,9 +253,51 @@ def _plan_store(source: Source, config: RunConfig, encoder: Encoder, sha256: str
         key |= describe_filter(source.filter)
     if encoder.label_kind is not None:
         key |= {"task": config.task}
+    settings = _sha256(key)
+    try:
+        files = source_files(source, name)
+    except NoFiles as error:
+        return _PlannedStore(source, name, _only_store(cache, name, settings, error), settings=settings, gone=error)
+    inputs = _input_state(files)
     digest = _sha256(key | {"inputs": inputs})[:12]
-    folder = Path(config.data.cache_dir) / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-{digest}"
-    return _PlannedStore(source, name, files, inputs, _sha256(key), folder)
+    return _PlannedStore(source, name, cache / f"{_file_name(name)}-{digest}", files, inputs, settings)
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+
+
+def _only_store(cache: Path, name: str, settings: str, gone: NoFiles) -> Path:
+    """The finished store of a source whose text is not there any more: the one of its name and settings.
+
+    Raises:
+        NoFiles: there is none.
+        DataError: there are several.
+    """
+    found = {}
+    for path, manifest in _manifests(cache):
+        if manifest.source.get("name") == name and manifest.settings == settings:
+            found[path.resolve()] = path
+    if not found:
+        raise gone
+    if len(found) > 1:
+        raise DataError(
+            f"{gone.message}, and {len(found)} finished stores were made from what was there: "
+            f"{', '.join(sorted(path.name for path in found))}",
+            remedy="name one of them as the source's store, in place of path",
+        )
+    return next(iter(found.values()))
+
+
+def _manifests(cache: Path) -> Iterator[tuple[Path, StoreManifest]]:
+    """The readable stores of a cache, of other recipes too, without those that are set aside."""
+    for path in sorted(cache.glob(f"*/{MANIFEST}")):
+        if path.parent.is_symlink() or re.search(r"\.(tmp|damaged)-", path.parent.name):
+            continue
+        try:
+            yield path.parent, read_store_manifest(path.parent)
+        except (DataError, StorageError):
+            continue
 
 
 def _sha256(value: Any) -> str:
@@ -211,52 +316,39 @@ def _input_state(files: SourceFiles) -> list[dict[str, Any]]:
     return states
 
 
-def _require_store(
-    planned: _PlannedStore, plan: _Plan, config: RunConfig, on_progress: OnProgress | None, verify: bool
-) -> None:
+def _is_there(planned: _PlannedStore, config: RunConfig, verify: bool) -> bool:
+    """Whether the store is finished, here or under another name."""
     if planned.source.store is not None:
         TokenStore.open(planned.folder, verify)
-        return
+        return True
+    if planned.gone is not None:
+        _use_without_text(planned, config, verify)
+        return True
+    if _is_finished(planned, config, verify):
+        return True
+    return _link_store_of_same_input(planned) and _is_finished(planned, config, verify)
+
+
+def _use_without_text(planned: _PlannedStore, config: RunConfig, verify: bool) -> None:
+    assert planned.gone is not None
     try:
-        if not _is_finished(planned, config, verify):
-            moved = _link_store_of_same_input(planned)
-            if not (moved and _is_finished(planned, config, verify)):
-                _make_store(planned, plan, config, on_progress)
-    except OSError as error:
-        raise WriteError(
-            f"cannot write the token store {planned.folder}: {error.strerror or error}",
-            remedy="free space or set data.cache_dir",
-        ) from error
-
-
-def _input_sha256s(planned: _PlannedStore) -> list[str]:
-    """sha256 of every input file, in reading order."""
-    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
-        return list(pool.map(_input_sha256, planned.inputs))
-
-
-def _input_sha256(file: dict[str, Any]) -> str:
-    if file["path"].startswith(HUB_PREFIX):
-        return _sha256(file["path"])  # which has the commit
-    return sha256_of(Path(file["path"]), 0, file["bytes"])
+        _check_counts(planned, TokenStore.open(planned.folder, verify), config)
+    except DataError as error:
+        raise DataError(f"{planned.gone.message}, and its store cannot be used: {error.message}") from error
+    LOGGER.warning("%s; its finished store is used: %s", planned.gone.message, planned.folder)
 
 
 def _link_store_of_same_input(planned: _PlannedStore) -> bool:
     """Whether there is a store of the same bytes under another path or time; the planned one becomes a link to it."""
-    sizes, sha256s = [file["bytes"] for file in planned.inputs], None
-    for path in sorted(planned.folder.parent.glob(f"*/{MANIFEST}")):
-        if path.parent.is_symlink() or re.search(r"\.(tmp|damaged)-", path.parent.name):
-            continue
-        try:
-            manifest = read_store_manifest(path.parent)
-        except (DataError, StorageError):  # of another recipe
-            continue
+    sizes = [file["bytes"] for file in planned.inputs]
+    for folder, manifest in _manifests(planned.folder.parent):
         if manifest.settings != planned.settings or [file["bytes"] for file in manifest.inputs] != sizes:
             continue
-        sha256s = sha256s or _input_sha256s(planned)
-        if [file["sha256"] for file in manifest.inputs] == sha256s:
+        with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock
+            same = all(pool.map(has_content, planned.inputs, manifest.inputs))
+        if same:
             planned.folder.unlink(missing_ok=True)  # a link to a store that is gone
-            planned.folder.symlink_to(path.parent.name)
+            planned.folder.symlink_to(folder.name)
             fsync_path(planned.folder.parent)
             return True
     return False
@@ -266,86 +358,176 @@ def _is_finished(planned: _PlannedStore, config: RunConfig, verify: bool) -> boo
     if not is_there(planned.folder):
         return False
     try:
-        counts = TokenStore.open(planned.folder, verify).manifest.counts
+        store = TokenStore.open(planned.folder, verify)
     except DataError as error:  # all of it can be made again from the text
-        store = planned.folder.resolve()
-        aside = store.with_name(f"{store.name}.damaged-{secrets.token_hex(4)}")
-        store.rename(aside)
+        damaged = planned.folder.resolve()
+        aside = damaged.with_name(f"{damaged.name}.damaged-{secrets.token_hex(4)}")
+        damaged.rename(aside)
         LOGGER.warning("%s; it was moved to %s and is prepared again", error.message, aside)
         return False
-    read = ReadCounts(records=counts["records"], bad=counts["bad"], first_bad=counts["first_bad"])
-    check_budget(planned.name, read, config.data.bad_record_budget_fraction)
+    _check_counts(planned, store, config)
     return True
 
 
-def _make_store(planned: _PlannedStore, plan: _Plan, config: RunConfig, on_progress: OnProgress | None) -> None:
-    planned.folder.parent.mkdir(parents=True, exist_ok=True)
-    work = planned.folder.with_name(f"{planned.folder.name}.tmp-{os.getpid()}-{secrets.token_hex(3)}")
-    work.mkdir()
-    try:
-        _write_store(work, planned, plan, config, on_progress)
-        if planned.folder.is_symlink():  # to a store that is gone
-            planned.folder.unlink()
+def _check_counts(planned: _PlannedStore, store: TokenStore, config: RunConfig) -> None:
+    counts = store.manifest.counts
+    read = ReadCounts(records=counts["records"], bad=counts["bad"], first_bad=counts["first_bad"])
+    check_budget(planned.name, read, config.data.bad_record_budget_fraction)
+
+
+def _work_on(planned: _PlannedStore, plan: _Plan, config: RunConfig, unit_bytes: int) -> SourceWork:
+    units = plan_units(planned.files.files, planned.inputs, unit_bytes)
+    long = [unit for unit in units if unit.num_bytes > 4 * unit_bytes]
+    if long:
+        LOGGER.info(
+            "source %r: %d of its %d units are large, such as %s, of which no part can be read alone",
+            planned.name,
+            len(long),
+            len(units),
+            long[0].parts[0].path,
+        )
+    return SourceWork(
+        planned.name,
+        planned.source,
+        planned.files,
+        units,
+        plan.encoder,
+        plan.vocab_size,
+        config.data.on_bad_record,
+        planned.folder.with_name(f"{planned.folder.name}{UNITS}{plan_digest(units)}"),
+        planned.folder,
+    )
+
+
+class _Report:
+    """Calls `on_progress` about once a second, and at the first batch of every source."""
+
+    def __init__(self, todo: Sequence[_Missing], on_progress: OnProgress | None) -> None:
+        self._works, self._on_progress = [work for _, work in todo], on_progress
+        self._total = sum(unit.num_bytes for work in self._works for unit in work.units)
+        self._last: tuple[str, float] = ("", 0.0)
+        self._made: dict[str, tuple[int, int]] = {}  # of sources whose store is finished
+
+    def finished(self, work: SourceWork) -> None:
+        """A source's units are all there, and soon gone."""
+        self._made[work.name] = work.progress()
+
+    def __call__(self) -> None:
+        unfinished = [work.name for work in self._works if work.name not in self._made]
+        name, now = (unfinished or [""])[0], time.monotonic()
+        if self._on_progress is None or (name == self._last[0] and now - self._last[1] < POLL_SECONDS):
+            return
+        self._last = name, now
+        done = [self._made.get(work.name) or work.progress() for work in self._works]
+        num_bytes, num_tokens = (sum(column) for column in zip(*done, strict=True))
+        self._on_progress(Progress(name, num_bytes, self._total, num_tokens))
+
+
+def _make_stores(
+    todo: Sequence[_Missing], plan: _Plan, config: RunConfig, report: _Report, workers: int, *, wait: bool
+) -> bool:
+    """Make stores together with all who do; without `wait`, False if some are left to others."""
+
+    def make() -> bool:
         try:
-            work.rename(planned.folder)
-        except OSError:
-            # Another process may have made the same store meanwhile; both have the same tokens.
+            return _work_together(todo, plan, config, report, workers, wait)
+        except OSError as error:
+            raise WriteError(
+                f"cannot write the token store {error.filename or config.data.cache_dir}: {error.strerror or error}",
+                remedy="free space or set data.cache_dir",
+            ) from error
+
+    return patiently(config.data.cache_dir, make)  # again, it continues with the units that are missing
+
+
+def _work_together(
+    todo: Sequence[_Missing], plan: _Plan, config: RunConfig, report: _Report, workers: int, wait: bool
+) -> bool:
+    def assemble_finished() -> None:
+        for planned, work in todo:
+            if not is_there(work.store) and work.is_finished():
+                _assemble(planned, work, plan, config, report)
+        report()
+
+    for folder in {planned.folder.parent for planned, _ in todo}:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder)
+    if workers > 1 and todo:
+        take_with_workers([work for _, work in todo], workers, assemble_finished)
+    threads = min(cores(), _MAX_THREADS) + 1
+    for planned, work in todo:
+        while not is_there(work.store):
+            with suppress(FileNotFoundError):  # of units that another process has just put together
+                if take_units(work, threads, report) and _assemble(planned, work, plan, config, report):
+                    break
+            if is_there(work.store):
+                break
+            if not wait:
+                return False
+            report()
+            time.sleep(_WAIT_SECONDS)
+        shutil.rmtree(work.folder, ignore_errors=True)
+    return True
+
+
+def _assemble(planned: _PlannedStore, work: SourceWork, plan: _Plan, config: RunConfig, report: _Report) -> bool:
+    """Finished units become the store; False if another process is at it."""
+    held = claim(work.folder, _ASSEMBLY)
+    if held is None:
+        return False
+    making = work.folder / f"store.{held.token}"
+    with held:
+        if is_there(work.store):
+            return True
+        making.mkdir()
+        try:
+            _write_store(making, planned, work, plan, config, held)
+            if planned.folder.is_symlink():  # to a store that is gone
+                planned.folder.unlink()
+            report.finished(work)
+            making.rename(planned.folder)
+            fsync_path(planned.folder.parent)
+        except OSError:  # whoever took this claim for abandoned has made the same
             if not is_there(planned.folder / MANIFEST):
                 raise
-        fsync_path(planned.folder.parent)
-    finally:  # also on Ctrl-C; after the rename there is nothing left to remove
-        shutil.rmtree(work, ignore_errors=True)
+        finally:  # also on Ctrl-C; after the rename there is nothing left to remove
+            shutil.rmtree(making, ignore_errors=True)
+    shutil.rmtree(work.folder, ignore_errors=True)
+    return True
 
 
 def _write_store(
-    work: Path, planned: _PlannedStore, plan: _Plan, config: RunConfig, on_progress: OnProgress | None
+    making: Path, planned: _PlannedStore, work: SourceWork, plan: _Plan, config: RunConfig, held: Claim
 ) -> None:
     policy = config.data.on_bad_record
-    with ExitStack() as stack:
-        writer = stack.enter_context(closing(StoreWriter(work, plan.vocab_size, plan.encoder.label_kind)))
-        quarantine = None
-        if policy == "quarantine":
-            quarantine = stack.enter_context((work / QUARANTINE).open("w", encoding="ascii"))
-        tally = RecordTally(policy, quarantine)
-        records = read_records(planned.name, planned.files, plan.encoder.parser(planned.source), tally)
-        threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS) + 1
-
-        def encode(batch: list[Record[Any]]) -> tuple[int, Encoded]:
-            return len(batch), plan.encoder(batch)
-
-        num_texts = 0
-        batches = prefetch(encode, _batches(records), depth=threads, threads=threads)
-        for num_records, encoded in stack.enter_context(closing(batches)):
-            for record, bad in encoded.rejected:
-                tally.reject(bad, record.origin)
-            writer.append(encoded.ids, encoded.lengths, encoded.labels)
-            num_texts += num_records - len(encoded.rejected)
-            made_progress()
-            if on_progress is not None:
-                on_progress(planned.name, num_texts)
-        check_budget(planned.name, tally.counts, config.data.bad_record_budget_fraction)
-        sha256s = _input_sha256s(planned)
-        _check_result(planned, tally.counts, writer.num_documents)
+    counts = join_counts(work, making / QUARANTINE if policy == "quarantine" else None)
+    check_budget(planned.name, counts, config.data.bad_record_budget_fraction)
+    finished = work.finished().values()
+    _check_result(planned, counts, sum(unit["documents"] for unit in finished))
+    with closing(StoreWriter(making, plan.vocab_size, plan.encoder.label_kind)) as writer:
+        append_units(work, writer, lambda: held.beat(0, 0))
         source = {"name": planned.name, "path": planned.source.place, "text": planned.source.text}
         source |= {"on_bad_record": policy, "eos": plan.tokenizer.eos_token_id} | plan.encoder.describe(planned.source)
         # Texts and documents differ in number where a text has no token, or an EOS in its middle.
-        counts = asdict(tally.counts) | {"ignored_files": planned.files.ignored_files, "texts": num_texts}
-        inputs = [file | {"sha256": sha256} for file, sha256 in zip(planned.inputs, sha256s, strict=True)]
+        num_texts = sum(unit["texts"] for unit in finished)
+        shown = asdict(counts) | {"ignored_files": planned.files.ignored_files, "texts": num_texts}
+        inputs = hashed_inputs(work, planned.inputs)
         tokenizer = unpadded_copy(plan.tokenizer.backend_tokenizer).to_str()
-        writer.finish(plan.tokenizer_hash, source, counts, inputs, planned.settings, tokenizer)
+        writer.finish(plan.tokenizer_hash, source, shown, inputs, planned.settings, tokenizer)
 
 
-def _batches(records: Iterator[Record[Any]]) -> Iterator[list[Record[Any]]]:
-    batch: list[Record[Any]] = []
-    num_bytes = 0
-    for record in records:
-        batch.append(record)
-        num_bytes += record.origin.num_bytes
-        if num_bytes >= BATCH_BYTES or len(batch) == BATCH_RECORDS:
-            yield batch
-            batch, num_bytes = [], 0
-    if batch:
-        yield batch
+def _remove_abandoned(cache: Path) -> None:
+    """Remove what processes that are gone were making and nobody can continue."""
+    for folder in cache.glob(f"*{UNITS}*"):
+        with suppress(OSError):
+            is_old = time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS
+            if is_old and not any(is_held(path) for path in folder.glob("*.claim")):
+                shutil.rmtree(folder, ignore_errors=True)
+    for folder in cache.glob("*.tmp-*"):  # of versions without units, which wrote a store in one piece
+        with suppress(OSError):
+            age = time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+            if age > _ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_result(planned: _PlannedStore, counts: ReadCounts, num_documents: int) -> None:
@@ -532,9 +714,10 @@ def preview(config: RunConfig, num_documents: int = 10) -> Iterator[str]:
     for planned in plan.stores:
         num_bytes = sum(file["bytes"] for file in planned.inputs)
         state = "prepared already" if is_there(planned.folder) else "to be prepared"
+        state = "its text is gone, its store is there" if planned.gone is not None else state
         yield f"{planned.name}: {len(planned.inputs):,} files, {num_bytes:,} bytes, {state}: {planned.source.place}"
     tokenizer: Any = load_run_tokenizer(config)
-    sources = [planned for planned in plan.stores[: len(config.data.sources)] if planned.source.path is not None]
+    sources = [planned for planned in plan.stores[: len(config.data.sources)] if planned.inputs]
     for planned in sources:
         tally = RecordTally(config.data.on_bad_record)
         records = read_records(planned.name, planned.files, plan.encoder.parser(planned.source), tally)

@@ -18,6 +18,7 @@ from dist_cpt.data.containers import (
     FORMATS,
     BadRecord,
     Fields,
+    Part,
     RawRecord,
     is_dataset_folder,
     is_ignored,
@@ -33,6 +34,10 @@ OnBadRecord = Literal["error", "skip", "quarantine"]
 T = TypeVar("T")
 Parse = Callable[[RawRecord], T | None]  # the record's value, or None for an empty record
 _NAMED = 5  # files in a message
+
+
+class NoFiles(DataError):
+    """There is nothing at a source's path, or not any more."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +76,18 @@ class ReadCounts:
 
 
 class RecordTally:
-    """Counts the records of one source and applies data.on_bad_record to the bad ones."""
+    """Counts the records of one source and applies data.on_bad_record to the bad ones, each at `place(where)`."""
 
-    def __init__(self, on_bad_record: OnBadRecord = "error", quarantine: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        on_bad_record: OnBadRecord = "error",
+        quarantine: TextIO | None = None,
+        place: Callable[[str], str] = str,
+    ) -> None:
         self.counts = ReadCounts()
         self._on_bad_record = on_bad_record
         self._quarantine = quarantine
+        self._place = place
 
     def reject(self, bad: BadRecord, origin: RawRecord) -> None:
         """Count a bad record and, under `quarantine`, write it down.
@@ -84,16 +95,17 @@ class RecordTally:
         Raises:
             DataError: under `error`.
         """
+        where = self._place(origin.where)
         if self._on_bad_record == "error":
             raise DataError(
-                f"{origin.where}: {bad.detail}", remedy="repair it, or set data.on_bad_record to skip or quarantine"
+                f"{where}: {bad.detail}", remedy="repair it, or set data.on_bad_record to skip or quarantine"
             )
         self.counts.bad[bad.reason] = self.counts.bad.get(bad.reason, 0) + 1
-        self.counts.first_bad = self.counts.first_bad or f"{origin.where}: {bad.detail}"
+        self.counts.first_bad = self.counts.first_bad or f"{where}: {bad.detail}"
         if self._quarantine is not None:
             # Invalid UTF-8 becomes lone surrogates in ASCII JSON: json.loads restores the bytes exactly.
             text = origin.raw.decode("utf-8", "surrogateescape")
-            record = {"where": origin.where, "reason": bad.reason, "detail": bad.detail, "record": text}
+            record = {"where": where, "reason": bad.reason, "detail": bad.detail, "record": text}
             self._quarantine.write(json.dumps(record) + "\n")
 
 
@@ -133,9 +145,9 @@ def _find_files(path: str, name: str, ignore: Sequence[str], split: str | None) 
         candidates = list(dict.fromkeys(f for m in matches for f in (_walk(m) if stat.S_ISDIR(_mode(m) or 0) else [m])))
         root = Path(os.path.commonpath(candidates)) if candidates else target
         if not candidates:
-            raise DataError(f"source {name!r}: no file matches {path}", remedy="check the pattern")
+            raise NoFiles(f"source {name!r}: no file matches {path}", remedy="check the pattern")
     else:
-        raise DataError(f"source {name!r}: {path} does not exist", remedy="check the path in the recipe")
+        raise NoFiles(f"source {name!r}: {path} does not exist", remedy="check the path in the recipe")
     wanted = [f for f in candidates if not is_ignored(Path(os.path.relpath(f, root)).as_posix(), ignore)]
     # Token files of Megatron-LM come in pairs; the index stands for both.
     files = {f.with_suffix(".idx") if f.suffix == ".bin" and _mode(f.with_suffix(".idx")) else f for f in wanted}
@@ -161,16 +173,20 @@ def _find_files(path: str, name: str, ignore: Sequence[str], split: str | None) 
     return SourceFiles([*ordered], len(candidates) - len(wanted), tuple(ignore), split)
 
 
-def read_records(name: str, files: SourceFiles, parse: Parse[T], tally: RecordTally) -> Iterator[Record[T]]:
-    """Yield the records of source `name` in order, counting them and rejecting bad ones in `tally`.
+def read_records(
+    name: str, files: SourceFiles, parse: Parse[T], tally: RecordTally, parts: Sequence[Part] | None = None
+) -> Iterator[Record[T]]:
+    """Yield the records of source `name`, or of some parts of its files, in order; count them, and reject bad ones in
+    `tally`.
 
     Raises:
         DataError: a bad record under `error`, or a name that is no readable file.
         StorageError: the file system does not answer.
     """
-    for file in files.files:
+    for part in [Part(file) for file in files.files] if parts is None else parts:
+        file = part.path
         try:
-            for raw in read_container(file, files.ignore, files.split):
+            for raw in read_container(part, files.ignore, files.split):
                 if raw is None:
                     tally.counts.blank_lines += 1
                     continue

@@ -25,6 +25,7 @@ from dist_cpt.data.hub import commits, with_revisions
 from dist_cpt.data.loader import BlockLoader, ValidationLoader
 from dist_cpt.data.prefetch import prefetch
 from dist_cpt.data.prepare import Prepared, check_vocabulary, open_prepared, prepare
+from dist_cpt.data.progress_line import LOG_SECONDS, ProgressLine
 from dist_cpt.data.store import check_chunks
 from dist_cpt.data.tokenizer import load_new_vocabulary, load_run_tokenizer, tokenizer_hash
 from dist_cpt.engines.build import build_engine
@@ -46,6 +47,7 @@ from dist_cpt.run_folder.names import ADAPTER_WEIGHTS, CONTINUED
 from dist_cpt.runtime.collectives import (
     agree,
     all_reduce_ints,
+    broadcast_json,
     on_every_rank,
     on_rank_zero,
     rank,
@@ -184,8 +186,8 @@ def open_data(context: RunContext, tokenizer: Any) -> TrainingData:
         Stopped: a rank was sent a stop signal while rank 0 prepared; finished sources are kept.
     """
     config = context.config
-    _prepare(context)
-    prepared = on_every_rank("open data", lambda: open_prepared(config))
+    folders = _prepare(context)  # other ranks need its stores, not the text
+    prepared = on_every_rank("open data", lambda: open_prepared(config, folders))
     require_equal({f"token store of {s.name}": s.store.manifest.content_hash for s in prepared.all_sources})
     _check_stores(prepared)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -336,13 +338,18 @@ def _check_prior_adapter(context: RunContext, hashes: Mapping[str, str]) -> None
         )
 
 
-def _prepare(context: RunContext) -> None:
-    """Rank 0 prepares the corpus, for hours if need be; meanwhile all ranks meet every second and notice a stop."""
+def _prepare(context: RunContext) -> list[str]:
+    """Rank 0 prepares the corpus, for hours if need be; meanwhile all ranks meet every second and notice a stop.
+
+    The folders of the stores.
+    """
     failed: list[BaseException] = []
+    folders: list[str] = []
 
     def work() -> None:
         try:
-            prepare(context.config, lambda name, documents: LOGGER.info("preparing %s: %d documents", name, documents))
+            prepared = prepare(context.config, ProgressLine(LOGGER.info, LOG_SECONDS))
+            folders.extend(str(source.store.folder) for source in prepared.all_sources)
         except BaseException as error:  # handed to all ranks below
             failed.append(error)
 
@@ -357,7 +364,7 @@ def _prepare(context: RunContext) -> None:
         if not at_work:
             context.watchdog.tick("starting", 0)
             agree(failed[0] if failed else None, "prepare data")
-            return
+            return broadcast_json(folders)
         if stop:
             raise Stopped("stopped while the data was prepared; finished sources are kept")
 

@@ -17,7 +17,7 @@ import pytest
 from dist_cpt.config.resolve import resolve_paths
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.chat import ConversationEncoder
-from dist_cpt.data.containers import BadRecord, RawRecord, read_container, suffix_of
+from dist_cpt.data.containers import BadRecord, Part, RawRecord, read_container, suffix_of
 from dist_cpt.data.prepare import Prepared, prepare
 from dist_cpt.data.sources import RecordTally, SourceFiles, find_files, read_records, text_of, text_parser
 from dist_cpt.data.store import BIN, IDX
@@ -136,10 +136,10 @@ def test_token_files_of_several_sequences_per_document_and_another_type(tmp_path
     index = tmp_path / "a.idx"
     index.write_bytes(header.tobytes() + lengths.tobytes() + pointers.tobytes() + borders.tobytes())
     assert find_files(str(tmp_path), "s").files == find_files(str(tmp_path / "a.bin"), "s").files == [index]
-    contents = [record.content for record in read_container(index) if record is not None]
+    contents = [record.content for record in read_container(Part(index)) if record is not None]
     assert [content.tolist() for content in contents if isinstance(content, np.ndarray)] == [[1, 2, 3], [4], []]
     (tmp_path / "a.bin").write_bytes(b"\0" * 24)
-    *_, damaged = read_container(index)
+    *_, damaged = read_container(Part(index))
     assert damaged is not None
     assert damaged.bad is not None
 

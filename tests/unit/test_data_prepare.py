@@ -14,10 +14,18 @@ import pytest
 
 from dist_cpt.config.resolve import resolve_paths
 from dist_cpt.config.schema import RunConfig
-from dist_cpt.data import prepare as prepare_module
+from dist_cpt.data import unit_work
 from dist_cpt.data.containers import RawRecord
 from dist_cpt.data.encode import TextEncoder
-from dist_cpt.data.prepare import check_vocabulary, data_report, open_prepared, prepare, preview, report_lines
+from dist_cpt.data.prepare import (
+    Progress,
+    check_vocabulary,
+    data_report,
+    open_prepared,
+    prepare,
+    preview,
+    report_lines,
+)
 from dist_cpt.data.sources import Record
 from dist_cpt.data.store import TokenStore
 from dist_cpt.data.tokenizer import adds_bos, load_run_tokenizer, load_tokenizer, tokenizer_hash, vocabulary_size
@@ -84,7 +92,7 @@ def cache_of(config: RunConfig) -> Path:
 
 def leftovers(config: RunConfig) -> list[str]:
     cache = cache_of(config)
-    return [p.name for p in cache.iterdir() if ".tmp-" in p.name] if cache.exists() else []
+    return [p.name for p in cache.iterdir() if ".units-" in p.name] if cache.exists() else []
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -164,9 +172,12 @@ def test_stores_hold_the_documents_and_the_second_time_is_free(tokenizer_folder:
     config = recipe(tmp_path, tokenizer_folder, validation=[{"name": "held", "path": str(tmp_path / "held.md")}])
     with pytest.raises(DataError, match=r"manifest\.json.*dist-cpt prepare"):
         open_prepared(config)
-    progress: list[tuple[str, int]] = []
-    prepared = prepare(config, lambda name, done: progress.append((name, done)))
-    assert progress == [("corpus", 6), ("held", 1)]
+    progress: list[Progress] = []
+    prepared = prepare(config, progress.append)
+    assert [now.source for now in progress] == ["corpus", "held"]
+    size = (tmp_path / "corpus.jsonl").stat().st_size
+    assert [now.total_bytes for now in progress] == [size + 8, size + 8]
+    assert 0 < progress[0].num_bytes <= size < progress[1].num_bytes
     tokenizer = load_tokenizer(str(tokenizer_folder))
     store = prepared.sources[0].store
     assert [tokenizer.decode(store.document(i)) for i in range(store.num_documents)] == [
@@ -240,7 +251,7 @@ def test_the_order_of_documents_does_not_depend_on_threads(
     texts = [f"{t} {i}" for i in range(200) for t in TEXTS]
     write_jsonl(tmp_path / "corpus.jsonl", texts)
     one = prepare(recipe(tmp_path, tokenizer_folder, cache_dir=str(tmp_path / "one")))
-    monkeypatch.setattr(prepare_module, "BATCH_RECORDS", 3)
+    monkeypatch.setattr(unit_work, "BATCH_RECORDS", 3)
     two = prepare(recipe(tmp_path, tokenizer_folder, cache_dir=str(tmp_path / "two")))
     assert one.identity == two.identity
     assert one.sources[0].store.num_documents == len(texts)
@@ -251,18 +262,17 @@ def test_an_interrupt_leaves_nothing_half_made_and_loses_nothing(tokenizer_folde
     (tmp_path / "held.md").write_text("held out")
     config = recipe(tmp_path, tokenizer_folder, validation=[{"name": "held", "path": str(tmp_path / "held.md")}])
 
-    def interrupt(name: str, _: int) -> None:
-        assert leftovers(config)
-        if name == "held":
+    def interrupt(now: Progress) -> None:
+        if now.source == "held":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         prepare(config, interrupt)
-    assert not leftovers(config)
-    assert [p.name.split("-")[0] for p in cache_of(config).iterdir()] == ["corpus"]  # done before, and kept
+    assert [p.parent.name.split("-")[0] for p in cache_of(config).glob("*/manifest.json")] == ["corpus"]  # and kept
     names: list[str] = []
-    prepare(config, lambda name, _: names.append(name))
+    prepare(config, lambda now: names.append(now.source))
     assert names == ["held"]
+    assert not leftovers(config)
 
 
 def test_a_damaged_store_is_refused_on_open_and_made_again_by_prepare(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -296,7 +306,7 @@ def test_a_store_that_cannot_be_read_is_neither_removed_nor_set_aside(
     before = {path.name: (path.stat().st_ino, path.read_bytes()) for path in store.rglob("*") if path.is_file()}
     names: list[str] = []
     with ErrnoLayer(store, errno.EIO, at=0, place=name).installed() as layer:
-        prepare(config, lambda name, _: names.append(name))
+        prepare(config, lambda now: names.append(now.source))
     assert len(layer.calls) > 1
     assert names == []
     monkeypatch.setenv("DIST_CPT_STORAGE_SECONDS", "0.2")
@@ -317,7 +327,7 @@ def test_bad_records_by_policy_and_budget(tokenizer_folder: Path, tmp_path: Path
     config = recipe(tmp_path, tokenizer_folder, on_bad_record="quarantine")
     with pytest.raises(DataError, match=r"1 of 6 .*data.bad_record_budget_fraction"):
         prepare(config)
-    assert not leftovers(config)
+    assert leftovers(config)  # the tokens, for a larger budget
     config = recipe(tmp_path, tokenizer_folder, on_bad_record="quarantine", bad_record_budget_fraction=0.2)
     prepared = prepare(config)
     assert data_report(prepared)["sources"][0]["bad"] == {"bad_json": 1}
@@ -336,7 +346,7 @@ def test_a_corpus_without_documents_is_refused(tokenizer_folder: Path, tmp_path:
     config = recipe(tmp_path, tokenizer_folder)
     with pytest.raises(DataError, match=r"'corpus'.*corpus\.jsonl.*document"):
         prepare(config)
-    assert not leftovers(config)
+    assert not list(cache_of(config).glob("*/manifest.json"))
 
 
 def test_ids_beyond_the_models_vocabulary_are_named(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -361,6 +371,28 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tokenizer_folder: Pat
     corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
     with pytest.raises(DataError, match=r"corpus\.jsonl changed"):
         prepare(recipe(tmp_path, tokenizer_folder), lambda *_: os.utime(corpus, ns=(1, 1)))
+
+
+def test_a_finished_store_whose_text_is_gone_is_used_if_it_is_the_only_one(
+    tokenizer_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    config = recipe(tmp_path, tokenizer_folder)
+    made = prepare(config)
+    folder = made.sources[0].store.folder
+    corpus.unlink()
+    again = prepare(config, lambda *_: pytest.fail("tokenised without text"), verify=True)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert f"{corpus} does not exist; its finished store is used: {folder}" in said
+    assert again.identity == made.identity == open_prepared(config, [str(folder)]).identity
+    with pytest.raises(DataError, match="does not exist"):
+        prepare(recipe(tmp_path, tokenizer_folder, bos="never"))  # made with other settings
+    write_jsonl(corpus, TEXTS[1:])
+    prepare(config)
+    corpus.unlink()
+    with pytest.raises(DataError, match="2 finished stores") as raised:
+        prepare(config)
+    assert "store" in (raised.value.remedy or "")
 
 
 # The beginning of a document.

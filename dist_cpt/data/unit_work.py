@@ -1,0 +1,195 @@
+"""One source as a folder of units: any number of processes tokenise them, one of them puts them together.
+
+The folder has a folder per finished unit, named by its number, and the claims on the others. Nothing of it carries the
+name of a store's file until all units are there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_cpt.data.claims import Claim, claim, progress_of
+from dist_cpt.data.encode import Encoded, Encoder, Source
+from dist_cpt.data.prefetch import prefetch
+from dist_cpt.data.sources import OnBadRecord, Record, RecordTally, SourceFiles, read_records
+from dist_cpt.data.store import LABEL_FILES, LabelKind, token_dtype
+from dist_cpt.data.units import Unit, hash_chunks, lines_before, shifted
+from dist_cpt.errors import DataError
+from dist_cpt.run_folder.json_files import fsync_path
+from dist_cpt.runtime.liveness import made_progress
+from dist_cpt.storage import is_there, patiently, read_bytes
+
+BATCH_BYTES = 1 << 19  # of records per call of the tokenizer; bounds memory
+BATCH_RECORDS = 8192
+IDS, LENGTHS, LABELS, BAD, _DONE = "ids", "lengths", "labels", "bad", "unit.json"
+
+OnBatch = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class SourceWork:
+    """What the units of one source are made of, where, and which are finished."""
+
+    name: str
+    source: Source
+    files: SourceFiles
+    units: list[Unit]
+    encoder: Encoder
+    vocab_size: int
+    on_bad_record: OnBadRecord
+    folder: Path
+    store: Path  # that they become
+    _finished: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def path(self, unit: Unit) -> Path:
+        """The folder of a finished unit."""
+        return self.folder / _name(unit)
+
+    def finished(self) -> dict[int, dict[str, Any]]:
+        """What is recorded of every finished unit, by number."""
+        try:
+            names = set(patiently(self.folder, lambda: os.listdir(self.folder)))
+        except FileNotFoundError:
+            return {}
+        for unit in self.units:
+            if unit.number not in self._finished and _name(unit) in names:
+                self._finished[unit.number] = json.loads(read_bytes(self.path(unit) / _DONE, expected=True))
+        return self._finished
+
+    def is_finished(self) -> bool:
+        """Whether all units are there."""
+        return len(self.finished()) == len(self.units)
+
+    def progress(self) -> tuple[int, int]:
+        """(bytes, tokens) that all processes together have done so far."""
+        finished, claims = self.finished(), progress_of(self.folder)
+        rows = [(unit.num_bytes, finished[unit.number]["tokens"]) for unit in self.units if unit.number in finished]
+        for unit in self.units:
+            if unit.number not in finished and (beat := claims.get(_name(unit))):
+                rows.append((min(beat[0], unit.num_bytes), beat[1]))
+        return sum(row[0] for row in rows), sum(row[1] for row in rows)
+
+
+def _name(unit: Unit) -> str:
+    return f"{unit.number:06d}"
+
+
+def take_units(work: SourceWork, threads: int, on_batch: OnBatch) -> bool:
+    """Tokenise every unit that no living process has; whether all of the source are finished then.
+
+    Raises:
+        DataError: a bad record under `error`, or a file that is none.
+        OSError: the folder cannot be written.
+    """
+    work.folder.mkdir(parents=True, exist_ok=True)
+    taken = True
+    while taken:
+        finished, taken = work.finished(), False
+        for unit in [unit for unit in work.units if unit.number not in finished]:
+            held = claim(work.folder, _name(unit))
+            if held is None:
+                continue
+            with held:
+                if is_there(work.store):  # another process was faster, and the folder is anew
+                    return True
+                if not is_there(work.path(unit)):
+                    _make_unit(work, unit, held, threads, on_batch)
+                    taken = True
+    return work.is_finished()
+
+
+def _make_unit(work: SourceWork, unit: Unit, held: Claim, threads: int, on_batch: OnBatch) -> None:
+    target = work.path(unit)
+    making = target.with_name(f"{target.name}.{held.token}")
+    making.mkdir()
+    with ExitStack() as stack:
+        writer = stack.enter_context(closing(_UnitWriter(making, work.vocab_size, work.encoder.label_kind)))
+        quarantine = None
+        if work.on_bad_record == "quarantine":
+            quarantine = stack.enter_context((making / BAD).open("w", encoding="ascii"))
+        tally = RecordTally(work.on_bad_record, quarantine, partial(_place_in_file, unit, work.on_bad_record))
+        num_texts = num_bytes = 0
+        records = read_records(work.name, work.files, work.encoder.parser(work.source), tally, unit.parts)
+        batches = prefetch(lambda batch: (batch, work.encoder(batch)), _batches(records), threads, threads)
+        for batch, encoded in stack.enter_context(closing(batches)):
+            for record, bad in encoded.rejected:
+                tally.reject(bad, record.origin)
+            writer.append(encoded)
+            num_texts += len(batch) - len(encoded.rejected)
+            num_bytes += sum(record.origin.num_bytes for record in batch)
+            held.beat(num_bytes, writer.num_tokens)
+            made_progress()
+            on_batch()
+        done = {"sha256s": hash_chunks(unit.chunks), "counts": asdict(tally.counts), "texts": num_texts}
+        done |= {"documents": writer.num_documents, "tokens": writer.num_tokens}
+    (making / _DONE).write_text(json.dumps(done))
+    for path in (*making.iterdir(), making):
+        fsync_path(path)
+    try:
+        making.rename(target)
+    except OSError:  # whoever took this unit for abandoned has made the same
+        if not is_there(target):
+            raise
+    fsync_path(work.folder)
+
+
+def _batches(records: Iterator[Record[Any]]) -> Iterator[list[Record[Any]]]:
+    batch: list[Record[Any]] = []
+    num_bytes = 0
+    for record in records:
+        batch.append(record)
+        num_bytes += record.origin.num_bytes
+        if num_bytes >= BATCH_BYTES or len(batch) == BATCH_RECORDS:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _place_in_file(unit: Unit, on_bad_record: OnBadRecord, where: str) -> str:
+    """A line's number in the file, for an error that ends the work; else units are counted when they are joined."""
+    return shifted(where, lines_before(unit)) if on_bad_record == "error" and unit.is_later_part else where
+
+
+class _UnitWriter:
+    """The documents of one unit as they are encoded: ids, lengths and labels, without an index."""
+
+    def __init__(self, folder: Path, vocab_size: int, label_kind: LabelKind | None) -> None:
+        self.num_documents = self.num_tokens = 0
+        self._vocab_size, self._dtype = vocab_size, token_dtype(vocab_size)
+        self._label_dtype = None if label_kind is None else LABEL_FILES[label_kind][1]
+        self._files = {name: (folder / name).open("wb") for name in (IDS, LENGTHS, LABELS)}
+
+    def append(self, encoded: Encoded) -> None:
+        """Add documents.
+
+        Raises:
+            DataError: an id outside the vocabulary.
+        """
+        ids = encoded.ids
+        if not len(ids):
+            return
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self._vocab_size:
+            invalid = low if low < 0 else high
+            raise DataError(f"token id {invalid} is outside the tokenizer's vocabulary of {self._vocab_size}")
+        self._files[IDS].write(np.ascontiguousarray(ids, dtype=self._dtype).data)
+        self._files[LENGTHS].write(np.ascontiguousarray(encoded.lengths, dtype="<i4").data)
+        if encoded.labels is not None and self._label_dtype is not None:
+            self._files[LABELS].write(np.ascontiguousarray(encoded.labels, dtype=self._label_dtype).data)
+        self.num_documents += len(encoded.lengths)
+        self.num_tokens += len(ids)
+
+    def close(self) -> None:
+        """Close the files, finished or not."""
+        for file in self._files.values():
+            file.close()
