@@ -18,6 +18,7 @@ from dist_cpt.config.resolve import resolve_paths
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data import duplicates as duplicates_module
 from dist_cpt.data import overlap as overlap_module
+from dist_cpt.data.concerns import concerns
 from dist_cpt.data.duplicates import document_hashes, exact_duplicates, find_duplicates, near_duplicates, ngram_hashes
 from dist_cpt.data.loader import BlockLoader
 from dist_cpt.data.overlap import NGRAM, PASSAGE, HeldOutNGrams
@@ -26,7 +27,7 @@ from dist_cpt.data.store import StoreManifest, TokenStore
 from dist_cpt.errors import ConfigError, DataError, MissingExtraError
 from tests.tiny import write_corpus, write_tokenizer
 
-EOS = 0
+EOS, PAD = 0, 1
 
 
 class Documents(TokenStore):
@@ -195,6 +196,9 @@ def test_overlap_is_reported_and_nothing_left_out_by_default(values: dict[str, A
     assert row["in_training"]["a"] == 0.0
     assert 0.4 < row["in_training"]["b"] < 0.6
     assert f"{row['in_training']['b']:.2%}" in "\n".join(report_lines(report))
+    said = concerns(prepared, BlockLoader(prepared, 32, 0, PAD), 1)
+    assert [line for line in said if "data.decontaminate" in line] == [line for line in said if "source b" in line]
+    assert len([line for line in said if "source b" in line]) == 1
     assert prepare(config(values)).identity == prepared.identity
 
 
@@ -206,12 +210,15 @@ def test_excluded_documents_get_no_block_and_stores_stay_the_same(values: dict[s
     assert prepared.identity != plain.identity
     assert prepared.identity != prepare(config(values, deduplicate="exact")).identity
     assert open_prepared(config(values, deduplicate="exact", decontaminate="drop")).identity == prepared.identity
-    loader = BlockLoader(prepared, 32, 0, 1)
+    loader = BlockLoader(prepared, 32, 0, PAD)
     read: list[int] = []
     for position in range(200):
         if loader.describe(position)[:2] == ("b", 0):
-            batch = loader.batch([position])
-            read += batch.input_ids[0, : int(batch.tokens_by_source.sum())].tolist()
+            ids = loader.batch([position]).input_ids[0].tolist()
+            read += [token for token in ids if token != PAD]
+    said = "\n".join(concerns(prepared, loader, 1))
+    assert "source b: 1 of 3 documents are duplicates" in said
+    assert "data.decontaminate" not in said
     assert sorted(read) == sorted(prepared.sources[1].store.document(0).tolist())
 
 
