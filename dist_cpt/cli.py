@@ -54,6 +54,10 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder: <output_
 On = Annotated[str, typer.Option("--on", help="local, slurm or kubernetes")]
 DType = Annotated[str, typer.Option("--dtype", help="bf16, fp16 or fp32")]
 Base = Annotated[str | None, typer.Option("--base", help="Where the base is now, if it moved.")]
+Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="On each node; default 8, of cpu 1.")]
+Gpu = Annotated[str, typer.Option("--gpu", help="h100, h200, b200, a100, l40s or cpu")]
+Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Hosts.")]
+Network = Annotated[str, typer.Option("--network", help="Of one GPU to other nodes, such as 50GBps.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command that would run, and stop.")]
 
 
@@ -144,12 +148,32 @@ def replay(
 
 
 @app.command(rich_help_panel=RUN)
+def init(
+    model: Annotated[str, typer.Option("--model", help="A model folder, or a hub id in the cache.")],
+    data: Annotated[
+        list[str], typer.Option("--data", help="Text: a file, a folder or a pattern; several are sources.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The new recipe.")] = Path("recipe.yaml"),
+    gpus: Gpus = None,
+    gpu: Gpu = "h100",
+    nodes: Nodes = 1,
+    network: Network = "50GBps",
+) -> None:
+    """Write a commented recipe for a model and text: the fastest way that fits the machine."""
+    from dist_cpt.plan.devices import machine_of
+    from dist_cpt.plan.starter_recipe import starter_recipe, write_new
+
+    write_new(out, starter_recipe(model, data, machine_of(gpu, nodes, gpus, network), out))
+    print(f"{out}: dist-cpt plan {out} shows the other ways")
+
+
+@app.command(rich_help_panel=RUN)
 def plan(
     recipe: Recipe,
-    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="On each node; default 8, of cpu 1.")] = None,
-    gpu: Annotated[str, typer.Option("--gpu", help="h100, h200, b200, a100, l40s or cpu")] = "h100",
-    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Hosts.")] = 1,
-    network: Annotated[str, typer.Option("--network", help="Of one GPU to other nodes, such as 50GBps.")] = "50GBps",
+    gpus: Gpus = None,
+    gpu: Gpu = "h100",
+    nodes: Nodes = 1,
+    network: Network = "50GBps",
     json_: Annotated[bool, typer.Option("--json", help="One JSON object, with every micro-batch.")] = False,
     set_: Overrides = None,
 ) -> None:
