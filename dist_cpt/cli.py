@@ -153,7 +153,7 @@ def init(
     data: Annotated[
         list[str], typer.Option("--data", help="Text: a file, a folder or a pattern; several are sources.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="The new recipe.")] = Path("recipe.yaml"),
+    out: Annotated[Path, typer.Option("--out", help="The new recipe.")] = Path(RECIPE),
     gpus: Gpus = None,
     gpu: Gpu = "h100",
     nodes: Nodes = 1,
