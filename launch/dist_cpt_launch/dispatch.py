@@ -11,6 +11,7 @@ from pathlib import Path
 from dist_cpt.checkpoint.finished import says_finished
 from dist_cpt.config.load import load_recipe
 from dist_cpt.config.resolve import resolve_paths, run_folder
+from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import EXIT_DONE, ConfigError, say
 from dist_cpt.health.rivals import living
 from dist_cpt_launch.launch_options import LaunchOptions
@@ -18,7 +19,11 @@ from dist_cpt_launch.launch_plan import local_plan
 
 SLURM_ONLY = (
     *("min_nodes", "time", "partition", "account", "qos", "gres", "gpus_per_node", "cpus_per_task"),
-    *("save_before_limit", "max_restarts", "requeue_by", "max_running", "sbatch", "srun"),
+    *("save_before_limit", "max_restarts", "requeue_by", "max_running", "sbatch", "srun", "prepare", "tasks"),
+)
+TRAIN_ONLY = (
+    *("procs_per_node", "rdzv", "min_nodes", "gres", "gpus_per_node", "save_before_limit", "max_restarts"),
+    *("requeue_by", "preflight", "srun", "from_start"),
 )
 KUBERNETES_ONLY = ("cluster", "kind")
 
@@ -37,8 +42,12 @@ def launch(
         raise ConfigError(f"--on {on}: expected local, slurm or kubernetes")
     _refuse(options, KUBERNETES_ONLY, "only --on kubernetes can honour that")
     loaded = [(resolve_paths(load_recipe(recipe, overrides)), recipe) for recipe in recipes]
+    if on == "slurm" and options.prepare:
+        return _prepare_on_slurm(loaded, overrides, options, dry_run)
     if on == "slurm":
         from dist_cpt_launch.slurm import slurm_plan, submit
+
+        _refuse(options, ("tasks",), "that belongs to --prepare")
 
         _refuse(options, ("rdzv",), "the ranks of a Slurm job find each other; only --on local can honour that")
         plan, start = slurm_plan(loaded, overrides, options, folder=Path.cwd()), submit
@@ -59,6 +68,21 @@ def launch(
     if all(says_finished(config) for config, _ in loaded):
         return EXIT_DONE
     return start(plan)
+
+
+def _prepare_on_slurm(
+    loaded: Sequence[tuple[RunConfig, Path]], overrides: Sequence[str], options: LaunchOptions, dry_run: bool
+) -> int:
+    from dist_cpt_launch.slurm import prepare_plan, submit
+
+    _refuse(options, TRAIN_ONLY, "--prepare cannot honour that", [path for _, path in loaded])
+    if options.nodes > 1:
+        raise ConfigError(f"--nodes {options.nodes}: --prepare has tasks", remedy=f"use --tasks {options.nodes}")
+    plan = prepare_plan(loaded[0], overrides, options, folder=Path.cwd())
+    if dry_run:
+        print(plan.shell_line())
+        return EXIT_DONE
+    return submit(plan)
 
 
 def _move_aside(folder: Path) -> None:

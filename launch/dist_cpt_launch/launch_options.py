@@ -56,8 +56,12 @@ class LaunchOptions(ResumeOptions):
     from_start: Annotated[
         bool | None, typer.Option("--from-start", help="Begin anew: an earlier run of this name is moved aside.")
     ] = None
+    prepare: Annotated[
+        bool | None, typer.Option("--prepare", help="slurm: prepare the recipe's data, and train nothing.")
+    ] = None
+    tasks: Annotated[int | None, typer.Option(min=1, help="slurm: of --prepare, the tasks that share the work.")] = None
     max_running: Annotated[
-        int | None, typer.Option(min=1, help="slurm: of several recipes, how many run at a time.")
+        int | None, typer.Option(min=1, help="slurm: of several recipes or tasks, how many run at a time.")
     ] = None
     cluster: Annotated[
         Path | None, typer.Option(metavar="FILE", help="kubernetes: image, volumes, secrets by name (YAML).")

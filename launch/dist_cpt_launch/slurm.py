@@ -62,6 +62,30 @@ def slurm_plan(
     return LaunchPlan(call, {}, run_folder(config), logs)
 
 
+def prepare_plan(
+    recipe: tuple[RunConfig, Path], overrides: Sequence[str], options: LaunchOptions, *, folder: Path
+) -> LaunchPlan:
+    """An array of `options.tasks` tasks that prepare a recipe's data together, submitted from `folder`.
+
+    Raises:
+        ConfigError: Slurm cannot take an option.
+    """
+    config, path = recipe
+    tasks = options.tasks or 1
+    _check(options, tasks)
+    assert config.data.cache_dir is not None  # resolve_paths fills it in
+    logs = Path(config.data.cache_dir) / LOGS
+    argv = ["--parsable", f"--job-name={config.name}-prepare", f"--chdir={_one_line(folder, 'the current folder')}"]
+    argv += [f"--output={_log_pattern(logs)}/prepare-%A_%a.log", "--open-mode=append", "--export=ALL"]
+    argv += [*_given(options, {"nodes": 1, "ntasks": 1}), "--requeue", *(options.sbatch or [])]
+    argv.append(f"--array=0-{tasks - 1}" + (f"%{options.max_running}" if options.max_running else ""))
+    arguments = [f"--python={sys.executable}", _one_line(path.absolute(), "the recipe's path")]
+    arguments += [f"--set={item}" for item in overrides]
+    call = ("sbatch", *argv, str(batch_script("prepare.sbatch")), *arguments)
+    require_no_secrets(call, "the call of sbatch")
+    return LaunchPlan(call, {}, Path(config.data.cache_dir), logs)
+
+
 def ranks_per_node(gpus_per_node: str | None, gres: str | None) -> int:
     """One rank per requested GPU (`8`, `h100:8`, `gpu:8`, `gpu:h100:8,...`), else one."""
     requests = (gpus_per_node or "").split(",") + [item for item in (gres or "").split(",") if item.startswith("gpu")]
@@ -94,11 +118,11 @@ def submit(plan: LaunchPlan) -> int:
     return EXIT_DONE
 
 
-def batch_script() -> Path:
-    """slurm/train.sbatch, of an installation or of a checkout."""
+def batch_script(name: str = "train.sbatch") -> Path:
+    """A script of slurm/, of an installation or of a checkout."""
     here = Path(__file__).resolve().parent
-    installed = here / "sbatch" / "train.sbatch"
-    return installed if installed.is_file() else here.parents[1] / "slurm" / "train.sbatch"
+    installed = here / "sbatch" / name
+    return installed if installed.is_file() else here.parents[1] / "slurm" / name
 
 
 def _resources(options: LaunchOptions, ranks: int, signal_seconds: int) -> list[str]:
@@ -107,17 +131,16 @@ def _resources(options: LaunchOptions, ranks: int, signal_seconds: int) -> list[
         "nodes": str(options.nodes) if options.min_nodes is None else f"{options.min_nodes}-{options.nodes}",
         # With a range of nodes and one task per node, sbatch derives the task count from the smallest number of nodes.
         "ntasks-per-node": None if options.min_nodes and ranks == 1 else ranks,
-        "cpus-per-task": options.cpus_per_task,
-        "gpus-per-node": options.gpus_per_node,
-        "gres": options.gres,
-        "time": options.time,
-        "partition": options.partition,
-        "account": options.account,
-        "qos": options.qos,
-        "signal": f"B:USR1@{signal_seconds}",
     }
-    argv = [f"--{key}={value}" for key, value in requested.items() if value is not None]
+    argv = [*_given(options, requested), f"--signal=B:USR1@{signal_seconds}"]
     return [*argv, "--no-requeue" if options.requeue_by == "chain" else "--requeue", *(options.sbatch or [])]
+
+
+def _given(options: LaunchOptions, first: dict[str, str | int | None]) -> list[str]:
+    """sbatch's options for what a task gets and how long, after those of `first`."""
+    names = ("cpus_per_task", "gpus_per_node", "gres", "time", "partition", "account", "qos")
+    requested = first | {name.replace("_", "-"): getattr(options, name) for name in names}
+    return [f"--{key}={value}" for key, value in requested.items() if value is not None]
 
 
 def _save_before_limit(config: RunConfig, options: LaunchOptions) -> int:
@@ -127,7 +150,7 @@ def _save_before_limit(config: RunConfig, options: LaunchOptions) -> int:
     return max(1, min(seconds, int(limit / 2))) if limit else seconds
 
 
-def _check(options: LaunchOptions, num_recipes: int) -> None:
+def _check(options: LaunchOptions, num_tasks: int) -> None:
     for name in ("partition", "account", "qos", "gres", "gpus_per_node"):
         value = getattr(options, name)
         if value is not None and not re.fullmatch(_NAME, value):
@@ -136,8 +159,8 @@ def _check(options: LaunchOptions, num_recipes: int) -> None:
         raise ConfigError(f"--time {options.time!r}: expected minutes, hours:minutes:seconds or days-hours")
     if options.min_nodes is not None and not 1 <= options.min_nodes <= options.nodes:
         raise ConfigError(f"--min-nodes {options.min_nodes} is not between 1 and --nodes {options.nodes}")
-    if options.max_running is not None and num_recipes == 1:
-        raise ConfigError("--max-running needs several recipes: one recipe is not an array")
+    if options.max_running is not None and num_tasks == 1:
+        raise ConfigError("--max-running needs several recipes, or --prepare and --tasks: one task is not an array")
     if options.requeue_by not in (None, *get_args(RequeueBy)):
         raise ConfigError(f"--requeue-by {options.requeue_by}: expected {', '.join(get_args(RequeueBy))}")
     for item in (*(options.sbatch or []), *(options.srun or [])):

@@ -66,7 +66,8 @@ def test_transformers_survives_a_bare_kernels_folder():
 def test_the_wheel_holds_three_packages(wheel):
     with zipfile.ZipFile(wheel) as archive:
         top = {name.split("/")[0] for name in archive.namelist()}
-        assert "dist_cpt_launch/sbatch/train.sbatch" in archive.namelist()  # what `launch --on slurm` submits
+        for script in ("train", "prepare"):  # what `launch --on slurm` submits
+            assert f"dist_cpt_launch/sbatch/{script}.sbatch" in archive.namelist()
     assert {name for name in top if not name.endswith(".dist-info")} == {
         "dist_cpt",
         "dist_cpt_kernels",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from dist_cpt_launch.launch_options import LaunchOptions
 from dist_cpt_launch.launch_plan import LaunchPlan, local_plan
-from dist_cpt_launch.slurm import batch_script, ranks_per_node, slurm_plan, submit
+from dist_cpt_launch.slurm import batch_script, prepare_plan, ranks_per_node, slurm_plan, submit
 
 from dist_cpt.config.load import build
 from dist_cpt.config.resolve import resolve_paths
@@ -53,7 +53,9 @@ def plans(folder: Path) -> dict[str, LaunchPlan]:
     first, second = folder / "recipe.yaml", folder / "other.yaml"
     chained = LaunchOptions(nodes=2, procs_per_node=2, time="02:00:00", requeue_by="chain")
     joined = LaunchOptions(nodes=2, rdzv="head:29500", procs_per_node=2)
+    many = LaunchOptions(tasks=64, max_running=8, cpus_per_task=4, time="60", partition="cpu")
     return {
+        "prepare": prepare_plan((fsdp, first), ["seed=1"], many, folder=folder),
         "two-nodes": slurm_plan([(fsdp, first)], ["seed=1"], LaunchOptions(nodes=2, procs_per_node=2), folder=folder),
         "all-options": slurm_plan([(fsdp, first)], [], ALL, folder=folder),
         "array": slurm_plan([(fsdp, first), (other, second)], [], LaunchOptions(max_running=1), folder=folder),
@@ -63,12 +65,13 @@ def plans(folder: Path) -> dict[str, LaunchPlan]:
     }
 
 
-@pytest.mark.parametrize("name", ["two-nodes", "all-options", "array", "chain", "exit", "several-hosts"])
+@pytest.mark.parametrize("name", ["prepare", "two-nodes", "all-options", "array", "chain", "exit", "several-hosts"])
 def test_plans_match_the_golden_files(tmp_path, name):
     shown = plans(tmp_path)[name].shell_line()
     for text, place in (
         (str(tmp_path), "/FOLDER"),
         (str(batch_script()), "/train.sbatch"),
+        (str(batch_script("prepare.sbatch")), "/prepare.sbatch"),
         (sys.executable, "/PYTHON"),
     ):
         shown = shown.replace(text, place)
@@ -173,6 +176,10 @@ def test_local_refuses_what_only_slurm_can_honour(tmp_path):
         (["--requeue-by", "requeue"], "--requeue-by"),
         (["--no-preflight"], "--preflight"),
         (["--on", "slurm", "--max-running", "1"], "--max-running"),
+        (["--prepare"], "--prepare"),
+        (["--on", "slurm", "--tasks", "2"], "--tasks"),
+        (["--on", "slurm", "--prepare", "--nodes", "2"], "--tasks 2"),
+        (["--on", "slurm", "--prepare", "--gres", "gpu:1"], "--gres"),
         (["--on", "slurm", "--requeue-by", "magic"], "requeue, chain, exit"),
     ):
         ended = command("launch", recipe, "--dry-run", *options)

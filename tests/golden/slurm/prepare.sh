@@ -1,0 +1,1 @@
+mkdir -p /FOLDER/runs/data/logs && sbatch --parsable --job-name=tiny-prepare --chdir=/FOLDER --output=/FOLDER/runs/data/logs/prepare-%A_%a.log --open-mode=append --export=ALL --nodes=1 --ntasks=1 --cpus-per-task=4 --time=60 --partition=cpu --requeue --array=0-63%8 /prepare.sbatch --python=/PYTHON /FOLDER/recipe.yaml --set=seed=1
