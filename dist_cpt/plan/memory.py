@@ -152,12 +152,14 @@ def _gathered(training: Training, placement: Placement) -> int:
     """Weights that are whole for a moment, and gradients before they are summed or reduced."""
     if placement.kind == "single":
         return training.compute_bytes * max(tensor.elements for tensor in training.trained)
-    root = sum(t.elements for t in training.trained if t.layer is None)
+    root = sum(t.elements for t in training.trained if t.layer is None)  # stays gathered until its backward
     layer = max((_layer_elements(training.trained, n) for n in (0, training.shapes.num_layers - 1)), default=0)
     if placement.kind in ("zero-1", "zero-2"):
         return 4 * min(BUCKET_ELEMENTS, training.num_trained)
+    matrices = [t.elements for t in training.trained if t.layer is None]
+    unit = root if training.shapes.tied else max(matrices, default=0)  # embeddings and head are units unless tied
     # the compute copy and its gradient, and the fp32 gradient that is reduced
-    gradients = max(root, layer) * (training.compute_bytes + 4)
+    gradients = max(unit, layer) * (training.compute_bytes + 4)
     copies = (root + GATHERED_LAYERS * layer) * training.compute_bytes
     if placement.kind == "fsdp-trainable":
         return gradients + copies

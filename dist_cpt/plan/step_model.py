@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dist_cpt.plan.devices import Device
 from dist_cpt.plan.memory import LOSS_CHUNK_TOKENS, PERSISTENT_ELEMENTS, Placement, RankStep
-from dist_cpt.plan.tensors import Training
+from dist_cpt.plan.tensors import Frozen, Training
 from dist_cpt.plan.widths import LayerWidths, layer_widths
 
 
@@ -210,15 +210,15 @@ def _optimizer(training: Training, placement: Placement, device: Device, assumed
 def communication(
     training: Training, placement: Placement, device: Device, network: float, *, compute: float, accumulation: int
 ) -> float:
-    """Seconds per step that a rank waits for others; `compute` seconds of one micro-batch hide what layers send."""
+    """Seconds per step that a rank waits for others; `compute` seconds of one micro-batch hide what most units send."""
     if placement.ranks == 1:
         return 0.0
     inner, outer = _rate(placement.shard_ranks, placement, device, network), network
     if placement.kind in ("zero-1", "zero-2"):
         return _zero12(training, placement, inner, accumulation)
-    layers, exposed = _bytes_per_micro_batch(training, placement)
+    hidden, exposed = _bytes_per_micro_batch(training, placement)
     share = (placement.shard_ranks - 1) / placement.shard_ranks
-    per_micro_batch = max(0.0, layers * share / inner - compute) + exposed * share / inner
+    per_micro_batch = max(0.0, hidden * share / inner - compute) + exposed * share / inner
     seconds = per_micro_batch * accumulation
     replicas = placement.ranks // placement.shard_ranks
     if replicas > 1:  # hybrid: the shards' gradients once per step, after the last micro-batch
@@ -232,18 +232,22 @@ def _rate(ranks: int, placement: Placement, device: Device, network: float) -> f
 
 
 def _bytes_per_micro_batch(training: Training, placement: Placement) -> tuple[float, float]:
-    """(of layers, exposed): gathered for forward and backward, reduced in fp32.
+    """(that computation hides, exposed): gathered for forward and backward, reduced in fp32.
 
-    Embedding, head and last norm are one unit, which nothing overlaps; it stays gathered from forward to backward.
+    Nothing runs before the embeddings are gathered nor after their gradient, and a tied head waits with them. What is
+    outside of the layers stays gathered from forward to backward.
     """
     size = training.compute_bytes
     trained = [t for t in training.trained if placement.kind != "zero-3" or t.elements >= PERSISTENT_ELEMENTS]
-    frozen = training.frozen if placement.kind != "fsdp-trainable" else ()
-    layers = 2.0 * sum(t.bytes for t in frozen if t.layer is not None and not t.scales)
-    layers += sum(t.elements * (2 * size + 4) for t in trained if t.layer is not None)
-    exposed = float(sum(t.bytes for t in frozen if t.layer is None))
-    exposed += sum(t.elements * (size + 4) for t in trained if t.layer is None)
-    return layers, exposed
+    frozen = [t for t in training.frozen if placement.kind != "fsdp-trainable" and not t.scales]
+    hidden = exposed = 0.0
+    for tensor in (*trained, *frozen):
+        times = 1 if tensor.layer is None else 2
+        moved = times * tensor.bytes if isinstance(tensor, Frozen) else tensor.elements * (times * size + 4)
+        waits = tensor.layer is None and (training.shapes.tied or tensor.role == "embedding")
+        exposed += moved if waits else 0
+        hidden += 0 if waits else moved
+    return hidden, exposed
 
 
 def _zero12(training: Training, placement: Placement, rate: float, accumulation: int) -> float:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
+from dist_cpt.plan.families import Role
 from dist_cpt.plan.shapes import ModelShapes, Weight
 
 Group = Literal["adapter", "weights", "embeddings", "no_decay", "head"]
@@ -29,7 +30,7 @@ class Trained:
     shape: tuple[int, ...]
     group: Group
     layer: int | None
-    bias: bool = False
+    role: Role = "linear"  # of the weight that it is or adapts
 
     @property
     def elements(self) -> int:
@@ -43,6 +44,7 @@ class Frozen:
     shape: tuple[int, ...]
     element_bytes: int
     layer: int | None
+    role: Role = "linear"
     scales: bool = False
 
     @property
@@ -102,11 +104,11 @@ def training_of(config: RunConfig, shapes: ModelShapes) -> Training:
     low_rank = config.embeddings.kind == "lora"
     adapted = () if full else tuple(_adapted(config, shapes))
     is_whole = {w.name for w in weights if full or (w.role in trained_names and not low_rank)}
-    trained = [Trained(w.shape, _group(w), w.layer, w.role == "bias") for w in weights if w.name in is_whole]
+    trained = [Trained(w.shape, _group(w), w.layer, w.role) for w in weights if w.name in is_whole]
     if not full:
         trained += _adapter_tensors(config, adapted, [w for w in weights if w.role in trained_names and low_rank])
     if classes:
-        trained.append(Trained((classes, shapes.hidden_size), "head", None))
+        trained.append(Trained((classes, shapes.hidden_size), "head", None, "head"))
     loss_matrix = "embedding" if shapes.tied else "head"
     return Training(
         shapes=shapes,
@@ -161,14 +163,14 @@ def _adapter_tensors(config: RunConfig, adapted: tuple[Weight, ...], vocabulary:
     for weight in vocabulary:
         rows, columns = weight.shape
         inputs, outputs = (rows, columns) if weight.role == "embedding" else (columns, rows)
-        yield Trained((rank, inputs), "embeddings", None)
-        yield Trained((outputs, rank), "embeddings", None)
+        yield Trained((rank, inputs), "embeddings", None, weight.role)
+        yield Trained((outputs, rank), "embeddings", None, weight.role)
 
 
 def _stored(weight: Weight, weights: str) -> Iterator[Frozen]:
     """Source: bitsandbytes' NF4 with double quantisation, and int8 rows (adapters/quantize.py)."""
     if weight.role != "linear" or weights not in ("nf4", "int8"):
-        yield Frozen(weight.shape, BYTES.get(weights, 2), weight.layer)
+        yield Frozen(weight.shape, BYTES.get(weights, 2), weight.layer, weight.role)
         return
     if weights == "int8":
         yield Frozen((weight.outputs, weight.inputs), 1, weight.layer)
