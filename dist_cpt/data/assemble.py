@@ -71,8 +71,9 @@ def hashed_inputs(work: SourceWork, inputs: Iterable[dict[str, Any]]) -> list[di
 def _add(total: ReadCounts, counts: ReadCounts, unit: Unit, lines_before: int) -> None:
     for name in ("records", "blank_lines", "empty", "filtered"):
         setattr(total, name, getattr(total, name) + getattr(counts, name))
-    for reason, number in counts.bad.items():
-        total.bad[reason] = total.bad.get(reason, 0) + number
+    for file, by_reason in counts.bad_by_file.items():
+        for reason, number in by_reason.items():
+            total.add_bad(file, reason, number)
     if counts.first_bad is not None and total.first_bad is None:
         total.first_bad = counts.first_bad
         if lines_before:

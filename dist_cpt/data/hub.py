@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,7 @@ def is_network_error(error: Exception) -> bool:
     return type(error).__module__.startswith("httpx")
 
 
+@lru_cache(maxsize=8)  # one question for all shards that a process reads
 def open_stream(dataset: HubDataset) -> Any:
     """The data set as `datasets` streams it.
 

@@ -6,6 +6,7 @@ import fnmatch
 import glob
 import json
 import os
+import re
 import stat
 import string
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ OnBadRecord = Literal["error", "skip", "quarantine"]
 T = TypeVar("T")
 Parse = Callable[[RawRecord], T | None]  # the record's value, or None for an empty record
 _NAMED = 5  # files in a message
+COUNTED_FILES, OTHER_FILES = 100, "other files"
 
 
 class NoFiles(DataError):
@@ -68,11 +70,19 @@ class ReadCounts:
     empty: int = 0  # nothing but white space
     filtered: int = 0  # not kept by the source's filter
     bad: dict[str, int] = field(default_factory=dict)  # by reason
+    bad_by_file: dict[str, dict[str, int]] = field(default_factory=dict)  # by reason; of the first files with any
     first_bad: str | None = None  # where: detail
 
     @property
     def num_bad(self) -> int:
         return sum(self.bad.values())
+
+    def add_bad(self, file: str, reason: str, number: int = 1) -> None:
+        """Count bad records of a file; those beyond `COUNTED_FILES` files together."""
+        self.bad[reason] = self.bad.get(reason, 0) + number
+        known = file in self.bad_by_file or len(self.bad_by_file) < COUNTED_FILES
+        by_reason = self.bad_by_file.setdefault(file if known else OTHER_FILES, {})
+        by_reason[reason] = by_reason.get(reason, 0) + number
 
 
 class RecordTally:
@@ -100,7 +110,7 @@ class RecordTally:
             raise DataError(
                 f"{where}: {bad.detail}", remedy="repair it, or set data.on_bad_record to skip or quarantine"
             )
-        self.counts.bad[bad.reason] = self.counts.bad.get(bad.reason, 0) + 1
+        self.counts.add_bad(re.sub(r":\d+$", "", origin.where), bad.reason)
         self.counts.first_bad = self.counts.first_bad or f"{where}: {bad.detail}"
         if self._quarantine is not None:
             # Invalid UTF-8 becomes lone surrogates in ASCII JSON: json.loads restores the bytes exactly.

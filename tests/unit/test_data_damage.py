@@ -12,7 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dist_cpt.data.sources import OnBadRecord, ReadCounts, RecordTally, find_files, read_records, text_parser
+from dist_cpt.data.sources import (
+    OTHER_FILES,
+    OnBadRecord,
+    ReadCounts,
+    RecordTally,
+    find_files,
+    read_records,
+    text_parser,
+)
 from dist_cpt.errors import DataError
 from tests.container_files import COMPRESS, PLAIN, TEXTS
 
@@ -60,6 +68,8 @@ def check(path: Path, name: str, kind: str, seed: int) -> None:
     assert (texts, counts) == read(path, "skip")[:2]
     assert counts.records == len(texts) + counts.empty + counts.num_bad
     assert Counter(row["reason"] for row in rows) == counts.bad
+    by_file = Counter((row["where"].rsplit(":", 1)[0] if row["where"][-1].isdigit() else row["where"]) for row in rows)
+    assert by_file == {file: sum(reasons.values()) for file, reasons in counts.bad_by_file.items()}
     assert all(row["where"].startswith(str(path)) and "\n" not in row["detail"] for row in rows)
     if counts.num_bad:
         with pytest.raises(DataError) as raised:
@@ -104,3 +114,18 @@ def test_invalid_utf8_in_a_column_is_one_bad_record(tmp_path: Path, container: s
     assert texts == ["one", "four", "five"]
     assert counts.bad == {"invalid_utf8": 1, "not_a_string": 1}
     assert [row["where"] for row in rows] == [f"{path}:2", f"{path}:3"]
+
+
+def test_bad_records_are_counted_by_file_up_to_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_cpt.data.sources.COUNTED_FILES", 2)
+    for number in range(4):
+        (tmp_path / f"{number}.jsonl").write_text("no json\n[]\n{}\n")
+    (tmp_path / "4.jsonl").write_text('{"text": "good"}\n')
+    counts = read(tmp_path, "skip")[1]
+    each = {"bad_json": 2, "missing_field": 1}
+    assert counts.bad == {"bad_json": 8, "missing_field": 4}
+    assert counts.bad_by_file == {
+        str(tmp_path / "0.jsonl"): each,
+        str(tmp_path / "1.jsonl"): each,
+        OTHER_FILES: {"bad_json": 4, "missing_field": 2},
+    }
