@@ -44,7 +44,7 @@ def resolve_paths(config: RunConfig) -> RunConfig:
     values["output_dir"] = _absolute(config.output_dir)
     values["data"]["cache_dir"] = _absolute(config.data.cache_dir or str(Path(config.output_dir) / "data"))
     for text in (*values["data"]["sources"], *values["data"]["validation"]):
-        text["name"] = text["name"] or _source_name(text["path"] or text["store"])
+        text["name"] = text["name"] or source_name(text["path"] or text["store"])
         for key in ("path", "store"):
             text[key] = text[key] if (text[key] or "").startswith(HUB_PREFIX) else text[key] and _absolute(text[key])
     if config.adapter.continue_from is not None:
@@ -224,6 +224,7 @@ def _folder_or_hub_id(path: str | None) -> str | None:
     return _absolute(path) if looks_local else path
 
 
-def _source_name(path: str) -> str:
+def source_name(path: str) -> str:
+    """The name of a source that has none: the stem of its path, or of a store's folder."""
     stem = re.sub(r"-[0-9a-f]{12}$", "", Path(path).name).split(".")[0].strip("*?[]")  # of a store: without its key
     return stem or Path(path).parent.name or "source"

@@ -40,8 +40,9 @@ RESUME_CHANGES = (
                 "optim.betas", "optim.eps", "optim.max_grad_norm", "optim.max_skipped_steps", "schedule",
                 "train.tokens", "train.epochs", "embeddings.freeze_rest_steps", "health.spike"), "accepted",
                "what is learned from here on; named by `--accept-changes KEY,...`"),
-    Changeable(("adapter.dropout",), "branched",
-               "what is learned from here on, beside which the straight run goes on; `dist-cpt branch` sets it"),
+    Changeable(("adapter.dropout", "data.sources[].weight", "data.stages"), "branched",
+               "what is learned from here on, beside the run that goes on as it was; `dist-cpt branch` sets it, and "
+               "may add sources and held-out sets"),
 )
 # fmt: on
 

@@ -43,6 +43,10 @@ class BlockLoader:
         # Neighbouring positions share their epoch: its keys are derived once, not per block.
         self._order = lru_cache(maxsize=4 * len(self._packed))(self._new_order)
 
+    def with_data(self, prepared: Prepared) -> BlockLoader:
+        """The stream of other sources or weights, with the same seed and length."""
+        return BlockLoader(prepared, self._seq_len, self._seed, self._pad_id)
+
     def describe(self, position: int) -> tuple[str, int, int]:
         """(source, epoch, block within that source) at a position of the stream."""
         source, epoch, block = self._locate(position)

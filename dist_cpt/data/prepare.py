@@ -564,23 +564,37 @@ def _open_stores(plan: _Plan, config: RunConfig, verify: bool = False) -> Prepar
     examined = _examine(sources, validation, config)
     sources = [replace(source, quality=quality) for source, quality in zip(sources, examined, strict=True)]
     sources, validation = ([_with_blocks(source, data, verify) for source in part] for part in (sources, validation))
-    content: list[Any] = [plan.tokenizer_hash]
-    content += [[[s.name, s.store.manifest.content_hash] for s in part] for part in (sources, validation)]
-    if stride is not None:  # which tokens a block has
-        content.append(["windows", stride, data.overlap])
-    if (lists := excluded_hash(examined)) is not None:
-        content.append(["excluded", lists])
-    identity = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return Prepared(
         sources,
         validation,
         plan.tokenizer_hash,
         plan.vocab_size,
-        identity,
+        _identity(plan.tokenizer_hash, sources, validation, data),
         data.seq_len,
         stages=data.stages,
         share_of=data.share_of,
     )
+
+
+def of_earlier_recipe(prepared: Prepared, data: DataConfig) -> Prepared:
+    """The data as a recipe had it to whose sources and held-out sets others were added, and whose weights differed."""
+    weights = [source.weight for source in data.sources]
+    sources = [replace(source, weight=weight) for source, weight in zip(prepared.sources, weights, strict=False)]
+    validation = prepared.validation[: len(data.validation)]
+    identity = _identity(prepared.tokenizer_hash, sources, validation, data)
+    return replace(prepared, sources=sources, validation=validation, identity=identity, stages=data.stages)
+
+
+def _identity(
+    tokenizer_sha256: str, sources: Sequence[PreparedSource], validation: Sequence[PreparedSource], data: DataConfig
+) -> str:
+    content: list[Any] = [tokenizer_sha256]
+    content += [[[s.name, s.store.manifest.content_hash] for s in part] for part in (sources, validation)]
+    if data.packing == "windows":  # which tokens a block has
+        content.append(["windows", data.stride or data.seq_len, data.overlap])
+    if (lists := excluded_hash([s.quality for s in sources if s.quality is not None])) is not None:
+        content.append(["excluded", lists])
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _with_blocks(source: PreparedSource, data: DataConfig, verify: bool) -> PreparedSource:

@@ -23,13 +23,13 @@ class _OfGroup:
     late: int
 
 
-def last_step_before_decay(config: RunConfig) -> int | None:
-    """The last step up to which a longer run has the same rates; None if that is every step, or hardly any."""
+def last_step_before_decay(config: RunConfig, steps: int) -> int | None:
+    """The last of `steps` up to which a longer run has the same rates; None if that is every step, or hardly any."""
     groups = _groups(config)
     if _over_the_whole_run(groups) is not None:
         return None
-    starts = {group.late + phases(group.shape, num_steps(config) - group.late).decay_start for group in groups}
-    return min(starts - {num_steps(config)}, default=None)
+    starts = {group.late + phases(group.shape, steps - group.late).decay_start for group in groups}
+    return min(starts - {steps}, default=None)
 
 
 def require_extendable(config: RunConfig) -> None:

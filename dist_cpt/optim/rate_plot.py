@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dist_cpt.config.exclusions import num_steps
 from dist_cpt.config.schema import RunConfig
+from dist_cpt.errors import ConfigError
 from dist_cpt.optim.schedule import rates_at
 
 HEIGHT = 8
@@ -13,6 +14,11 @@ _LABEL = 10  # columns of a rate and its bar
 def rate_plot(config: RunConfig, width: int = 70) -> list[str]:
     """A chart for each group of a resolved recipe, over its optimizer steps; ASCII lines of at most `width` + 10."""
     total = num_steps(config)
+    if total == 0:
+        raise ConfigError(
+            f"train.epochs: {config.train.epochs:g} are steps only once the data is prepared",
+            remedy="plot it with a guess: --set train.epochs=null --set train.tokens=N",
+        )
     columns = min(width, total)
     steps = [1 + round(column * (total - 1) / max(columns - 1, 1)) for column in range(columns)]
     rates = [rates_at(config, step) for step in steps]

@@ -57,6 +57,11 @@ def inherited_attempt(run_folder: Path) -> int:
     return max((entry["attempt"] for entry in read_lineage(run_folder) if entry.get("kind") == "branch"), default=-1)
 
 
+def inherited_step(run_folder: Path) -> int:
+    """The last step of another run whose rows this one has; 0 if it has none."""
+    return max((entry["step"] for entry in read_lineage(run_folder) if entry.get("kind") == "branch"), default=0)
+
+
 def group_of(run_folder: Path, name: str) -> str:
     """The name that a run shares with all its branches, and with what it was branched from."""
     return next((str(entry["group"]) for entry in read_lineage(run_folder) if "group" in entry), name)

@@ -23,10 +23,12 @@ from dist_cpt.config.resolve import (
     resolve_paths,
     run_folder,
     settings_of_place,
+    source_name,
     to_yaml,
+    with_tokens,
 )
-from dist_cpt.config.resume_changes import how_may_change
-from dist_cpt.config.schema import RunConfig, ScheduleShape
+from dist_cpt.config.resume_changes import how_may_change, is_below
+from dist_cpt.config.schema import DataConfig, RunConfig, ScheduleShape, SourceConfig, StageConfig
 from dist_cpt.errors import CheckpointError, ConfigError
 from dist_cpt.optim.continued_schedule import PHASES, pinned
 from dist_cpt.optim.schedule import rates_at
@@ -47,6 +49,7 @@ from dist_cpt.run_folder.names import (
     RUN,
 )
 from dist_cpt.run_folder.records import CheckpointRecord
+from dist_cpt.run_folder.train_state import TrainState, past_windows
 from dist_cpt.storage import is_there, read_bytes
 
 
@@ -75,9 +78,9 @@ def branch(run: Path, step: int, name: str, overrides: Sequence[str] = ()) -> Br
     saved = read_manifest(checkpoint).recipe_config()
     if saved is None:
         raise CheckpointError(f"{checkpoint} has no recipe (format 1)", remedy="resume the run, and branch from there")
-    config = _branched_recipe(run, step, name, overrides)
+    config = _branched_recipe(run, read_state(checkpoint), name, overrides)
     changed = differences(saved, config)
-    _require_continuable(changed, config, step)
+    _require_continuable(saved, config, changed, step)
     folder = run_folder(config)
     if os.path.lexists(folder):
         raise ConfigError(f"{folder} exists", remedy="give the branch another --name")
@@ -96,13 +99,13 @@ def branch(run: Path, step: int, name: str, overrides: Sequence[str] = ()) -> Br
 def branch_lines(made: Branched) -> list[str]:
     """What was made, what changed, and how the rates go on."""
     step, total = made.lineage.step, num_steps(made.config)
-    before, after = rates_at(made.source, step), rates_at(made.config, step + 1)
+    before, after = rates_at(made.source, step), rates_at(made.config, step + 1) if total else {}
     rates = [f"{name} {before.get(name, 0.0):.3g} -> {rate:.3g}" for name, rate in after.items()]
     return [
         f"{made.folder}: from step {step} of {made.lineage.run} (state {made.lineage.state_sha256[:12]})",
         *(f"  {key}: {text}" for key, text in made.lineage.changed.items()),
-        f"  rates of steps {step} and {step + 1}: {', '.join(rates)}",
-        f"dist-cpt resume {made.folder} trains steps {step + 1} to {total}",
+        *([f"  rates of steps {step} and {step + 1}: {', '.join(rates)}"] if rates else []),
+        f"dist-cpt resume {made.folder} trains steps {step + 1} to {total or 'the end'}",
     ]
 
 
@@ -121,26 +124,72 @@ def _checkpoint(run: Path, step: int) -> Path:
     raise CheckpointError(f"{run} has no checkpoint of step {step}", remedy=f"its checkpoints are of steps: {steps}")
 
 
-def _branched_recipe(run: Path, step: int, name: str, overrides: Sequence[str]) -> RunConfig:
-    """The run's recipe with the overrides; a schedule of another kind begins at `step`, else its past is pinned."""
+def _branched_recipe(run: Path, state: TrainState, name: str, overrides: Sequence[str]) -> RunConfig:
+    """The run's recipe with the overrides, under which what has passed stays as it was."""
     recipe = recipe_of(run)
+    if recipe.train.tokens is None:  # whose epochs the run has counted
+        recipe = with_tokens(recipe, state.schedule["num_steps"] * recipe.batch.global_tokens)
     values = recipe.model_dump(mode="json")
-    given = {item.partition("=")[0].strip() for item in overrides}
     changed = apply_overrides(values, overrides)
-    schedule = changed["schedule"] if isinstance(changed["schedule"], dict) else {}
+    given = {item.partition("=")[0].strip() for item in overrides}
+    changed["schedule"] = _schedule(recipe, state.step, changed, (given, overrides))
+    if isinstance(changed["data"], dict):
+        _set_mixture(recipe, past_windows(state.position, state.skipped_windows), changed["data"])
+    return resolve_paths(build(changed | {"name": name}, where=f"the branch {name}"))
+
+
+def _schedule(
+    recipe: RunConfig, step: int, changed: dict[str, Any], asked: tuple[set[str], Sequence[str]]
+) -> dict[str, Any]:
+    """The schedule of a branch: of another kind it begins at `step`; in a run of another length its past is pinned."""
+    given, overrides = asked
+    values, schedule = recipe.model_dump(mode="json"), changed["schedule"]
+    if not isinstance(schedule, dict):
+        return schedule  # the schema refuses it
     if _kinds(schedule) != _kinds(values["schedule"]):
-        if "schedule.start_step" not in given:
-            schedule["start_step"] = step
-    elif "schedule" not in given and changed["train"] != values["train"]:
-        values["schedule"] = pinned(recipe, step).model_dump(mode="json")
-        schedule = apply_overrides(values, overrides)["schedule"]
+        own = "schedule" in given or "schedule.start_step" in given
+        return {"start_step": step} | schedule if own else schedule | {"start_step": step}
+    if "schedule" not in given and changed["train"] != values["train"]:
+        pinned_values = values | {"schedule": pinned(recipe, step).model_dump(mode="json")}
+        schedule = apply_overrides(pinned_values, overrides)["schedule"]
     for phase in PHASES:  # one of the two replaces the other
         steps, fraction = f"{phase}_steps", f"{phase}_fraction"
         if f"schedule.{steps}" in given and f"schedule.{fraction}" not in given:
             schedule[fraction] = ScheduleShape.model_fields[fraction].default
         if f"schedule.{fraction}" in given and f"schedule.{steps}" not in given:
             schedule[steps] = None
-    return resolve_paths(build(changed | {"schedule": schedule, "name": name}, where=f"the branch {name}"))
+    return schedule
+
+
+def _set_mixture(recipe: RunConfig, num_blocks: int, data: dict[str, Any]) -> None:
+    """Other weights or stages in `data` follow the blocks that have been read, as stages of their own."""
+    old = recipe.data.model_dump(mode="json")
+    stages, weights = data.get("stages") or [], _weights(data.get("sources") or [])
+    if stages == old["stages"] and (stages or weights == _weights(old["sources"])):
+        return
+    following = stages if stages != old["stages"] else [{"weights": weights}]
+    data["stages"] = [*_stages_until(recipe.data, num_blocks), *following]
+    if stages == old["stages"] or weights == _weights(old["sources"]):  # else it is said twice, which is refused
+        for source in data["sources"]:
+            source["weight"] = SourceConfig.model_fields["weight"].default
+
+
+def _weights(sources: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """By the names that the sources will have."""
+    places = [(one, one.get("name") or source_name(str(one.get("path") or one.get("store")))) for one in sources]
+    return {name: one.get("weight", 1.0) for one, name in places}
+
+
+def _stages_until(data: DataConfig, num_blocks: int) -> list[dict[str, Any]]:
+    """The stages in which the first blocks of the stream were read."""
+    mixed = {source.name or "": source.weight for source in data.sources}
+    past, left = [], num_blocks
+    for stage in data.stages or (StageConfig(weights=mixed),):
+        length = left if stage.tokens is None else min(left, -(-stage.tokens // data.seq_len))
+        if length:
+            past.append({"tokens": length * data.seq_len, "weights": dict(stage.weights)})
+        left -= length
+    return past
 
 
 def _kinds(schedule: dict[str, Any]) -> dict[str, Any]:
@@ -148,14 +197,20 @@ def _kinds(schedule: dict[str, Any]) -> dict[str, Any]:
     return {group: (shape or {}).get("kind", "cosine") for group, shape in shapes.items()}
 
 
-def _require_continuable(changed: dict[str, str], config: RunConfig, step: int) -> None:
-    refused = [f"{key}: {text}" for key, text in changed.items() if how_may_change(key) not in ("accepted", "branched")]
+def _require_continuable(saved: RunConfig, config: RunConfig, changed: dict[str, str], step: int) -> None:
+    new = [f"data.sources.{number}" for number in range(len(saved.data.sources), len(config.data.sources))]
+    new += [f"data.validation.{number}" for number in range(len(saved.data.validation), len(config.data.validation))]
+    refused = [
+        f"{key}: {text}"
+        for key, text in changed.items()
+        if how_may_change(key) not in ("accepted", "branched") and not any(is_below(key, added) for added in new)
+    ]
     if refused:
         raise ConfigError(
             f"a branch cannot change {'; '.join(refused)}: the checkpoint was trained with the first",
             remedy="leave it out, or start a new run with it (adapter.continue_from, model.path)",
         )
-    if num_steps(config) <= step:
+    if config.train.tokens is not None and num_steps(config) <= step:
         raise ConfigError(
             f"train.tokens {config.train.tokens} end at step {num_steps(config)}, the branch begins at step {step}",
             remedy=f"--set train.tokens=N with more than {step * config.batch.global_tokens}",

@@ -278,7 +278,7 @@ def open_run(context: RunContext, data: TrainingData, model: TrainableModel) -> 
         sidecars=_sidecars(context, data, model),
         aliases=model.aliases,
         keep=config.checkpoint.keep,
-        landmark_step=last_step_before_decay(config),
+        landmark_step=last_step_before_decay(config, context.shape.num_steps),
         fault=context.fault,
     )
     saver = Saver(context, engine, stream, schedule, metrics, checkpoints)

@@ -68,7 +68,7 @@ def extend(run: Path, tokens: int) -> Extended:
             remedy="give more --tokens; for a shorter run: dist-cpt branch",
         )
     require_extendable(recipe)
-    decays_after = last_step_before_decay(recipe)
+    decays_after = last_step_before_decay(recipe, num_steps(recipe))
     checkpoint = _newest(run, decays_after)
     step, newest = step_of(checkpoint), step_of(published(run)[0])
     values = longer.model_dump(mode="json") | {"schedule": pinned(recipe, step).model_dump(mode="json")}

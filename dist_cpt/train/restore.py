@@ -17,18 +17,21 @@ from dist_cpt.checkpoint.retention import reinstate, set_aside_after
 from dist_cpt.config.resolve import differences, require_same_recipe
 from dist_cpt.config.schema import ScheduleConfig
 from dist_cpt.data.budget import require_enough
+from dist_cpt.data.prepare import of_earlier_recipe
 from dist_cpt.errors import CheckpointError, NumericsError
 from dist_cpt.optim.eight_bit import within_half_step
 from dist_cpt.optim.groups import eight_bit_names
 from dist_cpt.run_folder.checkpoints import checkpoints_folder
 from dist_cpt.run_folder.json_files import cannot_write, read_complete_rows, read_object
 from dist_cpt.run_folder.lineage import agreed_changes
+from dist_cpt.run_folder.manifest import Identity
 from dist_cpt.run_folder.names import CERTIFICATE, EVENTS, ROLLBACKS
 from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
 from dist_cpt.runtime.log import LOGGER
 from dist_cpt.runtime.seed import first_draws
 from dist_cpt.storage import is_there, patiently
 from dist_cpt.train.build import Run
+from dist_cpt.train.probe import Stream
 from dist_cpt.train.progress import Progress, Windows, progress_of
 from dist_cpt.training_state import StateKind
 
@@ -122,10 +125,11 @@ def _restore(run: Run, windows: Windows, up_to_step: int | None = None) -> Progr
     on_rank_zero("data", lambda: _require_enough_data(run, windows))
     with on_every_rank("checkpoint", lambda: load(newest, verified=True)) as checkpoint:
         changes = on_every_rank("recipe", lambda: _recipe_changes(run, checkpoint))
-        on_every_rank("checkpoint", lambda: require_fit(checkpoint.manifest, run.specs, run.identity))
+        identity, stream = on_every_rank("data", lambda: _recorded_data(run, checkpoint, changes[0]))
+        on_every_rank("checkpoint", lambda: require_fit(checkpoint.manifest, run.specs, identity))
         progress = _with_blocks(progress_of(checkpoint.state, newest.name, windows), run)
         run.engine.import_state(checkpoint.read, checkpoint.state.optimizer_steps, checkpoint.reading_order())
-        _certify(run, checkpoint, changes)
+        _certify(run, checkpoint, stream, changes)
         run.saver.resumed_from(progress.step, checkpoint.manifest.state_sha256)
     on_rank_zero("checkpoints", lambda: patiently(folder, lambda: _leave_behind(run, newest, progress.step)))
     run.context.watchdog.tick("starting", progress.step)
@@ -180,7 +184,31 @@ def _recipe_changes(run: Run, checkpoint: LoadedCheckpoint) -> tuple[dict[str, s
     return differences(saved, config), accepted
 
 
-def _certify(run: Run, checkpoint: LoadedCheckpoint, changes: tuple[dict[str, str], dict[str, str]]) -> None:
+def _recorded_data(run: Run, checkpoint: LoadedCheckpoint, changed: dict[str, str]) -> tuple[Identity, Stream]:
+    """The data and its order under the checkpoint's recipe, which a branch may have left: for comparison.
+
+    Raises:
+        CheckpointError: what was read until then is not what this run's order has before that position.
+    """
+    saved = checkpoint.manifest.recipe_config()
+    if saved is None or not any(key.startswith("data.") for key in changed):
+        return run.identity, run.stream
+    prepared = of_earlier_recipe(run.data.prepared, saved.data)
+    loader = run.data.loader.with_data(prepared)
+    position = progress_of(checkpoint.state, checkpoint.path.name, ()).next_position
+    before, read = (+Counter(one.blocks_read(position)) for one in (loader, run.data.loader))
+    if before != read:
+        raise CheckpointError(
+            f"{checkpoint.path.name} has read blocks {dict(before)}, this run's data.stages begin with {dict(read)}",
+            remedy="dist-cpt branch writes down the stages that have passed",
+        )
+    identity = replace(run.identity, data=run.identity.data | {"identity": prepared.identity})
+    return identity, replace(run.stream, loader=loader)
+
+
+def _certify(
+    run: Run, checkpoint: LoadedCheckpoint, stream: Stream, changes: tuple[dict[str, str], dict[str, str]]
+) -> None:
     """Compare what was restored with what was saved, and write certificate.json."""
     config, context, state = run.context.config, run.context, checkpoint.state
     placed = owners(run.specs, context.env.world_size, config.adapter.kind == "lora")
@@ -191,7 +219,7 @@ def _certify(run: Run, checkpoint: LoadedCheckpoint, changes: tuple[dict[str, st
         facts={
             "next_block_ids": (
                 list(state.next_block_ids),
-                list(run.stream.next_block_ids(progress_of(state, checkpoint.path.name, ()))),
+                list(stream.next_block_ids(progress_of(state, checkpoint.path.name, ()))),
             ),
             "random": ([state.random.seed, state.random.step], [seed, state.step]),
             "random_of_every_rank": (
@@ -203,7 +231,7 @@ def _certify(run: Run, checkpoint: LoadedCheckpoint, changes: tuple[dict[str, st
         | ({} if changes[0] else {"schedule": (_with_defaults(state.schedule), run.schedule)}),
         loss=ReplayedLoss(
             recorded=state.probe.loss,
-            replayed=run.stream.probe_loss(state.probe.block_ids),
+            replayed=stream.probe_loss(state.probe.block_ids),
             tolerance=REPLAY_TOLERANCE[config.model.weights] * max(1.0, abs(state.probe.loss)),
         ),
         tolerates=_requantised(run, checkpoint),

@@ -26,6 +26,7 @@ from dist_cpt.report.values import duration
 from dist_cpt.run_folder.checkpoints import published
 from dist_cpt.run_folder.contents import object_or_problem, recipe_or_problem
 from dist_cpt.run_folder.json_files import rows_or_problem
+from dist_cpt.run_folder.lineage import inherited_step
 from dist_cpt.run_folder.names import CERTIFICATE, EVENTS, EXIT, LAUNCHES, METRICS, METRICS_REWOUND, RUN
 from dist_cpt_launch.attempts import LaunchRecord
 from dist_cpt_launch.slurm_query import queue_state
@@ -302,17 +303,20 @@ def _goodput(files: _Files, state: str) -> Goodput | None:
     if state in ("ended", "silent"):  # the time after the last sign of life is not the run's
         beats = [beat.written for beat in read_heartbeats(files.folder)]
         end = max([*event_times, *beats, _modified(files.folder / EXIT)], default=end)
-    productive, dropped = _step_seconds(files.folder / METRICS, files.problems)
+    productive, dropped = _step_seconds(files.folder / METRICS, files.problems, inherited_step(files.folder))
     redone, _ = _step_seconds(files.folder / METRICS_REWOUND, files.problems)
     saves = [event for event in files.events if event.get("kind") == "checkpoint"]
     saving = sum(_float(event.get("stall_seconds")) or 0.0 for event in saves)
     return Goodput(productive - dropped, redone, saving, max(end - begun, 0.0))
 
 
-def _step_seconds(path: Path, problems: list[str]) -> tuple[float, float]:
-    """Sum over all rows, and over those whose update was dropped; by a regular expression, for millions of rows."""
+def _step_seconds(path: Path, problems: list[str], first: int = 0) -> tuple[float, float]:
+    """Sum over the rows from number `first` on, and over those whose update was dropped.
+
+    By a regular expression, for millions of rows.
+    """
     try:
-        content = path.read_bytes()
+        content = path.read_bytes().split(b"\n", first)[-1]
     except FileNotFoundError:
         return 0.0, 0.0
     except OSError as error:

@@ -12,6 +12,8 @@ import yaml
 
 from dist_cpt.checkpoint.verify import verify_run
 from dist_cpt.config.load import load_recipe
+from dist_cpt.data.loader import BlockLoader
+from dist_cpt.data.prepare import open_prepared
 from dist_cpt.errors import CheckpointError, ConfigError
 from dist_cpt.optim.schedule import rates_at
 from dist_cpt.run_folder.audit import record_problems
@@ -178,12 +180,72 @@ def test_the_checkpoint_before_the_decay_is_kept(place, tmp_path):
     assert extend(tmp_path / "tiny", 14 * STEP_TOKENS).step == 10
 
 
+def blocks(config, num_blocks: int) -> list[tuple[str, int, int]]:
+    """(source, epoch, block) at the first positions of a recipe's stream."""
+    loader = BlockLoader(open_prepared(config), config.data.seq_len, config.seed, 0)
+    return [loader.describe(position) for position in range(num_blocks)]
+
+
+@pytest.fixture(scope="module")
+def mixed(place) -> Path:
+    """4 steps of two sources."""
+    lines = (place / "corpus" / "corpus.jsonl").read_text().splitlines(keepends=True)
+    for name, part in {"one": lines[:25], "two": lines[25:45], "best": lines[45:]}.items():
+        (place / f"{name}.jsonl").write_text("".join(part))
+    values = recipe(place, place / "mixed", train={"tokens": 4 * STEP_TOKENS})
+    sources = [{"path": str(place / "one.jsonl"), "weight": 3}, {"path": str(place / "two.jsonl")}]
+    values["data"] = values["data"] | {"sources": sources}
+    assert train(values) == 0
+    return place / "mixed" / "tiny"
+
+
+def test_other_weights_and_sources_follow_what_was_read(place, mixed, tmp_path):
+    run = copied(mixed, tmp_path / "tiny")
+    step, total = 2, 6
+    best = f"data.sources=[{{path: {place}/one.jsonl, weight: 1}}, {{path: {place}/two.jsonl, weight: 1}}, "
+    best += f"{{path: {place}/best.jsonl, weight: 6}}]"
+    made = branch(run, step, "best", [f"train.tokens={total * STEP_TOKENS}", best])
+    past, following = made.config.data.stages
+    assert (past.tokens, past.weights) == (step * STEP_TOKENS, {"one": 3.0, "two": 1.0})
+    assert (following.tokens, following.weights) == (None, {"one": 1.0, "two": 1.0, "best": 6.0})
+    assert resume(made.folder) == 0
+    require_whole(made.folder)
+    assert json.loads((made.folder / "certificate.json").read_text())["verdict"] == "pass"
+    source = built(yaml.safe_load((run / "recipe.yaml").read_text()))
+    before, after = blocks(source, 8 * step), blocks(made.config, 8 * total)
+    assert after[: 8 * step] == before
+    assert len(set(after)) == len(after)
+    assert [name for name, _, _ in after[8 * step :]].count("best") == 24
+    assert read_state(published(made.folder)[0]).blocks_by_source == {"one": 16, "two": 8, "best": 24}
+    # a branch of it: stages are what follows
+    again = branch(made.folder, 4, "again", ["data.stages=[{weights: {two: 1}}]"])
+    assert [stage.tokens for stage in again.config.data.stages] == [2 * STEP_TOKENS, 2 * STEP_TOKENS, None]
+    assert blocks(again.config, 8 * 4) == after[: 8 * 4]
+
+
+def test_a_mixture_that_would_read_blocks_again_is_refused(mixed, tmp_path):
+    """Stages whose beginning is not what was read: the command never writes such, a hand may."""
+    run = copied(mixed, tmp_path / "tiny")
+    made = branch(run, 2, "new", ["data.sources.1.weight=9"])
+    values = yaml.safe_load((made.folder / "recipe.yaml").read_text())
+    values["data"]["stages"][0]["tokens"] //= 2
+    lineage = json.loads((made.folder / "lineage.json").read_text())
+    text = lineage["entries"][0]["changed"]["data.stages.0.tokens"].replace(str(2 * STEP_TOKENS), str(STEP_TOKENS))
+    lineage["entries"][0]["changed"]["data.stages.0.tokens"] = text
+    (made.folder / "lineage.json").write_text(json.dumps(lineage))
+    (made.folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    assert train(values) == 74
+    assert "data.stages begin with" in json.loads((made.folder / "exit.json").read_text())["reason"]
+
+
 def test_what_cannot_be_continued_is_refused_by_name(run, place):
     before = content(run)
     other = {"seed": "1", "data.seq_len": "32", "adapter.rank": "8", "batch.global_tokens": "1024"}
     for key, value in other.items():
         with pytest.raises(ConfigError, match=rf"a branch cannot change .*{key}: "):
             branch(run, 4, "new", [f"{key}={value}"])
+    with pytest.raises(ConfigError, match=r"data\.sources\.0\.text: text -> body"):
+        branch(run, 4, "new", ["data.sources.0.text=body"])
     with pytest.raises(CheckpointError, match="no checkpoint of step 5 -- its checkpoints are of steps: 2, 4, 6"):
         branch(run, 5, "new")
     with pytest.raises(ConfigError, match="exists"):

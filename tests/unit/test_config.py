@@ -344,7 +344,8 @@ def test_the_table_of_changes_names_keys_of_the_schema():
     assert {key for row in RESUME_CHANGES for key in row.keys} <= known
     assert how_may_change("data.sources.1.path") == "freely"
     assert how_may_change("optim.betas.0") == "accepted"
-    assert how_may_change("data.sources.0.weight") is None
+    assert how_may_change("data.sources.0.weight") == "branched"
+    assert how_may_change("data.sources.0.text") is None
     assert how_may_change("optim.state") is None
 
 

@@ -136,7 +136,7 @@ def test_a_longer_run_has_the_rates_that_it_has_had():
         steps = dice.randrange(20, 200)
         config = recipe(steps, schedule, dice.choice([0, 7]))
         require_extendable(config)
-        step = dice.randrange((last_step_before_decay(config) or steps) + 1)
+        step = dice.randrange((last_step_before_decay(config, steps) or steps) + 1)
         longer = recipe(steps + dice.randrange(1, 300), schedule, config.embeddings.freeze_rest_steps)
         longer = longer.model_copy(update={"schedule": pinned(config, step)})
         assert [rates_at(longer, s) for s in range(1, step + 1)] == [rates_at(config, s) for s in range(1, step + 1)]
@@ -146,10 +146,10 @@ def test_a_longer_run_has_the_rates_that_it_has_had():
 def test_a_decay_over_the_whole_run_is_named_by_its_key():
     with pytest.raises(ConfigError, match=r"schedule\.per_group\.embeddings\.kind linear"):
         require_extendable(recipe(20, {"kind": "wsd", "per_group": {"embeddings": {"kind": "linear"}}}))
-    assert last_step_before_decay(recipe(20, {"kind": "wsd", "decay_steps": 4})) == 16
-    assert last_step_before_decay(recipe(20, {"kind": "wsd", "decay_steps": 4}, 10)) == 16
-    assert last_step_before_decay(recipe(20, {"kind": "constant"})) is None
-    assert last_step_before_decay(recipe(20, {})) is None
+    assert last_step_before_decay(recipe(20, {"kind": "wsd", "decay_steps": 4}), 20) == 16
+    assert last_step_before_decay(recipe(20, {"kind": "wsd", "decay_steps": 4}, 10), 20) == 16
+    assert last_step_before_decay(recipe(20, {"kind": "constant"}), 20) is None
+    assert last_step_before_decay(recipe(20, {}), 20) is None
 
 
 def test_groups_are_expected_as_they_are_built():
