@@ -32,6 +32,7 @@ class RunningRanks:
         *overrides: str,
         log: Path,
         of_rank: Mapping[int, Sequence[str]] | None = None,
+        folder_of_rank: Mapping[int, Path] | None = None,
         **environment: str,
     ) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -44,7 +45,8 @@ class RunningRanks:
             given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             own = (of_rank or {}).get(rank, ())  # overrides of one rank alone
             arguments = ["train", str(recipe), *(f"--set={item}" for item in (*overrides, *own))]
-            process = context.Process(target=_rank, args=(arguments, given, str(log)))
+            folder = (folder_of_rank or {}).get(rank)
+            process = context.Process(target=_rank, args=(arguments, given, str(log), folder))
             process.start()
             self.processes.append(process)
 
@@ -115,7 +117,9 @@ def process_stopped(pid: int) -> bool:
         return False
 
 
-def _rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
+def _rank(arguments: list[str], environment: dict[str, str], log: str, folder: Path | None) -> None:
+    if folder is not None:
+        os.chdir(folder)
     os.environ.update({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} | environment)
     with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)

@@ -47,6 +47,18 @@ RESUME_CHANGES = (
 # fmt: on
 
 
+# Each host may have its own; what is there is compared by its content.
+OF_A_HOST = (
+    "data.cache_dir",
+    *(f"data.{part}[].{key}" for part in ("sources", "validation") for key in ("path", "store")),
+)
+
+
+def differs_by_host(key: str) -> bool:
+    """Whether ranks of one run may have different values of a dotted key."""
+    return re.sub(r"\.\d+(?=\.|$)", "[]", key) in OF_A_HOST
+
+
 def how_may_change(key: str) -> Change | None:
     """How a resume may change a dotted key such as `data.sources.0.path`; None: not at all."""
     plain = re.sub(r"\.\d+(?=\.|$)", "[]", key)

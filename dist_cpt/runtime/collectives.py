@@ -142,7 +142,7 @@ def require_equal(facts: Mapping[str, Any]) -> None:
         for index, given in enumerate(everyone):
             ranks.setdefault(str(given.get(key, "absent"))[:_SHOWN_LENGTH], []).append(index)
         if len(ranks) > 1:
-            lines.append(f"{key} is " + ", ".join(f"{value} on {_named(those)}" for value, those in ranks.items()))
+            lines.append(f"{key} is " + ", ".join(f"{value} on {named_ranks(those)}" for value, those in ranks.items()))
     more = f" (and {len(lines) - _SHOWN} more)" if len(lines) > _SHOWN else ""
     error = ConfigError(
         f"the ranks would not train the same thing: {'; '.join(lines[:_SHOWN])}{more}",
@@ -194,7 +194,7 @@ def barrier() -> None:
     all_reduce_max_int(0)
 
 
-def _named(ranks: Sequence[int]) -> str:
+def named_ranks(ranks: Sequence[int]) -> str:
     """`rank 3`, or `ranks 0-5, 7`."""
     runs: list[list[int]] = []
     for index in ranks:

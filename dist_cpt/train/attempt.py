@@ -29,12 +29,16 @@ from dist_cpt.runtime.log import LOGGER, close_log, open_log
 from dist_cpt.runtime.mesh import init_distributed, shutdown
 from dist_cpt.runtime.node_address import with_address
 from dist_cpt.runtime.seed import deterministic
+from dist_cpt.runtime.shared_folder import require_shared
 from dist_cpt.runtime.stop import StopRequest
 from dist_cpt.storage import explained
 from dist_cpt.train.observers import Observers
 from dist_cpt.train.wandb import new_run_id
 
 RENDEZVOUS_SECONDS = 1800.0
+SHARED_FOLDER = (
+    "put output_dir on a file system that all nodes share; data.cache_dir, text and base may be local to each"
+)
 FAULT_POINTS = (
     *("step", "restore", "evaluate"),
     *(f"{kind}.{point}" for kind in ("trial", "save") for point in SAVE_POINTS),
@@ -111,6 +115,7 @@ def run_attempt(
             code = EXIT_DONE
             return code, None
         own_claim = _claim(folder, config)
+        require_shared(folder, "output_dir", remedy=SHARED_FOLDER)
         open_log(log_file(folder, env.rank), env.rank)
         fault = Faults(faults, env.rank, own_claim.attempt)
         if fault:

@@ -16,6 +16,7 @@ from dist_cpt.adapters.quantize import QUANTISED, require_bitsandbytes
 from dist_cpt.adapters.vocabulary import NewVocabulary
 from dist_cpt.checkpoint.save import RunCheckpoints
 from dist_cpt.config.resolve import settings, step_shape, with_tokens
+from dist_cpt.config.resume_changes import differs_by_host
 from dist_cpt.config.schema import ContinueFromConfig
 from dist_cpt.data.batch import Batch
 from dist_cpt.data.budget import blocks_of_epochs, require_enough
@@ -47,7 +48,7 @@ from dist_cpt.run_folder.names import ADAPTER_WEIGHTS, CONTINUED
 from dist_cpt.runtime.collectives import (
     agree,
     all_reduce_ints,
-    broadcast_json,
+    gather_json,
     on_every_rank,
     on_rank_zero,
     rank,
@@ -55,6 +56,7 @@ from dist_cpt.runtime.collectives import (
     require_equal,
 )
 from dist_cpt.runtime.log import LOGGER
+from dist_cpt.runtime.shared_folder import MARK_SECONDS, first_that_sees
 from dist_cpt.runtime.versions import package_versions
 from dist_cpt.train.attempt import RunContext
 from dist_cpt.train.probe import PROBE_BLOCKS, Stream
@@ -143,7 +145,7 @@ def agree_on_recipe(context: RunContext) -> RunContext:
     Collective.
     """
     config = context.config
-    recipe = {f"recipe: {key}": value for key, value in settings(config).items()}
+    recipe = {f"recipe: {key}": value for key, value in settings(config).items() if not differs_by_host(key)}
     require_equal(recipe | {f"version of {name}": version for name, version in package_versions().items()})
     config = with_revisions(config, on_rank_zero("data.sources", partial(commits, config)))
     if config.model.path is None:
@@ -188,7 +190,8 @@ def open_data(context: RunContext, tokenizer: Any) -> TrainingData:
     config = context.config
     folders = _prepare(context)  # other ranks need its stores, not the text
     prepared = on_every_rank("open data", lambda: open_prepared(config, folders))
-    require_equal({f"token store of {s.name}": s.store.manifest.content_hash for s in prepared.all_sources})
+    facts = {f"token store of {s.name}": s.store.manifest.content_hash for s in prepared.all_sources}
+    require_equal(facts | {"identity of the data": prepared.identity})
     _check_stores(prepared)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     loader = BlockLoader(prepared, config.data.seq_len, config.seed, pad_id)
@@ -339,9 +342,9 @@ def _check_prior_adapter(context: RunContext, hashes: Mapping[str, str]) -> None
 
 
 def _prepare(context: RunContext) -> list[str]:
-    """Rank 0 prepares the corpus, for hours if need be; meanwhile all ranks meet every second and notice a stop.
+    """Rank 0, and the first rank of every host with a cache of its own, prepare the corpus, for hours if need be.
 
-    The folders of the stores.
+    Meanwhile all ranks meet every second and notice a stop. The folders of the stores that this rank sees.
     """
     failed: list[BaseException] = []
     folders: list[str] = []
@@ -355,18 +358,32 @@ def _prepare(context: RunContext) -> list[str]:
 
     context.watchdog.tick("preparing", 0)
     worker = threading.Thread(target=work, name="prepare", daemon=True)
-    if context.env.rank == 0:
+    preparer = _preparer(context)
+    prepares = context.env.rank in (0, preparer)
+    if prepares:
         worker.start()
     while True:
-        if context.env.rank == 0:
+        if prepares:
             worker.join(PREPARE_SECONDS)
         at_work, stop = all_reduce_ints([int(worker.is_alive()), int(context.stop.requested is not None)])
         if not at_work:
             context.watchdog.tick("starting", 0)
             agree(failed[0] if failed else None, "prepare data")
-            return broadcast_json(folders)
+            return gather_json(folders)[preparer]
         if stop:
             raise Stopped("stopped while the data was prepared; finished sources are kept")
+
+
+def _preparer(context: RunContext) -> int:
+    """The rank that prepares what this rank reads: the first of those that see its cache folder. Collective."""
+    env, cache_dir = context.env, context.config.data.cache_dir
+    assert cache_dir is not None  # resolve_paths fills it in
+    if env.world_size == 1:
+        return env.rank
+    first = first_that_sees(Path(cache_dir), MARK_SECONDS, marks=env.local_rank == 0)
+    if first is None:  # nobody can write there: finished stores are opened
+        return env.rank if env.local_rank == 0 else 0
+    return first
 
 
 def _check_stores(prepared: Prepared) -> None:
