@@ -2,8 +2,8 @@
 
 `optimizer_launches`: launches of one optimizer step on a GPU, from gradients to refreshed compute copies, under the
 single engine with the LoRA matrices of LAYERS layers: the package's kernels are counted instead of run, and every other
-ATen call that is no view and no allocation counts as one launch. `optimizer_calls_cpu`: such calls of the same step on
-a CPU.
+ATen call that is no view and no allocation counts as one launch; `optimizer_launches_8bit` with moments in 8 bit.
+`optimizer_calls_cpu`: such calls of the same step on a CPU.
 
     python benchmarks/counts.py --json
 """
@@ -63,15 +63,16 @@ def main() -> None:
     arguments = parser.parse_args()
     counts = {
         "optimizer_launches": optimizer_calls(on_a_gpu=True),
+        "optimizer_launches_8bit": optimizer_calls(on_a_gpu=True, state="8bit"),
         "optimizer_calls_cpu": optimizer_calls(on_a_gpu=False),
     }
     print(json.dumps(counts) if arguments.json else "\n".join(f"{name}: {count}" for name, count in counts.items()))
 
 
-def optimizer_calls(*, on_a_gpu: bool) -> int:
+def optimizer_calls(*, on_a_gpu: bool, state: str = "fp32") -> int:
     """Kernel launches, or ATen calls on the CPU, of one step of the single engine."""
     dispatch.interpret_cpu_tensors = on_a_gpu
-    module, config = lora_matrices(), recipe()
+    module, config = lora_matrices(), recipe(state)
     trainable = {f"base_model.model.{name}": parameter for name, parameter in module.named_parameters()}
     groups = param_groups(trainable, config.optim, adapter=True)
     engine = SingleEngine(module, trainable, groups, config, torch.device("cpu"))
@@ -98,7 +99,7 @@ def lora_matrices() -> nn.Module:
     return module
 
 
-def recipe() -> RunConfig:
+def recipe(state: str) -> RunConfig:
     return RunConfig.model_validate(
         {
             "name": "counts",
@@ -106,6 +107,7 @@ def recipe() -> RunConfig:
             "data": {"seq_len": 32, "sources": [{"path": "text.jsonl"}]},
             "batch": {"global_tokens": 64},
             "train": {"tokens": 64},
+            "optim": {"state": state},
         }
     )
 

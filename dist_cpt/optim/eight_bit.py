@@ -12,13 +12,13 @@ from __future__ import annotations
 import functools
 
 import torch
+from dist_cpt_kernels import reference
 
 from dist_cpt.errors import MissingExtraError
 
-BLOCK = 256  # elements that share a scale
-# A block with a smaller scale is stored as zeros: its elements would be subnormal and not survive a round trip. AdamW
-# adds eps, about 1e-8, to the root of exp_avg_sq, so values this small have no effect.
-SMALLEST_SCALE = 2.0**-100
+BLOCK = reference.QUANTISATION_BLOCK  # elements that share a scale
+# AdamW adds eps, about 1e-8, to the root of exp_avg_sq, so blocks this small have no effect.
+SMALLEST_SCALE = reference.SMALLEST_SCALE
 
 
 class EightBit:
@@ -34,28 +34,17 @@ class EightBit:
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """fp32 [stop - start]; `start` is a multiple of BLOCK."""
         codes = self.codes[start:stop]
-        return self._map[codes.int()].mul_(self._spread(self._scales_of(start, codes.numel()), codes.numel()))
+        return reference.dequantize_8bit(codes, self._scales_of(start, codes.numel()), self._map)
 
     def write(self, values: torch.Tensor, start: int = 0) -> None:
         """Replace the elements from `start`, a multiple of BLOCK, by fp32 `values`: whole blocks, or up to the end."""
         number = values.numel()
-        scales = self._scales_of(start, number)
-        full = number // BLOCK * BLOCK
-        magnitude = values.abs()
-        scales[: full // BLOCK] = magnitude[:full].view(-1, BLOCK).amax(1)
-        if full < number:
-            scales[full // BLOCK] = magnitude[full:].amax()
-        scales[scales < SMALLEST_SCALE] = 0.0
-        spread = self._spread(scales, number)
-        normal = torch.where(spread > 0, values / spread, torch.zeros((), device=values.device))
-        self.codes[start : start + number] = torch.bucketize(normal, self._borders, out_int32=True).to(torch.uint8)
+        codes, scales = self.codes[start : start + number], self._scales_of(start, number)
+        reference.quantize_8bit_(values, codes, scales, self._borders)
 
     def _scales_of(self, start: int, number: int) -> torch.Tensor:
         assert start % BLOCK == 0
         return self.scales[start // BLOCK : -(-(start + number) // BLOCK)]
-
-    def _spread(self, scales: torch.Tensor, number: int) -> torch.Tensor:
-        return scales.repeat_interleave(BLOCK)[:number]
 
 
 @functools.cache
@@ -78,6 +67,15 @@ def dynamic_map(signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
         # element by hundreds of learning rates.
         borders[0] = 0.0
     return entries, borders
+
+
+@functools.cache
+def tables(device: torch.device) -> torch.Tensor:
+    """fp32 [4, 256] on `device`: the entries of the signed and of the unsigned map, then the borders of each."""
+    (signed, signed_borders), (unsigned, unsigned_borders) = dynamic_map(True), dynamic_map(False)
+    end = torch.full((1,), torch.inf)
+    rows = signed, unsigned, torch.cat([signed_borders, end]), torch.cat([unsigned_borders, end])
+    return torch.stack(rows).to(device)
 
 
 def half_step(signed: bool) -> float:

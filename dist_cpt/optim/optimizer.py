@@ -8,13 +8,13 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from dist_cpt_kernels import adamw_, bias_corrections
+from dist_cpt_kernels import adamw_, adamw_8bit_, bias_corrections
 from dist_cpt_kernels.dispatch import available
 from dist_cpt_kernels.self_test import ALLOWED, self_test_adamw
 
 from dist_cpt.config.schema import OptimConfig
 from dist_cpt.errors import ConfigError
-from dist_cpt.optim.eight_bit import BLOCK, EightBit
+from dist_cpt.optim.eight_bit import BLOCK, EightBit, tables
 
 SLICE_ELEMENTS = (
     1 << 20
@@ -44,8 +44,8 @@ class AdamW:
 
     The counter, fp32 [] on the device, is the same for all tensors, as in every engine. `update` may be called for a
     few tensors at a time. The moments of the tensors in `eight_bit` are stored in 8 bit between updates; the arithmetic
-    is the same. On a GPU one kernel updates a whole part and refreshes its compute copies; elsewhere, and with 8-bit
-    moments, torch's fused AdamW runs over SLICE_ELEMENTS at a time.
+    is the same. On a GPU one kernel updates a whole part and refreshes its compute copies; elsewhere torch's fused
+    AdamW runs over SLICE_ELEMENTS at a time.
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, algorithm 2, with bias correction.
     """
 
@@ -107,29 +107,41 @@ class AdamW:
         stale: dict[str, torch.Tensor] = {}  # copies that the update itself does not write
         for part in parts:
             given = {name: grad for name, grad in zip(part.names, part.grads, strict=True) if grad.numel()}
-            whole = {n: g for n, g in given.items() if self._use_kernel and n not in self.eight_bit}
-            for dtype in {grad.dtype for grad in whole.values()}:
-                names = [name for name, grad in whole.items() if grad.dtype == dtype]
-                adamw_(
-                    [self.masters[name] for name in names],
-                    [whole[name].contiguous() for name in names],
-                    [self.exp_avg[name] for name in names],
-                    [self.exp_avg_sq[name] for name in names],
-                    corrections=corrections,
-                    lr=part.lr,
-                    betas=self._betas,
-                    eps=self._eps,
-                    weight_decay=part.weight_decay,
-                    grad_factor=None if clip is None else clip.factor,
-                    skip=None if clip is None else clip.skip,
-                    copies=None if copies is None else [copies[name] for name in names],
-                )
-            rest = {name: grad for name, grad in given.items() if name not in whole}
-            for pieces in self._portions(rest):
+            if self._use_kernel:
+                self._launch(given, corrections, part, clip, copies)
+                continue
+            for pieces in self._portions(given):
                 self._update_pieces(pieces, step, part, clip)
-            stale |= {name: copies[name] for name in rest} if copies is not None else {}
+            stale |= {name: copies[name] for name in given} if copies is not None else {}
         if stale:
             torch._foreach_copy_(list(stale.values()), [self.masters[name] for name in stale])
+
+    def _launch(
+        self,
+        grads: Mapping[str, torch.Tensor],
+        corrections: Any,
+        part: Part,
+        clip: Clip | None,
+        copies: Mapping[str, torch.Tensor] | None,
+    ) -> None:
+        """One kernel for the gradients of each dtype, and one for those of tensors with 8-bit moments."""
+        options: dict[str, Any] = {"corrections": corrections, "lr": part.lr, "weight_decay": part.weight_decay}
+        options |= {"betas": self._betas, "eps": self._eps}
+        factor, skip = clip or Clip(torch.ones_like(self.steps), torch.zeros_like(self.steps))
+        options |= {"grad_factor": factor, "skip": skip}
+        for packed, dtype in {(name in self.eight_bit, grad.dtype) for name, grad in grads.items()}:
+            names = [n for n, grad in grads.items() if (n in self.eight_bit, grad.dtype) == (packed, dtype)]
+            lists = [self.masters[name] for name in names], [grads[name].contiguous() for name in names]
+            options["copies"] = None if copies is None else [copies[name] for name in names]
+            if packed:
+                codes, code_sqs = (
+                    [(self.eight_bit[name][kind].codes, self.eight_bit[name][kind].scales) for name in names]
+                    for kind in ("exp_avg", "exp_avg_sq")
+                )
+                adamw_8bit_(*lists, codes, code_sqs, tables(self.steps.device), **options)
+            else:
+                exp_avgs, exp_avg_sqs = ([kind[n] for n in names] for kind in (self.exp_avg, self.exp_avg_sq))
+                adamw_(*lists, exp_avgs, exp_avg_sqs, **options)
 
     def _portions(self, grads: Mapping[str, torch.Tensor]) -> Iterator[list[tuple[str, slice, torch.Tensor]]]:
         """(name, elements, flat gradient) of pieces, SLICE_ELEMENTS at most together."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dist_cpt_kernels.adamw import adamw_, bias_corrections, clip, sum_of_squares
+from dist_cpt_kernels.adamw_8bit import adamw_8bit_
 from dist_cpt_kernels.cross_entropy import cross_entropy
 from dist_cpt_kernels.embedding import embedding, embedding_gradient
 from dist_cpt_kernels.gated import gated, gated_gradients
@@ -18,6 +19,7 @@ __all__ = [
     "Nf4Scales",
     "Projection",
     "adamw_",
+    "adamw_8bit_",
     "add_rms_norm",
     "bias_corrections",
     "clip",

@@ -243,3 +243,27 @@ def adamw_(
 def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """fp64 []: the sum of the squares of all elements of `tensors`."""
     return torch.stack([tensor.double().square().sum() for tensor in tensors]).sum()
+
+
+QUANTISATION_BLOCK = 256  # elements that share a scale
+# A block with a smaller scale is stored as zeros: its elements would be subnormal and not survive a round trip.
+SMALLEST_SCALE = 2.0**-100
+
+
+def dequantize_8bit(codes: torch.Tensor, scales: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+    """entries[codes] * scale, fp32 [n], of uint8 `codes` [n] and fp32 `scales`, one per QUANTISATION_BLOCK of them."""
+    return entries[codes.int()].mul_(scales.repeat_interleave(QUANTISATION_BLOCK)[: codes.numel()])
+
+
+def quantize_8bit_(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, borders: torch.Tensor) -> None:
+    """Store fp32 `values` [n]: each block's largest magnitude, and the number of `borders` below value / scale."""
+    number = values.numel()
+    full = number // QUANTISATION_BLOCK * QUANTISATION_BLOCK
+    magnitude = values.abs()
+    scales[: full // QUANTISATION_BLOCK] = magnitude[:full].view(-1, QUANTISATION_BLOCK).amax(1)
+    if full < number:
+        scales[full // QUANTISATION_BLOCK] = magnitude[full:].amax()
+    scales[scales < SMALLEST_SCALE] = 0.0
+    spread = scales.repeat_interleave(QUANTISATION_BLOCK)[:number]
+    normal = torch.where(spread > 0, values / spread, torch.zeros((), device=values.device))
+    codes.copy_(torch.bucketize(normal, borders, out_int32=True))

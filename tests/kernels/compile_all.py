@@ -30,6 +30,7 @@ REPRESENTATIVE = (
     "embedding_bf16_fp32 join_runs_kernel",
     "adamw_bf16_on_device adamw_kernel",
     "adamw_bf16 sum_squares_kernel",
+    "adamw_8bit_bf16 adamw_8bit_kernel",
     "adamw_bf16 add_up_kernel",
     "add_rms_norm_bf16_4096 rms_norm_kernel",
     "add_rms_norm_bf16_4096 rms_norm_backward_kernel",

@@ -91,6 +91,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"embedding_{name}_{NAMES[master]}", partial(_embedding, dtype, master)
         for on_device in (False, True):
             yield f"adamw_{name}{'_on_device' if on_device else ''}", partial(_adamw, dtype, on_device)
+        yield f"adamw_8bit_{name}", partial(_adamw_8bit, dtype)
     yield "gated_silu_bf16_long", partial(_gated_gradients, BF16, "silu", 2**31 + 2**14)
 
 
@@ -176,6 +177,20 @@ def _rope(dtype: torch.dtype, heads: int, kv_heads: int, half: int, head_dim: in
 
 def _embedding(dtype: torch.dtype, table: torch.dtype) -> None:
     kernels.embedding_gradient(torch.zeros(T, 4096, dtype=dtype), torch.arange(T), T, dtype=table)
+
+
+def _adamw_8bit(grad: torch.dtype) -> None:
+    params, grads, copies = [torch.zeros(4096)], [torch.zeros(4096, dtype=grad)], [torch.zeros(4096, dtype=BF16)]
+    moments = [[(torch.zeros(4096, dtype=torch.uint8), torch.zeros(16))] for _ in range(2)]
+    _, factor, skip = kernels.clip(kernels.sum_of_squares(grads), 1.0)
+    options: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    options |= {
+        "corrections": kernels.bias_corrections(torch.ones(()), (0.9, 0.95)),
+        "grad_factor": factor,
+        "skip": skip,
+    }
+    for copied in (None, copies):
+        kernels.adamw_8bit_(params, grads, *moments, torch.zeros(4, 256), copies=copied, **options)
 
 
 def _adamw(grad: torch.dtype, on_device: bool) -> None:

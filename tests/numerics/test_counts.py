@@ -17,4 +17,5 @@ def test_an_optimizer_step_is_a_few_launches():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     counted = json.loads(subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, check=True).stdout)
     assert 0 < counted["optimizer_launches"] <= 48
+    assert 0 < counted["optimizer_launches_8bit"] <= 48
     assert 0 < counted["optimizer_calls_cpu"] <= 80

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dist_cpt_kernels import dispatch
 
 from dist_cpt.config.schema import OptimConfig
 from dist_cpt.optim.eight_bit import BLOCK, SMALLEST_SCALE, EightBit, dynamic_map, half_step, within_half_step
@@ -139,6 +140,37 @@ def test_slices_of_an_update_are_the_whole_update(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(whole.masters["w"], sliced.masters["w"])
     for kind in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(whole.read(kind, "w"), sliced.read(kind, "w"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_gives_the_bits_of_the_pieces(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Whole blocks and a part of one, small and zero gradients, clipping, two updates and a skipped one.
+
+    Sizes are multiples of 64: the remainder of torch's vectorised loop rounds otherwise.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"a": 5 * BLOCK + 64, "b": BLOCK, "c": 64}
+    masters = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+    adams, copies = [], []
+    for interpreted in (False, True):
+        monkeypatch.setattr(dispatch, "interpret_cpu_tensors", interpreted)
+        adams.append(AdamW({name: m.clone() for name, m in masters.items()}, OptimConfig(), ["a", "b", "c"]))
+        copies.append({name: torch.zeros(size, dtype=torch.bfloat16) for name, size in sizes.items()})
+    for skip in (0.0, 0.0, 1.0):
+        scale = torch.randn(5 * BLOCK + 64, generator=generator).mul_(3).exp_() * 1e-4
+        grads = [torch.randn(size, generator=generator) * scale[:size] for size in sizes.values()]
+        grads[0][: BLOCK + 3] = 0.0
+        clip = Clip(torch.tensor(0.37), torch.tensor(skip))
+        for adam, written in zip(adams, copies, strict=True):
+            adam.update([Part(list(sizes), [grad.to(dtype, copy=True) for grad in grads], 1e-2, 0.1)], clip, written)
+            adam.steps += 1 - clip.skip
+    for name in sizes:
+        for kind in ("exp_avg", "exp_avg_sq"):
+            ours, pieces = (adam.eight_bit[name][kind] for adam in reversed(adams))
+            assert torch.equal(ours.scales, pieces.scales), (name, kind)
+            assert torch.equal(ours.codes, pieces.codes), (name, kind)
+        assert torch.equal(adams[0].masters[name], adams[1].masters[name])
+        assert torch.equal(copies[0][name], copies[1][name])
 
 
 @pytest.mark.parametrize("eight_bit", [(), ("w",)])
