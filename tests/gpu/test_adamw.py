@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dist_cpt_kernels import adamw_, clip, dispatch, reference, sum_of_squares
+from dist_cpt_kernels import adamw_, adamw_8bit_, clip, dispatch, reference, sum_of_squares
 
 from tests.kernel_inputs import adamw as case
 from tests.kernels.error_rule import assert_right
@@ -69,3 +69,26 @@ def test_views_that_are_not_aligned():
     assert all(torch.equal(*pair) for pair in zip(shifted[0], straight[0], strict=True))
     # in another order: how many neighbours a thread reads depends on the alignment
     torch.testing.assert_close(sum_of_squares(shifted[0]), sum_of_squares(straight[0]), rtol=1e-6, atol=0.0)
+
+
+def test_eight_bit_moments_beside_the_specification():
+    """In fp32 both round a few times, in another order: a code at a border may be its neighbour."""
+    size = 1_000_003
+    params, grads, _, _ = (tensors[0].clone() for tensors in case.state((size,)))
+    blocks = -(-size // reference.QUANTISATION_BLOCK)
+    tables = torch.stack([torch.linspace(-1, 1, 256), torch.linspace(0, 1, 256)])
+    tables = torch.cat([tables, torch.nn.functional.pad((tables[:, 1:] + tables[:, :-1]) / 2, (0, 1), value=torch.inf)])
+    results = []
+    for device in ("cpu", "cuda"):
+        moments = [(torch.full((size,), 128, dtype=torch.uint8), torch.full((blocks,), 1e-4)) for _ in range(2)]
+        moments = [(codes.to(device), scales.to(device)) for codes, scales in moments]
+        param, step = params.to(device, copy=True), torch.full((), 2.0, device=device)
+        clipped = {"grad_factor": torch.full((), 0.5, device=device), "skip": torch.zeros((), device=device)}
+        options = case.update(step) | clipped
+        adamw_8bit_([param], [grads.to(device)], moments[:1], moments[1:], tables.to(device), **options)
+        results.append([param.cpu(), *(part.cpu() for packed in moments for part in packed)])
+    for which, (spec, ours) in enumerate(zip(*results, strict=True)):
+        if spec.dtype == torch.uint8:
+            assert float((spec == ours).float().mean()) > 0.999, which
+        else:
+            torch.testing.assert_close(ours, spec, rtol=1e-5, atol=1e-12)
