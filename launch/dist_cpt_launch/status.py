@@ -127,7 +127,7 @@ def find_run(run: Path | None, runs: Path = Path("runs")) -> Path:
         if not run.is_dir():
             raise ConfigError(f"{run} is not a folder", remedy="give a run folder: <output_dir>/<name>")
         return run
-    folders = [path.parent for path in runs.glob(f"*/{RUN}")]
+    folders = [path.parent for path in runs.glob(f"[!.]*/{RUN}")]  # hidden: a branch that is being made
     if not folders:
         raise ConfigError(f"no run under {runs}/", remedy="give a run folder: <output_dir>/<name>")
     return max(folders, key=lambda folder: max(_modified(folder / name) for name in (RUN, METRICS, EVENTS, EXIT)))
