@@ -7,12 +7,14 @@ plans in the cache folder.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,7 @@ from dist_cpt.storage import LOGGER, is_there, os_error, patiently, read_bytes
 
 FORMAT_VERSION = 1
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+_ABANDONED_SECONDS = 24 * 3600
 _OFFSETS, _PIECES = "offsets", "pieces"  # the arrays that `pack` asks for
 
 
@@ -149,10 +152,19 @@ def _mapped(path: Path) -> np.ndarray:
     return np.asarray(patiently(path, lambda: np.load(path, mmap_mode="r"), expected=True))
 
 
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what processes that were killed had begun of this plan."""
+    for work in folder.parent.glob(f"{folder.name}.tmp-*"):
+        with contextlib.suppress(OSError):  # its maker has just published it
+            if time.time() - max(path.stat().st_mtime for path in (work, *work.iterdir())) > _ABANDONED_SECONDS:
+                shutil.rmtree(work, ignore_errors=True)
+
+
 def _make(folder: Path, store: TokenStore, key: PlanKey) -> None:
     work = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(3)}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder)
         work.mkdir()
         plan = _checked(
             pack(store.lengths, key.seq_len, key.stride, key.excluded, partial(_new_array, work)), store, key

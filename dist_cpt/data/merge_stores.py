@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dist_cpt.data.sources import ReadCounts
 from dist_cpt.data.store import QUARANTINE, TOKENIZER, StoreManifest, StoreWriter, TokenStore
 from dist_cpt.errors import ConfigError, DataError, WriteError
 from dist_cpt.run_folder.json_files import fsync_path
@@ -112,13 +109,15 @@ def _copy(store: TokenStore, writer: StoreWriter) -> None:
         at = end
 
 
-def _sum(counts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The counts of all parts together; of the first bad record the first."""
-    total = asdict(ReadCounts(bad=dict(sum((Counter(part.get("bad", {})) for part in counts), Counter()))))
-    total["first_bad"] = next((part["first_bad"] for part in counts if part.get("first_bad")), None)
-    for name in dict.fromkeys(key for part in counts for key, value in part.items() if isinstance(value, int)):
-        total[name] = sum(part.get(name, 0) for part in counts)
-    return total
+def _sum(values: Sequence[Any]) -> Any:
+    """The counts of all parts together, also those inside objects; of anything else the first."""
+    given = [value for value in values if value is not None]
+    if given and isinstance(given[0], dict):
+        keys = dict.fromkeys(key for value in given for key in value)
+        return {key: _sum([value.get(key) for value in given]) for key in keys}
+    if given and isinstance(given[0], int):
+        return sum(given)
+    return given[0] if given else None
 
 
 def _tokenizer(stores: Sequence[TokenStore]) -> str | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,61 @@ def test_a_store_of_which_no_document_is_left_is_refused(store: TokenStore, tmp_
     with pytest.raises(DataError, match="no document is left"):
         block_plan(store, PlanKey(L, excluded=np.arange(store.num_documents)), tmp_path)
     assert not list(store.folder.glob("blocks-*"))
+
+
+def test_several_processes_may_make_one_plan(store: TokenStore, tmp_path: Path) -> None:
+    abandoned, recent = (store.folder / f"{PlanKey(L).folder_name(store)}.tmp-1-{name}" for name in ("a", "b"))
+    for folder in (abandoned, recent):
+        folder.mkdir()
+    os.utime(abandoned, (0, 0))
+    with ThreadPoolExecutor(4) as pool:
+        plans = list(pool.map(lambda _: block_plan(store, PlanKey(L), tmp_path), range(8)))
+    for made in plans:
+        require_same(made.plan, pack(store.lengths, L))
+    assert sorted(store.folder.glob("blocks-*")) == [plans[0].folder, recent]
+
+
+MAKE = """
+import sys, threading, time
+from pathlib import Path
+import numpy as np
+from dist_cpt.data.block_plan import PlanKey, block_plan
+from dist_cpt.data.store import TokenStore
+
+def anonymous_mib():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
+
+store = TokenStore.open(sys.argv[1])
+before, highest, done = anonymous_mib(), [0.0], []
+
+def watch():
+    while not done:
+        highest.append(anonymous_mib())
+        time.sleep(0.01)
+
+thread = threading.Thread(target=watch)
+thread.start()
+block_plan(store, PlanKey(4096), Path("/nonexistent"))
+done.append(True)
+thread.join()
+print(max(highest) - before)
+"""
+
+
+@pytest.mark.matrix
+def test_making_a_plan_takes_the_same_memory_for_ten_times_the_documents(tmp_path: Path) -> None:
+    taken = []
+    for number in (800_000, 8_000_000):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        writer, rng = StoreWriter(folder, 10), np.random.default_rng(0)
+        for _ in range(number // 100_000):
+            lengths = rng.integers(1, 30, 100_000).astype(np.int32)
+            writer.append(np.zeros(lengths.sum(), np.uint16), lengths)
+        writer.finish("t", {}, {}, [])
+        done = subprocess.run([sys.executable, "-c", MAKE, str(folder)], capture_output=True, text=True, check=True)
+        taken.append(float(done.stdout))
+    assert taken[1] < taken[0] + 64  # its 8 million pieces alone are 128 MiB
 
 
 NUM_TOKENS, NUM_DOCUMENTS, SEQ_LEN = 10**12, 10**9, 4096

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from dist_cpt.config.resolve import resolve_paths
@@ -211,6 +213,33 @@ def test_merged_stores_are_one_with_its_origin(store: Path, tokenizer: Path, tmp
     assert trained == out
     refused = command("data", "merge", store, other, "--out", out)
     assert (refused.code, "exists" in refused.err) == (64, True)
+
+
+def test_counts_of_merged_stores_are_those_of_all(store: Path, tokenizer: Path, tmp_path: Path) -> None:
+    policy = {"on_bad_record": "quarantine", "bad_record_budget_fraction": 0.9}
+    bad = [made(tmp_path / name, tokenizer, ["fine", "nul \0"], **policy) for name in ("a", "b")]
+    assert command("data", "merge", store, *bad, "--out", tmp_path / "out").code == 0
+    counts = TokenStore.open(tmp_path / "out").manifest.counts
+    assert (counts["records"], counts["bad"]) == (len(TEXTS) + 4, {"nul": 2})
+    assert counts["first_bad"] == TokenStore.open(bad[0]).manifest.counts["first_bad"]
+    assert len((tmp_path / "out/quarantine.jsonl").read_text().splitlines()) == 2
+    assert "nul" in command("data", "inspect", tmp_path / "out", "--json").out
+
+
+@pytest.mark.matrix
+@settings(deadline=None, max_examples=30)
+@given(
+    texts=st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\0<▁"), min_size=1), min_size=20, max_size=60
+    )
+)
+@pytest.mark.parametrize("kind", [byte_level, llama_2_like, gemma_like])
+def test_any_text_comes_back(tmp_path_factory: pytest.TempPathFactory, kind: Any, texts: list[str]) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    kept = [text for text in texts if not text.isspace()]
+    if kept:
+        made_of = made(folder, saved(kind(), folder / "tokenizer"), texts)
+        assert texts_of(command("data", "decode", made_of).out) == kept
 
 
 def test_stores_made_otherwise_are_not_merged(store: Path, tokenizer: Path, tmp_path: Path) -> None:
