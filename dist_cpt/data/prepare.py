@@ -692,6 +692,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     for row in [*report["sources"], *report["validation"]]:
         share = f", {row['share']:.1%} of the blocks" if "share" in row else ""
         bad = f", {sum(row['bad'].values()):,} of {row['records']:,} records bad" if row["bad"] else ""
+        bad += f", {row['filtered']:,} not kept by its filter" if row.get("filtered") else ""
         bad += _quality_text(row)
         lines.append(
             f"{row['name']}: {row['documents']:,} documents, {row['tokens']:,} tokens in {row['blocks']:,} blocks of "
@@ -729,7 +730,9 @@ def preview(config: RunConfig, num_documents: int = 10) -> Iterator[str]:
         num_bytes = sum(file["bytes"] for file in planned.inputs)
         state = "prepared already" if is_there(planned.folder) else "to be prepared"
         state = "its text is gone, its store is there" if planned.gone is not None else state
-        yield f"{planned.name}: {len(planned.inputs):,} files, {num_bytes:,} bytes, {state}: {planned.source.place}"
+        on_hub = [str(path) for path in planned.files.files if isinstance(path, HubDataset)]
+        size = "streamed" if on_hub else f"{len(planned.inputs):,} files, {num_bytes:,} bytes"
+        yield f"{planned.name}: {size}, {state}: {(on_hub or [planned.source.place])[0]}"
     tokenizer: Any = load_run_tokenizer(config)
     sources = [planned for planned in plan.stores[: len(config.data.sources)] if planned.inputs]
     for planned in sources:

@@ -106,21 +106,14 @@ def test_hub_data_set_has_the_tokens_of_its_files_and_one_commit(folder: Path) -
     with serving(hub) as endpoint:
         other = recipe(folder, subset="de", split="train", revision="v2")
         missing = recipe(folder, path="hf://datasets/org/other")
-        answers = ask(
-            endpoint, folder, train, train, recipe(folder, subset="de"), recipe(folder, subset="fr"), other, missing
-        )
-    first, again, no_split, no_subset, no_revision, no_repository = answers
+        wrong = [recipe(folder, subset="de"), recipe(folder, subset="fr"), other, missing, recipe(folder, subset="cut")]
+        first, again, *refused = ask(endpoint, folder, train, train, *wrong)
     assert first["identity"] == again["identity"] == expected
     (source,) = first["sources"]
     assert (source["documents"], source["records"]) == (3, 3)
     manifest = json.loads((Path(source["folder"]) / "manifest.json").read_text())
     assert manifest["inputs"][0]["path"] == f"{PATH}@{COMMIT}/de/train"
-    for answer, named in (
-        (no_split, "train, test"),
-        (no_subset, "'de'"),
-        (no_revision, "v2"),
-        (no_repository, "other"),
-    ):
+    for answer, named in zip(refused, ("train, test", "'de'", "v2", "other", "damaged_file 1"), strict=True):
         assert answer["code"] == EXIT_DATA
         assert named in answer["error"]
         assert "\n" not in answer["error"]
