@@ -590,6 +590,21 @@ def data_decode(
             sys.stdout.write(row)
 
 
+@app.command("model-check", rich_help_panel=TOOLS)
+def model_check(
+    path: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a hub id in the cache.")],
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say what of a model trains, is fused, quantised, sharded or refused (exit 64), from its config.json."""
+    from dist_cpt.plan.model_check import as_text, check_model
+    from dist_cpt.plan.shapes import find_config
+
+    check = check_model(find_config(path))
+    print(*([json.dumps(check.as_json(), indent=1)] if json_ else as_text(check)), sep="\n")
+    if check.refused:
+        raise ConfigError(f"{path} cannot be trained: {check.refused[0]}")
+
+
 tokenizer_app = typer.Typer(help="Train, extend and measure tokenizers.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer", rich_help_panel=TOOLS)
 CORPUS_HELP = "Files, folders or patterns, of any format that data.sources reads."

@@ -12,16 +12,7 @@ from typing import Any, Literal
 from torch import nn
 
 from dist_cpt.errors import ConfigError
-
-# config keys that change the logits after the head or inside attention, with their neutral values
-_UNSUPPORTED = {
-    "logits_soft_cap": None,
-    "logits_scaling": 1.0,
-    "logit_scale": 1.0,
-    "lm_head_multiplier": 1.0,
-    "output_router_logits": False,
-}
-_LAYER_TYPES = ("full_attention", "sliding_attention")
+from dist_cpt.plan.model_check import LAYER_TYPES, NEUTRAL
 
 
 @dataclass(frozen=True)
@@ -64,14 +55,14 @@ def check_config(hf_config: Any) -> None:
         ConfigError: logit scaling or capping, auxiliary losses, or layers that attend across documents.
     """
     kind = hf_config.model_type
-    for key, neutral in _UNSUPPORTED.items():
+    for key, neutral in NEUTRAL.items():
         value = getattr(hf_config, key, neutral)
         if value is not None and value != neutral:
             raise ConfigError(
                 f"model type {kind}: {key} = {value!r} is not implemented by the loss",
                 remedy=f"use a model without it; tested: {', '.join(TESTED)}",
             )
-    others = sorted(set(getattr(hf_config, "layer_types", None) or ()) - set(_LAYER_TYPES))
+    others = sorted(set(getattr(hf_config, "layer_types", None) or ()) - set(LAYER_TYPES))
     if others:
         raise ConfigError(
             f"model type {kind}: layers of type {', '.join(others)} cannot separate packed documents",

@@ -420,7 +420,7 @@ class _Attend:
 def _by_document(
     query_BHLN: torch.Tensor, key_BKLN: torch.Tensor, value_BKLN: torch.Tensor, borders: list[int], attend: _Attend
 ) -> torch.Tensor:
-    batch, heads, length, head_dim = query_BHLN.shape
+    batch, heads, length, _ = query_BHLN.shape  # values may have another head dim
     if borders == list(range(0, batch * length + 1, length)):  # each block is one document
         return attend(query_BHLN, key_BKLN, value_BKLN).transpose(1, 2).contiguous()
     sizes = [stop - start for start, stop in itertools.pairwise(borders)]
@@ -433,7 +433,7 @@ def _by_document(
         attend(query, key, value)[0].transpose(0, 1)
         for query, key, value in zip(*map(documents, (query_BHLN, key_BKLN, value_BKLN)), strict=True)
     ]
-    return torch.cat(outs_THN).view(batch, length, heads, head_dim)
+    return torch.cat(outs_THN).view(batch, length, heads, value_BKLN.shape[-1])
 
 
 def _seen(start: int, stop: int, first: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:

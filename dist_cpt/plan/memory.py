@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from dist_cpt.plan.tensors import EIGHT_BIT_GROUPS, Frozen, Trained, Training
-from dist_cpt.plan.widths import LayerWidths, layer_widths
+from dist_cpt.plan.widths import LayerWidths
 
 EngineKind = Literal[
     "single", "fsdp-full", "fsdp-hybrid", "fsdp-trainable", "zero-1", "zero-2", "zero-3"
@@ -87,7 +88,7 @@ def state_bytes(training: Training, placement: Placement) -> StateBytes:
 def peak_memory(training: Training, placement: Placement, state: StateBytes, step: RankStep) -> Memory:
     """The peak of a step, in the backward pass of the last layers."""
     tokens = step.micro_batch_tokens
-    widths = layer_widths(training.shapes, training.adapted)
+    widths = training.widths
     return Memory(
         frozen=state.frozen,
         trainable=state.trainable,
@@ -136,6 +137,7 @@ def _dequantised(training: Training, tokens: int) -> int:
     return 2 * largest.elements + (4 * tokens * largest.outputs if training.weights == "int8" else 0)
 
 
+@lru_cache(maxsize=64)
 def gradient_bytes(training: Training, placement: Placement, accumulation: int) -> int:
     """What a rank keeps of its gradients from one micro-batch to the next; a single one stays in the compute dtype."""
     elements, kind = training.num_trained, placement.kind
@@ -148,6 +150,7 @@ def gradient_bytes(training: Training, placement: Placement, accumulation: int) 
     return 4 * -(-elements // placement.shard_ranks)
 
 
+@lru_cache(maxsize=64)
 def _gathered(training: Training, placement: Placement) -> int:
     """Weights that are whole for a moment, and gradients before they are summed or reduced."""
     if placement.kind == "single":
@@ -232,6 +235,7 @@ def _zero3(training: Training, placement: Placement) -> StateBytes:
     )
 
 
+@lru_cache(maxsize=64)
 def loading_bytes(training: Training) -> int:
     """What every rank has on its device before the engine shards it: the whole model, trainable tensors in fp32."""
     frozen = sum(tensor.bytes for tensor in training.frozen)

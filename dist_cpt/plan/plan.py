@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dist_cpt.config.exclusions import refusals
@@ -16,10 +15,10 @@ from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
 from dist_cpt.plan.devices import Machine
 from dist_cpt.plan.memory import Memory, Placement, RankStep, StateBytes, loading_bytes, peak_memory, state_bytes
-from dist_cpt.plan.shapes import ModelShapes, read_config, shapes_of
+from dist_cpt.plan.model_check import refusals as unsupported
+from dist_cpt.plan.shapes import ModelShapes, find_config, shapes_of
 from dist_cpt.plan.step_model import StepTime, step_time, token_work
 from dist_cpt.plan.tensors import Training, training_of
-from dist_cpt.run_folder.names import MODEL_CONFIG
 
 USABLE_FRACTION = 0.95  # of a device's memory; the rest is fragments between blocks of the allocator
 _ENGINES: dict[str, dict[str, Any]] = {
@@ -73,9 +72,11 @@ def make_plan(config: RunConfig, values: Mapping[str, Any], machine: Machine) ->
     """Predict every way to run `config` on `machine`; `values` are the content of its model's config.json.
 
     Raises:
-        ConfigError: the model is not known, or a step's sequences do not divide by the ranks.
+        ConfigError: the model is not known or refused, or a step's sequences do not divide by the ranks.
     """
     shapes = shapes_of(values)
+    for line in unsupported(values):
+        raise ConfigError(f"model type {shapes.model_type}: {line}", remedy="dist-cpt model-check shows the rest")
     own = training_of(config, shapes)
     candidates = [way for variant in _variants(config, values, machine) for way in _ways(variant, shapes, machine)]
     fitting = sorted((way for way in candidates if way.fits), key=lambda way: -way.tokens_per_second)
@@ -93,18 +94,7 @@ def model_config(config: RunConfig) -> dict[str, Any]:
     """
     if config.model.config is not None:
         return config.model.config
-    path = str(config.model.path)
-    if Path(path).expanduser().is_dir() or path.startswith((".", "/", "~")):
-        return read_config(path)
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(path, MODEL_CONFIG, revision=config.model.revision)
-    if not isinstance(found, str):
-        raise ConfigError(
-            f"model.path: {path} is neither a folder nor in the Hugging Face cache",
-            remedy=f"hf download {path} {MODEL_CONFIG}, or --set model.path=FOLDER with its {MODEL_CONFIG}",
-        )
-    return read_config(Path(found).parent)
+    return find_config(str(config.model.path), config.model.revision)
 
 
 def recipe_patch(config: RunConfig, way: Way) -> dict[str, Any]:

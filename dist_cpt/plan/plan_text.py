@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from typing import Any
 from dist_cpt.config.exclusions import shown
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.plan.devices import Machine
+from dist_cpt.plan.model_check import count
 from dist_cpt.plan.plan import Plan, Way, recipe_patch
 
 SHOWN = 12  # ways in the table
@@ -43,10 +43,10 @@ def as_json(config: RunConfig, plan: Plan, recipe: str) -> dict[str, Any]:
 def as_text(config: RunConfig, plan: Plan, recipe: str) -> Iterator[str]:
     """Lines: the machine, the fastest micro-batch of each way, the recipe's own, the patch and the command."""
     machine, shapes = plan.machine, plan.shapes
-    count = f"{machine.nodes} x {machine.node_devices}" if machine.nodes > 1 else str(machine.node_devices)
+    gpus = f"{machine.nodes} x {machine.node_devices}" if machine.nodes > 1 else str(machine.node_devices)
     yield (
-        f"{config.name}: {shapes.model_type}, {_short(shapes.num_parameters)} parameters, "
-        f"{_short(plan.training.num_trained)} trainable, on {count} x {machine.device.name}"
+        f"{config.name}: {shapes.model_type}, {count(shapes.num_parameters)} parameters, "
+        f"{count(plan.training.num_trained)} trainable, on {gpus} x {machine.device.name}"
     )
     yield "by the model of a step (docs/performance.md), not measured; " + machine.device.source
     yield f"a step is {config.batch.global_tokens:,} tokens: {_blocks(config)} sequences of {config.data.seq_len:,}"
@@ -142,9 +142,3 @@ def _seconds(seconds: float) -> str:
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
-
-
-def _short(number: int) -> str:
-    """Three digits and a unit."""
-    power = min(3, int(math.log10(max(1, number)) // 3))
-    return f"{number / 1000**power:.3g}{('', ' k', ' M', ' B')[power]}"

@@ -27,7 +27,6 @@ _ALIASES = {  # names of older configurations -> transformers' own
     "n_positions": "max_position_embeddings",
 }
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,29 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{file} is not a JSON object", remedy="give a Hugging Face model folder")
     return values
+
+
+def find_config(path: str, revision: str | None = None) -> dict[str, Any]:
+    """The config.json of a model folder, or of a hub id in the Hugging Face cache; nothing is downloaded.
+
+    Raises:
+        ConfigError: it is in neither.
+    """
+    if Path(path).expanduser().is_dir() or path.startswith((".", "/", "~")):
+        return read_config(path)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(path, MODEL_CONFIG, revision=revision)
+    except HFValidationError:
+        found = None
+    if not isinstance(found, str):
+        raise ConfigError(
+            printable(f"{path} is neither a model folder nor in the Hugging Face cache"),
+            remedy=f"hf download {path} {MODEL_CONFIG}, or give a folder with its {MODEL_CONFIG}",
+        )
+    return read_config(Path(found).parent)
 
 
 def shapes_of(config: Mapping[str, Any]) -> ModelShapes:

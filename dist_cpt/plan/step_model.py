@@ -9,11 +9,12 @@ D model, V vocab, F ffn, Q query features, K key features, R rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dist_cpt.plan.devices import Device
 from dist_cpt.plan.memory import LOSS_CHUNK_TOKENS, PERSISTENT_ELEMENTS, Placement, RankStep
 from dist_cpt.plan.tensors import Frozen, Training
-from dist_cpt.plan.widths import LayerWidths, layer_widths
+from dist_cpt.plan.widths import LayerWidths
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ class TokenWork:
         return products + self.lora + self.loss
 
 
+@lru_cache(maxsize=64)
 def token_work(training: Training, seq_len: int, assumed: Assumptions = ASSUMED) -> TokenWork:
     """The work of one token. In full, a map's weight gradient costs another product."""
-    widths = layer_widths(training.shapes, training.adapted)
+    widths = training.widths
     passes = 1.0 if training.shapes.fused else assumed.unfused_passes
     size = training.compute_bytes
     forward = 2.0 * sum(layer.parameters for layer in widths)
@@ -231,6 +233,7 @@ def _rate(ranks: int, placement: Placement, device: Device, network: float) -> f
     return device.link if ranks <= placement.node_ranks else min(device.link, network)
 
 
+@lru_cache(maxsize=64)
 def _bytes_per_micro_batch(training: Training, placement: Placement) -> tuple[float, float]:
     """(that computation hides, exposed): gathered for forward and backward, reduced in fp32.
 

@@ -15,6 +15,7 @@ from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
 from dist_cpt.plan.families import Role
 from dist_cpt.plan.shapes import ModelShapes, Weight
+from dist_cpt.plan.widths import LayerWidths, layer_widths
 
 Group = Literal["adapter", "weights", "embeddings", "no_decay", "head"]
 EIGHT_BIT_GROUPS = ("adapter", "weights")  # optim/groups.py; `adapter` includes LoRA+'s B
@@ -32,7 +33,7 @@ class Trained:
     layer: int | None
     role: Role = "linear"  # of the weight that it is or adapts
 
-    @property
+    @cached_property
     def elements(self) -> int:
         return math.prod(self.shape)
 
@@ -47,18 +48,18 @@ class Frozen:
     role: Role = "linear"
     scales: bool = False
 
-    @property
+    @cached_property
     def elements(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         return self.elements * self.element_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Training:
-    """A model under a recipe."""
+    """A model under a recipe; equal to itself alone, so that functions of it can be cached."""
 
     shapes: ModelShapes
     trained: tuple[Trained, ...]
@@ -80,6 +81,11 @@ class Training:
     def compute_bytes(self) -> int:
         """Bytes of an element of activations and of the copies that compute."""
         return 4 if self.weights == "fp32" else 2
+
+    @cached_property
+    def widths(self) -> list[LayerWidths]:
+        """Of each layer."""
+        return layer_widths(self.shapes, self.adapted)
 
     @cached_property
     def num_trained(self) -> int:

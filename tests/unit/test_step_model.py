@@ -18,7 +18,6 @@ from dist_cpt.plan.memory import Placement, RankStep, activation_bytes_per_token
 from dist_cpt.plan.shapes import shapes_of
 from dist_cpt.plan.step_model import Assumptions, StepTime, step_time, token_work
 from dist_cpt.plan.tensors import Training, training_of
-from dist_cpt.plan.widths import layer_widths
 from tests.plan_cases import LLAMA_8B, recipe
 
 LAYERS, SEQ_LEN = 32, 4096
@@ -108,7 +107,7 @@ def test_rates_with_trained_matrices(sections, recompute, gpu, thousands):
 
 def test_activations():
     plain = training()
-    widths = layer_widths(plain.shapes, plain.adapted)
+    widths = plain.widths
     backward = activation_bytes_per_token(plain, widths[:1], recompute=False)
     working = backward - 111_600
     assert abs(backward - working - 111.6e3) <= 50

@@ -1,0 +1,140 @@
+"""What of a model would be trained, fused, quantised and sharded, and what is refused, from its config.json alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dist_cpt.errors import printable
+from dist_cpt.plan.families import FAMILIES
+from dist_cpt.plan.shapes import ModelShapes, Weight, shapes_of
+
+# config keys that change the logits after the head or inside attention, with their neutral values
+NEUTRAL = {
+    "logits_soft_cap": None,
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+    "lm_head_multiplier": 1.0,
+    "output_router_logits": False,
+}
+LAYER_TYPES = ("full_attention", "sliding_attention")  # that can keep packed documents apart
+
+
+@dataclass(frozen=True)
+class Part:
+    """Weights of all layers with the same name within their layer."""
+
+    name: str
+    layers: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """The answer for one model."""
+
+    shapes: ModelShapes
+    active_parameters: int  # that a token passes
+    trained: tuple[Part, ...]  # by LoRA on all-linear
+    not_trained: tuple[Part, ...]  # matrices of the layers that LoRA leaves out: experts, routers
+    refused: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        shapes = self.shapes
+        return {
+            "model_type": shapes.model_type,
+            "parameters": shapes.num_parameters,
+            "active_parameters": self.active_parameters,
+            "layers": shapes.num_layers,
+            "tied": shapes.tied,
+            "fused": shapes.fused,
+            "trained": [vars(part) for part in self.trained],
+            "not_trained": [vars(part) for part in self.not_trained],
+            "refused": list(self.refused),
+        }
+
+
+def check_model(config: Mapping[str, Any]) -> ModelCheck:
+    """What a run on the model of this config.json would do.
+
+    Raises:
+        ConfigError: a model type that is not in the table, or sizes that make no model.
+    """
+    shapes = shapes_of(config)
+    active = sum(weight.elements * shapes.active_share(weight) for weight in shapes.weights)
+    return ModelCheck(
+        shapes=shapes,
+        active_parameters=round(active),
+        trained=tuple(_parts(shapes.of("linear"))),
+        not_trained=tuple(_parts(shapes.of("experts", "router"))),
+        refused=tuple(refusals(config)),
+    )
+
+
+def refusals(config: Mapping[str, Any]) -> Iterator[str]:
+    """What the loss or packing would compute incorrectly, one line each."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is not None and family.refused:
+        yield family.refused
+    for key, neutral in NEUTRAL.items():
+        value = config.get(key, neutral)
+        if value is not None and value != neutral:
+            yield printable(f"{key} = {value!r} is not implemented by the loss")
+    if others := sorted(set(map(str, config.get("layer_types") or ())) - set(LAYER_TYPES)):
+        yield printable(f"layers of type {', '.join(others)} cannot separate packed documents")
+
+
+def as_text(check: ModelCheck) -> Iterator[str]:
+    """One line per question."""
+    shapes = check.shapes
+    active = f", {count(check.active_parameters)} active per token" if shapes.num_experts > 1 else ""
+    yield f"{shapes.model_type}: {count(shapes.num_parameters)} parameters{active}, {shapes.num_layers} layers"
+    yield f"LoRA on all-linear trains: {_listed(check.trained)}"
+    if check.not_trained:
+        yield f"LoRA leaves out: {_listed(check.not_trained)}; adapter.kind: none trains them"
+    pair = "one tied matrix" if shapes.tied else "two matrices"
+    rows = f"{shapes.vocab_size:,} x {shapes.hidden_size:,}, {count(shapes.head_elements)} each"
+    yield f"embeddings.train: {pair} of {rows}"
+    whole = "; experts stay in bf16" if any(part.name.startswith("mlp.experts") for part in check.not_trained) else ""
+    yield f"nf4 and int8 store the linear maps: {_listed(check.trained)}{whole}"
+    yield "fused on a GPU: " + ("layers, embeddings and loss" if shapes.fused else "embeddings and loss; no layers")
+    windows = sorted({window for window in shapes.windows if window is not None})
+    sliding = sum(window is not None for window in shapes.windows)
+    seen = (
+        f"{sliding} of {shapes.num_layers} layers look back {windows[-1]:,} tokens" if windows else "all layers see all"
+    )
+    yield f"attention: {seen}"
+    yield f"sharded by: {shapes.num_layers} decoder layers of {count(_largest_layer(shapes))} parameters"
+    yield from (f"refused: {line}" for line in check.refused)
+
+
+def _parts(weights: Iterable[Weight]) -> Iterator[Part]:
+    """By name within the layer, in the model's order."""
+    found: dict[str, list[Weight]] = defaultdict(list)
+    for weight in weights:
+        found[weight.name.partition(f".{weight.layer}.")[2].removesuffix(".weight")].append(weight)
+    for name, members in found.items():
+        yield Part(name, len(members), sum(weight.elements for weight in members))
+
+
+def _largest_layer(shapes: ModelShapes) -> int:
+    layers: dict[int | None, int] = defaultdict(int)
+    for weight in shapes.weights:
+        layers[weight.layer] += weight.elements
+    return max(size for layer, size in layers.items() if layer is not None)
+
+
+def _listed(parts: Iterable[Part]) -> str:
+    parts = tuple(parts)
+    return f"{', '.join(part.name for part in parts)} ({count(sum(part.parameters for part in parts))})"
+
+
+def count(number: int) -> str:
+    """Three digits and a unit."""
+    for size, unit in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)

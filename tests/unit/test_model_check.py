@@ -1,0 +1,145 @@
+"""`dist-cpt model-check` says what the run itself would do or refuse."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from dist_cpt.adapters.lora import target_modules
+from dist_cpt.errors import ConfigError
+from dist_cpt.model.architectures import TESTED, check_config, parts_of
+from dist_cpt.model.loss import install_loss_head
+from dist_cpt.model.self_check import self_check_packing
+from dist_cpt.plan.families import FAMILIES
+from dist_cpt.plan.model_check import NEUTRAL, as_text, check_model
+from tests.command import command
+from tests.plan_cases import model_folder
+
+LAYERS = 2
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "shared_expert_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "pad_token_id": 0,
+}
+OTHERS = {"logits_scaling": 8.0, "output_router_logits": True}
+
+
+def built(kind: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
+    """(transformers' model of two layers on the meta device, its config.json)."""
+    layers = {"n_layer" if kind == "gpt2" else "num_hidden_layers": LAYERS}
+    config = CONFIG_MAPPING[kind](**layers, **changes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return model, json.loads(config.to_json_string(use_diff=False)) | {"model_type": kind}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_lora_trains_is_what_peft_is_given(kind):
+    model, values = built(kind)
+    check = check_model(values)
+    targets = target_modules(model, "all-linear", model.get_output_embeddings())
+    adapted = {name for name, _ in model.named_modules() if any(name == t or name.endswith(f".{t}") for t in targets)}
+    assert {name.rpartition(f".{LAYERS - 1}.")[2] for name in adapted if f".{LAYERS - 1}." in name} <= {
+        part.name for part in check.trained
+    }
+    assert sum(part.layers for part in check.trained) == len(adapted)
+    assert check.shapes.num_layers == len(parts_of(model).layers)
+    last = f".{LAYERS - 1}."
+    matrices = {n.removesuffix(".weight") for n, p in model.named_parameters() if p.ndim > 1 and last in n}
+    rest = {name.partition(last)[2] for name in matrices - adapted if not name.endswith("_bias")}
+    assert {part.name for part in check.not_trained} == rest
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_it_refuses_settings_that_a_run_refuses(kind):
+    model, values = built(kind)
+    check_config(model.config)
+    refused = set(check_model(values).refused)
+    for key, value in OTHERS.items():
+        if key not in values:
+            continue
+        assert key in NEUTRAL
+        (line,) = set(check_model(values | {key: value}).refused) - refused
+        assert key in line
+        setattr(model.config, key, value)
+        with pytest.raises(ConfigError, match=key):
+            check_config(model.config)
+        setattr(model.config, key, values[key])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if kind in ("gpt_oss", "deepseek_v3") else pytest.mark.matrix)
+        for kind in FAMILIES
+        if kind not in TESTED
+    ],
+)
+def test_it_refuses_models_whose_packing_a_run_refuses(kind):
+    """The check that a run makes of an untested architecture, on a model of a few thousand weights."""
+    keys = CONFIG_MAPPING[kind]().to_dict()
+    config = CONFIG_MAPPING[kind](**{key: value for key, value in SMALL.items() if key in keys})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    head = parts_of(model).head
+    install_loss_head(head, use_reference=False, softcap=getattr(config, "final_logit_softcapping", None))
+    values = json.loads(config.to_json_string(use_diff=False)) | {"model_type": kind}
+    if check_model(values).refused:
+        with pytest.raises(ConfigError, match="packed training would not compute"):
+            self_check_packing(model)
+    else:
+        self_check_packing(model)
+
+
+def test_layers_that_cannot_separate_documents_are_refused():
+    refusal = check_model(
+        {"model_type": "qwen3", "num_hidden_layers": 2, "layer_types": ["linear_attention"] * 2}
+    ).refused
+    assert refusal == ("layers of type linear_attention cannot separate packed documents",)
+
+
+def test_experts_that_get_nothing_are_named(tmp_path):
+    ended = command("model-check", model_folder(tmp_path / "m", {"model_type": "mixtral"}))
+    assert ended.code == 0
+    (line,) = [line for line in ended.out.splitlines() if line.startswith("LoRA leaves out")]
+    assert "mlp.experts.gate_up_proj" in line
+    assert "46.7 B parameters, 12.9 B active" in ended.out.splitlines()[0]
+
+
+def test_a_refused_model_ends_with_64_and_the_reason(tmp_path):
+    folder = model_folder(tmp_path / "m", {"model_type": "granite", "logits_scaling": 8.0})
+    ended = command("model-check", folder, "--json")
+    assert ended.code == 64
+    assert json.loads(ended.out)["refused"] == ["logits_scaling = 8.0 is not implemented by the loss"]
+    assert len(ended.error_lines) == 1
+    ended = command("model-check", model_folder(tmp_path / "m", {"model_type": "mamba2"}))
+    assert (ended.code, len(ended.err.splitlines())) == (64, 1)
+
+
+def test_every_line_is_short_of_a_traceback():
+    for kind in FAMILIES:
+        assert len(list(as_text(check_model({"model_type": kind})))) >= 7
