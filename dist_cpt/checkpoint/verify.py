@@ -10,8 +10,8 @@ from pathlib import Path
 from dist_cpt.checkpoint.plan_files import files_by_rank
 from dist_cpt.checkpoint.quick_check import quick_check
 from dist_cpt.checkpoint.safetensors_stream import file_sha256, scan
-from dist_cpt.data.store import TokenStore
-from dist_cpt.errors import CheckpointError, DataError
+from dist_cpt.data.store_check import check_store
+from dist_cpt.errors import CheckpointError
 from dist_cpt.run_folder.checkpoints import published, read_manifest
 from dist_cpt.run_folder.manifest import Manifest
 from dist_cpt.run_folder.names import INITIAL_ADAPTER
@@ -54,7 +54,7 @@ def verify_run(run_folder: Path) -> dict[str, list[str]]:
 
 
 def verify_stores(run_folder: Path) -> dict[str, list[str] | None]:
-    """The problems of every token store of a run by folder name, as far as the first; None for one that is not here.
+    """The problems of every token store of a run by folder name, block plans included; None for one that is not here.
 
     Stores are looked for where the newest readable checkpoint had them, then in a cache beside the run.
     """
@@ -69,11 +69,7 @@ def verify_stores(run_folder: Path) -> dict[str, list[str] | None]:
         here = next((place for place in (folder, beside) if place.is_dir()), None)
         problems[folder.name] = None
         if here is not None:
-            try:
-                TokenStore.open(here, verify=True)
-                problems[folder.name] = []
-            except DataError as error:
-                problems[folder.name] = [error.message]
+            problems[folder.name] = check_store(here).problems
     return problems
 
 

@@ -24,6 +24,7 @@ from dist_cpt.report.held_out import held_out_sets
 from dist_cpt.report.ledger import saved_checkpoints, token_ledger
 from dist_cpt.report.values import duration, large, number
 from dist_cpt.run_folder.contents import RunFiles, read_run
+from dist_cpt.run_folder.json_files import remove_quietly
 from dist_cpt.run_folder.names import REPORT
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -53,7 +54,7 @@ def write_page(html: str, target: Path) -> Path:
         temporary.write_bytes(page)
         os.replace(temporary, target)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        remove_quietly(temporary)
         raise WriteError(f"{target} cannot be written: {error.strerror}", remedy="free space and try again") from error
     return target
 

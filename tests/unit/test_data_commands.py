@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +174,31 @@ def test_prepare_writes_the_page_into_the_store(store: Path, tokenizer: Path, tm
     (page,) = (tmp_path / "data").glob("corpus-*/report.html")
     assert "one text" in page.read_text()
     assert command("data", "verify", page.parent).code == 0
+
+
+@pytest.mark.matrix
+def test_a_store_on_a_read_only_file_system_is_prepared_from(store: Path, tokenizer: Path, tmp_path: Path) -> None:
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs the right to")
+    source, given = (
+        shutil.copytree(store, tmp_path / "source", ignore=shutil.ignore_patterns("blocks-*", "*.html")),
+        tmp_path / "ro",
+    )
+    given.mkdir()
+    recipe = tmp_path / "recipe.yaml"
+    data = {"seq_len": 32, "tokenizer": str(tokenizer), "sources": [{"store": str(given)}]}
+    values = {"name": "t", "output_dir": str(tmp_path), "adapter": {"kind": "none"}, "data": data}
+    values |= {"model": {"config": {"model_type": "llama"}}, "batch": {"global_tokens": 32}, "train": {"tokens": 32}}
+    recipe.write_text(json.dumps(values))
+    mount = f"mount --bind {source} {given} && mount -o remount,ro,bind {given}"
+    prepare_there = f"{sys.executable} -m dist_cpt.cli prepare {recipe} --json"
+    ended = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f"{mount} && {prepare_there}"], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["sources"][0]["documents"] == len(TEXTS)
+    assert len(list((tmp_path / "data").glob("blocks-32-*/pieces.npy"))) == 1
+    assert not list(source.glob("*.html*"))
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "tokens.idx", "tokenizer.json", "blocks"])
