@@ -1,7 +1,8 @@
 """The model of a step as tables: nothing is measured, no GPU and no torch is needed.
 
 Llama-3.1-8B by part on an H100 and an H200; each recipe of recipes/ on its GPUs; and what others have published beside
-what the model says of the same setting. `--write` puts the tables into docs/performance.md.
+what the model says of the same setting. `--write` puts the tables into docs/performance.md, and figures into the
+headers of the recipes.
 
     python benchmarks/roofline.py [--json | --write]
 """
@@ -13,6 +14,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +131,10 @@ def by_part(accumulation: int = 8) -> dict[str, dict[str, StepTime]]:
     }
 
 
-def recipes() -> Iterator[tuple[str, int, dict[str, tuple[Way | None, Way | None]]]]:
+@cache
+def recipes() -> list[tuple[str, int, dict[str, tuple[Way | None, Way | None]]]]:
     """(recipe, GPUs of its header, by GPU: its own way and the fastest that keeps its weights)."""
+    rows = []
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         config = load_recipe(path)
         stated = re.search(r"--procs-per-node (\d+)", path.read_text())
@@ -139,7 +143,8 @@ def recipes() -> Iterator[tuple[str, int, dict[str, tuple[Way | None, Way | None
         named = [model for name, model in MODELS.items() if path.stem.startswith(name)]
         values = config.model.config or named[0]
         plans = {gpu: make_plan(config, values, machine_of(gpu, 1, gpus, NETWORK)) for gpu in GPUS}
-        yield path.stem, gpus, {gpu: (plan.own, _fastest(plan.ways, config)) for gpu, plan in plans.items()}
+        rows.append((path.stem, gpus, {gpu: (plan.own, _fastest(plan.ways, config)) for gpu, plan in plans.items()}))
+    return rows
 
 
 def _fastest(ways: tuple[Way, ...], config: RunConfig) -> Way | None:
@@ -211,6 +216,15 @@ def page_with_tables(text: str) -> str:
     return text
 
 
+def headers() -> Iterator[tuple[Path, str]]:
+    """(recipe, its text with the model's figures in the line on its hardware)."""
+    for name, _, ways in recipes():
+        path, own = ROOT / "recipes" / f"{name}.yaml", ways["h100"][0]
+        assert own is not None
+        figures = f"{own.peak_bytes / 1e9:.1f} GB each, {own.tokens_per_second:,.0f} tokens/s on H100s"
+        yield path, re.sub(r"(By the model of a step, not measured:).*", rf"\1 {figures}.", path.read_text(), count=1)
+
+
 def as_json() -> dict[str, Any]:
     """Every figure, unrounded."""
     ways = {name: {gpu: own and vars(own.memory) for gpu, (own, _) in by.items()} for name, _, by in recipes()}
@@ -227,12 +241,14 @@ def as_json() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--write", action="store_true", help="into docs/performance.md")
+    parser.add_argument("--write", action="store_true", help="into docs/performance.md and recipes/")
     arguments = parser.parse_args()
     if arguments.json:
         print(json.dumps(as_json(), indent=1))
     elif arguments.write:
         PAGE.write_text(page_with_tables(PAGE.read_text()))
+        for path, text in headers():
+            path.write_text(text)
     else:
         for name, lines in tables():
             print(f"{name} (by the model, not measured)", *lines, "", sep="\n")

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md are what benchmarks/roofline.py prints now."""
+"""The tables of docs/performance.md and the headers of recipes are what benchmarks/roofline.py prints now."""
 
 from __future__ import annotations
 
@@ -25,3 +25,8 @@ def test_the_page_has_the_models_tables():
     text = module.PAGE.read_text()
     assert text.count("benchmarks/roofline.py --write -->") == 3
     assert module.page_with_tables(text) == text
+    headers = dict(module.headers())
+    assert len(headers) == len(list((ROOT / "recipes").glob("*.yaml")))
+    for path, header in headers.items():
+        assert "By the model of a step, not measured: " in header
+        assert path.read_text() == header

@@ -252,7 +252,7 @@ def test_a_new_adapter_on_the_merged_model_of_stage_one(made, conversations, tmp
     from dist_cpt.export.merge import merge
 
     base, corpus = made
-    name = "llama3-8b_lora_zero3_8xH100"
+    name = "llama3-8b_lora_fsdp_8xH100"
     data = {
         "sources": [{"path": str(corpus)}],
         "validation": [{"name": "held-out", "path": str(corpus.parent / "held-out.jsonl")}],
