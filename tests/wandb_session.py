@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 from dist_cpt.config.schema import RunConfig
-from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
+from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, SourceSize, StepRecord
+from dist_cpt.run_folder.train_state import SourceCounts
 from dist_cpt.train.wandb import WandbObserver
 
 
@@ -43,13 +45,15 @@ def start(folder: Path, **changes: object) -> RunStart:
         "wandb_run_id": "0a1b2c3d",
         "contract": {},
         "attempt": 0,
+        "sources": (SourceSize("law", 20, 1200, 1.0),),
     }
     return RunStart(**(values | changes))  # type: ignore[arg-type]
 
 
 def record(step: int, loss: float = 2.0) -> StepRecord:
-    return StepRecord(
-        step, loss, None, True, 1, {"adapter": 1e-4}, (0, 2), 120, 120, {"law": 124}, 1000.0, 0.12, 1.5, 0
+    row = StepRecord(step, loss, None, True, 1, {"adapter": 1e-4}, (0, 2), 120, 120, {"law": 124}, 1000.0, 0.12, 1.5, 0)
+    return replace(
+        row, batch_tokens=128 * step, totals_by_source={"law": SourceCounts(2 * step, 124 * step, 120 * step)}
     )
 
 

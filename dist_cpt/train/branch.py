@@ -124,11 +124,16 @@ def _checkpoint(run: Path, step: int) -> Path:
     raise CheckpointError(f"{run} has no checkpoint of step {step}", remedy=f"its checkpoints are of steps: {steps}")
 
 
+def settled(recipe: RunConfig, state: TrainState) -> RunConfig:
+    """A run's recipe with its length in tokens, which of `train.epochs` its checkpoints know."""
+    if recipe.train.tokens is not None:
+        return recipe
+    return with_tokens(recipe, int(state.schedule["num_steps"]) * recipe.batch.global_tokens)
+
+
 def _branched_recipe(run: Path, state: TrainState, name: str, overrides: Sequence[str]) -> RunConfig:
     """The run's recipe with the overrides, under which what has passed stays as it was."""
-    recipe = recipe_of(run)
-    if recipe.train.tokens is None:  # whose epochs the run has counted
-        recipe = with_tokens(recipe, state.schedule["num_steps"] * recipe.batch.global_tokens)
+    recipe = settled(recipe_of(run), state)
     values = recipe.model_dump(mode="json")
     changed = apply_overrides(values, overrides)
     given = {item.partition("=")[0].strip() for item in overrides}

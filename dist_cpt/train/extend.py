@@ -17,13 +17,13 @@ from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import EXIT_STOPPED, CheckpointError, ConfigError
 from dist_cpt.health.rivals import living
 from dist_cpt.optim.continued_schedule import last_step_before_decay, pinned, require_extendable
-from dist_cpt.run_folder.checkpoints import published, read_manifest, step_of
+from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state, step_of
 from dist_cpt.run_folder.claim import claim
 from dist_cpt.run_folder.lineage import Lineage, group_of, lineage_content
 from dist_cpt.run_folder.metrics import MetricsFile
 from dist_cpt.run_folder.names import EXIT, LINEAGE, MANIFEST
 from dist_cpt.storage import read_bytes
-from dist_cpt.train.branch import recipe_of
+from dist_cpt.train.branch import recipe_of, settled
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,12 @@ def extend(run: Path, tokens: int) -> Extended:
     Where the decay has begun, what came after the newest checkpoint before it is moved aside.
 
     Raises:
-        ConfigError: not more tokens, a length in epochs, a schedule that decays over the whole run, or another process
-            trains in it.
+        ConfigError: not more tokens, a schedule that decays over the whole run, or another process trains in it.
         CheckpointError: there is no checkpoint to continue from.
         WriteError: the run folder cannot be written.
     """
-    recipe = recipe_of(run)
-    if recipe.train.tokens is None:
-        raise ConfigError(
-            f"the length of {run} is train.epochs: {recipe.train.epochs:g}, not a number of tokens",
-            remedy="resume it with --set train.epochs=N --accept-changes train.epochs",
-        )
+    recorded = recipe_of(run)
+    recipe = settled(recorded, read_state(_newest(run, None)))
     longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"tokens": tokens})})
     if num_steps(longer) <= num_steps(recipe):
         raise ConfigError(
@@ -88,7 +83,7 @@ def extend(run: Path, tokens: int) -> Extended:
         changed={} if saved is None else differences(saved, config),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    _record(run, recipe, config, entry)
+    _record(run, recorded, config, entry)
     return Extended(run, config, step, decays_after if newest > step else None)
 
 

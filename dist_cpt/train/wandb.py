@@ -104,8 +104,10 @@ class WandbObserver:
         self._init_timeout_seconds = init_timeout_seconds
         self._finish_timeout_seconds = finish_timeout_seconds
         self._run: Any = None
+        self._blocks: dict[str, int] = {}  # of each source
 
     def on_start(self, start: RunStart) -> None:
+        self._blocks = {source.name: source.blocks for source in start.sources}
         if self.mode == "online":
             try:
                 self._run = self._init(start, "online")
@@ -129,16 +131,19 @@ class WandbObserver:
         self._guarded(self._define_axes)
 
     def on_step(self, record: StepRecord) -> None:
+        totals = record.totals_by_source.items()
         row = {
             "train/loss": record.loss,
             "train/grad_norm": record.grad_norm,
             "train/skipped_total": record.skipped_total,
             "train/tokens": record.tokens,
+            "train/batch_tokens": record.batch_tokens,
             "train/tokens_per_second": record.tokens_per_second,
             "train/step_seconds": record.step_seconds,
             "train/memory_gib": record.memory_gib,
             **{f"lr/{group}": value for group, value in record.lr.items()},
             **{f"tokens/{source}": value for source, value in record.tokens_by_source.items()},
+            **{f"epochs/{source}": counts.blocks / self._blocks[source] for source, counts in totals if counts.blocks},
         }
         self._log(record.step, record.attempt, row)
 

@@ -17,6 +17,7 @@ from dist_cpt.report.report import report_html
 from dist_cpt.run_folder.audit import record_problems
 from dist_cpt.run_folder.checkpoints import published, read_state
 from dist_cpt.run_folder.contents import read_run
+from dist_cpt.train.branch import branch
 from tests import tiny
 from tests.whole_run import StopAfter, built, rows, train
 
@@ -42,6 +43,8 @@ def test_one_ledger_over_a_stop_and_a_resume(values, tmp_path, capfd):
     run = tmp_path / "tiny"
     assert train(values, StopAfter(run / "metrics.jsonl", 4)) == 75
     state = read_state(published(run)[0])
+    branched = branch(run, 4, "branched").config  # which has no data to resolve epochs by
+    assert (branched.train.tokens, branched.train.epochs) == (state.schedule["num_steps"] * 8 * tiny.SEQ_LEN, None)
     assert train(values) == 0
     assert record_problems(run) == []
     metrics = rows(run / "metrics.jsonl")

@@ -69,6 +69,7 @@ def test_two_offline_sessions_share_one_run_id(tmp_path: Path, capfd: pytest.Cap
     assert all((folder / "wandb" / name / f"run-{run_id}.wandb").stat().st_size > 0 for name in sessions)
     assert b"train/tokens_per_second" in written(folder)
     assert b"eval/law/perplexity" in written(folder)
+    assert b"epochs/law" in written(folder)
     assert [line.split(";")[0] for line in messages] == [f"W&B: offline, run {run_id}"] * 2
     assert capfd.readouterr() == ("", "")
 
