@@ -32,12 +32,12 @@ from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.sources import find_files
 from dist_cpt.data.tokenizer import load_run_tokenizer, tokenizer_hash
 from dist_cpt.data.tokenizer_train import corpus_texts
-from dist_cpt.errors import ConfigError, DataError
+from dist_cpt.errors import ConfigError, DataError, WriteError
 from dist_cpt.export.checkpoint_model import fit_vocabulary
 from dist_cpt.export.generate import prompt_ids, require_positions
 from dist_cpt.export.sampled_text import Sampler
 from dist_cpt.model.base_model import base_sha256s, load_base
-from dist_cpt.run_folder.json_files import cannot_write, parse_row, read_object, write_object
+from dist_cpt.run_folder.json_files import parse_row, read_object, write_object
 
 DOCUMENTS = "documents.jsonl"
 HIDDEN = ".replay"  # sources leave hidden entries out
@@ -117,7 +117,10 @@ def replay(
                 write_object(out / REPORT, summary(unfinished) | {"settings": settings})
                 os.replace(unfinished, finished)
     except OSError as error:
-        raise cannot_write(out, error) from error
+        raise WriteError(
+            f"{out} cannot be written: {error.strerror}",
+            remedy="free space, or give another --out; the same command continues after the documents that are there",
+        ) from error
     return read_object(out / REPORT)
 
 
@@ -200,7 +203,9 @@ def _with_own_tokenizer(config: RunConfig) -> RunConfig:
 def _settings(config: RunConfig, tokenizer: Any, options: ReplayOptions) -> dict[str, Any]:
     """What the documents are a function of; files by their sha256."""
     prior = config.adapter.continue_from
-    found = [file for path in options.seeds for file in find_files(path, Path(path).name).files]
+    found = [
+        file for path in options.seeds for file in find_files(path, Path(path).name).files if isinstance(file, Path)
+    ]
     files = [file for path in found for file in ([path] if path.is_file() else sorted(path.rglob("*.arrow")))]
     return asdict(options) | {
         "seeds": [file_sha256(file) for file in files],
@@ -282,6 +287,13 @@ def _sampler(config: RunConfig, tokenizer: Any, options: ReplayOptions, base_sha
         adapter.fold(model)
     assert options.max_document_tokens is not None
     require_positions(model, options.beginning_tokens, options.max_document_tokens)
+    trained_for = getattr(model.config, "max_position_embeddings", None)
+    if trained_for is not None and options.beginning_tokens + options.max_document_tokens > trained_for:
+        raise ConfigError(
+            f"a document of {options.beginning_tokens} and {options.max_document_tokens} tokens is longer than the "
+            f"{trained_for} positions of the model",
+            remedy=f"use at most --max-document-tokens {trained_for - options.beginning_tokens}",
+        )
     model.generation_config = type(model.generation_config)()  # the base's own may have penalties
     return Sampler(
         model.to(device).eval(),

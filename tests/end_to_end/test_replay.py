@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from dist_cpt.data.prepare import data_report, prepare
-from dist_cpt.errors import ConfigError, DataError
+from dist_cpt.errors import ConfigError, DataError, WriteError
 from dist_cpt.export.replay import DOCUMENTS, REPORT, UNFINISHED, ReplayOptions, replay, summary
 from dist_cpt.export.sampled_text import Sampler
 from tests import tiny
@@ -168,6 +168,10 @@ def test_refusals(place, tmp_path):
         sample(place, out, 100, replace(OPTIONS, temperature=0.5))
     with pytest.raises(ConfigError, match="temperature"):
         ReplayOptions(temperature=0.0)
+    with pytest.raises(ConfigError, match="at most --max-document-tokens 255"):
+        sample(place, tmp_path / "long", options=ReplayOptions(max_document_tokens=256))
+    with pytest.raises(WriteError, match="cannot be written"):
+        sample(place, Path("/proc/replay"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("x")
     with pytest.raises(ConfigError, match="other files"):
