@@ -165,6 +165,9 @@ class EmbeddingsConfig(Frozen):
     """`untie` makes the head of a tied base a separate copy of its embedding."""
 
 
+MAX_RECORD_BYTES = 2_000_000_000  # a store counts the tokens of a document in 31 bits
+
+
 class TextConfig(Frozen):
     """Where text comes from, and which fields of its records are read."""
 
@@ -262,6 +265,8 @@ class DataConfig(Frozen):
     """Whether a document begins with the BOS token; with `auto` it does if the tokenizer begins texts with it."""
     on_bad_record: Literal["error", "skip", "quarantine"] = "error"
     """What an unreadable record does: end the run with exit code 65, be left out, or be left out and kept in a file."""
+    max_record_bytes: int = Field(default=MAX_RECORD_BYTES, ge=1, le=MAX_RECORD_BYTES)
+    """Bytes of the largest record; a larger one is a bad record."""
     bad_record_budget_fraction: float = Field(default=0.001, ge=0.0, le=1.0)
     """Fraction of a source's records that may be left out before the run ends with exit code 65."""
     deduplicate: Literal["none", "exact", "near"] = "none"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_cpt.config.resolve import is_template_text
 from dist_cpt.data.containers import BadRecord, Fields, RawRecord
+from dist_cpt.data.cut_text import Cutter
 from dist_cpt.data.encode import Encoded, Rejected, Source, gather
 from dist_cpt.data.sources import Parse, Record, field_of, string_field, valid_text
 from dist_cpt.data.store import LabelKind
@@ -70,6 +71,7 @@ class ConversationEncoder:
     """Conversations -> ids, with 1 for every token of an answer and 0 for all others."""
 
     label_kind: LabelKind | None = "answers"
+    cutter: Cutter | None = None
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str, seq_len: int) -> None:
         self._backend = unpadded_copy(tokenizer.backend_tokenizer)

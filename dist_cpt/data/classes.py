@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_cpt.config.schema import ClassifyConfig
 from dist_cpt.data.containers import BadRecord, RawRecord
+from dist_cpt.data.cut_text import Cutter
 from dist_cpt.data.encode import Encoded, Rejected, Source, gather
 from dist_cpt.data.sources import Parse, Record, field_of, text_of
 from dist_cpt.data.store import LabelKind
@@ -27,6 +28,7 @@ class ExampleEncoder:
     """(text, class) -> ids and the class."""
 
     label_kind: LabelKind | None = "classes"
+    cutter: Cutter | None = None
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, classify: ClassifyConfig, seq_len: int) -> None:
         self._backend = unpadded_copy(tokenizer.backend_tokenizer)

@@ -18,14 +18,16 @@ import stat
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from dist_cpt.config.schema import MAX_RECORD_BYTES
 from dist_cpt.data.hub import HubDataset, open_stream, rows
+from dist_cpt.data.long_text import LONG_BYTES, LongLine, LongText, TextSpool
 from dist_cpt.data.megatron import MegatronPair
 from dist_cpt.errors import DataError
 from dist_cpt.storage import PatientFile, is_there, patiently
@@ -55,7 +57,7 @@ class RawRecord:
     """One record as its file holds it. `where` is `file`, `file:line` or `file:row`, counted from 1."""
 
     where: str
-    content: bytes | Fields | np.ndarray  # a text or a line of JSON, an object, or token ids
+    content: bytes | Fields | np.ndarray | LongText  # a text or a line of JSON, an object, or token ids
     is_text: bool = False
     bad: BadRecord | None = None  # why the record cannot be read
 
@@ -65,22 +67,24 @@ class RawRecord:
             raise self.bad
         if isinstance(self.content, dict):
             return self.content
-        if self.is_text or isinstance(self.content, np.ndarray):
+        if self.is_text or not isinstance(self.content, bytes):
             raise BadRecord("no_fields", "a file of text or tokens has no fields")
         return json_object(self.content)
 
     @property
     def raw(self) -> bytes:
-        """The bytes to keep of a bad record: those of the file, or an object as JSON."""
+        """The bytes to keep of a bad record: those of the file, an object as JSON, or the beginning of a long text."""
         if isinstance(self.content, dict):
             return json.dumps(self.content, default=str).encode()
+        if isinstance(self.content, LongText):
+            return str(self.content).encode()
         return self.content if isinstance(self.content, bytes) else self.content.tobytes()
 
     @property
     def num_bytes(self) -> int:
         """About what the record takes in memory."""
         if isinstance(self.content, dict):
-            return sum(len(value) for value in self.content.values() if isinstance(value, str))
+            return sum(len(value) for value in self.content.values() if isinstance(value, str | LongText))
         return self.content.nbytes if isinstance(self.content, np.ndarray) else len(self.content)
 
 
@@ -88,11 +92,16 @@ def json_object(raw: bytes) -> Fields:
     """The object on one line of jsonl; BadRecord if it is not valid UTF-8, not JSON, or not an object."""
     try:
         record: Any = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRecord("invalid_utf8", f"invalid UTF-8 at byte {error.start} of the line") from None
     except (ValueError, RecursionError) as error:
-        raise BadRecord("bad_json", f"not valid JSON ({error})") from None
+        raise _not_json(error) from None
     return _object(record)
+
+
+def _not_json(error: ValueError | RecursionError, *, in_piece: bool = False) -> BadRecord:
+    if isinstance(error, UnicodeDecodeError):  # a piece of a long line does not know where it begins
+        place = "in" if in_piece else f"at byte {error.start} of"
+        return BadRecord("invalid_utf8", f"invalid UTF-8 {place} the line")
+    return BadRecord("bad_json", f"not valid JSON ({error})")
 
 
 def _object(value: Any) -> Fields:
@@ -111,8 +120,20 @@ class Part:
     end: int | None = None
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How large a record may be, and where texts too long for memory may be kept; None: every record is in memory."""
+
+    max_record_bytes: int = MAX_RECORD_BYTES
+    spool: Path | None = None
+
+    def too_large(self, num_bytes: int) -> BadRecord:
+        """The reason of a larger record."""
+        return BadRecord("too_large", f"{num_bytes} bytes, more than data.max_record_bytes {self.max_record_bytes}")
+
+
 Records = Iterator[RawRecord | None]  # None: a blank line
-Read = Callable[[BinaryIO, str], Records]  # (stream, name for messages)
+Read = Callable[[BinaryIO, str, Limits], Records]  # (stream, name for messages, limits)
 
 
 def suffix_of(name: str) -> str | None:
@@ -177,7 +198,9 @@ def _row_groups(path: Path, unit_bytes: int) -> list[tuple[int, int]]:
     return parts
 
 
-def read_container(part: Part, ignore: Sequence[str] = (), split: str | None = None) -> Records:
+def read_container(
+    part: Part, ignore: Sequence[str] = (), split: str | None = None, limits: Limits | None = None
+) -> Records:
     """The records of one file or a part of it, of a folder that `datasets` saved, or of a data set on the hub; None
     stands for a blank line.
 
@@ -189,7 +212,7 @@ def read_container(part: Part, ignore: Sequence[str] = (), split: str | None = N
         StorageError: the file system does not answer.
         OSError: no such file, or not a regular one.
     """
-    path = part.path
+    path, limits = part.path, limits or Limits()
     if isinstance(path, HubDataset):
         stream = open_stream(path)
         for shard in range(stream.num_shards)[part.start : part.end]:  # damage in one hides no other
@@ -199,20 +222,23 @@ def read_container(part: Part, ignore: Sequence[str] = (), split: str | None = N
     elif part.end is not None:
         read = _lines_from if path.suffix.lower() == ".jsonl" else _parquet
         with io.BufferedReader(PatientFile(path), _READ_BYTES) as file:
-            yield from _until_damage(read(file, str(path), part.start, part.end), str(path))
+            yield from _until_damage(read(file, str(path), limits, part.start, part.end), str(path))
     elif path.suffix.lower() == ".idx":
         yield from _until_damage(_megatron(path), str(path))
     else:
         with io.BufferedReader(PatientFile(path), _READ_BYTES) as file:
-            yield from _read(file, path.name, str(path), ignore)
+            yield from _read(file, path.name, str(path), ignore, limits)
 
 
-def _read(stream: BinaryIO, name: str, where: str, ignore: Sequence[str]) -> Records:
+def _read(stream: BinaryIO, name: str, where: str, ignore: Sequence[str], limits: Limits) -> Records:
     suffix = suffix_of(name)
     assert suffix is not None  # the caller has asked
     format_ = next(known for known in _FORMATS if suffix.startswith(known))
     opened = stream if suffix == format_ else _OPEN[suffix.removeprefix(format_)](stream)
-    records = _archive(opened, where, ignore) if format_ == ".tar" else _READ[format_](opened, where)
+    if format_ == ".tar":
+        records = _archive(opened, where, ignore, limits)
+    else:
+        records = _READ[format_](opened, where, limits)
     yield from _until_damage(records, where)
 
 
@@ -228,18 +254,78 @@ def _until_damage(records: Records, where: str) -> Records:
         yield RawRecord(where, b"", bad=BadRecord("damaged_file", detail))
 
 
-def _text(stream: BinaryIO, where: str) -> Records:
-    yield RawRecord(where, stream.read(), is_text=True)
+def _text(stream: BinaryIO, where: str, limits: Limits) -> Records:
+    """The whole file, which is not held in memory if it is long and there is a place for it."""
+    pieces, num_bytes = [], 0
+    spool: TextSpool | None = None
+    while (block := stream.read(_READ_BYTES)) and num_bytes <= limits.max_record_bytes:
+        num_bytes += len(block)
+        pieces.append(block)
+        if spool is None and limits.spool is not None and num_bytes > LONG_BYTES:
+            spool, pieces[0] = TextSpool(limits.spool), pieces[0].removeprefix(_BYTE_ORDER_MARK)
+        while spool is not None and pieces:
+            spool.write_bytes(pieces.pop(0))
+    if num_bytes > limits.max_record_bytes:
+        yield RawRecord(where, b"".join(pieces), is_text=True, bad=limits.too_large(num_bytes))
+    elif spool is None:
+        yield RawRecord(where, b"".join(pieces), is_text=True)
+    else:
+        spool.write_bytes(b"", last=True)
+        yield RawRecord(where, spool.finish(), is_text=True)
 
 
-def _lines(lines: Iterable[bytes], where: str, *, is_start: bool = True) -> Records:
-    """One object per line. Lines end at \\n only: U+2028 may occur inside a string."""
-    for number, line in enumerate(lines, start=1):
+def _jsonl(stream: BinaryIO, where: str, limits: Limits) -> Records:
+    return _lines(stream, where, limits)
+
+
+def _lines(stream: BinaryIO, where: str, limits: Limits, at: int = 0, end: int | None = None) -> Records:
+    """One object per line that starts before `end`. Lines end at \\n only: U+2028 may occur inside a string."""
+    is_start, number = at == 0, 0
+    while (end is None or at < end) and (line := stream.readline(LONG_BYTES)):
+        number, at = number + 1, at + len(line)
+        place = f"{where}:{number}"
         raw = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 and is_start else line
-        yield RawRecord(f"{where}:{number}", raw) if raw and not raw.isspace() else None
+        if len(line) == LONG_BYTES and not line.endswith(b"\n"):
+            record, num_bytes = _long_line(raw, stream, place, limits)
+            at += num_bytes
+            yield record
+        elif len(line) > limits.max_record_bytes:
+            yield RawRecord(place, line, bad=limits.too_large(len(line)))
+        else:
+            yield RawRecord(place, raw) if raw and not raw.isspace() else None
 
 
-def _lines_from(stream: BinaryIO, where: str, start: int, end: int) -> Records:
+def _long_line(line: bytes, stream: BinaryIO, where: str, limits: Limits) -> tuple[RawRecord, int]:
+    """The record of a line that begins with `line`, and the number of bytes that follow."""
+    kept, reader = [line], None if limits.spool is None else LongLine(limits.spool)
+    num_bytes, bad, piece = len(line), None, line
+    while piece:
+        if num_bytes > limits.max_record_bytes:
+            kept.clear()
+        elif reader is not None and bad is None:
+            try:
+                reader.feed(kept.pop())
+            except ValueError as error:
+                bad = _not_json(error, in_piece=True)
+        piece = b"" if piece.endswith(b"\n") else stream.readline(_READ_BYTES)
+        num_bytes += len(piece)
+        if piece and num_bytes <= limits.max_record_bytes and bad is None:
+            kept.append(piece)
+    more = num_bytes - len(line)
+    if num_bytes > limits.max_record_bytes:
+        return RawRecord(where, b"", bad=limits.too_large(num_bytes)), more
+    if reader is None:
+        return RawRecord(where, b"".join(kept)), more
+    try:
+        return RawRecord(where, b"" if bad else _object(reader.finish()), bad=bad), more
+    except BadRecord as error:
+        bad = error
+    except (ValueError, RecursionError) as error:
+        bad = _not_json(error, in_piece=True)
+    return RawRecord(where, b"", bad=bad), more
+
+
+def _lines_from(stream: BinaryIO, where: str, limits: Limits, start: int, end: int) -> Records:
     """The lines that start in bytes [start, end)."""
     at = max(start - 1, 0)
     stream.seek(at)
@@ -248,21 +334,15 @@ def _lines_from(stream: BinaryIO, where: str, start: int, end: int) -> Records:
         at += len(piece)
         if not piece or piece.endswith(b"\n"):
             break
-    yield from _lines(_until(stream, at, end), where, is_start=start == 0)
+    yield from _lines(stream, where, limits, at, end)
 
 
-def _until(stream: BinaryIO, at: int, end: int) -> Iterator[bytes]:
-    while at < end and (line := stream.readline()):
-        at += len(line)
-        yield line
-
-
-def _json(stream: BinaryIO, where: str) -> Records:
+def _json(stream: BinaryIO, where: str, limits: Limits) -> Records:
     """One array of objects, or one object per line."""
     head = stream.read(_READ_BYTES)
     start = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
     if not start.startswith(b"["):
-        yield from _lines(io.BufferedReader(_Behind(head, stream)), where)
+        yield from _lines(io.BufferedReader(_Behind(head, stream)), where, limits)
         return
     reader = io.TextIOWrapper(io.BufferedReader(_Behind(start[1:], stream)), encoding="utf-8")
     decoder, text, number = json.JSONDecoder(), "", 0
@@ -273,6 +353,8 @@ def _json(stream: BinaryIO, where: str) -> Records:
         try:
             value, end = decoder.raw_decode(text)
         except ValueError as error:
+            if len(text) > limits.max_record_bytes:
+                raise limits.too_large(len(text)) from None
             more = reader.read(max(_READ_BYTES, len(text)))
             if not more:
                 raise BadRecord("bad_json", f"not valid JSON after element {number} of the array ({error})") from None
@@ -301,7 +383,7 @@ class _Behind(io.RawIOBase):
         return len(data)
 
 
-def _csv(stream: BinaryIO, where: str) -> Records:
+def _csv(stream: BinaryIO, where: str, limits: Limits) -> Records:
     """One object per row, named by the first row; a file that ends in .tsv has tabs."""
     csv.field_size_limit(2**31 - 1)  # the default refuses documents above 128 KiB
     lines = (line.decode("utf-8", "surrogateescape") for line in stream)  # a bad byte spoils its record only
@@ -326,7 +408,7 @@ def _csv(stream: BinaryIO, where: str) -> Records:
             yield RawRecord(f"{where}:{reader.line_num}", json.dumps(row).encode(), bad=bad)
 
 
-def _parquet(stream: BinaryIO, where: str, start: int = 0, end: int | None = None) -> Records:
+def _parquet(stream: BinaryIO, where: str, limits: Limits, start: int = 0, end: int | None = None) -> Records:
     """The rows of row groups [start, end), counted from the file's first."""
     import pyarrow.parquet as parquet
 
@@ -336,7 +418,7 @@ def _parquet(stream: BinaryIO, where: str, start: int = 0, end: int | None = Non
     yield from _rows(file.iter_batches(_ROWS, row_groups=groups[start:end]), where, before)
 
 
-def _arrow(stream: BinaryIO, where: str) -> Records:
+def _arrow(stream: BinaryIO, where: str, limits: Limits) -> Records:
     """Arrow's IPC format: a file, or a stream such as `datasets` writes."""
     import pyarrow as pa
 
@@ -394,7 +476,7 @@ def _seekable(stream: BinaryIO) -> BinaryIO:
     return stream if isinstance(stream, io.BufferedReader) and stream.seekable() else io.BytesIO(stream.read())
 
 
-def _archive(stream: BinaryIO, where: str, ignore: Sequence[str]) -> Records:
+def _archive(stream: BinaryIO, where: str, ignore: Sequence[str], limits: Limits) -> Records:
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
             name = PurePosixPath(member.name)
@@ -407,7 +489,7 @@ def _archive(stream: BinaryIO, where: str, ignore: Sequence[str]) -> Records:
                 raise DataError(f"{place} is not read", remedy=f"name it in the source's ignore, or use {FORMATS}")
             content = archive.extractfile(member)
             assert content is not None  # of a regular file
-            yield from _read(io.BytesIO(content.read()), name.name, place, ignore)
+            yield from _read(io.BytesIO(content.read()), name.name, place, ignore, limits)
 
 
 def _dataset(folder: Path, split: str | None) -> Records:
@@ -456,7 +538,7 @@ _OPEN: dict[str, Callable[[BinaryIO], Any]] = {
     ".bz2": bz2.BZ2File,
 }
 _READ: dict[str, Read] = {
-    ".jsonl": _lines,
+    ".jsonl": _jsonl,
     ".json": _json,
     ".txt": _text,
     ".md": _text,

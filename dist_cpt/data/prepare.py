@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dist_cpt.config.schema import DataConfig, RunConfig, SourceConfig, StageConfig
+from dist_cpt.config.schema import MAX_RECORD_BYTES, DataConfig, RunConfig, SourceConfig, StageConfig
 from dist_cpt.data.assemble import append_units, hashed_inputs, join_counts
 from dist_cpt.data.block_plan import BlockPlan, PlanKey, block_plan
 from dist_cpt.data.chat import ConversationEncoder, chat_template
@@ -251,11 +251,13 @@ def _plan_store(source: Source, config: RunConfig, encoder: Encoder, sha256: str
     key |= encoder.describe(source)
     if source.filter is not None:
         key |= describe_filter(source.filter)
+    if config.data.max_record_bytes != MAX_RECORD_BYTES:
+        key |= {"max_record_bytes": config.data.max_record_bytes}
     if encoder.label_kind is not None:
         key |= {"task": config.task}
     settings = _sha256(key)
     try:
-        files = source_files(source, name)
+        files = replace(source_files(source, name), max_record_bytes=config.data.max_record_bytes)
     except NoFiles as error:
         return _PlannedStore(source, name, _only_store(cache, name, settings, error), settings=settings, gone=error)
     inputs = _input_state(files)

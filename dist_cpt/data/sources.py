@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TextIO, TypeVar
 
-from dist_cpt.config.schema import TextConfig
+from dist_cpt.config.schema import MAX_RECORD_BYTES, TextConfig
 from dist_cpt.data.containers import (
     FORMATS,
     BadRecord,
     Fields,
+    Limits,
     Part,
     RawRecord,
     is_dataset_folder,
@@ -28,6 +29,7 @@ from dist_cpt.data.containers import (
 )
 from dist_cpt.data.filters import keeps
 from dist_cpt.data.hub import HubDataset, dataset_of, is_on_hub
+from dist_cpt.data.long_text import LongText
 from dist_cpt.errors import DataError, StorageError
 from dist_cpt.storage import ANSWERS, patiently
 
@@ -51,6 +53,7 @@ class SourceFiles:
     ignore: tuple[str, ...] = ()  # patterns, for the members of archives too
     split: str | None = None  # of saved data sets
     filter: str | None = None  # the function that keeps records
+    max_record_bytes: int = MAX_RECORD_BYTES
 
 
 @dataclass(frozen=True)
@@ -184,24 +187,32 @@ def _find_files(path: str, name: str, ignore: Sequence[str], split: str | None) 
 
 
 def read_records(
-    name: str, files: SourceFiles, parse: Parse[T], tally: RecordTally, parts: Sequence[Part] | None = None
+    name: str,
+    files: SourceFiles,
+    parse: Parse[T],
+    tally: RecordTally,
+    parts: Sequence[Part] | None = None,
+    spool: Path | None = None,
 ) -> Iterator[Record[T]]:
     """Yield the records of source `name`, or of some parts of its files, in order; count them, and reject bad ones in
-    `tally`.
+    `tally`. Long texts are kept in the folder `spool`, if it is given, and not in memory.
 
     Raises:
         DataError: a bad record under `error`, or a name that is no readable file.
         StorageError: the file system does not answer.
     """
+    limits = Limits(files.max_record_bytes, None if files.filter is not None else spool)
     for part in [Part(file) for file in files.files] if parts is None else parts:
         file = part.path
         try:
-            for raw in read_container(part, files.ignore, files.split):
+            for raw in read_container(part, files.ignore, files.split, limits):
                 if raw is None:
                     tally.counts.blank_lines += 1
                     continue
                 tally.counts.records += 1
                 try:
+                    if raw.num_bytes > files.max_record_bytes:
+                        raise limits.too_large(raw.num_bytes)
                     if files.filter is not None and not keeps(files.filter, _filter_record(raw), raw.where):
                         tally.counts.filtered += 1
                         continue
@@ -240,11 +251,16 @@ def check_budget(name: str, counts: ReadCounts, budget_fraction: float) -> None:
     )
 
 
-def text_parser(text: str) -> Parse[str]:
+def is_template(text: str) -> bool:
+    """Whether `text` is a template, not a field or a dotted path."""
+    return "{" in text
+
+
+def text_parser(text: str) -> Parse[str | LongText]:
     """Parse plain text: a whole file, or of an object the field, dotted path or template `text`."""
 
-    def parse(raw: RawRecord) -> str | None:
-        found = _file_text(raw) if raw.is_text else text_of(raw.fields(), text)
+    def parse(raw: RawRecord) -> str | LongText | None:
+        found = _file_text(raw) if raw.is_text else _long_text_of(raw, text) or text_of(raw.fields(), text)
         return None if not found or found.isspace() else found
 
     return parse
@@ -252,7 +268,7 @@ def text_parser(text: str) -> Parse[str]:
 
 def text_of(record: Fields, text: str) -> str:
     """The text of a record: one field, or a template such as `{title}\n\n{body}`; BadRecord as `string_field`."""
-    if "{" not in text:
+    if not is_template(text):
         return string_field(record, text)
     pieces = string.Formatter().parse(text)
     return "".join(literal + ("" if name is None else string_field(record, name)) for literal, name, _, _ in pieces)
@@ -288,10 +304,26 @@ def valid_text(text: str) -> str:
     return text
 
 
-def _file_text(raw: RawRecord) -> str:
-    assert isinstance(raw.content, bytes)
+def _long_text_of(raw: RawRecord, text: str) -> LongText | None:
+    """The text of a record that was too long to be read as others; None: it was not, or another field is long."""
+    if raw.bad is not None or not isinstance(raw.content, dict) or is_template(text):
+        return None
+    value = field_of(raw.content, text)
+    return _valid_long_text(value) if isinstance(value, LongText) else None
+
+
+def _valid_long_text(text: LongText) -> LongText:
+    if text.problem is not None:
+        raise BadRecord(*text.problem)
+    return text
+
+
+def _file_text(raw: RawRecord) -> str | LongText:
     if raw.bad is not None:
         raise raw.bad
+    if isinstance(raw.content, LongText):
+        return _valid_long_text(raw.content)
+    assert isinstance(raw.content, bytes)
     try:
         return valid_text(raw.content.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -51,7 +51,7 @@ def corpus_texts(paths: Sequence[str], field: str = "text") -> Iterator[str]:
     for path in paths:
         name = Path(path).name
         for record in read_records(name, find_files(path, name), text_parser(field), RecordTally()):
-            yield record.value
+            yield str(record.value)  # in memory, for no folder is given
 
 
 def train_tokenizer(

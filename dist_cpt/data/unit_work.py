@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from dist_cpt.data.claims import Claim, claim, progress_of
+from dist_cpt.data.cut_text import Cutter, Piece
 from dist_cpt.data.encode import Encoded, Encoder, Source
+from dist_cpt.data.long_text import LongText
 from dist_cpt.data.prefetch import prefetch
-from dist_cpt.data.sources import OnBadRecord, Record, RecordTally, SourceFiles, read_records
+from dist_cpt.data.sources import OnBadRecord, Record, RecordTally, SourceFiles, is_template, read_records
 from dist_cpt.data.store import LABEL_FILES, LabelKind, token_dtype
 from dist_cpt.data.units import Unit, hash_chunks, lines_before, shifted
 from dist_cpt.errors import DataError
@@ -118,17 +120,20 @@ def _make_unit(work: SourceWork, unit: Unit, held: Claim, threads: int, on_batch
             quarantine = stack.enter_context((making / BAD).open("w", encoding="ascii"))
         tally = RecordTally(work.on_bad_record, quarantine, partial(_place_in_file, unit, work.on_bad_record))
         num_texts = num_bytes = 0
-        records = read_records(work.name, work.files, work.encoder.parser(work.source), tally, unit.parts)
-        batches = prefetch(lambda batch: (batch, work.encoder(batch)), _batches(records), threads, threads)
+        cutter = work.encoder.cutter
+        spool = None if cutter is None or is_template(work.source.text) else making
+        records = read_records(work.name, work.files, work.encoder.parser(work.source), tally, unit.parts, spool)
+        batches = prefetch(lambda batch: (batch, work.encoder(batch)), _batches(records, cutter), threads, threads)
         for batch, encoded in stack.enter_context(closing(batches)):
             for record, bad in encoded.rejected:
                 tally.reject(bad, record.origin)
             writer.append(encoded)
-            num_texts += len(batch) - len(encoded.rejected)
-            num_bytes += sum(record.origin.num_bytes for record in batch)
+            num_texts += sum(map(_ends_here, batch)) - len(encoded.rejected)
+            num_bytes += sum(map(_num_bytes, batch))
             held.beat(num_bytes, writer.num_tokens)
             made_progress()
             on_batch()
+        writer.finish()
         done = {"sha256s": hash_chunks(unit.chunks), "counts": asdict(tally.counts), "texts": num_texts}
         done |= {"documents": writer.num_documents, "tokens": writer.num_tokens}
     (making / _DONE).write_text(json.dumps(done))
@@ -142,17 +147,38 @@ def _make_unit(work: SourceWork, unit: Unit, held: Claim, threads: int, on_batch
     fsync_path(work.folder)
 
 
-def _batches(records: Iterator[Record[Any]]) -> Iterator[list[Record[Any]]]:
+def _batches(records: Iterator[Record[Any]], cutter: Cutter | None) -> Iterator[list[Record[Any]]]:
+    """Records for one call of the tokenizer each; the pieces of a long text come one at a time."""
     batch: list[Record[Any]] = []
     num_bytes = 0
     for record in records:
+        parts = None if cutter is None else _parts_of_long(record.value, cutter)
+        if parts is not None or num_bytes >= BATCH_BYTES or len(batch) == BATCH_RECORDS:
+            if batch:
+                yield batch
+            batch, num_bytes = [], 0
+        if cutter is not None and parts is not None:
+            for piece in cutter.pieces(parts):
+                yield [Record(piece, record.origin)]
+            continue
         batch.append(record)
         num_bytes += record.origin.num_bytes
-        if num_bytes >= BATCH_BYTES or len(batch) == BATCH_RECORDS:
-            yield batch
-            batch, num_bytes = [], 0
     if batch:
         yield batch
+
+
+def _parts_of_long(value: Any, cutter: Cutter) -> Iterable[str] | None:
+    if isinstance(value, LongText):
+        return value.parts()
+    return [value] if isinstance(value, str) and cutter.is_long(value) else None
+
+
+def _ends_here(record: Record[Any]) -> bool:
+    return record.value.last if isinstance(record.value, Piece) else True
+
+
+def _num_bytes(record: Record[Any]) -> int:
+    return len(record.value.text) if isinstance(record.value, Piece) else record.origin.num_bytes
 
 
 def _place_in_file(unit: Unit, on_bad_record: OnBadRecord, where: str) -> str:
@@ -167,6 +193,7 @@ class _UnitWriter:
         self.num_documents = self.num_tokens = 0
         self._vocab_size, self._dtype = vocab_size, token_dtype(vocab_size)
         self._label_dtype = None if label_kind is None else LABEL_FILES[label_kind][1]
+        self._last = np.zeros(1, "<i4")[0]  # the length of the last document
         self._files = {name: (folder / name).open("wb") for name in (IDS, LENGTHS, LABELS)}
 
     def append(self, encoded: Encoded) -> None:
@@ -183,11 +210,22 @@ class _UnitWriter:
             invalid = low if low < 0 else high
             raise DataError(f"token id {invalid} is outside the tokenizer's vocabulary of {self._vocab_size}")
         self._files[IDS].write(np.ascontiguousarray(ids, dtype=self._dtype).data)
-        self._files[LENGTHS].write(np.ascontiguousarray(encoded.lengths, dtype="<i4").data)
+        lengths = encoded.lengths.astype("<i4")
+        if encoded.continues:
+            lengths[0] += self._last
+        elif self.num_documents:
+            self._files[LENGTHS].write(self._last.tobytes())
+        self._last = lengths[-1]  # may grow
+        self._files[LENGTHS].write(lengths[:-1].tobytes())
         if encoded.labels is not None and self._label_dtype is not None:
             self._files[LABELS].write(np.ascontiguousarray(encoded.labels, dtype=self._label_dtype).data)
-        self.num_documents += len(encoded.lengths)
+        self.num_documents += len(lengths) - encoded.continues
         self.num_tokens += len(ids)
+
+    def finish(self) -> None:
+        """No document grows any more."""
+        if self.num_documents:
+            self._files[LENGTHS].write(self._last.tobytes())
 
     def close(self) -> None:
         """Close the files, finished or not."""
