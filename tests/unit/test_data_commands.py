@@ -131,6 +131,32 @@ def test_a_file_of_some_documents_that_datasets_opens(store: Path, tmp_path: Pat
     assert list(tmp_path.glob("*.tmp*")) == []
 
 
+def test_labels_come_back_with_the_text(tokenizer: Path, tmp_path: Path) -> None:
+    backend = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    talks = [
+        [("user: 文?", 0), ("字 é", 1), ("user: and?", 0), ("no<eos>", 1)],
+        [("only asked<eos>", 0)],
+        [("said", 1)],
+    ]
+    for kind in ("answers", "classes"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        writer = StoreWriter(folder, backend.get_vocab_size(), kind)
+        for number, talk in enumerate(talks):
+            parts = [backend.encode(text).ids for text, _ in talk]
+            trains = [answer for part, (_, answer) in zip(parts, talk, strict=True) for _ in part]
+            ids = np.concatenate(parts)
+            writer.append(ids, np.array([len(ids)]), np.array(trains if kind == "answers" else [number]))
+        writer.finish("t", {"name": "s", "eos": 0}, {}, [], tokenizer=backend.to_str())
+        writer.close()
+        rows = [json.loads(line) for line in command("data", "decode", folder).out.splitlines()]
+        assert [row["text"] for row in rows] == ["".join(text for text, _ in talk) for talk in talks]
+        if kind == "answers":
+            assert [row["answers"] for row in rows] == [[text for text, answer in talk if answer] for talk in talks]
+        else:
+            assert [row["class"] for row in rows] == [0, 1, 2]
+
+
 def test_inspect_tells_what_is_inside(store: Path, tmp_path: Path) -> None:
     ended = command("data", "inspect", store, "--json", "--report", tmp_path / "page.html")
     assert ended.code == 0, ended.err
