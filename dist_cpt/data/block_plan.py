@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import mmap
 import os
 import secrets
 import shutil
@@ -149,7 +150,12 @@ def read_plan(folder: Path, verify: bool = False) -> BlockPlan:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    return np.asarray(patiently(path, lambda: np.load(path, mmap_mode="r"), expected=True))
+    mapped = patiently(path, lambda: np.load(path, mmap_mode="r"), expected=True)
+    if isinstance(mapped.base, mmap.mmap):
+        mapped.base.madvise(
+            mmap.MADV_RANDOM
+        )  # blocks are read in the order of a permutation: reading around is in vain
+    return np.asarray(mapped)
 
 
 def _remove_abandoned(folder: Path) -> None:

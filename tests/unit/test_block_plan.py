@@ -17,7 +17,7 @@ import pytest
 from dist_cpt.data import block_plan as module
 from dist_cpt.data.block_plan import PlanKey, block_plan, plan_folders
 from dist_cpt.data.loader import BlockLoader
-from dist_cpt.data.packing import PIECE, PackingPlan, pack
+from dist_cpt.data.packing import PackingPlan, pack
 from dist_cpt.data.prepare import Prepared, PreparedSource
 from dist_cpt.data.store import StoreWriter, TokenStore, check_chunks
 from dist_cpt.errors import DataError
@@ -177,81 +177,10 @@ def test_making_a_plan_takes_the_same_memory_for_ten_times_the_documents(tmp_pat
     assert taken[1] < taken[0] + 64  # its 8 million pieces alone are 128 MiB
 
 
-NUM_TOKENS, NUM_DOCUMENTS, SEQ_LEN = 10**12, 10**9, 4096
-OPEN = """
-import sys
-from pathlib import Path
-from dist_cpt.data.block_plan import PlanKey, block_plan
-from dist_cpt.data.loader import BlockLoader
-from dist_cpt.data.prepare import Prepared, PreparedSource
-from dist_cpt.data.store import TokenStore
-
-def anonymous_kib():
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
-
-before = anonymous_kib()
-store = TokenStore.open(sys.argv[1])
-blocks = block_plan(store, PlanKey(4096), Path("/nonexistent"))
-source = PreparedSource("s", 1.0, "domain", store, blocks=blocks)
-loader = BlockLoader(Prepared([source], [], "t", 9, "i", 4096), 4096, 0, 1)
-batch = loader.batch(range(8))
-print(anonymous_kib() - before, blocks.plan.num_blocks, blocks.plan.block(blocks.plan.num_blocks - 1))
-"""
-
-
-def sparse(path: Path, num_bytes: int, **content: tuple[int, bytes]) -> dict[str, Any]:
-    """A file of zeros, but for some bytes; its manifest entry."""
-    with path.open("wb") as file:
-        for at, data in content.values():
-            file.seek(at)
-            file.write(data)
-        file.truncate(num_bytes)
-    return {"bytes": num_bytes, "sha256": "0" * 64}
-
-
-def sparse_array(path: Path, length: int, dtype: np.dtype, **content: tuple[int, Any]) -> dict[str, Any]:
-    array = np.lib.format.open_memmap(path, "w+", dtype, (length,))
-    for at, value in content.values():
-        array[at] = value
-    array.flush()
-    return {"bytes": path.stat().st_size, "sha256": "0" * 64}
-
-
-def test_a_trillion_tokens_open_in_constant_memory(tmp_path: Path) -> None:
-    folder = tmp_path / "store"
-    folder.mkdir()
-    header = b"MMIDIDX\x00\x00" + np.array([1], "<u8").tobytes() + b"\x08"
-    header += np.array([NUM_DOCUMENTS, NUM_DOCUMENTS + 1], "<u8").tobytes()
-    last_length = 34 + 4 * (NUM_DOCUMENTS - 1), np.array([7], "<i4").tobytes()
-    last_pointer = 34 + 12 * NUM_DOCUMENTS - 8, np.array([2 * (NUM_TOKENS - 7)], "<i8").tobytes()
-    index_bytes = 34 + 12 * NUM_DOCUMENTS + 8 * (NUM_DOCUMENTS + 1)
-    files = {
-        "tokens.bin": sparse(folder / "tokens.bin", 2 * NUM_TOKENS),
-        "tokens.idx": sparse(
-            folder / "tokens.idx", index_bytes, head=(0, header), length=last_length, pointer=last_pointer
-        ),
-    }
-    manifest = {"format_version": 2, "vocab_size": 9, "tokenizer_hash": "t", "dtype": "uint16"}
-    manifest |= {"num_documents": NUM_DOCUMENTS, "num_tokens": NUM_TOKENS, "max_token_id": 8}
-    manifest |= {"files": files, "source": {}, "counts": {}, "inputs": [], "settings": ""}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    key, num_blocks = PlanKey(SEQ_LEN), NUM_TOKENS // SEQ_LEN + 1
-    store = TokenStore.open(folder)
-    plan = folder / key.folder_name(store)
-    plan.mkdir()
-    arrays = {
-        "offsets.npy": sparse_array(
-            plan / "offsets.npy",
-            num_blocks + 1,
-            np.dtype("<i8"),
-            last=(num_blocks, NUM_DOCUMENTS),
-            before=(num_blocks - 1, NUM_DOCUMENTS - 1),
-        ),
-        "pieces.npy": sparse_array(plan / "pieces.npy", NUM_DOCUMENTS, PIECE, last=(-1, (NUM_DOCUMENTS - 1, 0, 7))),
-    }
-    (plan / "manifest.json").write_text(json.dumps({"key": key.of(store), "num_tokens": NUM_TOKENS, "files": arrays}))
-    done = subprocess.run([sys.executable, "-c", OPEN, str(folder)], capture_output=True, text=True, check=True)
-    kib, blocks, last = done.stdout.split(maxsplit=2)
-    assert int(kib) < 32 * 1024
-    assert int(blocks) == num_blocks
-    assert last.strip() == f"[({NUM_DOCUMENTS - 1}, 0, 7)]"
+def test_a_trillion_tokens_open_in_constant_memory() -> None:
+    benchmark = Path(__file__).parents[2] / "benchmarks/open_store.py"
+    done = subprocess.run([sys.executable, str(benchmark)], capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert (result["tokens"], result["documents"], result["blocks"]) == (10**12, 10**9, -(-(10**12) // 4096))
+    assert result["last_block"] == [[10**9 - 1, 0, 7]]
+    assert result["anonymous_kib"] < 32 * 1024
