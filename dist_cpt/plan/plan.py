@@ -65,7 +65,7 @@ class Plan:
     machine: Machine
     ways: tuple[Way, ...]
     too_large: tuple[Way, ...]
-    own: Way | None  # None: the recipe's micro_batch does not divide, or its engine does not exist here
+    own: Way | None  # None: it does not divide, or its engine does not exist here or keeps weights gathered
 
 
 def make_plan(config: RunConfig, values: Mapping[str, Any], machine: Machine) -> Plan:
@@ -83,6 +83,7 @@ def make_plan(config: RunConfig, values: Mapping[str, Any], machine: Machine) ->
     too_large = sorted((way for way in candidates if not way.fits), key=lambda way: way.peak_bytes)
     mine = _own(config, machine)
     here = [w for w in candidates if (w.engine, w.weights, w.checkpointing, w.micro_batch) == mine]
+    here = here if config.engine.reshard_after_forward else []
     return Plan(shapes, own, machine, tuple(fitting), tuple(too_large), here[0] if here else None)
 
 
@@ -103,6 +104,7 @@ def recipe_patch(config: RunConfig, way: Way) -> dict[str, Any]:
     wanted = {f"engine.{key}": value for key, value in engine.items()}
     for key in ("stage", "shard", "dp_shard"):  # of another kind of engine
         wanted.setdefault(f"engine.{key}", engine.get(key))
+    wanted["engine.reshard_after_forward"] = True  # no way keeps all weights gathered
     wanted |= {"model.weights": way.weights, "batch.micro_batch": way.micro_batch}
     return {key: value for key, value in wanted.items() if _read(config, key) != value}
 
@@ -120,13 +122,10 @@ def _variants(config: RunConfig, values: Mapping[str, Any], machine: Machine) ->
         for name, engine in _ENGINES.items():
             if (name == "single") != (machine.ranks == 1) or (name == "fsdp-hybrid" and machine.nodes == 1):
                 continue
-            settings = dict(engine)
-            if engine["kind"] == "fsdp":
-                settings["reshard_after_forward"] = config.engine.reshard_after_forward
             variant = config.model_copy(
                 update={
                     "model": config.model.model_copy(update={"weights": weights}),
-                    "engine": type(config.engine).model_validate(settings),
+                    "engine": type(config.engine).model_validate(engine),
                 }
             )
             same_as_full = name == "fsdp-trainable" and config.adapter.kind == "none"

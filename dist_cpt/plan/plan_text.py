@@ -109,7 +109,8 @@ def _name(way: Way) -> str:
 
 def _own(config: RunConfig, plan: Plan) -> str:
     if plan.own is None:
-        return f"its engine or micro_batch {config.batch.micro_batch} does not exist on {plan.machine.ranks} ranks"
+        named = f"its engine, or micro_batch {config.batch.micro_batch}"
+        return f"not predicted: {named} is no way on {plan.machine.ranks} ranks"
     if not plan.own.fits:
         return f"does not fit, {_gb(plan.own.peak_bytes)} ({_name(plan.own)})"
     return f"{plan.own.tokens_per_second:,.0f} tokens/s, {_gb(plan.own.peak_bytes)} ({_name(plan.own)})"
