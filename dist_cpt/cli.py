@@ -297,7 +297,7 @@ def extend(
     run: Run,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="The new total, counted as train.tokens.")],
 ) -> None:
-    """Let a run go on to more tokens; a resume trains them."""
+    """Set a new, larger total of tokens for a run; a resume trains up to it."""
     from dist_cpt.train.extend import extend as extend_run
 
     print(*extend_run(_run_folder(run), tokens).lines(), sep="\n")
@@ -314,17 +314,6 @@ def status(
     from dist_cpt_launch.status_text import as_text
 
     show_status(find_run(run), lambda status: json.dumps(status.as_json()) if json_ else as_text(status), watch)
-
-
-@app.command(
-    rich_help_panel=TOOLS,
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
-)
-def preflight(context: typer.Context) -> None:
-    """Check this node before training: versions, disk, clock, GPUs, all-reduce."""
-    from dist_cpt_launch.preflight import main as check
-
-    raise typer.Exit(check(context.args))
 
 
 @app.command(rich_help_panel=LOOK)
@@ -498,6 +487,17 @@ def generate(
     ours = (model / CHECKPOINTS).is_dir() or (model / MANIFEST).exists()
     folder = _checkpoint_folder(model) if ours else model
     print(generate_text(folder, prompt, max_new_tokens, temperature, top_k, seed, top_p, chat))
+
+
+@app.command(
+    rich_help_panel=TOOLS,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+)
+def preflight(context: typer.Context) -> None:
+    """Check this node before training: versions, disk, clock, GPUs, all-reduce."""
+    from dist_cpt_launch.preflight import main as check
+
+    raise typer.Exit(check(context.args))
 
 
 data_app = typer.Typer(help="Look at, check, merge and decode token stores.", no_args_is_help=True)

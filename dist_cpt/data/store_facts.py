@@ -106,7 +106,7 @@ def facts_text(facts: dict[str, Any]) -> str:
         lines.append(f"a Megatron-LM pair without our manifest; unknown: {', '.join(facts['unknown'])}")
     else:
         source, counts = facts["source"], facts["counts"]
-        bos = f"begin with token {source['bos']}" if source.get("bos") is not None else "no BOS"
+        bos = f"begin with token {source['bos']}" if source.get("bos") is not None else "begin without BOS"
         place = source.get("path") or ", ".join(part["name"] for part in source.get("merged", []))
         bad = sum(counts.get("bad", {}).values())
         lines += [
