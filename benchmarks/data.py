@@ -6,6 +6,8 @@ processes as there are cores. Ours: prepare (with its sha256 and fsync) -> pack.
 nothing: no cache of either side is reused. Rounds alternate; medians are reported.
 
     python benchmarks/data.py [--megabytes 30] [--rounds 5] [--write]
+    python benchmarks/data.py --scaling --megabytes 400     one worker on one core, two on two
+    python benchmarks/data.py --memory 10 200 2000          peak memory by input size, and of one document of that size
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import platform
 import resource
 import shutil
 import statistics
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -42,9 +45,16 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=30.0, help="of text")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="to benchmarks/results/")
+    parser.add_argument("--scaling", action="store_true", help="one and two workers in place of the comparison")
+    parser.add_argument("--memory", type=float, nargs="+", metavar="MEGABYTES", help="in place of the comparison")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="dist-cpt-bench-") as folder:
-        result = compare(Path(folder), arguments.megabytes, arguments.rounds)
+        if arguments.memory:
+            result = memory(Path(folder), arguments.memory)
+        elif arguments.scaling:
+            result = scaling(Path(folder), arguments.megabytes, arguments.rounds)
+        else:
+            result = compare(Path(folder), arguments.megabytes, arguments.rounds)
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.write:
@@ -106,6 +116,67 @@ def compare(folder: Path, megabytes: float, rounds: int) -> dict[str, Any]:
     }
 
 
+def scaling(folder: Path, megabytes: float, rounds: int) -> dict[str, Any]:
+    """Time one worker on one core and two on two, in turn; starting, which both do once, is measured and taken off."""
+    corpus, tokenizer = folder / "corpus.jsonl", folder / "tokenizer"
+    write_corpus(corpus, megabytes)
+    train_tokenizer(tokenizer)
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise SystemExit("two cores are needed")
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for number in range(rounds):
+        for workers in sorted(seconds, reverse=bool(number % 2)):
+            work = folder / f"{workers}-{number}"
+            whole, _ = by_command(corpus, tokenizer, work, workers, cores[:workers])
+            start, _ = by_command(corpus, tokenizer, work, workers, cores[:workers])  # all is there already
+            seconds[workers].append(whole - start)
+            shutil.rmtree(work)
+    medians = {workers: statistics.median(values) for workers, values in seconds.items()}
+    return {"what": "prepare, one worker on one core against two on two", "megabytes": megabytes, "rounds": rounds,
+            "seconds": seconds, "speedup": round(medians[1] / medians[2], 3)}  # fmt: skip
+
+
+def memory(folder: Path, sizes: list[float]) -> dict[str, Any]:
+    """Peak memory of `prepare`: of many documents, and of one text and one line of JSON of the same size."""
+    tokenizer = folder / "tokenizer"
+    train_tokenizer(tokenizer)
+    peaks: dict[str, dict[str, float]] = {}
+    for megabytes in sizes:
+        many = folder / "many.jsonl"
+        write_corpus(many, megabytes)
+        text, line = folder / "one.txt", folder / "one.jsonl"
+        with many.open(encoding="utf-8") as read, text.open("w", encoding="utf-8") as one, line.open("w") as record:
+            record.write('{"text": "')
+            for row in read:
+                part = json.loads(row)["text"]
+                one.write(part)
+                record.write(json.dumps(part)[1:-1])
+            record.write('"}\n')
+        for corpus in (many, text, line):
+            _, peak = by_command(corpus, tokenizer, folder / "work", 1, sorted(os.sched_getaffinity(0)))
+            peaks.setdefault(corpus.name, {})[f"{megabytes:g} MB"] = round(peak)
+            shutil.rmtree(folder / "work")
+            corpus.unlink()
+    largest_to_smallest = {name: round(max(row.values()) / min(row.values()), 3) for name, row in peaks.items()}
+    return {"what": "peak resident MiB of prepare", "peaks": peaks, "largest_to_smallest": largest_to_smallest}
+
+
+def by_command(corpus: Path, tokenizer: Path, work: Path, workers: int, cores: list[int]) -> tuple[float, float]:
+    """Seconds and peak resident MiB, of the largest process, of one `dist-cpt prepare` on these cores."""
+    recipe = corpus.with_suffix(".yaml")
+    recipe.write_text(json.dumps(recipe_values(corpus, tokenizer, work)))
+    command = [sys.executable, "-m", "dist_cpt.cli", "prepare", str(recipe), "--json", "--workers", str(workers)]
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, cores), cwd=corpus.parent
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"prepare ended with status {status}")
+    return time.perf_counter() - start, usage.ru_maxrss / 1024
+
+
 def once(way: Callable[[Path], dict[str, Any]], work: Path) -> tuple[float, float, dict[str, Any]]:
     """Elapsed and CPU seconds of one preparation in a temporary folder, and its result."""
     work.mkdir()
@@ -129,21 +200,7 @@ def by_prepare(corpus: Path, tokenizer: Path, work: Path) -> dict[str, Any]:
     from dist_cpt.data.prepare import prepare
 
     os.environ.pop("TOKENIZERS_PARALLELISM", None)
-    config = RunConfig.model_validate(
-        {
-            "name": "bench",
-            "model": {"config": {"model_type": "llama"}},
-            "adapter": {"kind": "none"},
-            "data": {
-                "seq_len": SEQ_LEN,
-                "tokenizer": str(tokenizer),
-                "cache_dir": str(work),
-                "sources": [{"path": str(corpus)}],
-            },
-            "batch": {"global_tokens": SEQ_LEN},
-            "train": {"tokens": SEQ_LEN},
-        }
-    )
+    config = RunConfig.model_validate(recipe_values(corpus, tokenizer, work))
     store = prepare(resolve_paths(config)).sources[0].store
     plan = pack(store.lengths, SEQ_LEN)
     return {
@@ -151,6 +208,23 @@ def by_prepare(corpus: Path, tokenizer: Path, work: Path) -> dict[str, Any]:
         "tokens": store.num_tokens,
         "blocks": plan.num_blocks,
         "tokens_in_blocks": plan.num_tokens,
+    }
+
+
+def recipe_values(corpus: Path, tokenizer: Path, work: Path) -> dict[str, Any]:
+    return {
+        "name": "bench",
+        "output_dir": str(work / "runs"),
+        "model": {"config": {"model_type": "llama"}},
+        "adapter": {"kind": "none"},
+        "data": {
+            "seq_len": SEQ_LEN,
+            "tokenizer": str(tokenizer),
+            "cache_dir": str(work),
+            "sources": [{"path": str(corpus)}],
+        },
+        "batch": {"global_tokens": SEQ_LEN},
+        "train": {"tokens": SEQ_LEN},
     }
 
 

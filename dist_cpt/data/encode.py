@@ -68,7 +68,8 @@ class TextEncoder:
         assert isinstance(eos_id, int)  # load_tokenizer refuses a tokenizer without one
         self._eos_id = eos_id
         self._bos_id = tokenizer.bos_token_id if adds_bos(tokenizer) else None
-        self.cutter: Cutter | None = Cutter(self._backend, [eos_id, *([] if self._bos_id is None else [self._bos_id])])
+        ends = [token for token in (eos_id, self._bos_id) if isinstance(token, int)]
+        self.cutter: Cutter | None = Cutter(self._backend, ends)
 
     def describe(self, source: Source) -> dict[str, Any]:
         return {} if self._bos_id is None else {"bos": self._bos_id}
