@@ -37,7 +37,7 @@ def take_with_workers(works: Sequence[SourceWork], num_workers: int, on_poll: Ca
         for number in range(num_workers):
             receive, send = context.Pipe(duplex=False)
             worker = context.Process(target=_work, args=(works, threads, send), name=f"prepare-{number}", daemon=True)
-            worker.start()
+            _start_deaf(worker)
             send.close()
             workers[worker] = receive
         while workers:
@@ -49,6 +49,15 @@ def take_with_workers(works: Sequence[SourceWork], num_workers: int, on_poll: Ca
         for worker in workers:
             worker.kill()  # a unit is committed whole or not at all
             worker.join()
+
+
+def _start_deaf(worker: BaseProcess) -> None:
+    """Start a process that Ctrl-C, which reaches it too, does not interrupt, from its first instruction on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        worker.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _require_success(worker: BaseProcess, receive: Connection) -> None:
@@ -69,7 +78,6 @@ def _require_success(worker: BaseProcess, receive: Connection) -> None:
 
 def _work(works: Sequence[SourceWork], threads: int, send: Connection) -> None:
     stop_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the tokenizer, before it is first used
     try:
         for work in works:
