@@ -428,7 +428,8 @@ def measure_resume(folder: Path, rounds: int) -> dict[str, Any]:
     from dist_cpt.config.load import build
     from dist_cpt.config.resolve import resolve_paths
     from dist_cpt.data.loader import BlockLoader
-    from dist_cpt.data.prepare import open_prepared, prepare
+    from dist_cpt.data.prepare import prepare
+    from dist_cpt.data.prepared import open_prepared
     from dist_cpt.demo import _train_tokenizer, _write_corpus
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -27,7 +27,7 @@ import numpy as np  # noqa: E402
 from dist_cpt.data.block_plan import PlanKey, block_plan  # noqa: E402
 from dist_cpt.data.loader import BlockLoader  # noqa: E402
 from dist_cpt.data.packing import PIECE  # noqa: E402
-from dist_cpt.data.prepare import Prepared, PreparedSource  # noqa: E402
+from dist_cpt.data.prepared import Prepared, PreparedSource  # noqa: E402
 from dist_cpt.data.store import HEADER, MAGIC, TokenStore  # noqa: E402
 
 SEQ_LEN, LAST_TOKENS, SEEKS = 4096, 7, 200

@@ -84,8 +84,9 @@ def prepare(
 ) -> None:
     """Turn raw text into token stores, and print a data report; any number of processes and hosts share the work."""
     config = _load(recipe, set_)
-    from dist_cpt.data.prepare import data_report, prepare_in_part, preview, report_lines
+    from dist_cpt.data.data_report import data_report, preview, report_lines
     from dist_cpt.data.prepare import prepare as prepare_data
+    from dist_cpt.data.prepare import prepare_in_part
     from dist_cpt.data.progress_line import shown_progress
 
     if dry_run:

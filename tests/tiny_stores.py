@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dist_cpt.data.packing import pack
-from dist_cpt.data.prepare import Prepared, PreparedSource
+from dist_cpt.data.prepared import Prepared, PreparedSource
 from dist_cpt.data.store import StoreWriter, TokenStore
 
 EOS, PAD, L = 0, 1, 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from dist_cpt.data.loader import BlockLoader
-from dist_cpt.data.prepare import Prepared
+from dist_cpt.data.prepared import Prepared
 from dist_cpt.errors import DataError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dist_cpt.data.loader import BlockLoader
-from dist_cpt.data.prepare import Prepared
+from dist_cpt.data.prepared import Prepared
 
 MAX_EPOCHS = 4  # Muennighoff et al. 2023, arXiv:2305.16264: up to here repeated text is about as good as new text
 

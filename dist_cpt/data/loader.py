@@ -13,7 +13,7 @@ from dist_cpt.data.batch import IGNORE_INDEX, Batch
 from dist_cpt.data.mixture import mixture_of
 from dist_cpt.data.order import FeistelOrder
 from dist_cpt.data.packing import PackingPlan, pack
-from dist_cpt.data.prepare import Prepared, PreparedSource
+from dist_cpt.data.prepared import Prepared, PreparedSource
 from dist_cpt.data.store import TokenStore
 
 PADDING = -1  # the position of a block of padding, without any target

@@ -18,7 +18,7 @@ import numpy as np
 from dist_cpt.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from dist_cpt.data.prepare import Prepared
+    from dist_cpt.data.prepared import Prepared
 
 MAX_CYCLE = 100_000
 SHARE_TOLERANCE = 1e-4  # relative error of a share, where MAX_CYCLE allows it

@@ -25,7 +25,8 @@ from dist_cpt.data.concerns import concerns
 from dist_cpt.data.hub import commits, with_revisions
 from dist_cpt.data.loader import BlockLoader, ValidationLoader
 from dist_cpt.data.prefetch import prefetch
-from dist_cpt.data.prepare import Prepared, check_vocabulary, open_prepared, prepare
+from dist_cpt.data.prepare import prepare
+from dist_cpt.data.prepared import Prepared, check_vocabulary, open_prepared
 from dist_cpt.data.progress_line import LOG_SECONDS, ProgressLine
 from dist_cpt.data.store import check_chunks
 from dist_cpt.data.tokenizer import load_new_vocabulary, load_run_tokenizer, tokenizer_hash

@@ -17,7 +17,7 @@ from dist_cpt.checkpoint.retention import reinstate, set_aside_after
 from dist_cpt.config.resolve import differences, require_same_recipe
 from dist_cpt.config.schema import ScheduleConfig
 from dist_cpt.data.budget import require_enough
-from dist_cpt.data.prepare import of_earlier_recipe
+from dist_cpt.data.prepared import of_earlier_recipe
 from dist_cpt.errors import CheckpointError, NumericsError
 from dist_cpt.optim.eight_bit import within_half_step
 from dist_cpt.optim.groups import eight_bit_names

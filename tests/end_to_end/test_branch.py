@@ -13,7 +13,7 @@ import yaml
 from dist_cpt.checkpoint.verify import verify_run
 from dist_cpt.config.load import load_recipe
 from dist_cpt.data.loader import BlockLoader
-from dist_cpt.data.prepare import open_prepared
+from dist_cpt.data.prepared import open_prepared
 from dist_cpt.errors import CheckpointError, ConfigError
 from dist_cpt.optim.schedule import rates_at
 from dist_cpt.run_folder.audit import record_problems

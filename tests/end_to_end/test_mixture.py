@@ -11,7 +11,7 @@ from dist_cpt_launch.status import read_status
 from dist_cpt_launch.status_text import as_text
 
 from dist_cpt.data.loader import BlockLoader
-from dist_cpt.data.prepare import open_prepared
+from dist_cpt.data.prepared import open_prepared
 from dist_cpt.report.ledger import token_ledger
 from dist_cpt.report.report import report_html
 from dist_cpt.run_folder.audit import record_problems

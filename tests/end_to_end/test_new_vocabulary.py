@@ -368,7 +368,7 @@ def test_low_rank_embeddings_train_and_open(made, tmp_path):
     from dist_cpt.config.load import load_recipe
     from dist_cpt.config.resolve import resolve_paths
     from dist_cpt.data.loader import BlockLoader
-    from dist_cpt.data.prepare import open_prepared
+    from dist_cpt.data.prepared import open_prepared
     from dist_cpt.run_folder.checkpoints import read_state
 
     checkpoint = _run_low_rank(*made, tmp_path, 1, "single", "fp32")

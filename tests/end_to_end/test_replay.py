@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from dist_cpt.data.prepare import data_report, prepare
+from dist_cpt.data.data_report import data_report
+from dist_cpt.data.prepare import prepare
 from dist_cpt.errors import ConfigError, DataError, WriteError
 from dist_cpt.export.replay import DOCUMENTS, REPORT, UNFINISHED, ReplayOptions, replay, summary
 from dist_cpt.export.sampled_text import Sampler

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from dist_cpt.data.loader import ValidationLoader
-from dist_cpt.data.prepare import open_prepared
+from dist_cpt.data.prepared import open_prepared
 from dist_cpt.data.tokenizer_extend import extend_tokenizer
 from dist_cpt.data.tokenizer_train import corpus_texts
 from dist_cpt.export.merge import merge

@@ -18,7 +18,7 @@ from dist_cpt.data import block_plan as module
 from dist_cpt.data.block_plan import PlanKey, block_plan, plan_folders
 from dist_cpt.data.loader import BlockLoader
 from dist_cpt.data.packing import PackingPlan, pack
-from dist_cpt.data.prepare import Prepared, PreparedSource
+from dist_cpt.data.prepared import Prepared, PreparedSource
 from dist_cpt.data.store import StoreWriter, TokenStore, check_chunks
 from dist_cpt.errors import DataError
 from tests.errno_layer import ErrnoLayer

@@ -17,7 +17,7 @@ from dist_cpt.data.budget import blocks_of_epochs, require_enough
 from dist_cpt.data.concerns import concerns
 from dist_cpt.data.loader import BlockLoader
 from dist_cpt.data.mixture import Limit
-from dist_cpt.data.prepare import Prepared, PreparedSource
+from dist_cpt.data.prepared import Prepared, PreparedSource
 from dist_cpt.errors import DataError
 from tests.tiny_stores import PAD, L, make_store, num_blocks, prepared_of, two_sources
 

@@ -36,7 +36,8 @@ PREPARE = """
 import json, sys
 import datasets
 from dist_cpt.config.schema import RunConfig
-from dist_cpt.data.prepare import data_report, prepare
+from dist_cpt.data.data_report import data_report
+from dist_cpt.data.prepare import prepare
 from dist_cpt.errors import DistCptError
 
 datasets.config.STREAMING_READ_MAX_RETRIES = 1

@@ -20,7 +20,7 @@ from dist_cpt.data.batch import IGNORE_INDEX, Batch
 from dist_cpt.data.concerns import concerns
 from dist_cpt.data.loader import PADDING, BlockLoader, ValidationLoader
 from dist_cpt.data.prefetch import prefetch
-from dist_cpt.data.prepare import Prepared, PreparedSource
+from dist_cpt.data.prepared import Prepared, PreparedSource
 from tests.tiny_stores import EOS, PAD, L, make_store, num_blocks, prepared_of, two_sources
 
 

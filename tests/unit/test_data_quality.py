@@ -19,10 +19,12 @@ from dist_cpt.config.schema import RunConfig
 from dist_cpt.data import duplicates as duplicates_module
 from dist_cpt.data import overlap as overlap_module
 from dist_cpt.data.concerns import concerns
+from dist_cpt.data.data_report import data_report, report_lines
 from dist_cpt.data.duplicates import document_hashes, exact_duplicates, find_duplicates, near_duplicates, ngram_hashes
 from dist_cpt.data.loader import BlockLoader
 from dist_cpt.data.overlap import NGRAM, PASSAGE, HeldOutNGrams
-from dist_cpt.data.prepare import data_report, open_prepared, prepare, report_lines
+from dist_cpt.data.prepare import prepare
+from dist_cpt.data.prepared import open_prepared
 from dist_cpt.data.store import StoreManifest, TokenStore
 from dist_cpt.errors import ConfigError, DataError, MissingExtraError
 from tests.tiny import write_corpus, write_tokenizer

@@ -13,9 +13,11 @@ from dist_cpt.config.load import build
 from dist_cpt.config.resolve import resolve_paths
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.batch import IGNORE_INDEX
+from dist_cpt.data.data_report import data_report
 from dist_cpt.data.loader import BlockLoader
 from dist_cpt.data.packing import pack
-from dist_cpt.data.prepare import data_report, open_prepared, prepare
+from dist_cpt.data.prepare import prepare
+from dist_cpt.data.prepared import open_prepared
 from dist_cpt.data.store import TokenStore
 from dist_cpt.data.tokenizer import load_tokenizer
 from dist_cpt.errors import ConfigError, DataError
