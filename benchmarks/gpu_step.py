@@ -396,7 +396,6 @@ def dist_cpt(run: Run) -> tuple[Any, int]:
 
     import numpy as np
     import torch
-    from dist_cpt.model.flops import model_flops
 
     from dist_cpt.config.schema import RunConfig
     from dist_cpt.data.batch import IGNORE_INDEX, Batch
@@ -428,15 +427,18 @@ def dist_cpt(run: Run) -> tuple[Any, int]:
         engine.step(lrs)
         return loss / targets
 
-    hf_model = model.module.hf_model
-    return step, flops_of(model_flops, model.module, hf_model, run)
+    return step, model_flops(run)
 
 
-def flops_of(model_flops: Any, module: Any, hf_model: Any, run: Run) -> int:
-    embeddings = hf_model.get_input_embeddings()
-    embeddings = getattr(embeddings, "original_module", embeddings)
-    counted = model_flops(module, hf_model.config, embeddings=embeddings, tied=False)
-    return counted.step([run.seq_len] * (run.tokens // run.seq_len))
+def model_flops(run: Run) -> int:
+    """What the model needs for a step, without recomputation: the same for every side."""
+    from dist_cpt.config.schema import RunConfig
+    from dist_cpt.plan.shapes import shapes_of
+    from dist_cpt.plan.step_model import token_work
+    from dist_cpt.plan.tensors import training_of
+
+    training = training_of(RunConfig.model_validate(recipe(run)), shapes_of(run.values))
+    return round(token_work(training, run.seq_len).model_flops * run.tokens)
 
 
 def recipe(run: Run) -> dict[str, Any]:
@@ -456,14 +458,11 @@ def recipe(run: Run) -> dict[str, Any]:
 def peer(side: str, run: Run) -> tuple[Any, int]:
     """As `dist_cpt`."""
     import torch
-    from dist_cpt.model.flops import model_flops
 
     model = by_unsloth(run) if side == "unsloth" else by_transformers(run)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
-    counted = model.get_base_model() if hasattr(model, "get_base_model") else model
-    flops = flops_of(model_flops, without_copies(counted), counted, run)
 
     def step(ids: torch.Tensor) -> torch.Tensor:
         ids = ids.to(run.device)
@@ -475,15 +474,7 @@ def peer(side: str, run: Run) -> tuple[Any, int]:
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return step, flops
-
-
-def without_copies(model: Any) -> Any:
-    """The model's modules without the frozen originals that PEFT keeps beside matrices trained in full."""
-    from torch import nn
-
-    kept = [m for name, m in model.named_modules() if "original_module" not in name]
-    return nn.ModuleList([m for m in kept if not list(m.children())])
+    return step, model_flops(run)
 
 
 def by_transformers(run: Run) -> Any:
