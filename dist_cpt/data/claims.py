@@ -22,6 +22,7 @@ BEAT_SECONDS = 1.0
 STALE_SECONDS = 180.0  # without a beat of another host's claim; caches of network file systems hide a beat for a minute
 _UNWRITTEN_SECONDS = 5.0  # of a claim without its holder: it died between two instructions
 _SUFFIX = ".claim"
+_held: set[str] = set()  # the tokens of this process's own claims
 
 
 class Claim:
@@ -37,7 +38,14 @@ class Claim:
         self._path = path
         self._beaten = -BEAT_SECONDS
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._write(0, 0)
+        try:
+            self._write(0, 0)
+        except OSError:
+            os.close(self._fd)
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise
+        _held.add(self.token)
 
     def beat(self, num_bytes: int, num_tokens: int) -> None:
         """Write down progress, at most once a second."""
@@ -56,6 +64,7 @@ class Claim:
         return self
 
     def __exit__(self, *_: object) -> None:
+        _held.discard(self.token)  # also if the file cannot be removed
         with contextlib.suppress(OSError):
             if self._path.stat().st_ino == os.fstat(self._fd).st_ino:
                 self._path.unlink()
@@ -95,6 +104,8 @@ def is_held(path: Path) -> bool:
     """Whether the process that made this claim lives: on this host by its id, else by the time of its last beat."""
     holder = _holder(path)
     if holder.get("host") == _host():
+        if holder["pid"] == os.getpid():  # what a failing file system has left of it is not held
+            return holder["token"] in _held
         return _started(holder["pid"]) == holder["started"]
     try:
         limit = STALE_SECONDS if holder else _UNWRITTEN_SECONDS

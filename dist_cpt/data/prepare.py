@@ -96,7 +96,16 @@ def _missing_stores(config: RunConfig, verify: bool, unit_bytes: int) -> tuple[S
     for planned in plan.stores:
         if not patiently(planned.folder, partial(is_ready, planned, config, verify)):
             missing.setdefault(planned.folder, (planned, _work_on(planned, plan, config, unit_bytes)))
+        elif planned.source.store is None:
+            _remove_units(planned)
     return plan, list(missing.values())
+
+
+def _remove_units(planned: PlannedStore) -> None:
+    """Remove what a process has left that ended after its store had got its name."""
+    with suppress(OSError):
+        for folder in planned.folder.parent.glob(f"{planned.folder.name}{UNITS}*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _work_on(planned: PlannedStore, plan: StorePlan, config: RunConfig, unit_bytes: int) -> SourceWork:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
@@ -113,6 +114,18 @@ def _make_unit(work: SourceWork, unit: Unit, held: Claim, threads: int, on_batch
     target = work.path(unit)
     making = target.with_name(f"{target.name}.{held.token}")
     making.mkdir()
+    try:
+        _write_unit(making, work, unit, held, threads, on_batch)
+        making.rename(target)
+    except OSError:  # whoever took this unit for abandoned has made the same
+        if not is_there(target):
+            raise
+    finally:  # also on Ctrl-C; after the rename there is nothing left to remove
+        shutil.rmtree(making, ignore_errors=True)
+    fsync_path(work.folder)
+
+
+def _write_unit(making: Path, work: SourceWork, unit: Unit, held: Claim, threads: int, on_batch: OnBatch) -> None:
     with ExitStack() as stack:
         writer = stack.enter_context(closing(_UnitWriter(making, work.vocab_size, work.encoder.label_kind)))
         quarantine = None
@@ -139,12 +152,6 @@ def _make_unit(work: SourceWork, unit: Unit, held: Claim, threads: int, on_batch
     (making / _DONE).write_text(json.dumps(done))
     for path in (*making.iterdir(), making):
         fsync_path(path)
-    try:
-        making.rename(target)
-    except OSError:  # whoever took this unit for abandoned has made the same
-        if not is_there(target):
-            raise
-    fsync_path(work.folder)
 
 
 def _batches(records: Iterator[Record[Any]], cutter: Cutter | None) -> Iterator[list[Record[Any]]]:

@@ -87,7 +87,7 @@ def _rank_there(
     namespace: str, hosts: str, host: str, arguments: list[str], environment: dict[str, str], log: str
 ) -> None:
     _enter(namespace, hosts, host)
-    _rank(arguments, environment, log)
+    _rank(arguments, environment, log, None)
 
 
 def _enter(namespace: str, hosts: str, host: str) -> None:

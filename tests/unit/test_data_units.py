@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -103,13 +105,17 @@ def test_the_line_of_a_bad_record_counts_from_the_start_of_its_file(folder: Path
 def test_a_worker_that_is_killed_ends_with_one_line(folder: Path, tmp_path: Path) -> None:
     config = recipe(folder, tmp_path)
 
-    def kill(_: object) -> None:
-        for child in (Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")).read_text().split():
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                os.kill(int(child), signal.SIGKILL)
+    def kill_a_worker() -> None:
+        while True:
+            for child in multiprocessing.active_children():
+                if child.name.startswith("prepare-") and child.pid is not None:
+                    os.kill(child.pid, signal.SIGKILL)
+                    return
+            time.sleep(0.01)
 
+    threading.Thread(target=kill_a_worker, daemon=True).start()
     with pytest.raises(DistCptError, match="killed by SIGKILL") as raised:
-        prepare(config, kill, workers=2, unit_bytes=UNIT_BYTES)
+        prepare(config, workers=2, unit_bytes=UNIT_BYTES)
     assert raised.value.exit_code == 70
 
 

@@ -46,6 +46,7 @@ OUTSIDE = {
     "checkpoint.save._Save.commit": "its own staging folder",
     "checkpoint.retention.remove_folder": "its own staging folder, or one that was pruned under the claim",
     "checkpoint.retention._put_back": "takes a change back",
+    "runtime.shared_folder.first_that_sees": "a mark of its own for a moment, before the claim",
     "health.heartbeats.write_heartbeat": "its own line; compares attempts before",
     "health.watchdog.Watchdog.__init__": "the folder of logs, which all attempts append to",
     "health.nccl.save_flight_record": "a rank's own record of a hang",
