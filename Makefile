@@ -22,7 +22,7 @@ demo: install
 
 test: install
 	sh tests/slurm/install.sh
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not matrix and not gpu" --durations=40
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not matrix and not gpu" --durations=40
 
 # All of it takes hours; SHARD=1/4 to 4/4 are its quarters.
 test-all: install
