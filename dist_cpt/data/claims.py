@@ -1,7 +1,7 @@
 """Claims on pieces of work among processes that share a folder: a file each, created by one of them alone.
 
-A claim is an agreement about who works, not about what is written: every result is renamed into place whole, and equal
-whoever made it, so that work done twice costs time and nothing else.
+A claim decides who does a piece of work, not what is written: every result is renamed into place when it is complete
+and is the same whoever made it, so doing a piece twice only wastes time.
 """
 
 from __future__ import annotations

@@ -112,8 +112,8 @@ def _object(value: Any) -> Fields:
 
 @dataclass(frozen=True)
 class Part:
-    """What of a file is read: lines that start in bytes, row groups, or shards of a hub data set, [start, end); without
-    an end all of it."""
+    """The range [start, end) of a file to read: lines by the byte they start at, row groups, or shards of a hub data
+    set. Without an end it is the whole file."""
 
     path: Path | HubDataset
     start: int = 0

@@ -184,15 +184,12 @@ class StoreWriter:
         """
         if not len(ids):
             return
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self._vocab_size:
-            invalid = low if low < 0 else high
-            raise DataError(f"token id {invalid} is outside the tokenizer's vocabulary of {self._vocab_size}")
+        largest = largest_id(ids, self._vocab_size)
         self._bin.write(np.ascontiguousarray(ids, dtype=self._dtype).data)
         self._lengths.write(np.asarray(lengths, dtype="<i4").tobytes())
         self.num_documents += len(lengths)
         self._num_tokens += len(ids)
-        self._max_token_id = max(self._max_token_id, high)
+        self._max_token_id = max(self._max_token_id, largest)
         if self._label_kind is not None and self._labels is not None:
             expected = len(ids) if self._label_kind == "answers" else len(lengths)
             if labels is None or len(labels) != expected:
@@ -426,6 +423,19 @@ class TokenStore:
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     return patiently(path, lambda: np.memmap(path, dtype=dtype, mode="r"), expected=True)
+
+
+def largest_id(ids: np.ndarray, vocab_size: int) -> int:
+    """The largest of token ids int [T], at least one.
+
+    Raises:
+        DataError: names one that is outside the vocabulary.
+    """
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        invalid = low if low < 0 else high
+        raise DataError(f"token id {invalid} is outside the tokenizer's vocabulary of {vocab_size}")
+    return high
 
 
 def damaged(path: Path, what: str) -> DataError:

@@ -24,9 +24,8 @@ from dist_cpt.data.encode import Encoded, Encoder, Source
 from dist_cpt.data.long_text import LongText
 from dist_cpt.data.prefetch import prefetch
 from dist_cpt.data.sources import OnBadRecord, Record, RecordTally, SourceFiles, is_template, read_records
-from dist_cpt.data.store import LABEL_FILES, LabelKind, token_dtype
+from dist_cpt.data.store import LABEL_FILES, LabelKind, largest_id, token_dtype
 from dist_cpt.data.units import Unit, hash_chunks, lines_before, shifted
-from dist_cpt.errors import DataError
 from dist_cpt.run_folder.json_files import fsync_path
 from dist_cpt.runtime.liveness import made_progress
 from dist_cpt.storage import is_there, patiently, read_bytes
@@ -212,10 +211,7 @@ class _UnitWriter:
         ids = encoded.ids
         if not len(ids):
             return
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self._vocab_size:
-            invalid = low if low < 0 else high
-            raise DataError(f"token id {invalid} is outside the tokenizer's vocabulary of {self._vocab_size}")
+        largest_id(ids, self._vocab_size)
         self._files[IDS].write(np.ascontiguousarray(ids, dtype=self._dtype).data)
         lengths = encoded.lengths.astype("<i4")
         if encoded.continues:
