@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -26,10 +28,11 @@ from dist_cpt.errors import (
     WriteError,
     say,
 )
-from dist_cpt.run_folder.names import ADAPTER_CONFIG, CHECKPOINTS, MANIFEST, RECIPE, REPORT
+from dist_cpt.run_folder.names import ADAPTER_CONFIG, CHECKPOINTS, MANIFEST, MODEL_CONFIG, RECIPE, REPORT
 from dist_cpt.storage import explained
 
 INTERRUPTED = 130
+READER_GONE = 128 + signal.SIGPIPE  # as of a program that the signal ends: dist-cpt ... | head -1
 RUN, LOOK, AFTER, TOOLS = "Run", "Look at a run", "After training", "Tools"  # the groups of --help
 
 app = typer.Typer(
@@ -211,10 +214,13 @@ def train(
         stop_with_parent()
     config = _load(recipe, _overrides(set_, accept))
     from dist_cpt.checkpoint.finished import says_finished
+    from dist_cpt.config.places import require_places
     from dist_cpt.runtime.env import process_env
 
-    if process_env().world_size == 1 and says_finished(config):  # several ranks ask rank 0
-        raise typer.Exit(EXIT_DONE)
+    if process_env().world_size == 1:  # several ranks ask rank 0
+        if says_finished(config):
+            raise typer.Exit(EXIT_DONE)
+        require_places(config)
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         # Packed batches and gathered units differ in size; read when torch is loaded.
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
@@ -330,13 +336,15 @@ def verify(
     path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder or one checkpoint.")],
 ) -> None:
     """Check every byte of a checkpoint, or of a run, its record and its token stores; exit code 74, for a store 65."""
-    from dist_cpt.checkpoint.verify import verify_checkpoint, verify_run, verify_stores
-    from dist_cpt.errors import printable
-
     path = Path(os.path.abspath(path))  # `.` has no name
     if not path.is_dir():
         raise CheckpointError(f"nothing to verify: {path} is not a folder")
     is_run = (path / CHECKPOINTS).is_dir()
+    if not is_run and not (path / MANIFEST).exists() and not path.name.startswith("step-"):
+        raise CheckpointError(f"nothing to verify: {path} is neither a run folder nor a checkpoint")
+    from dist_cpt.checkpoint.verify import verify_checkpoint, verify_run, verify_stores
+    from dist_cpt.errors import printable
+
     checked = verify_run(path) if is_run else {path.name: verify_checkpoint(path)}
     record: list[str] = []
     stores: dict[str, list[str] | None] = {}
@@ -451,14 +459,16 @@ def export(
     ] = None,
 ) -> None:
     """Write a trained adapter as other programs read it, checked against the trainer's logits."""
-    from dist_cpt.export import formats as layouts
-
     if format_ not in ("peft", "vllm", "gguf"):
         raise ConfigError(f"--format {format_}: use peft, vllm or gguf")
     if llama_cpp is not None and format_ != "gguf":
         raise ConfigError("--llama-cpp belongs to --format gguf")
     if dtype is not None and format_ == "peft":
         raise ConfigError("--dtype belongs to --format vllm or gguf: an adapter is kept in fp32")
+    if not any((path / name).exists() for name in (MANIFEST, ADAPTER_CONFIG)):
+        _run_folder(path)
+    from dist_cpt.export import formats as layouts
+
     if format_ == "gguf":
         layouts.require_converter(llama_cpp)  # before a checkpoint is read
         layouts.export_gguf(_checkpoint_folder(path, adapters=True), out, llama_cpp, dtype or "bf16", base=base)
@@ -483,9 +493,12 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message; print the answer.")] = False,
 ) -> None:
     """Continue a prompt with a run, a checkpoint or any model folder."""
+    ours = (model / CHECKPOINTS).is_dir() or (model / MANIFEST).exists()
+    if not ours and not (model / MODEL_CONFIG).is_file():
+        why = f"it has no {MODEL_CONFIG}" if model.is_dir() else "there is no such folder"
+        raise ConfigError(f"{model} is not a model: {why}", remedy="give a run, a checkpoint or a model folder")
     from dist_cpt.export.generate import generate as generate_text
 
-    ours = (model / CHECKPOINTS).is_dir() or (model / MANIFEST).exists()
     folder = _checkpoint_folder(model) if ours else model
     print(generate_text(folder, prompt, max_new_tokens, temperature, top_k, seed, top_p, chat))
 
@@ -586,9 +599,8 @@ def data_decode(
     if out is not None:
         print(f"{out}: {write_rows(rows, out):,} documents")
         return
-    with contextlib.suppress(BrokenPipeError):  # the reader has seen enough
-        for row in rows:
-            sys.stdout.write(row)
+    for row in rows:
+        sys.stdout.write(row)
 
 
 @app.command("model-check", rich_help_panel=TOOLS)
@@ -704,14 +716,18 @@ def main() -> None:
     except DistCptError as error:
         say(f"dist-cpt: {error}")
         code = error.exit_code
-    except BrokenPipeError:  # the reader has seen enough
-        code = EXIT_DONE
+    except SystemExit as ended:  # typer's own 1 for a broken pipe, or a library's
+        code = ended.code
+        if isinstance(ended.__context__, BrokenPipeError) and _reader_is_gone():
+            code = READER_GONE
     except Exception as error:  # a defect of ours: print the traceback too
         known = explained(error)
         usage = getattr(error, "format_message", None)  # click's own usage errors
         if usage is not None:
-            print(f"dist-cpt: {usage()}", file=sys.stderr)
-            code = ConfigError.exit_code
+            message = usage()  # none: no command was given, and the help has been printed
+            if message:
+                print(f"dist-cpt: {message}", file=sys.stderr)
+            code = ConfigError.exit_code if message else EXIT_DONE
         elif isinstance(known, DistCptError):
             say(f"dist-cpt: {known}")
             code = known.exit_code
@@ -730,6 +746,13 @@ def _flush_output() -> None:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads stdout any more, as after `| head`; else a broken pipe was another one, a defect."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _interrupted() -> int:
@@ -751,7 +774,8 @@ def _overrides(set_: list[str] | None, accept: str | None) -> list[str]:
 
 def _run_folder(path: Path) -> Path:
     if not (path / RECIPE).is_file():
-        raise ConfigError(f"{path} is not a run folder: no {RECIPE} in it")
+        why = f"no {RECIPE} in it" if path.is_dir() else "there is no such folder"
+        raise ConfigError(f"{path} is not a run folder: {why}", remedy="give <output_dir>/<name>")
     return path
 
 
@@ -777,9 +801,10 @@ def _checkpoint_folder(path: Path, *, adapters: bool = False) -> Path:
         if problems:
             raise CheckpointError(f"{path} is damaged: {problems[0]}", remedy="dist-cpt verify lists everything")
         return path
+    run = _run_folder(path)
     from dist_cpt.checkpoint.load import newest_valid
 
-    newest, skipped = newest_valid(_run_folder(path))
+    newest, skipped = newest_valid(run)
     for name, reason in skipped:
         print(f"skipped {name}: {reason}", file=sys.stderr)
     if newest is None:

@@ -17,10 +17,11 @@ import torch
 
 from dist_cpt.adapters.peft_folder import canonical_key, read_adapter_config, require_adapter_folder
 from dist_cpt.adapters.prior_adapter import require_same_base, require_same_tokens
+from dist_cpt.checkpoint.byte_check import file_sha256
 from dist_cpt.checkpoint.import_peft_match import require_match, trained_apart, vocabulary_keys
 from dist_cpt.checkpoint.import_trainer import OPTIMIZER, WEIGHTS_ONLY, TrainerMoments, require_betas
 from dist_cpt.checkpoint.load import LoadedCheckpoint, load
-from dist_cpt.checkpoint.safetensors_stream import file_sha256, is_finite
+from dist_cpt.checkpoint.safetensors_stream import is_finite
 from dist_cpt.checkpoint.verify import verify_together
 from dist_cpt.config.load import parse_yaml
 from dist_cpt.config.schema import ContinueFromConfig, OptimConfig

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
+from dist_cpt.checkpoint.byte_check import CHUNK_BYTES, open_file
 from dist_cpt.errors import CheckpointError, NumericsError
 from dist_cpt.runtime.liveness import made_progress
 from dist_cpt.runtime.threads import started
 from dist_cpt.storage import PatientFile
 
 _ITEM_BYTES = 4  # every tensor of a checkpoint is fp32
-_CHUNK_BYTES = 2 * 2**20
 _STREAMS = 4  # of one file, each a thread: one stream has a fraction of a parallel file system's bandwidth
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
@@ -122,7 +122,7 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         # Plain reads, not a memory map: a file truncated meanwhile is an error, not a SIGBUS.
         self._path = path
-        self._file = _open(path)
+        self._file = open_file(path)
         try:
             self.entries = _read_header(self._file, path)
         except BaseException:
@@ -162,7 +162,7 @@ def scan(path: Path) -> FileScan:
         CheckpointError: not a regular file, or not a valid safetensors file of fp32 tensors.
         StorageError: the file system does not answer.
     """
-    with _open(path) as file:
+    with open_file(path) as file:
         entries = sorted(_read_header(file, path).items(), key=lambda item: item[1].start)
         data_start, data_stop = entries[0][1].start, entries[-1][1].stop
         whole = hashlib.sha256(_read_at(file, path, data_start, 0))
@@ -197,17 +197,6 @@ def is_finite(values: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite; allocates no temporary of the tensor's size."""
     low, high = torch.aminmax(values)
     return math.isfinite(low.item()) and math.isfinite(high.item())
-
-
-def file_sha256(path: Path) -> tuple[int, str]:
-    """Bytes and sha256 of any regular file; errors as `scan`."""
-    digest, size = hashlib.sha256(), 0
-    with _open(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-            made_progress()
-    return size, digest.hexdigest()
 
 
 def _layout(shapes: Mapping[str, tuple[int, ...]]) -> tuple[bytes, dict[str, Entry]]:
@@ -262,27 +251,19 @@ def _entry(field: Any, begin: int) -> Entry:
     return Entry(shape, begin + start, begin + stop)
 
 
-def _open(path: Path) -> PatientFile:
-    """Open for reading; never through a symbolic link, never a device or pipe."""
-    try:
-        return PatientFile(path, os.O_NOFOLLOW, expected=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be opened ({error.strerror})") from None
-
-
 def _chunks_ahead(file: PatientFile, path: Path, start: int, stop: int) -> Generator[tuple[int, torch.Tensor]]:
     """(offset, fp32 values) of one chunk after the other, each valid until the next; those are being read meanwhile."""
-    buffers = [torch.empty(_CHUNK_BYTES // _ITEM_BYTES, dtype=torch.float32) for _ in range(_STREAMS + 1)]
+    buffers = [torch.empty(CHUNK_BYTES // _ITEM_BYTES, dtype=torch.float32) for _ in range(_STREAMS + 1)]
 
     def read(offset: int) -> tuple[int, torch.Tensor]:
-        number = (offset - start) // _CHUNK_BYTES
-        chunk = buffers[number % len(buffers)][: min(_CHUNK_BYTES, stop - offset) // _ITEM_BYTES]
+        number = (offset - start) // CHUNK_BYTES
+        chunk = buffers[number % len(buffers)][: min(CHUNK_BYTES, stop - offset) // _ITEM_BYTES]
         _read_all(file, path, _bytes_of(chunk), offset)
         return offset, chunk
 
     under_way: deque[Future[tuple[int, torch.Tensor]]] = deque()
     try:
-        for offset in range(start, stop, _CHUNK_BYTES):
+        for offset in range(start, stop, CHUNK_BYTES):
             if len(under_way) == _STREAMS:
                 yield under_way.popleft().result()
             under_way.append(started(partial(read, offset)))
@@ -294,10 +275,10 @@ def _chunks_ahead(file: PatientFile, path: Path, start: int, stop: int) -> Gener
 
 def _in_pieces(transfer: Callable[[memoryview, int], None], data: memoryview, offset: int) -> list[Future[None]]:
     """Transfer `data` at `offset` of a file: now if it is small, else start several pieces at the same time."""
-    if len(data) <= _CHUNK_BYTES:
+    if len(data) <= CHUNK_BYTES:
         transfer(data, offset)
         return []
-    size = max(_CHUNK_BYTES, -(-len(data) // _STREAMS))
+    size = max(CHUNK_BYTES, -(-len(data) // _STREAMS))
     return [
         started(partial(transfer, data[start : start + size], offset + start)) for start in range(0, len(data), size)
     ]
@@ -316,7 +297,7 @@ def _bytes_of(flat: torch.Tensor) -> memoryview:
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
     while data:
-        written = os.pwrite(fd, data[:_CHUNK_BYTES], offset)
+        written = os.pwrite(fd, data[:CHUNK_BYTES], offset)
         data, offset = data[written:], offset + written
         made_progress()
 
@@ -329,7 +310,7 @@ def _read_at(file: PatientFile, path: Path, num_bytes: int, offset: int) -> byte
 
 def _read_all(file: PatientFile, path: Path, data: memoryview, offset: int) -> None:
     while data:
-        count = file.pread_into(data[:_CHUNK_BYTES], offset)
+        count = file.pread_into(data[:CHUNK_BYTES], offset)
         if count == 0:
             raise CheckpointError(f"{path} ends early, at byte {offset}")
         data, offset = data[count:], offset + count

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dist_cpt.checkpoint.byte_check import file_sha256
 from dist_cpt.checkpoint.plan_files import PlannedFile, model_index, owners, plan_files
 from dist_cpt.checkpoint.quick_check import quick_check
 from dist_cpt.checkpoint.retention import LOGGER, prune, remove_folder, remove_staging, set_aside
-from dist_cpt.checkpoint.safetensors_stream import StreamWriter, file_sha256, scan
+from dist_cpt.checkpoint.safetensors_stream import StreamWriter, scan
 from dist_cpt.checkpoint.verify import verify_checkpoint
 from dist_cpt.errors import CheckpointError, DistCptError, StorageError, Superseded, WriteError
 from dist_cpt.run_folder.checkpoints import (

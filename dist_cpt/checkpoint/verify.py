@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from dist_cpt.checkpoint.byte_check import file_sha256
 from dist_cpt.checkpoint.plan_files import files_by_rank
 from dist_cpt.checkpoint.quick_check import quick_check
-from dist_cpt.checkpoint.safetensors_stream import file_sha256, scan
+from dist_cpt.checkpoint.safetensors_stream import scan
 from dist_cpt.data.store_check import check_store
 from dist_cpt.errors import CheckpointError
 from dist_cpt.run_folder.checkpoints import published, read_manifest

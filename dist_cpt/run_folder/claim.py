@@ -49,6 +49,7 @@ from dist_cpt.run_folder.names import (
     UNTRAINED,
     rewound_name,
 )
+from dist_cpt.run_folder.staging import remove_abandoned
 from dist_cpt.storage import is_there, patiently, read_bytes
 
 MOVES = ("stage", "publish", "aside", "reinstate", "prune")  # of checkpoints
@@ -220,6 +221,7 @@ def claim(
         with contextlib.suppress(OSError):
             for left_over in folder.glob("*.tmp"):  # an earlier attempt that still lives is superseded now
                 remove_quietly(left_over)
+        remove_abandoned(folder)
     except BaseException as error:
         if lock is not None:
             lock.close()

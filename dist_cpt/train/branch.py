@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dist_cpt.checkpoint.byte_check import wrong_files
 from dist_cpt.checkpoint.quick_check import summary
-from dist_cpt.checkpoint.verify import verify_checkpoint
 from dist_cpt.config.exclusions import num_steps
 from dist_cpt.config.load import apply_overrides, build, load_recipe
 from dist_cpt.config.resolve import (
@@ -49,6 +49,7 @@ from dist_cpt.run_folder.names import (
     RUN,
 )
 from dist_cpt.run_folder.records import CheckpointRecord
+from dist_cpt.run_folder.staging import staged
 from dist_cpt.run_folder.train_state import TrainState, past_windows
 from dist_cpt.storage import is_there, read_bytes
 
@@ -84,15 +85,11 @@ def branch(run: Path, step: int, name: str, overrides: Sequence[str] = ()) -> Br
     folder = run_folder(config)
     if os.path.lexists(folder):
         raise ConfigError(f"{folder} exists", remedy="give the branch another --name")
-    staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
-        lineage = _fill(staging, run, checkpoint, config, (tuple(overrides), changed))
-        os.rename(staging, folder)
-        fsync_path(folder.parent)
+        with staged(folder) as staging:
+            lineage = _fill(staging, run, checkpoint, config, (tuple(overrides), changed))
     except OSError as error:
         raise cannot_write(folder, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return Branched(folder, saved, config, lineage)
 
 
@@ -234,7 +231,7 @@ def _fill(
             _link(source / name, checkpoint / name)
     except FileNotFoundError as error:
         raise CheckpointError(f"{source} was removed meanwhile", remedy="branch from a newer checkpoint") from error
-    if problems := verify_checkpoint(checkpoint):
+    if problems := wrong_files(checkpoint):
         raise CheckpointError(f"{source}: {summary(problems)}", remedy="branch from another checkpoint")
     overrides, changed = asked
     lineage = Lineage(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dist_cpt.checkpoint.finished import says_finished
 from dist_cpt.config.load import load_recipe
+from dist_cpt.config.places import require_places
 from dist_cpt.config.resolve import resolve_paths, run_folder
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import EXIT_DONE, ConfigError, say
@@ -67,6 +68,8 @@ def launch(
     say(str(plan.run_folder), sys.stdout)
     if all(says_finished(config) for config, _ in loaded):
         return EXIT_DONE
+    if on == "local":  # a login node need not have what the compute nodes have
+        require_places(loaded[0][0])
     return start(plan)
 
 

@@ -27,7 +27,7 @@ from dist_cpt.run_folder.checkpoints import published
 from dist_cpt.run_folder.contents import object_or_problem, recipe_or_problem
 from dist_cpt.run_folder.json_files import rows_or_problem
 from dist_cpt.run_folder.lineage import inherited_step
-from dist_cpt.run_folder.names import CERTIFICATE, EVENTS, EXIT, LAUNCHES, METRICS, METRICS_REWOUND, RUN
+from dist_cpt.run_folder.names import CERTIFICATE, EVENTS, EXIT, LAUNCHES, LOGS, METRICS, METRICS_REWOUND, RECIPE, RUN
 from dist_cpt_launch.attempts import LaunchRecord
 from dist_cpt_launch.slurm_query import queue_state
 
@@ -126,11 +126,21 @@ def find_run(run: Path | None, runs: Path = Path("runs")) -> Path:
     if run is not None:
         if not run.is_dir():
             raise ConfigError(f"{run} is not a folder", remedy="give a run folder: <output_dir>/<name>")
+        if not _looks_like_run(run):
+            raise ConfigError(f"{run} is not a run folder: no {RUN} in it", remedy="give <output_dir>/<name>")
         return run
     folders = [path.parent for path in runs.glob(f"[!.]*/{RUN}")]  # hidden: a branch that is being made
     if not folders:
         raise ConfigError(f"no run under {runs}/", remedy="give a run folder: <output_dir>/<name>")
     return max(folders, key=lambda folder: max(_modified(folder / name) for name in (RUN, METRICS, EVENTS, EXIT)))
+
+
+def _looks_like_run(folder: Path) -> bool:
+    """Whether anything that a run writes is there; True also for a folder that does not answer."""
+    try:
+        return not {RECIPE, RUN, METRICS, EVENTS, EXIT, LAUNCHES, LOGS}.isdisjoint(os.listdir(folder))
+    except OSError:
+        return True
 
 
 def read_status(folder: Path, now: float | None = None, *, ask_slurm: bool = False) -> Status:

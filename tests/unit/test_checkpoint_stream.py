@@ -57,7 +57,7 @@ def test_scan_hashes_across_chunk_borders(tmp_path: Path, monkeypatch: pytest.Mo
     from dist_cpt.checkpoint import safetensors_stream
 
     hashes = write(tmp_path / "x.safetensors")
-    monkeypatch.setattr(safetensors_stream, "_CHUNK_BYTES", 16)
+    monkeypatch.setattr(safetensors_stream, "CHUNK_BYTES", 16)
     content = scan(tmp_path / "x.safetensors")
     raw = (tmp_path / "x.safetensors").read_bytes()
     assert (content.num_bytes, content.sha256) == (len(raw), hashlib.sha256(raw).hexdigest())
