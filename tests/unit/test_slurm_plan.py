@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -151,13 +150,11 @@ def test_no_value_of_a_secret_is_rendered(tmp_path, monkeypatch):
     assert "sentinel" not in str(refused.value)
 
 
-def test_a_dry_run_answers_at_once_without_torch(tmp_path):
+def test_a_dry_run_loads_no_torch_and_writes_nothing(tmp_path):
     recipe = tiny.write_recipe(tmp_path / "r.yaml", tiny.recipe(tmp_path / "base", tmp_path / "c", tmp_path / "runs"))
     code = "import sys; from dist_cpt.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
-    began = time.perf_counter()
     argv = [sys.executable, "-c", code, "launch", str(recipe), "--on", "slurm", "--dry-run"]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
-    assert time.perf_counter() - began < 1.0 * (1 + os.getloadavg()[0])  # alone it takes a third of a second
     line, torch = done.stdout.splitlines()
     assert line.startswith(f"mkdir -p {tmp_path}/runs/tiny/logs && sbatch --parsable")
     assert torch == "False"

