@@ -76,12 +76,12 @@ FAST = (("single", 1, "lora"), ("fsdp-full", 2, "lora"), ("zero-3", 2, "lora"))
 
 @pytest.mark.parametrize(
     ("engine", "ranks", "variant"),
-    grid(*FAST, ("fsdp-full", 2, "nf4"), ("fsdp-full", 2, "8bit"), variants=("lora", "nf4", "int8", "8bit")),
+    grid(*FAST, ("fsdp-full", 2, "8bit"), variants=("lora", "nf4", "int8", "8bit")),
 )
 def test_resume_is_bit_exact(engine: str, ranks: int, variant: str, pool: Any, base: Any) -> None:
-    """10 + export + import + 10 = 20 steps, into a fresh engine and into one that has trained on meanwhile."""
+    """5 + export + import + 5 = 10 steps, into a fresh engine and into one that has trained on meanwhile."""
     unbroken, resumed, rewound = pool(ranks).run(
-        "tests.contract.cases:resume_twice", base=base(variant), engine=ENGINES[engine], variant=variant, half=10
+        "tests.contract.cases:resume_twice", base=base(variant), engine=ENGINES[engine], variant=variant, half=5
     )[0]
     for other in (resumed, rewound):
         assert other[0] == unbroken[0], "losses or norms differ"

@@ -303,6 +303,7 @@ SHORT_SEED, SHORT_STEPS = 11, 40  # kills, a stop, an attempt that is overtaken,
 LONG_SEED, LONG_STEPS = 13, 240  # all seven engines, two starts from nothing
 
 
+@pytest.mark.matrix
 def test_a_short_soak_ends_like_the_unbroken_run(made, tmp_path) -> None:
     attempts = plan(SHORT_SEED, SHORT_STEPS, 6, 2)
     run = soak(made, tmp_path / "broken", SHORT_SEED, attempts, SHORT_STEPS)

@@ -126,7 +126,7 @@ MORE = [pytest.param(kind, method, marks=pytest.mark.matrix) for kind, method in
 
 @pytest.mark.parametrize(("kind", "method"), [("gemma2", "qlora"), *MORE])
 def test_a_few_steps(kind, method, tmp_path):
-    compare(kind, method, 3, tmp_path)
+    compare(kind, method, 2, tmp_path)
 
 
 def compare(kind: str, method: str, steps: int, tmp_path: Any) -> tuple[Trained, Trained, Trained]:
