@@ -25,6 +25,7 @@ from dist_cpt.errors import (
     ConfigError,
     DataError,
     DistCptError,
+    NodeError,
     WriteError,
     say,
 )
@@ -512,6 +513,20 @@ def preflight(context: typer.Context) -> None:
     from dist_cpt_launch.preflight import main as check
 
     raise typer.Exit(check(context.args))
+
+
+@app.command(rich_help_panel=TOOLS)
+def doctor(
+    folder: Annotated[
+        Path, typer.Option("--folder", metavar="DIR", help="Whose file system to try: an output_dir.")
+    ] = Path(),
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say what this machine has for a run, and how to repair what it lacks; exit code 69 if no run can work here."""
+    from dist_cpt_launch.doctor import show
+
+    if not show(folder, as_json_=json_):
+        raise NodeError("something that every run needs is broken")
 
 
 data_app = typer.Typer(help="Look at, check, merge and decode token stores.", no_args_is_help=True)

@@ -223,6 +223,15 @@ class WandbObserver:
             _close_service()
 
 
+def login_state() -> dict[str, Any]:
+    """Whether wandb is installed and finds credentials, and for which server; asks no server."""
+    try:
+        server = _wandb().setup(settings=_wandb().Settings(silent=True, mode="offline")).settings.base_url
+    except ModuleNotFoundError:
+        return {"installed": False}
+    return {"installed": True, "credentials": _has_credentials(), "server": str(server)}
+
+
 def without_secrets(value: Any) -> Any:
     """A copy of nested values without the values of secret environment variables and without URL passwords."""
     if isinstance(value, dict):
