@@ -325,11 +325,41 @@ def status(
 
 
 @app.command(rich_help_panel=LOOK)
-def report(run: Run) -> None:
-    """Write report.html of a run, finished or not."""
-    from dist_cpt.report.report import write_report
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN...]", help="A run folder; several are compared.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Default: RUN/report.html; of several comparison.html.")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Serve the page on 127.0.0.1 until Ctrl-C.")] = False,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="With --watch; 0 is any free one.")] = 0,
+) -> None:
+    """Write the page of a run, finished or not, or of several runs a comparison."""
+    from dist_cpt.report.compare import comparison_html
+    from dist_cpt.report.report import report_html, write_page, write_report
+    from dist_cpt.run_folder.contents import read_run
 
-    print(write_report(_run_folder(run)))
+    folders = [_run_folder(run) for run in runs]
+    if port and not watch:
+        raise ConfigError("--port belongs to --watch")
+    if watch:
+        from dist_cpt.report.watch import REFRESH_SECONDS, page_server
+
+        if out is not None:
+            raise ConfigError("--out and --watch exclude each other")
+
+        def page() -> str:
+            if len(folders) > 1:
+                return comparison_html(folders, refresh_seconds=REFRESH_SECONDS)
+            return report_html(read_run(folders[0]), refresh_seconds=REFRESH_SECONDS)
+
+        server = page_server(folders, page, port)
+        print(f"http://127.0.0.1:{server.server_port}/  (Ctrl-C ends it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt), server:
+            server.serve_forever()
+    elif len(folders) > 1:
+        print(write_page(comparison_html(folders), out or Path("comparison.html")))
+    else:
+        print(write_report(folders[0], out))
 
 
 @app.command(rich_help_panel=LOOK)

@@ -444,7 +444,8 @@ class EngineConfig(Frozen):
     """How the training state is sharded; a bare word stands for `{kind: WORD}`."""
 
     kind: Literal["auto", "single", "fsdp", "zero"] = "auto"
-    """`auto` is `single` on one rank and `fsdp` on several; `zero` is DeepSpeed's ZeRO."""
+    """`auto` is `single` on one rank and `fsdp` on several, which then shards only what trains if the base fits on
+    every rank by the plan; `zero` is DeepSpeed's ZeRO."""
     stage: Literal[1, 2, 3] | None = None
     """ZeRO's stage; null means 3."""
     shard: Literal["full", "hybrid", "trainable"] | None = None
@@ -454,8 +455,9 @@ class EngineConfig(Frozen):
     """Ranks per shard group of `hybrid`; null means the ranks of one node."""
     reshard_after_forward: bool = True
     """Free gathered weights between forward and backward under FSDP, and gather them again."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """`full` recomputes each decoder layer in backward instead of keeping its activations."""
+    activation_checkpointing: Literal["none", "full", "auto"] = "none"
+    """`full` recomputes each decoder layer in backward instead of keeping its activations; `auto` takes `none` if that
+    fits by the plan."""
 
     @model_validator(mode="before")
     @classmethod

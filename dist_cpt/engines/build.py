@@ -11,6 +11,7 @@ from dist_cpt.config.schema import EngineConfig, RunConfig
 from dist_cpt.engines.activation_checkpoint import checkpoint_layers
 from dist_cpt.engines.engine import InspectableEngine
 from dist_cpt.optim.groups import ParamGroup
+from dist_cpt.plan.choose import plain_engine
 from dist_cpt.runtime.collectives import world_size
 
 
@@ -48,9 +49,8 @@ def build_engine(
 
 
 def resolve_auto(engine: EngineConfig, ranks: int) -> EngineConfig:
-    """`engine` with kind, stage and shard set: auto is single on one rank and fsdp full on several."""
-    if engine.kind == "auto":
-        return engine.model_copy(update={"kind": "single"} if ranks == 1 else {"kind": "fsdp", "shard": "full"})
+    """`engine` with kind, stage and shard set, where no plan has chosen them."""
+    engine = plain_engine(engine, ranks)
     if engine.kind == "fsdp" and engine.shard is None:
         return engine.model_copy(update={"shard": "full"})
     if engine.kind == "zero" and engine.stage is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dist_cpt.errors import ConfigError
 
@@ -60,6 +60,7 @@ DEVICES = {
 }
 _CPU_CORE = 5e10  # FLOP/s in fp32 or bf16
 _CPU_COPY = 1e10
+NETWORK = 50e9  # bytes/s of one GPU to other nodes, where nothing is said
 
 
 def machine_of(gpu: str, nodes: int, gpus: int | None, network: str) -> Machine:
@@ -76,6 +77,21 @@ def machine_of(gpu: str, nodes: int, gpus: int | None, network: str) -> Machine:
     bytes_per_second = float(rate[1]) * 1e9 / (8 if "b" in rate[2] else 1)
     device = _this_cpu() if gpu == "cpu" else DEVICES[gpu]
     return Machine(device, nodes, gpus or (1 if gpu == "cpu" else 8), bytes_per_second)
+
+
+def machine_here(gpu: str | None, gpu_bytes: int, ranks: int, node_ranks: int) -> Machine:
+    """The machine of a running job: rates by the name of its GPU, else those of an H100; the memory is its own.
+
+    `gpu` is None without one: the ranks of a host then share its memory.
+    """
+    nodes = -(-ranks // node_ranks)
+    if gpu is None:
+        cpu = _this_cpu()
+        device = replace(cpu, memory_bytes=cpu.memory_bytes // node_ranks)
+        return Machine(device, nodes, min(ranks, node_ranks), _CPU_COPY)
+    known = next((key for key in DEVICES if key in gpu.lower().replace(" ", "")), "h100")
+    device = replace(DEVICES[known], name=gpu, memory_bytes=gpu_bytes)
+    return Machine(device, nodes, min(ranks, node_ranks), NETWORK)
 
 
 def _this_cpu() -> Device:

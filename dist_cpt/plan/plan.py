@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_cpt.config.exclusions import refusals
+from dist_cpt.config.resolve import step_shape
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
 from dist_cpt.plan.devices import Machine
@@ -87,6 +88,18 @@ def make_plan(config: RunConfig, values: Mapping[str, Any], machine: Machine) ->
     return Plan(shapes, own, machine, tuple(fitting), tuple(too_large), here[0] if here else None)
 
 
+def predict(config: RunConfig, shapes: ModelShapes, machine: Machine) -> Way:
+    """The prediction for a recipe with a concrete engine, on all of `machine`.
+
+    Raises:
+        ConfigError: a step's sequences do not divide by the ranks.
+    """
+    training, placement = training_of(config, shapes), _placement(_engine_name(config, machine), machine)
+    state, checkpointing = state_bytes(training, placement), config.engine.activation_checkpointing
+    step_shape(config, machine.ranks)
+    return _predict(config, training, placement, state, machine, config.batch.micro_batch, checkpointing)
+
+
 def model_config(config: RunConfig) -> dict[str, Any]:
     """The content of the config.json of the recipe's model, from its folder or the Hugging Face cache.
 
@@ -136,12 +149,16 @@ def _variants(config: RunConfig, values: Mapping[str, Any], machine: Machine) ->
 def _ways(variant: tuple[RunConfig, str], shapes: ModelShapes, machine: Machine) -> Iterator[Way]:
     config, engine = variant
     training = training_of(config, shapes)
-    shard_ranks = machine.node_devices if engine == "fsdp-hybrid" else machine.ranks
-    placement = Placement(engine, machine.ranks, shard_ranks, machine.node_devices)  # type: ignore[arg-type]
+    placement = _placement(engine, machine)
     state = state_bytes(training, placement)
     for micro_batch in _micro_batches(config, machine):
         for checkpointing in RECOMPUTED:
             yield _predict(config, training, placement, state, machine, micro_batch, checkpointing)
+
+
+def _placement(engine: str, machine: Machine) -> Placement:
+    shard_ranks = machine.node_devices if engine == "fsdp-hybrid" else machine.ranks
+    return Placement(engine, machine.ranks, shard_ranks, machine.node_devices)  # type: ignore[arg-type]
 
 
 def _predict(
@@ -194,10 +211,16 @@ def _micro_batches(config: RunConfig, machine: Machine) -> list[int]:
 
 def _own(config: RunConfig, machine: Machine) -> tuple[str, str, str, int]:
     """(engine, weights, checkpointing, micro_batch) of the recipe as it is."""
+    checkpointing = config.engine.activation_checkpointing
+    return _engine_name(config, machine), config.model.weights, checkpointing, config.batch.micro_batch
+
+
+def _engine_name(config: RunConfig, machine: Machine) -> str:
+    """As `Engine.kind`."""
     engine = config.engine
     kind: str = engine.kind
     if kind == "auto":
         kind = "single" if machine.ranks == 1 else "fsdp"
-    if kind != "single":
-        kind = f"zero-{engine.stage or 3}" if kind == "zero" else f"fsdp-{engine.shard or 'full'}"
-    return kind, config.model.weights, engine.activation_checkpointing, config.batch.micro_batch
+    if kind == "single":
+        return kind
+    return f"zero-{engine.stage or 3}" if kind == "zero" else f"fsdp-{engine.shard or 'full'}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 Point = tuple[float, float | None]  # (step, value); None is a gap
 
+STEP = "step"  # what most charts go over
 _LABEL_ROWS = 3
 _LABEL_ROW_PX = 13.0
 _LABEL_PX_PER_CHARACTER = 5.9
@@ -38,6 +39,7 @@ class Series:
     color: int
     style: str = "line"  # line | faint | dashed
     dots: bool = False
+    labels: Sequence[str] = ()  # of the points, shown with the values; for charts that do not go over the steps
 
     @property
     def css(self) -> str:
@@ -74,6 +76,7 @@ class Drawing:
     x_range: tuple[float, float]
     y_range: tuple[float, float]
     log: bool
+    x_name: str
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     marks: list[PlacedMark]
@@ -107,25 +110,46 @@ def line_chart(
     Values that are None or not finite are gaps, and on a logarithmic axis values that are not positive.
     """
     drawn = [replace(s, points=downsample(_drawable(s.points, log))) for s in series]
+    drawing = _lay_out(drawn, x_range, marks, crosses, log=log, from_zero=from_zero, x_name=STEP)
+    return Chart(title, unit, series, drawing)
+
+
+def path_chart(
+    title: str, series: Sequence[Series], *, x_range: tuple[float, float], x_name: str, unit: str = ""
+) -> Chart:
+    """Lay out a chart of two quantities; the points of a path are in any order."""
+    return Chart(title, unit, series, _lay_out(series, x_range, (), (), log=False, from_zero=True, x_name=x_name))
+
+
+def _lay_out(
+    drawn: Sequence[Series],
+    x_range: tuple[float, float],
+    marks: Sequence[Mark],
+    crosses: Sequence[tuple[float, str]],
+    *,
+    log: bool,
+    from_zero: bool,
+    x_name: str,
+) -> Drawing | None:
     values = [y for s in drawn for _, y in s.points if y is not None]
     if not values:
-        return Chart(title, unit, series, None)
+        return None
     low, high, y_ticks = _y_axis(min(values), max(values), log, from_zero)
     scale = _Scale(x_range, (low, high), log)
     placed, num_rows = _place_marks(scale, marks)
-    drawing = Drawing(
+    return Drawing(
         plot=PLOT,
         top=PLOT.top - 6 - _LABEL_ROW_PX * num_rows,
         x_range=x_range,
         y_range=(low, high),
         log=log,
-        x_ticks=[(scale.x(step), short_number(step)) for step in _x_ticks(*x_range)],
+        x_name=x_name,
+        x_ticks=[(scale.x(x), short_number(x)) for x in _x_ticks(*x_range, whole=x_name == STEP)],
         y_ticks=[(scale.y(value), short_number(value)) for value in y_ticks],
         marks=placed,
         lines=[(s, points) for s in drawn for points in _without_gaps(scale, s.points)],
         crosses=[(scale.x(step), text) for step, text in crosses],
     )
-    return Chart(title, unit, series, drawing)
 
 
 def downsample(points: Sequence[Point], max_points: int = _MAX_POINTS) -> list[Point]:
@@ -228,9 +252,11 @@ def _y_axis(low: float, high: float, log: bool, from_zero: bool) -> tuple[float,
     return bottom, top, [t for t in ticks if bottom - 1e-9 * step <= t <= top + 1e-9 * step]
 
 
-def _x_ticks(low: float, high: float) -> list[float]:
-    """Whole steps."""
-    return [t for t in _linear_ticks(low, high, 6) if low <= t <= high and t == int(t)] if high > low else [low]
+def _x_ticks(low: float, high: float, *, whole: bool) -> list[float]:
+    """`whole` numbers for steps."""
+    if high <= low:
+        return [low]
+    return [t for t in _linear_ticks(low, high, 6) if low <= t <= high and (not whole or t == int(t))]
 
 
 def _linear_ticks(low: float, high: float, about: int = 5) -> list[float]:

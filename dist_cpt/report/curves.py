@@ -12,15 +12,15 @@ from dist_cpt.report.held_out import HeldOutSet
 from dist_cpt.report.values import real
 from dist_cpt.run_folder.contents import RunFiles
 
+HELD_OUT = "Held-out"  # how the title of the chart of what was learned begins
 _MAX_CROSSES = 200
 
 
 def curves(run: RunFiles, attempts: Sequence[Attempt], held_out: Sequence[HeldOutSet]) -> list[Chart]:
-    """The six charts, with every resume marked in each; none without a row."""
-    steps = [row["step"] for row in [*run.steps, *run.evaluations] if isinstance(row.get("step"), int)]
-    if not steps:
+    """One chart of each quantity that was recorded, with every resume marked in each."""
+    x_range = steps_of(run)
+    if x_range is None:
         return []
-    x_range = (float(min(0, *steps)) if len(steps) > 1 else float(steps[0]), float(max(steps)))
     marks = [
         Mark(attempt.first_step, f"#{i} {attempt.label}", line=i > 0)
         for i, attempt in enumerate(attempts)
@@ -35,11 +35,11 @@ def curves(run: RunFiles, attempts: Sequence[Attempt], held_out: Sequence[HeldOu
     norms = points_of(run.steps, "grad_norm")
     skipped = [(row["step"], f"step {row['step']} skipped") for row in run.steps if row.get("skipped") is True]
     speed = [Series("tokens/s", points_of(run.steps, "tokens_per_second"), 4)]
-    memory = [Series("GiB", points_of(run.steps, "memory_gib"), 5)]
-    return [
+    memory = [Series("peak of rank 0", points_of(run.steps, "memory_gib"), 5), *_memory_parts(run.steps)]
+    drawn = [
         chart("Training loss", _loss_series(run.steps), unit="nats per token"),
         chart(
-            f"Held-out {measure}",
+            f"{HELD_OUT} {measure}",
             scores,
             unit="dashed: retention" if any(s.style == "dashed" for s in scores) else "",
             log=measure == "perplexity" and _spread([point for s in scores for point in s.points]) > 4,
@@ -53,8 +53,37 @@ def curves(run: RunFiles, attempts: Sequence[Attempt], held_out: Sequence[HeldOu
             crosses=skipped[:_MAX_CROSSES],
         ),
         chart("Speed", speed, unit="tokens/s, all ranks", from_zero=True),
-        chart("Memory", memory, unit="GiB, peak of rank 0", from_zero=True),
+        chart("MFU", [Series("MFU", points_of(run.steps, "mfu"), 6)], unit="of the device's peak", from_zero=True),
+        chart("Memory", memory, unit="GiB, rank 0", from_zero=True),
     ]
+    return [one for one in drawn if one.drawing is not None]
+
+
+def steps_of(run: RunFiles) -> tuple[float, float] | None:
+    """The first and the last step of a run's rows; None without any."""
+    steps = [row["step"] for row in [*run.steps, *run.evaluations] if isinstance(row.get("step"), int)]
+    if not steps:
+        return None
+    return float(min(0, *steps)) if len(steps) > 1 else float(steps[0]), float(max(steps))
+
+
+def _memory_parts(steps: Sequence[dict[str, Any]]) -> list[Series]:
+    """Bytes by part as GiB, where rows have them."""
+    rows = [(row["step"], row["memory_bytes"]) for row in steps if _has_parts(row)]
+    parts = dict.fromkeys(part for _, sizes in rows for part in sizes)
+    return [
+        Series(str(part), [(step, _gib(sizes.get(part))) for step, sizes in rows], number, "dashed")
+        for number, part in enumerate(parts)
+    ]
+
+
+def _has_parts(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("step"), int) and isinstance(row.get("memory_bytes"), dict)
+
+
+def _gib(value: Any) -> float | None:
+    size = real(value)
+    return None if size is None else size / 2**30
 
 
 def _loss_series(steps: Sequence[dict[str, Any]]) -> list[Series]:

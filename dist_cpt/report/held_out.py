@@ -31,6 +31,18 @@ class HeldOutSet:
         return self.rows[-1].get(self.measure)
 
     @property
+    def base_loss(self) -> float | None:
+        """Under the base, where it was computed; else that of the first evaluation, at step 0 the base too."""
+        known = [value for row in self.rows if (value := real(row.get("base_loss"))) is not None]
+        return known[-1] if known else real(self.rows[0].get("loss"))
+
+    @property
+    def rise(self) -> float | None:
+        """Of the last loss over that of the base, nats per token."""
+        last = real(self.rows[-1].get("loss"))
+        return None if last is None or self.base_loss is None else last - self.base_loss
+
+    @property
     def spread(self) -> str:
         """`4.963 to 11.59`, the values of all evaluations."""
         values = [value for row in self.rows if (value := real(row.get(self.measure))) is not None]

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -19,9 +20,12 @@ from markupsafe import Markup
 from dist_cpt.errors import DataError, WriteError
 from dist_cpt.report import values
 from dist_cpt.report.attempts import Attempt, outcome, read_attempts
-from dist_cpt.report.curves import curves, points_of
+from dist_cpt.report.curves import HELD_OUT, curves, points_of
+from dist_cpt.report.gauge import gauge, summary
+from dist_cpt.report.goodput import goodput_of
 from dist_cpt.report.held_out import held_out_sets
 from dist_cpt.report.ledger import saved_checkpoints, token_ledger
+from dist_cpt.report.predictions import predictions
 from dist_cpt.report.values import duration, large, number
 from dist_cpt.run_folder.contents import RunFiles, read_run
 from dist_cpt.run_folder.json_files import remove_quietly
@@ -30,8 +34,8 @@ from dist_cpt.run_folder.names import REPORT
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_report(run_folder: Path) -> Path:
-    """Write `report.html` into a run folder and return its path.
+def write_report(run_folder: Path, target: Path | None = None) -> Path:
+    """Write the page of a run, by default `report.html` in its folder, and return its path.
 
     Raises:
         DataError: there is no such folder.
@@ -39,7 +43,7 @@ def write_report(run_folder: Path) -> Path:
     """
     if not run_folder.is_dir():
         raise DataError(f"run folder not found: {run_folder}", remedy="pass the folder that `train` printed first")
-    return write_page(report_html(read_run(run_folder)), run_folder / REPORT)
+    return write_page(report_html(read_run(run_folder)), target or run_folder / REPORT)
 
 
 def write_page(html: str, target: Path) -> Path:
@@ -68,36 +72,66 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (values.number, values.percent, values.epochs, values.as_list, values.mappings, values.clock, outcome)
-    templates.filters |= {function.__name__: function for function in filters}
+    filters = (
+        values.number,
+        values.percent,
+        values.epochs,
+        values.as_list,
+        values.mappings,
+        values.clock,
+        duration,
+        outcome,
+    )
+    templates.filters |= {function.__name__: function for function in (*filters, duration, outcome)}
     return templates
 
 
-def report_html(run: RunFiles) -> str:
-    """The page as text."""
-    script = (TEMPLATES / "hover.js").read_text(encoding="utf-8")
+def report_html(run: RunFiles, *, refresh_seconds: int | None = None) -> str:
+    """The page as text; with `refresh_seconds` a browser loads it again and again."""
     attempts, held_out = read_attempts(run), held_out_sets(run)
-    return (
-        environment()
-        .get_template("page.html")
-        .render(
-            run=run,
-            name=str(run.recipe.get("name") or run.folder.name),
-            status=_status(run, attempts),
-            facts=_facts(run, attempts) if run.steps else [],
-            held_out=held_out,
-            charts=curves(run, attempts, held_out),
-            sources=token_ledger(run),
-            attempts=attempts,
-            checkpoints=saved_checkpoints(run),
-            messages=[event for event in run.events if event.get("kind") == "message"],
-            script=Markup(script),
-            script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        )
+    charts = curves(run, attempts, held_out)
+    return render(
+        "page.html",
+        refresh_seconds,
+        run=run,
+        name=name_of(run),
+        status=status_of(run, attempts),
+        facts=_facts(run, attempts) if run.steps else [],
+        held_out=held_out,
+        gauge=gauge([("this run", held_out)]),
+        gauge_summary=summary(held_out),
+        held_out_charts=[chart for chart in charts if chart.title.startswith(HELD_OUT)],
+        charts=[chart for chart in charts if not chart.title.startswith(HELD_OUT)],
+        samples=samples_of(run),
+        predictions=predictions(run.plan),
+        plan=run.plan,
+        sources=token_ledger(run),
+        attempts=attempts,
+        goodput=goodput_of(run),
+        checkpoints=saved_checkpoints(run),
+        messages=[event for event in run.events if event.get("kind") == "message"],
     )
 
 
-def _status(run: RunFiles, attempts: Sequence[Attempt]) -> dict[str, str]:
+def render(template: str, refresh_seconds: int | None = None, **content: Any) -> str:
+    """A page of the templates, which may run the one script that shows values, and nothing else."""
+    script = (TEMPLATES / "hover.js").read_text(encoding="utf-8")
+    sha256 = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    parts = {"script": Markup(script), "script_sha256": sha256, "refresh_seconds": refresh_seconds}
+    return environment().get_template(template).render(**content, **parts)
+
+
+def name_of(run: RunFiles) -> str:
+    return str(run.recipe.get("name") or run.folder.name)
+
+
+def samples_of(run: RunFiles) -> list[dict[str, Any]]:
+    """The texts after the same prompt, over the steps; of earlier versions only the last one."""
+    kept = [one for one in values.mappings(run.sample.get("samples")) if "text" in one]
+    return kept or ([run.sample] if "text" in run.sample else [])
+
+
+def status_of(run: RunFiles, attempts: Sequence[Attempt]) -> dict[str, str]:
     """How the run ended, from exit.json or else its last event: text, CSS class, reason."""
     code, reason = values.integer(run.exit.get("code")), str(run.exit.get("reason") or "")
     if code is None and attempts:
@@ -115,6 +149,8 @@ def _facts(run: RunFiles, attempts: Sequence[Attempt]) -> list[tuple[str, str]]:
     planned = next((e["num_steps"] for e in reversed(run.events) if isinstance(e.get("num_steps"), int)), None)
     speeds = [speed for _, speed in points_of(run.steps, "tokens_per_second") if speed is not None]
     seconds = sum(time for _, time in points_of([*run.steps, *run.rewound], "step_seconds") if time is not None)
+    used = [mfu for _, mfu in points_of(run.steps, "mfu") if mfu is not None]
+    goodput = goodput_of(run)
     memory = [gib for _, gib in points_of(run.steps, "memory_gib") if gib is not None]
     repeated = len(run.rewound)
     return [
@@ -122,8 +158,10 @@ def _facts(run: RunFiles, attempts: Sequence[Attempt]) -> list[tuple[str, str]]:
         ("target tokens", large(last.get("tokens"))),
         ("last training loss", number(last.get("loss"))),
         ("median tokens/s", number(round(median(speeds)) if speeds else None)),
+        *([("median MFU", f"{median(used):.1%}")] if used else []),
         ("peak memory", f"{number(max(memory) if memory else None)} GiB"),
         ("time in steps", duration(seconds)),
+        *([("goodput", f"{goodput.fraction:.0%}")] if goodput is not None and goodput.wall else []),
         ("skipped steps", number(last.get("skipped_total"))),
         ("attempts", number(len(attempts)) + (f" ({repeated:,} steps repeated)" if repeated else "")),
     ]

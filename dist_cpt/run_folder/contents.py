@@ -27,6 +27,7 @@ class RunFiles:
     contract: dict[str, Any]
     certificate: dict[str, Any]
     exit: dict[str, Any]
+    plan: dict[str, Any]
     sample: dict[str, Any]
     checkpoints: list[str]
     problems: list[str]
@@ -47,6 +48,7 @@ def read_run(folder: Path) -> RunFiles:
         contract=object_or_problem(folder / names.CONTRACT, problems),
         certificate=object_or_problem(folder / names.CERTIFICATE, problems),
         exit=object_or_problem(folder / names.EXIT, problems),
+        plan=object_or_problem(folder / names.PLAN, problems),
         sample=object_or_problem(folder / names.SAMPLE, problems),
         checkpoints=sorted(path.parent.name for path in (folder / names.CHECKPOINTS).glob(f"*/{names.MANIFEST}")),
         problems=problems,

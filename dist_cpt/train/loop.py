@@ -27,6 +27,7 @@ from dist_cpt.train.build import Run
 from dist_cpt.train.contract import Contract
 from dist_cpt.train.held_out import evaluate_all
 from dist_cpt.train.progress import Progress, StepResult
+from dist_cpt.train.sample import write_sample
 
 Outcome = Literal["done", "stopped", "rollback"]
 
@@ -73,6 +74,7 @@ def train_loop(run: Run, contract: Contract, progress: Progress) -> tuple[Outcom
         _require_bearable(run, before, progress, result, decision)
         if run.evaluation_due(progress.step):
             evaluate_all(run, progress)
+            write_sample(run, progress)
             watchdog.tick("training", progress.step)
     return "done", progress
 

@@ -19,6 +19,7 @@ from dist_cpt.train.build import (
 )
 from dist_cpt.train.held_out import evaluate_all
 from dist_cpt.train.loop import train_loop
+from dist_cpt.train.prediction import settle_engine, write_prediction
 from dist_cpt.train.restore import restore, roll_back
 from dist_cpt.train.sample import write_sample
 from dist_cpt.train.start import announce, open_contract, start
@@ -40,6 +41,7 @@ def train_attempt(context: RunContext) -> tuple[int, str]:
     start_point = check_before_hours_of_work(context)
     data = open_data(context, start_point.tokenizer)
     context = settle_length(context, data)
+    context = settle_engine(context, data)
     model = build_model(context, start_point, data)
     run = open_run(context, data, model)
     progress = restore(run) or start(run)
@@ -48,6 +50,7 @@ def train_attempt(context: RunContext) -> tuple[int, str]:
     with contextlib.closing(run.engine):
         if progress.resumed_from is None:
             evaluate_all(run, progress)
+            write_sample(run, progress)
         try:
             outcome, progress = train_loop(run, contract, progress)
             while outcome == "rollback":
@@ -69,4 +72,5 @@ def train_attempt(context: RunContext) -> tuple[int, str]:
         context.watchdog.tick("ending", progress.step)
         context.require_claim()
         write_sample(run, progress)
+        write_prediction(run)
     return EXIT_DONE, "done"

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -222,7 +223,9 @@ def ask(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
     try:
         out, err = child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        child.kill()  # and not waited for: a process that waits for a dead file server cannot even be killed
+        child.kill()
+        with suppress(subprocess.TimeoutExpired):  # a process that waits for a dead file server cannot even be killed
+            child.communicate(timeout=1.0)
         return {"failed": f"no answer within {seconds:g} s"}
     rows = [row for row in map(parse_row, out.splitlines()) if row is not None]
     if rows:

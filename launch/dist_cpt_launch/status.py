@@ -21,6 +21,7 @@ from dist_cpt import storage
 from dist_cpt.checkpoint.quick_check import quick_check
 from dist_cpt.errors import EXIT_DONE, EXIT_WORDS, ConfigError, StorageError
 from dist_cpt.health.heartbeats import Heartbeat, read_heartbeats
+from dist_cpt.report.goodput import Goodput
 from dist_cpt.report.ledger import SourceLedger, source_ledger
 from dist_cpt.report.values import duration
 from dist_cpt.run_folder.checkpoints import published
@@ -49,20 +50,6 @@ class EndedAttempt:
     attempt: int
     code: int | None  # None: killed or crashed
     reason: str
-
-
-@dataclass(frozen=True)
-class Goodput:
-    """Where the wall time went, in seconds; the rest is starting, evaluating, queueing and idling."""
-
-    productive: float  # applied steps
-    redone: float  # steps before a resume that were trained again
-    saving: float  # training waited for a checkpoint
-    wall: float  # from the first start to the end, or to now
-
-    @property
-    def fraction(self) -> float:
-        return self.productive / self.wall if self.wall > 0 else 0.0
 
 
 @dataclass(frozen=True)

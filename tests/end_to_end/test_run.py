@@ -17,6 +17,7 @@ import yaml
 from dist_cpt.checkpoint.verify import verify_checkpoint, verify_run
 from dist_cpt.errors import StorageError
 from dist_cpt.run_folder.audit import record_problems
+from dist_cpt.run_folder.checkpoints import read_manifest
 from dist_cpt.runtime.stop import StopRequest
 from tests import tiny
 from tests.errno_layer import ErrnoLayer
@@ -24,7 +25,8 @@ from tests.whole_run import StopAfter, rows, train
 
 
 def test_a_run_leaves_what_it_promises(made, tmp_path):
-    values = tiny.recipe(*made, tmp_path, evaluate={"every_steps": 6})
+    auto = {"kind": "auto", "activation_checkpointing": "auto"}
+    values = tiny.recipe(*made, tmp_path, evaluate={"every_steps": 6}, engine=auto)
     assert train(values) == 0
     run = tmp_path / "tiny"
     metrics = rows(run / "metrics.jsonl")
@@ -46,7 +48,18 @@ def test_a_run_leaves_what_it_promises(made, tmp_path):
         "step-00000008",
         "step-00000012",
     ]
-    assert set(json.loads((run / "sample.json").read_text())) == {"prompt", "text", "step"}
+    sample = json.loads((run / "sample.json").read_text())
+    assert [one["step"] for one in sample["samples"]] == [0, 6, 12]
+    assert {key: sample[key] for key in ("prompt", "text", "step")} == sample["samples"][-1]
+    plan = json.loads((run / "plan.json").read_text())
+    predicted, measured = plan["predicted"]["memory_bytes"], plan["measured"]
+    for part in ("frozen", "trainable", "optimizer"):  # by the shapes, and in the engine's storages
+        assert abs(measured["state_bytes"][part] / predicted[part] - 1) < 0.02, part
+    assert (plan["engine"], measured["steps"]) == ("single", 10)
+    assert all(measured[key] > 0 for key in ("tokens_per_second", "step_seconds", "peak_bytes"))
+    (saved,) = {json.dumps(read_manifest(path).recipe["engine"]) for path in (run / "checkpoints").iterdir()}
+    assert (json.loads(saved)["kind"], json.loads(saved)["activation_checkpointing"]) == ("single", "none")
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["engine"]["kind"] == "auto"  # for a resume to choose again
 
 
 def test_ten_and_ten_is_twenty_bit_for_bit(made, tmp_path):

@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 
 from dist_cpt.cli import app
 from dist_cpt.config.load import build, load_recipe
-from dist_cpt.config.resolve import step_shape
+from dist_cpt.config.resolve import fingerprint, step_shape
 from dist_cpt.errors import ConfigError
 from dist_cpt.optim import groups
 from dist_cpt.plan import tensors
-from dist_cpt.plan.devices import DEVICES, machine_of
+from dist_cpt.plan.choose import chosen_engine, is_concrete
+from dist_cpt.plan.devices import DEVICES, machine_here, machine_of
 from dist_cpt.plan.plan import Plan, make_plan, model_config, recipe_patch
 from dist_cpt.plan.plan_text import as_json, as_text, launch_line
 from tests.plan_cases import LLAMA_8B, LLAMA_70B, model_folder, recipe
@@ -171,3 +172,31 @@ def test_text_names_the_patch_and_the_command(tmp_path):
 def test_moments_in_8_bit_are_those_of_the_optimizer():
     """LoRA+'s B matrices count as the adapter here."""
     assert {*tensors.EIGHT_BIT_GROUPS, "adapter_b"} == set(groups.EIGHT_BIT_GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("model", "machine", "engine", "expected"),
+    [
+        (LLAMA_8B, ("h100", 1, 8), "auto", "fsdp trainable none"),  # the base fits on each
+        (LLAMA_70B, ("h200", 1, 8), "auto", "fsdp full none"),  # on all together
+        (LLAMA_70B, ("h100", 1, 2), "auto", "fsdp full full"),  # nowhere: the smallest way
+        (LLAMA_8B, ("h100", 1, 1), "auto", "single None none"),
+        (LLAMA_8B, ("l40s", 1, 8), {"kind": "zero", "stage": 3}, "zero None none"),  # only what is left to choose
+    ],
+)
+def test_auto_is_what_the_plan_takes(tmp_path, model, machine, engine, expected):
+    kind = {"kind": engine} if isinstance(engine, str) else engine
+    values = recipe(model_folder(tmp_path / "model", model), batch={"global_tokens": 262144, "micro_batch": 1})
+    config = build(values | {"engine": kind | {"activation_checkpointing": "auto"}}, "recipe")
+    chosen = chosen_engine(config, model, machine_of(machine[0], machine[1], machine[2], "50GBps"))
+    assert is_concrete(chosen)
+    assert f"{chosen.kind} {chosen.shard} {chosen.activation_checkpointing}" == expected
+    assert fingerprint(config.model_copy(update={"engine": chosen})) == fingerprint(config)
+
+
+def test_a_job_is_planned_with_its_own_memory():
+    machine = machine_here("NVIDIA H100 80GB HBM3", 79 * 10**9, 16, 8)
+    assert (machine.nodes, machine.node_devices, machine.device.memory_bytes) == (2, 8, 79 * 10**9)
+    assert machine.device.gemm == DEVICES["h100"].gemm
+    one, two = (machine_here(None, 0, ranks, ranks).device.memory_bytes for ranks in (1, 2))
+    assert two == one // 2  # the ranks of a host share it

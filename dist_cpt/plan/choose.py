@@ -1,0 +1,71 @@
+"""What `auto` in a recipe's engine becomes on a machine, and what the model of a step predicts for the recipe as it is.
+
+A base that fits is replicated and nothing is recomputed that fits: of the ways that fit, the fastest by the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dist_cpt.config.exclusions import refusals
+from dist_cpt.config.schema import EngineConfig, RunConfig
+from dist_cpt.plan.devices import Machine
+from dist_cpt.plan.plan import RECOMPUTED, Way, predict
+from dist_cpt.plan.shapes import shapes_of
+
+AUTO = "auto"
+
+
+def is_concrete(engine: EngineConfig) -> bool:
+    """Whether nothing is left to choose."""
+    return AUTO not in (engine.kind, engine.activation_checkpointing)
+
+
+def chosen_engine(config: RunConfig, values: Mapping[str, Any], machine: Machine) -> EngineConfig:
+    """`config.engine` without `auto`: the fastest way that fits, else the smallest; `values` as in `make_plan`.
+
+    Raises:
+        ConfigError: the model is not known, or a step's sequences do not divide by the ranks.
+    """
+    shapes = shapes_of(values)
+    engines = [engine for engine in _candidates(config, machine.ranks) if not refusals(_with(config, engine))]
+    ways = [(predict(_with(config, engine), shapes, machine), engine) for engine in engines]
+    if not ways:  # the recipe excludes each of them, and is refused where it is built
+        return plain_engine(config.engine, machine.ranks)
+    fitting = [way for way in ways if way[0].fits]
+    if fitting:
+        return max(fitting, key=lambda way: way[0].tokens_per_second)[1]
+    return min(ways, key=lambda way: way[0].peak_bytes)[1]
+
+
+def predicted(config: RunConfig, values: Mapping[str, Any], machine: Machine) -> Way:
+    """The recipe as it is; errors as `chosen_engine`."""
+    return predict(config, shapes_of(values), machine)
+
+
+def plain_engine(engine: EngineConfig, ranks: int) -> EngineConfig:
+    """`engine` without `auto` where no plan can be made: everything sharded, nothing recomputed."""
+    update: dict[str, Any] = {}
+    if engine.kind == AUTO:
+        update = {"kind": "single"} if ranks == 1 else {"kind": "fsdp", "shard": "full"}
+    if engine.activation_checkpointing == AUTO:
+        update["activation_checkpointing"] = "none"
+    return engine.model_copy(update=update)
+
+
+def _candidates(config: RunConfig, ranks: int) -> Iterator[EngineConfig]:
+    """Those that take less memory come later: the first of equally fast ones is taken."""
+    engine = config.engine
+    kinds: list[dict[str, Any]] = [{}]
+    if engine.kind == AUTO:
+        shards = (["trainable"] if config.adapter.kind == "lora" else []) + ["full"]
+        kinds = [{"kind": "single"}] if ranks == 1 else [{"kind": "fsdp", "shard": shard} for shard in shards]
+    chosen = engine.activation_checkpointing
+    for policy in RECOMPUTED if chosen == AUTO else (chosen,):
+        for kind in kinds:
+            yield engine.model_copy(update=kind | {"activation_checkpointing": policy})
+
+
+def _with(config: RunConfig, engine: EngineConfig) -> RunConfig:
+    return config.model_copy(update={"engine": engine})
