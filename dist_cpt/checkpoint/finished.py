@@ -38,7 +38,8 @@ def finished_step(folder: Path, config: RunConfig) -> int | None:
     if end.get("code") != EXIT_DONE or newest is None or step_of(newest) != end.get("step"):
         return None
     try:
-        if differences(load_recipe(folder / RECIPE), config):
+        recorded = load_recipe(folder / RECIPE)
+        if differences(recorded, config) or recorded.evaluate.forgetting != config.evaluate.forgetting:  # it may go on
             return None
     except ConfigError:
         return None

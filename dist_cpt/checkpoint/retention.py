@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from dist_cpt.checkpoint.quick_check import quick_check
@@ -27,9 +28,9 @@ from dist_cpt.run_folder.json_files import fsync_path
 LOGGER = logging.getLogger("dist_cpt")
 
 
-def prune(claim: Claim, newest: Path, keep: int, landmark_step: int | None = None) -> list[str]:
+def prune(claim: Claim, newest: Path, keep: int, landmarks: Sequence[int] = ()) -> list[str]:
     """Remove all but the `keep` newest valid checkpoints up to `newest`, which was just published, and the newest valid
-    one up to `landmark_step`.
+    one up to each step of `landmarks`.
 
     Only checkpoints older than the last one kept are removed, so a damaged one never counts as kept, and `newest`,
     whose every byte was re-read, always stays. Returns the names of the removed ones.
@@ -40,8 +41,8 @@ def prune(claim: Claim, newest: Path, keep: int, landmark_step: int | None = Non
     up_to_newest = [path for path in published(claim.folder) if path.name <= newest.name]
     valid = [path for path in up_to_newest if path == newest or not quick_check(path)]
     old = [path for path in up_to_newest if path.name < valid[keep - 1].name] if len(valid) >= keep else []
-    landmark = next((path for path in valid if landmark_step is not None and step_of(path) <= landmark_step), None)
-    old = [path for path in old if path != landmark]
+    kept = [next((path for path in valid if step_of(path) <= step), None) for step in landmarks]
+    old = [path for path in old if path not in kept]
     # The last one moved aside stays, so that what happened can be looked up; so do those of steps to come.
     aside = sorted(superseded(claim.folder), key=lambda path: path.lstat().st_mtime)[:-1]
     old += [path for path in aside if step_of(path) <= step_of(newest)]

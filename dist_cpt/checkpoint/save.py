@@ -69,6 +69,7 @@ class RunCheckpoints:
     aliases: Mapping[str, str] = field(default_factory=dict)  # second keys of tied matrices in an adapter file
     keep: int = 3
     landmark_step: int | None = None  # the newest checkpoint up to it is kept besides: a longer run continues from it
+    best_step: Callable[[], int | None] = lambda: None  # the checkpoint of the best evaluation is kept besides
     fault: Callable[[str, int], object] = lambda point, step: None  # (save.POINT or trial.POINT, step)
 
     @property
@@ -350,7 +351,7 @@ def _write_tensor(tensor: ExportedTensor, targets: Sequence[tuple[StreamWriter, 
 
 def _prune(run: RunCheckpoints, newest: Path) -> None:
     try:
-        prune(run.claim, newest, run.keep, run.landmark_step)
+        prune(run.claim, newest, run.keep, [step for step in (run.landmark_step, run.best_step()) if step is not None])
     except Superseded:  # the old ones belong to the later attempt now; the next boundary ends this one
         LOGGER.warning("a later attempt has claimed the run: no old checkpoint is removed")
     except (OSError, StorageError) as error:  # the new checkpoint is safe; too many old ones are no reason to stop

@@ -180,6 +180,10 @@ def _limits_below_a_sequence(config: Recipe) -> Settings:
     ]
 
 
+def _no_retention_set(config: Recipe) -> bool:
+    return not any(held_out.role == "retention" for held_out in config.data.validation)
+
+
 def _half_a_pair(config: Recipe) -> bool:
     texts = (*config.data.sources, *config.data.validation)
     return any((text.prompt is None) != (text.response is None) for text in texts)
@@ -257,6 +261,11 @@ _UNTIED = is_("embeddings.tie", "untie")
 _LOW_RANK = is_("embeddings.kind", "lora")
 _NEW_ROWS = is_("embeddings.rows", "new")
 _CLASSIFY = is_("task", "classify")
+_LIMITED = Condition(
+    ("evaluate.forgetting",),
+    "`evaluate.forgetting`",
+    lambda config: given("evaluate.forgetting").matches(config) if config.evaluate.forgetting else [],
+)
 _MESSAGES = either(*(given(key) for key in (*(f"{text}.messages" for text in _TEXTS), *_PAIR)))
 
 # fmt: off
@@ -395,6 +404,12 @@ EXCLUSIONS = (
     Exclusion((when("`batch.global_tokens` not a multiple of `data.seq_len`", ("batch.global_tokens", "data.seq_len"),
                     _part_of_a_sequence),),
               "a step is a whole number of sequences", "use a multiple of data.seq_len"),
+    # forgetting
+    Exclusion((_LIMITED, when("no held-out set of `role: retention`", ("data.validation",), _no_retention_set)),
+              "there is nothing that could be forgotten",
+              "give data.validation a set with role: retention, or leave evaluate.forgetting out"),
+    Exclusion((_LIMITED, either(_SCRATCH, _CLASSIFY, is_("evaluate.against", None))),
+              "there is no base to compare with", "leave evaluate.forgetting out"),
     # schedules; also those of `schedule.per_group`
     *(Exclusion((when(f"`{phase}_steps` and `{phase}_fraction` in one schedule",
                       (f"schedule.{phase}_steps", f"schedule.{phase}_fraction"), _length_twice(phase)),),

@@ -535,6 +535,17 @@ class HealthConfig(Frozen):
     spike: SpikeConfig = SpikeConfig()
 
 
+class ForgettingConfig(Frozen):
+    """What happens when the loss on a held-out set of `role: retention` rises above that under the base; null: no
+    limit."""
+
+    policy: Literal["warn", "stop", "keep_best"] = "warn"
+    """`warn` says so once, `stop` also saves and ends the run with exit code 0, and `keep_best` keeps, besides the
+    newest checkpoints, that of the evaluation with the lowest mean loss over the domain sets within the limit."""
+    loss_rise: float = Field(default=0.05, ge=0.0)
+    """The limit of every set, in nats per token over the base."""
+
+
 class EvaluateConfig(Frozen):
     """Evaluation on the held-out sets, which always takes place before the first step and after the last."""
 
@@ -542,6 +553,10 @@ class EvaluateConfig(Frozen):
     """Optimizer steps between two evaluations; null: only at the start and the end."""
     max_blocks: PositiveInt | None = None
     """Sequences that are read of each held-out set; null means all."""
+    against: Literal["base"] | None = "base"
+    """What losses are compared with: the weights before this run's own adapter (`base`), computed once; null: with
+    nothing. A model from scratch and a new classifier have no base."""
+    forgetting: ForgettingConfig | None = ForgettingConfig()
 
 
 class WandbConfig(Frozen):

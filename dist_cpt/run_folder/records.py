@@ -74,6 +74,13 @@ class EvaluationRecord:
     num_tokens: int  # targets: tokens, or texts of task classify
     attempt: int
     scores: dict[str, float] = field(default_factory=dict)  # task classify: accuracy, macro_f1; loss is the log-loss
+    bits_per_byte: float | None = None  # of the targets' text; None where its bytes cannot be told
+    base_loss: float | None = None  # of the same targets under the base; None where there is none
+
+    @property
+    def loss_rise(self) -> float | None:
+        """Nats per token over the base."""
+        return None if self.base_loss is None else self.loss - self.base_loss
 
 
 @dataclass(frozen=True)

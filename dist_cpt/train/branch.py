@@ -36,6 +36,7 @@ from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state
 from dist_cpt.run_folder.json_files import cannot_write, encode_row, fsync_path, json_bytes, parse_row
 from dist_cpt.run_folder.lineage import Lineage, group_of, lineage_content
 from dist_cpt.run_folder.names import (
+    BASE_LOSSES,
     CHECKPOINTS,
     CONTINUED,
     EVALUATIONS,
@@ -271,7 +272,7 @@ def _fill(
     for name, content in files.items():
         if content:
             (folder / name).write_bytes(content)
-    for name in (CONTINUED, INITIAL_ADAPTER):
+    for name in (CONTINUED, INITIAL_ADAPTER, BASE_LOSSES):
         if is_there(run / name):
             shutil.copyfile(run / name, folder / name)
     for path in (*folder.rglob("*"), folder):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from dist_cpt.data.prepare import prepare
 from dist_cpt.data.prepared import Prepared, check_vocabulary, open_prepared
 from dist_cpt.data.progress_line import LOG_SECONDS, ProgressLine
 from dist_cpt.data.store import check_chunks
+from dist_cpt.data.text_bytes import TextBytes
 from dist_cpt.data.tokenizer import load_new_vocabulary, load_run_tokenizer, tokenizer_hash
 from dist_cpt.engines.build import build_engine
 from dist_cpt.engines.engine import InspectableEngine
@@ -42,6 +43,7 @@ from dist_cpt.optim.continued_schedule import last_step_before_decay
 from dist_cpt.optim.eight_bit import dynamic_map
 from dist_cpt.optim.groups import ParamGroup, param_groups
 from dist_cpt.run_folder.checkpoints import published
+from dist_cpt.run_folder.forgetting import recorded_best
 from dist_cpt.run_folder.json_files import read_object
 from dist_cpt.run_folder.manifest import Identity
 from dist_cpt.run_folder.metrics import MetricsFile
@@ -60,6 +62,7 @@ from dist_cpt.runtime.log import LOGGER
 from dist_cpt.runtime.shared_folder import MARK_SECONDS, first_that_sees
 from dist_cpt.runtime.versions import package_versions
 from dist_cpt.train.attempt import RunContext
+from dist_cpt.train.evaluate import HeldOut
 from dist_cpt.train.probe import PROBE_BLOCKS, Stream
 from dist_cpt.train.progress import Progress, step_positions, step_starts
 from dist_cpt.train.saver import Saver
@@ -85,6 +88,7 @@ class TrainingData:
     tokenizer: Any
     loader: BlockLoader
     held_out: list[ValidationLoader]
+    text_bytes: TextBytes | None  # None: the bytes of the targets' text cannot be told
 
     @property
     def source_names(self) -> Sequence[str]:
@@ -109,6 +113,7 @@ class Run:
     saver: Saver
     clock: ComputeClock | None  # with stragglers, on more than one rank
     stragglers: StragglerWatch | None
+    base_losses: Mapping[str, HeldOut] = field(default_factory=dict)  # by held-out set, under the base
 
     def steps(self, progress: Progress) -> Iterator[list[Batch]]:
         """The micro-batches of every remaining step, made ahead on a thread."""
@@ -200,7 +205,8 @@ def open_data(context: RunContext, tokenizer: Any) -> TrainingData:
         ValidationLoader(source, config.data.seq_len, pad_id, config.evaluate.max_blocks)
         for source in prepared.validation
     ]
-    return TrainingData(prepared, tokenizer, loader, held_out)
+    text_bytes = None if config.task == "classify" else TextBytes.of(tokenizer)
+    return TrainingData(prepared, tokenizer, loader, held_out, text_bytes)
 
 
 def settle_length(context: RunContext, data: TrainingData) -> RunContext:
@@ -283,6 +289,7 @@ def open_run(context: RunContext, data: TrainingData, model: TrainableModel) -> 
         aliases=model.aliases,
         keep=config.checkpoint.keep,
         landmark_step=last_step_before_decay(config, context.shape.num_steps),
+        best_step=partial(recorded_best, context.folder, config.evaluate.forgetting),
         fault=context.fault,
     )
     saver = Saver(context, engine, stream, schedule, metrics, checkpoints)

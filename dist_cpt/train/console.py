@@ -111,7 +111,10 @@ class Console:
         else:
             first = self._first_loss.setdefault(record.name, record.loss)
             change = "" if record.loss == first else f" ({_change(first, record.loss)} since the first evaluation)"
-            result = f"loss {record.loss:.4f}, perplexity {_significant(record.perplexity)}{change}"
+            bits = "" if record.bits_per_byte is None else f", {record.bits_per_byte:.4f} bits/byte"
+            result = f"loss {record.loss:.4f}, perplexity {_significant(record.perplexity)}{change}{bits}"
+            if record.loss_rise is not None and record.step:
+                result += f", {record.loss_rise:+.4f} against the base"
         self._print(f"step {record.step} held-out {record.name}{role}: {result}")
 
     def on_checkpoint(self, record: CheckpointRecord) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dist_cpt.data.batch import Batch
+from dist_cpt.data.text_bytes import TextBytes
 from dist_cpt.engines.engine import Engine
 from dist_cpt.runtime.collectives import all_reduce_floats
 from dist_cpt.runtime.env import ProcessEnv
@@ -17,15 +18,21 @@ from dist_cpt.runtime.liveness import made_progress
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Loss over one set: nats per target token, over all ranks."""
+    """Loss over one set: nats per target token, over all ranks; `num_bytes` of text are behind the targets."""
 
     loss: float
     num_tokens: int
+    num_bytes: int = 0  # not counted
 
     @property
     def perplexity(self) -> float:
         """exp(loss), infinite where that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The whole loss in bits by bytes of text: comparable between tokenizers."""
+        return self.loss * self.num_tokens / math.log(2) / self.num_bytes if self.num_bytes else None
 
 
 def evaluate(
@@ -36,21 +43,24 @@ def evaluate(
     env: ProcessEnv,
     *,
     micro_batch: int,
+    text_bytes: TextBytes | None = None,
 ) -> HeldOut:
     """Mean loss over blocks `indices`; collective, every rank runs the same number of forward passes.
 
     `batch_of(indices)` returns the blocks, and an all-padding block for `padding_index`, which fills up the last round.
+    `text_bytes` counts the bytes of their text.
     """
     per_round = env.world_size * micro_batch
     rounds = -(-len(indices) // per_round)
     padded = [*indices, *[padding_index] * (rounds * per_round - len(indices))]
     loss_sum = torch.zeros((), dtype=torch.float64)
-    num_tokens = 0
+    num_tokens = num_bytes = 0
     for number in range(rounds):
         start = number * per_round + env.rank * micro_batch
         batch = batch_of(padded[start : start + micro_batch])
         loss_sum += engine.evaluate(batch).double().cpu()
         num_tokens += batch.num_targets
+        num_bytes += 0 if text_bytes is None else text_bytes.of_targets(batch)
         made_progress()
-    total, count = all_reduce_floats([float(loss_sum), float(num_tokens)])
-    return HeldOut(total / count if count else math.nan, int(count))
+    total, count, size = all_reduce_floats([float(loss_sum), float(num_tokens), float(num_bytes)])
+    return HeldOut(total / count if count else math.nan, int(count), int(size))

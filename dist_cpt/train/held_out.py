@@ -1,51 +1,148 @@
-"""The held-out sets of a run, evaluated on schedule."""
+"""The held-out sets of a run: their loss under the base once, then on schedule, and what the run has forgotten."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 from dist_cpt.data.batch import Batch
 from dist_cpt.data.loader import ValidationLoader
-from dist_cpt.run_folder.json_files import rows_or_problem
-from dist_cpt.run_folder.names import EVALUATIONS
+from dist_cpt.data.prepared import PreparedSource
+from dist_cpt.run_folder.forgetting import best_step, over_limit, previous_step, rises
+from dist_cpt.run_folder.json_files import canonical_json, read_object, rows_or_problem
+from dist_cpt.run_folder.names import BASE_LOSSES, EVALUATIONS
 from dist_cpt.run_folder.records import EvaluationRecord
 from dist_cpt.runtime.collectives import all_reduce_ints, on_rank_zero
+from dist_cpt.runtime.log import LOGGER
 from dist_cpt.train.build import Run
-from dist_cpt.train.evaluate import evaluate
+from dist_cpt.train.evaluate import HeldOut, evaluate
 from dist_cpt.train.progress import Progress
+
+
+def with_base_losses(run: Run) -> Run:
+    """The run with the loss of every held-out set under the base, evaluated if it is not in its record. Collective.
+
+    To be called before anything is restored or imported: the engine then has the weights before the run's own adapter,
+    whose update is still zero, on a resume too. Neither a second model nor an adapter to switch off is needed.
+    """
+    context, config = run.context, run.context.config
+    if config.evaluate.against is None or config.model.path is None or config.task == "classify":
+        return run
+    sets = dict(zip(run.data.held_out, run.data.prepared.validation, strict=True))
+    keys = {loader.name: _content_key(run, source) for loader, source in sets.items()}
+    recorded: dict[str, Any] = on_rank_zero("base losses", lambda: read_object(context.folder / BASE_LOSSES))
+    known = {name: entry for name, entry in recorded.items() if keys.get(name) == entry["content"]}
+    missing = [loader for loader in sets if loader.name not in known]
+    if missing:
+        context.watchdog.tick("evaluating", 0)
+        found = {loader.name: asdict(_measure(run, loader, 0)) for loader in missing}
+        known |= {name: result | {"content": keys[name]} for name, result in found.items()}
+        on_rank_zero("base losses", lambda: context.claim.write(BASE_LOSSES, known))
+        if config.adapter.kind == "none":
+            LOGGER.info("held-out losses are compared with those of step 0, the weights that this run began with")
+    names = ("loss", "num_tokens", "num_bytes")
+    return replace(run, base_losses={name: HeldOut(*(entry[key] for key in names)) for name, entry in known.items()})
 
 
 def evaluate_all(run: Run, progress: Progress) -> None:
     """Evaluate every held-out set and tell the observers, except of sets that have a row of this step. Collective."""
     context, head = run.context, run.model.class_head
     context.watchdog.tick("evaluating", progress.step)
-
-    def evaluated() -> list[str]:
-        rows = rows_or_problem(context.folder / EVALUATIONS, [])
-        return [str(row.get("name")) for row in rows if row.get("step") == progress.step]
-
-    done: list[str] = on_rank_zero("evaluate", evaluated)
-
-    def batch_of(loader: ValidationLoader, indices: Sequence[int]) -> Batch:
-        context.fault("evaluate", progress.step)
-        return loader.batch(indices)
-
+    rows: list[dict[str, Any]] = on_rank_zero("evaluate", partial(_recorded, run))
+    done = [row.get("name") for row in rows if row.get("step") == progress.step]  # by the attempt before
+    prior = context.config.adapter.continue_from
+    is_base = progress.step == 0 and (prior is None or prior.mode != "train")
     for loader in run.data.held_out:
-        if loader.name in done:  # by the attempt before, which ended here
+        if loader.name in done:
             continue
         if head is not None:
             head.take_confusion()  # discards the counts of probes since the last evaluation
-        blocks = range(loader.num_blocks)
-        micro_batch = context.shape.micro_batch
-        result = evaluate(
-            run.engine, partial(batch_of, loader), blocks, loader.num_blocks, context.env, micro_batch=micro_batch
+        base = run.base_losses.get(loader.name)
+        result = base if is_base and base is not None else _measure(run, loader, progress.step)
+        record = EvaluationRecord(
+            step=progress.step,
+            name=loader.name,
+            role=loader.role,
+            loss=result.loss,
+            perplexity=result.perplexity,
+            num_tokens=result.num_tokens,
+            attempt=context.attempt,
+            scores={} if head is None else class_scores(all_reduce_ints(head.take_confusion())),
+            bits_per_byte=result.bits_per_byte,
+            base_loss=None if base is None else base.loss,
         )
-        scores = {} if head is None else class_scores(all_reduce_ints(head.take_confusion()))
-        numbers = (result.loss, result.perplexity, result.num_tokens)
-        record = EvaluationRecord(progress.step, loader.name, loader.role, *numbers, context.attempt, scores)
         context.observers.on_evaluation(record)
+    if len(done) < len(run.data.held_out):
+        on_rank_zero("forgetting", lambda: _tell(run, progress.step))
+
+
+def forgotten(run: Run, progress: Progress) -> bool:
+    """Whether `evaluate.forgetting` ends the run after this step, going by its record. Collective."""
+    limit = run.context.config.evaluate.forgetting
+    if limit is None or limit.policy != "stop" or progress.step == 0:
+        return False
+    return on_rank_zero("forgetting", lambda: bool(over_limit(_recorded(run), progress.step, limit.loss_rise)))
+
+
+def ending(run: Run, progress: Progress) -> str:
+    """Why `forgotten` ended the run. Collective."""
+    return on_rank_zero("forgetting", lambda: f"ended early: {_described(run, progress.step)}")
+
+
+def _measure(run: Run, loader: ValidationLoader, step: int) -> HeldOut:
+    def batch_of(indices: Sequence[int]) -> Batch:
+        run.context.fault("evaluate", step)
+        return loader.batch(indices)
+
+    return evaluate(
+        run.engine,
+        batch_of,
+        range(loader.num_blocks),
+        loader.num_blocks,
+        run.context.env,
+        micro_batch=run.context.shape.micro_batch,
+        text_bytes=run.data.text_bytes,
+    )
+
+
+def _content_key(run: Run, source: PreparedSource) -> str:
+    """What the loss of a set under the base is a function of: the base wherever it lies, the tokens, their blocks."""
+    config = run.context.config
+    base = {key: value for key, value in run.identity.base.items() if key not in ("path", "revision")}
+    blocks = [config.data.seq_len, source.stride, config.evaluate.max_blocks]
+    return hashlib.sha256(canonical_json([base, source.store.manifest.content_hash, blocks])).hexdigest()
+
+
+def _recorded(run: Run) -> list[dict[str, Any]]:
+    return rows_or_problem(run.context.folder / EVALUATIONS, [])
+
+
+def _described(run: Run, step: int) -> str:
+    limit = run.context.config.evaluate.forgetting
+    assert limit is not None
+    over = over_limit(_recorded(run), step, limit.loss_rise)
+    shown = ", ".join(f"{name} by {rise:.4f}" for name, rise in over.items())
+    return f"after step {step} the loss is above the base's by more than {limit.loss_rise:g}: {shown}"
+
+
+def _tell(run: Run, step: int) -> None:
+    """Say when a set first passes its limit, and have a best state saved."""
+    context, limit = run.context, run.context.config.evaluate.forgetting
+    rows = _recorded(run)
+    if limit is None or not rises(rows, step):
+        return
+    before = previous_step(rows, step)
+    passed = over_limit(rows, step, limit.loss_rise).keys()
+    if passed - (over_limit(rows, before, limit.loss_rise).keys() if before is not None else set()):
+        LOGGER.warning("forgetting: %s", _described(run, step))
+        context.observers.on_message(f"forgetting: {_described(run, step)}")
+    if limit.policy == "keep_best" and step and best_step(rows, limit.loss_rise) == step:
+        run.saver.request(step)
+        context.observers.on_message(f"the best evaluation so far is that of step {step}, whose checkpoint is kept")
 
 
 def class_scores(confusion: Sequence[int]) -> dict[str, float]:

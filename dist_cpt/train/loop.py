@@ -25,15 +25,16 @@ from dist_cpt.runtime.collectives import all_reduce_floats, all_reduce_ints
 from dist_cpt.runtime.seed import seed_step
 from dist_cpt.train.build import Run
 from dist_cpt.train.contract import Contract
-from dist_cpt.train.held_out import evaluate_all
+from dist_cpt.train.held_out import evaluate_all, forgotten
 from dist_cpt.train.progress import Progress, StepResult
 from dist_cpt.train.sample import write_sample
 
-Outcome = Literal["done", "stopped", "rollback"]
+Outcome = Literal["done", "stopped", "rollback", "forgot"]
 
 
 def train_loop(run: Run, contract: Contract, progress: Progress) -> tuple[Outcome, Progress]:
-    """Train to the last step; `stopped` when saved before it, `rollback` when the spike policy wants to go back.
+    """Train to the last step; `stopped` when saved before it, `rollback` when the spike policy wants to go back,
+    `forgot` when `evaluate.forgetting` ends the run.
 
     Raises:
         NumericsError: too many bad steps in a row, or the trainability contract is broken.
@@ -75,6 +76,8 @@ def train_loop(run: Run, contract: Contract, progress: Progress) -> tuple[Outcom
         if run.evaluation_due(progress.step):
             evaluate_all(run, progress)
             write_sample(run, progress)
+            if forgotten(run, progress):
+                return "forgot", progress
             watchdog.tick("training", progress.step)
     return "done", progress
 

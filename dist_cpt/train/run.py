@@ -17,7 +17,7 @@ from dist_cpt.train.build import (
     open_run,
     settle_length,
 )
-from dist_cpt.train.held_out import evaluate_all
+from dist_cpt.train.held_out import ending, evaluate_all, forgotten, with_base_losses
 from dist_cpt.train.loop import train_loop
 from dist_cpt.train.prediction import settle_engine, write_prediction
 from dist_cpt.train.restore import restore, roll_back
@@ -44,6 +44,7 @@ def train_attempt(context: RunContext) -> tuple[int, str]:
     context = settle_engine(context, data)
     model = build_model(context, start_point, data)
     run = open_run(context, data, model)
+    run = with_base_losses(run)  # nothing is restored yet: the engine has the weights before the run's own adapter
     progress = restore(run) or start(run)
     contract = open_contract(run)
     announce(run, contract, progress)
@@ -52,14 +53,15 @@ def train_attempt(context: RunContext) -> tuple[int, str]:
             evaluate_all(run, progress)
             write_sample(run, progress)
         try:
-            outcome, progress = train_loop(run, contract, progress)
+            forgot = forgotten(run, progress)  # the attempt before ended here for it
+            outcome, progress = ("forgot", progress) if forgot else train_loop(run, contract, progress)
             while outcome == "rollback":
                 outcome, progress = train_loop(run, contract, roll_back(run, progress))
         except NumericsError:  # raised on all ranks; a save still in progress is of a state from before
             with contextlib.suppress(DistCptError):
                 run.saver.finish()
             raise
-        if outcome == "done":
+        if outcome in ("done", "forgot"):
             context.watchdog.tick("saving", progress.step)
             run.saver.save_now(progress)  # before the last evaluation, which may take long or fail
         context.require_claim()
@@ -73,4 +75,4 @@ def train_attempt(context: RunContext) -> tuple[int, str]:
         context.require_claim()
         write_sample(run, progress)
         write_prediction(run)
-    return EXIT_DONE, "done"
+    return EXIT_DONE, ending(run, progress) if outcome == "forgot" else "done"

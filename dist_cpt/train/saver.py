@@ -51,6 +51,7 @@ class Saver:
         self._metrics, self._checkpoints = metrics, checkpoints
         self._background = BackgroundSave(GROUP_TIMEOUT_SECONDS) if self._config.asynchronous else None
         self._step_in_background = -1
+        self._requested_step = -1
         self._stall_seconds = 0.0
         self._last = time.monotonic()
         self._failures = 0
@@ -64,10 +65,16 @@ class Saver:
         if self._retry_at is not None:
             return time.monotonic() >= self._retry_at
         every = self._config
+        if step == self._requested_step:
+            return True
         by_steps = every.every_steps is not None and step % every.every_steps == 0
         return by_steps or (
             every.every_minutes is not None and time.monotonic() - self._last >= 60 * every.every_minutes
         )
+
+    def request(self, step: int) -> None:
+        """Save the state after `step` at the next boundary; on rank 0."""
+        self._requested_step = step
 
     @property
     def ended(self) -> bool:
@@ -242,7 +249,9 @@ class Saver:
 
     def _require_space(self, num_bytes: int) -> None:
         folder = checkpoints_folder(self._context.folder)
-        kept = self._config.keep + (self._checkpoints.landmark_step is not None)
+        forgetting = self._context.config.evaluate.forgetting
+        best = forgetting is not None and forgetting.policy == "keep_best"
+        kept = self._config.keep + (self._checkpoints.landmark_step is not None) + best
         places = max(1, kept + 1 - len(published(self._context.folder)))
         stat = os.statvfs(folder)
         free = stat.f_bavail * stat.f_frsize

@@ -149,6 +149,8 @@ class WandbObserver:
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         row = {f"eval/{record.name}/loss": record.loss, f"eval/{record.name}/perplexity": record.perplexity}
+        measured = {"bits_per_byte": record.bits_per_byte, "loss_rise": record.loss_rise}
+        row |= {f"eval/{record.name}/{key}": value for key, value in measured.items() if value is not None}
         row |= {f"eval/{record.name}/{score}": value for score, value in record.scores.items()}
         self._log(record.step, record.attempt, row)
 

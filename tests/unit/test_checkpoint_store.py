@@ -327,7 +327,7 @@ def test_a_damaged_checkpoint_does_not_count_as_one_of_those_kept(tmp_path: Path
 def test_the_landmark_is_kept_beside_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 5):
         save_step(tmp_path, step, keep=9)
-    prune(claimed(tmp_path), tmp_path / "checkpoints" / "step-00000005", keep=2, landmark_step=2)
+    prune(claimed(tmp_path), tmp_path / "checkpoints" / "step-00000005", keep=2, landmarks=[2])
     assert [path.name for path in published(tmp_path)] == ["step-00000005", "step-00000004", "step-00000002"]
 
 

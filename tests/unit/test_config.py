@@ -203,6 +203,14 @@ EXCLUDED = [  # a recipe for each row of the table, in its order, and what the r
     ({"data.overlap": "context"}, "data.packing: best_fit, data.overlap: context"),
     ({"data.packing": "windows", "data.stride": 129}, "data.stride: 129, data.seq_len: 128"),
     ({"batch.global_tokens": 1000}, "batch.global_tokens: 1000, data.seq_len: 128"),
+    ({"evaluate.forgetting": {"policy": "stop"}}, "evaluate.forgetting: {...}, data.validation: []"),
+    (
+        {
+            "evaluate": {"forgetting": {"policy": "stop"}, "against": None},
+            "data.validation": [{"name": "v", "path": "b", "role": "retention"}],
+        },
+        "evaluate.forgetting: {...}, evaluate.against: null",
+    ),
     (
         {"schedule.warmup_steps": 5, "schedule.warmup_fraction": 0.1},
         "schedule.warmup_steps: 5, schedule.warmup_fraction: 0.1",

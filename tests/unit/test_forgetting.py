@@ -1,0 +1,93 @@
+"""The bytes behind tokens, and what rows of evaluations say about forgetting."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dist_cpt.data.batch import IGNORE_INDEX, Batch
+from dist_cpt.data.text_bytes import TextBytes
+from dist_cpt.run_folder.forgetting import best_step, over_limit, previous_step, rises
+
+TEXTS = ["Straße №5: naïve 日本語, emoji 🙂 and  two spaces\n\tindented", "a plain line", "x = {'ключ': 1}"]
+LEARNED = ["Stra and plain line indented two spaces", "a plain line of plain spaces"] * 20
+
+
+def byte_level() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    learner = trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([*TEXTS, *LEARNED], learner)
+    return tokenizer
+
+
+def like_llama() -> Tokenizer:
+    """SentencePiece's spelling: U+2581 before every text, bytes for what it has not learned, BOS in front."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = [decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), *strip])
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer.train_from_iterator(LEARNED, trainers.BpeTrainer(vocab_size=80, special_tokens=special))
+    tokenizer.add_tokens([])
+    content = tokenizer.to_str().replace('"vocab":{', '"vocab":{' + _bytes_after(tokenizer.get_vocab_size()), 1)
+    tokenizer = Tokenizer.from_str(content)
+    bos = [("<s>", tokenizer.token_to_id("<s>"))]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=bos)
+    return tokenizer
+
+
+def _bytes_after(size: int) -> str:
+    return "".join(f'"<0x{byte:02X}>":{size + byte},' for byte in range(256))
+
+
+def batch_of(ids: list[int]) -> Batch:
+    """One document, all of whose next tokens are targets."""
+    labels = torch.tensor([[*ids[1:], IGNORE_INDEX]])
+    positions = torch.arange(len(ids))[None]
+    counts = np.zeros((1, 3), np.int64)
+    return Batch(torch.tensor([ids]), labels, positions, torch.tensor([0, len(ids)]), len(ids), 0, counts, (0,))
+
+
+@pytest.mark.parametrize("make", [byte_level, like_llama])
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_bytes_behind_targets_are_those_of_the_text(make, text):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make(), eos_token="</s>")
+    counted = TextBytes.of(tokenizer)
+    assert counted is not None
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    begins_with_bos = tokenizer.convert_ids_to_tokens(ids[0]) == "<s>"
+    first = b"" if begins_with_bos else tokenizer.decode(ids[:1]).encode()  # has no target
+    ids = [*ids, tokenizer.eos_token_id]
+    assert counted.of_targets(batch_of(ids)) == len(text.encode()) - len(first)
+
+
+def test_a_tokenizer_whose_tokens_have_no_size_of_their_own_has_no_bits_per_byte():
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece()
+    assert TextBytes.of(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[UNK]")) is None
+
+
+def row(step: int, name: str, loss: float | None, base: float | None, role: str = "retention") -> dict:
+    return {"step": step, "name": name, "loss": loss, "base_loss": base, "role": role}
+
+
+def test_the_best_step_learns_most_of_those_within_the_limit():
+    rows = [
+        *(row(step, "law", loss, 3.0, "domain") for step, loss in ((0, 3.0), (10, 2.5), (20, 2.0), (30, 1.5))),
+        *(row(step, "news", loss, 2.0) for step, loss in ((0, 2.0), (10, 2.02), (20, 2.04), (30, 2.2))),
+        *(row(step, "code", loss, 1.0) for step, loss in ((0, 1.0), (10, 1.0), (20, 1.1), (30, 0.9))),
+    ]
+    assert rises(rows, 20) == pytest.approx({"news": 0.04, "code": 0.1})
+    assert over_limit(rows, 20, 0.05) == pytest.approx({"code": 0.1})
+    assert [best_step(rows, limit) for limit in (0.3, 0.11, 0.05, 0.01)] == [30, 20, 10, 10]
+    assert best_step(rows[:1], 0.05) is None
+    assert best_step([*rows, row(40, "law", None, 3.0, "domain")], 0.3) == 30  # a loss that is not finite
+    assert (previous_step(rows, 20), previous_step(rows, 0)) == (10, None)
+    assert rises([row(10, "news", 2.0, None)], 10) == {}
