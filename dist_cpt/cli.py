@@ -172,6 +172,24 @@ def init(
     print(f"{out}: dist-cpt plan {out} shows the other ways")
 
 
+@app.command("import-config", rich_help_panel=RUN)
+def import_config(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A YAML file of Axolotl or LLaMA-Factory.")],
+    out: Annotated[Path, typer.Option("--out", help="The new recipe.")] = Path(RECIPE),
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Of the whole job: they multiply its batch size.")] = 1,
+    name: Annotated[str | None, typer.Option("--name", help="Default: the file's.")] = None,
+) -> None:
+    """Write another program's configuration as a recipe, and name every key that it cannot say."""
+    from dist_cpt.config.import_config import dropped_lines, recipe_text
+    from dist_cpt.config.import_config import import_config as read
+    from dist_cpt.plan.starter_recipe import write_new
+
+    made = read(file, gpus, name)
+    write_new(out, recipe_text(made, file))
+    print(f"{out}: from a file of {made.program}", *(f"  assumed: {text}" for text in made.assumed), sep="\n")
+    print(*(f"  not taken over: {line}" for line in dropped_lines(made)), sep="\n")
+
+
 @app.command(rich_help_panel=RUN)
 def plan(
     recipe: Recipe,
@@ -179,15 +197,28 @@ def plan(
     gpu: Gpu = "h100",
     nodes: Nodes = 1,
     network: Network = "50GBps",
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine's rates first, and plan with them from now on.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object, with every micro-batch.")] = False,
     set_: Overrides = None,
 ) -> None:
     """Predict memory and tokens/s of every way to run a recipe, fastest first. Needs no GPU and loads no torch."""
+    from dataclasses import replace
+
+    from dist_cpt.plan.calibrate import RATES, calibrated
     from dist_cpt.plan.devices import machine_of
     from dist_cpt.plan.plan import make_plan, model_config
     from dist_cpt.plan.plan_text import as_json, as_text
 
     config, machine = _load(recipe, set_), machine_of(gpu, nodes, gpus, network)
+    if calibrate:
+        from dist_cpt.plan.calibrate import calibrate as measure
+
+        rates = measure()
+        say(f"{rates['name']}: " + ", ".join(f"{name} {rates[name]:.3g}/s" for name in RATES))
+    if gpu == "cpu" or calibrate:
+        machine = replace(machine, device=calibrated(machine.device))
     planned = make_plan(config, model_config(config), machine)
     if json_:
         print(json.dumps(as_json(config, planned, str(recipe)), indent=1))

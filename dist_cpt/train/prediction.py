@@ -11,6 +11,7 @@ import torch
 from dist_cpt.config.schema import EngineConfig, RunConfig
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.base_model import with_vocabulary_size
+from dist_cpt.plan.calibrate import calibrated
 from dist_cpt.plan.choose import chosen_engine, is_concrete, plain_engine, predicted
 from dist_cpt.plan.devices import Machine, machine_here
 from dist_cpt.plan.plan import Way, model_config
@@ -90,8 +91,9 @@ def _measured(context: RunContext) -> dict[str, Any]:
 
 
 def _machine(context: RunContext) -> Machine:
-    env = context.env
-    if context.device.type != "cuda":
-        return machine_here(None, 0, env.world_size, env.local_world_size)
-    device = torch.cuda.get_device_properties(context.device)
-    return machine_here(device.name, device.total_memory, env.world_size, env.local_world_size)
+    env, name, memory = context.env, None, 0
+    if context.device.type == "cuda":
+        device = torch.cuda.get_device_properties(context.device)
+        name, memory = device.name, device.total_memory
+    machine = machine_here(name, memory, env.world_size, env.local_world_size)
+    return replace(machine, device=calibrated(machine.device))
