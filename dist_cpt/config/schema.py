@@ -568,12 +568,18 @@ class WandbConfig(Frozen):
     """The project's name."""
     entity: str | None = None
     """The user or team; null means the API key's default."""
+    checkpoints: bool = False
+    """Record each checkpoint as an artifact that refers to its folder; no file of it is uploaded."""
+    alerts: bool = True
+    """Send an alert when the run stops or fails, when a step is dropped, and when a retention set exceeds its limit."""
 
 
 class TrackConfig(Frozen):
     """Experiment trackers."""
 
     wandb: WandbConfig = WandbConfig()
+    tensorboard: bool = False
+    """Write TensorBoard's event files into the run folder, beside W&B."""
 
 
 class RunConfig(Frozen):

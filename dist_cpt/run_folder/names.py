@@ -29,6 +29,7 @@ REPORT = "report.html"
 UNTRAINED = "untrained"  # folder: what another recipe left here that never trained a step
 LOGS = "logs"
 WANDB = "wandb"
+TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 SUPERSEDED = "superseded"  # inside `checkpoints`: what a later attempt replaced
 

@@ -24,6 +24,7 @@ from dist_cpt.train.probe import PROBE_BLOCKS
 from dist_cpt.train.progress import Progress
 from dist_cpt.train.queued import QueuedObserver
 from dist_cpt.train.restore import REPLAY_TOLERANCE, recorded_windows
+from dist_cpt.train.tensorboard import tensorboard_observer
 from dist_cpt.train.wandb import wandb_observer
 
 WANDB_INIT_SECONDS = 30.0
@@ -70,8 +71,12 @@ def announce(run: Run, contract: Contract, progress: Progress) -> None:
             console.on_message,
             init_timeout_seconds=WANDB_INIT_SECONDS,
         )
+        tracked = tensorboard_observer(context.folder) if context.config.track.tensorboard else None
         context.observers.add(run.metrics)
         context.observers.add(console, display=True)
+        if tracked is not None:
+            queued = QueuedObserver("TensorBoard", tracked, lambda: None, context.observers.on_message)
+            context.observers.add(queued, display=True)
         if wandb is not None:
             queued = QueuedObserver("W&B", wandb, wandb.abandon, context.observers.on_message)
             context.observers.add(queued, display=True)

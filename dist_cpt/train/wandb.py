@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_cpt.config.schema import WandbConfig
-from dist_cpt.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, MissingExtraError
+from dist_cpt.errors import EXIT_DONE, EXIT_STOPPED, EXIT_WORDS, ConfigError, MissingExtraError
 from dist_cpt.run_folder.lineage import group_of
-from dist_cpt.run_folder.names import WANDB
+from dist_cpt.run_folder.names import CHECKPOINTS, WANDB
 from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 from dist_cpt.runtime.log import LOGGER
 from dist_cpt.runtime.secret_values import secret_values
@@ -105,9 +105,13 @@ class WandbObserver:
         self._finish_timeout_seconds = finish_timeout_seconds
         self._run: Any = None
         self._blocks: dict[str, int] = {}  # of each source
+        self._alerted: set[str] = set()  # what this attempt has sent an alert of
+        self._loss_rise = math.inf  # the limit of every retention set
 
     def on_start(self, start: RunStart) -> None:
         self._blocks = {source.name: source.blocks for source in start.sources}
+        limit = start.config.evaluate.forgetting
+        self._loss_rise = math.inf if limit is None else limit.loss_rise
         if self.mode == "online":
             try:
                 self._run = self._init(start, "online")
@@ -146,6 +150,9 @@ class WandbObserver:
             **{f"epochs/{source}": counts.blocks / self._blocks[source] for source, counts in totals if counts.blocks},
         }
         self._log(record.step, record.attempt, row)
+        if record.skipped:
+            norm = "not finite" if record.grad_norm is None else f"{record.grad_norm:.3g}"
+            self._alert("step dropped", f"step {record.step}: loss {record.loss:.4g}, gradient norm {norm}", "WARN")
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         row = {f"eval/{record.name}/loss": record.loss, f"eval/{record.name}/perplexity": record.perplexity}
@@ -153,9 +160,22 @@ class WandbObserver:
         row |= {f"eval/{record.name}/{key}": value for key, value in measured.items() if value is not None}
         row |= {f"eval/{record.name}/{score}": value for score, value in record.scores.items()}
         self._log(record.step, record.attempt, row)
+        rise = record.loss_rise
+        if record.role == "retention" and rise is not None and rise > self._loss_rise:
+            text = f"step {record.step}: the loss on {record.name} is {rise:.3f} nats above that under the base"
+            self._alert(f"forgetting {record.name}", text, "WARN")
 
     def on_checkpoint(self, record: CheckpointRecord) -> None:
         self._guarded(lambda: self._run.summary.update({"last_checkpoint_step": record.step}))
+        if self._config.checkpoints:
+            self._guarded(lambda: self._refer_to(record))
+
+    def _refer_to(self, record: CheckpointRecord) -> None:
+        """An artifact whose content is the folder's address; pruning removes the folder and not the entry."""
+        place = (self._folder / CHECKPOINTS / Path(record.path).name).absolute()
+        artifact = _wandb().Artifact(f"{self._run_id}-checkpoint", type="model", metadata={"step": record.step})
+        artifact.add_reference(place.as_uri(), name=place.name, checksum=False)
+        self._run.log_artifact(artifact, aliases=[place.name])
 
     def on_message(self, text: str) -> None:
         """Messages stay in the run folder."""
@@ -165,6 +185,10 @@ class WandbObserver:
         if self._run is None:
             return
         code = 0 if end.exit_code in (EXIT_DONE, EXIT_STOPPED) else end.exit_code
+        if end.exit_code != EXIT_DONE:
+            word = EXIT_WORDS.get(end.exit_code, f"exit code {end.exit_code}")
+            level = "INFO" if end.exit_code == EXIT_STOPPED else "ERROR"
+            self._alert(word, f"step {end.step}: {end.reason}", level)
         self._guarded(lambda: self._run.summary.update({"exit_code": end.exit_code, "exit_reason": end.reason}))
         run, self._run = self._run, None
         upload_seconds = self._finish_timeout_seconds if self.mode == "online" else 0.0
@@ -213,6 +237,12 @@ class WandbObserver:
     def _log(self, step: int, attempt: int, row: dict[str, Any]) -> None:
         finite = {key: value for key, value in row.items() if value is not None and math.isfinite(value)}
         self._guarded(lambda: self._run.log({"step": step, "attempt": attempt} | finite))
+
+    def _alert(self, title: str, text: str, level: str) -> None:
+        """Once per attempt and title."""
+        if self._config.alerts and title not in self._alerted:
+            self._alerted.add(title)
+            self._guarded(lambda: self._run.alert(title=title, text=str(without_secrets(text)), level=level))
 
     def _guarded(self, call: Callable[[], Any]) -> None:
         if self._run is None:

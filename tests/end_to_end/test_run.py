@@ -27,6 +27,7 @@ from tests.whole_run import StopAfter, rows, train
 def test_a_run_leaves_what_it_promises(made, tmp_path):
     auto = {"kind": "auto", "activation_checkpointing": "auto"}
     values = tiny.recipe(*made, tmp_path, evaluate={"every_steps": 6}, engine=auto)
+    values["track"] = values["track"] | {"tensorboard": True}
     assert train(values) == 0
     run = tmp_path / "tiny"
     metrics = rows(run / "metrics.jsonl")
@@ -48,6 +49,7 @@ def test_a_run_leaves_what_it_promises(made, tmp_path):
         "step-00000008",
         "step-00000012",
     ]
+    assert len(list((run / "tensorboard").glob("events.out.tfevents.*"))) == 1
     sample = json.loads((run / "sample.json").read_text())
     assert [one["step"] for one in sample["samples"]] == [0, 6, 12]
     assert {key: sample[key] for key in ("prompt", "text", "step")} == sample["samples"][-1]
