@@ -18,6 +18,7 @@ from dist_cpt.storage import PatientFile, patiently, read_bytes
 
 BASE_PREFIX = "base_model.model."  # precedes a base module's name in the keys of an adapter file
 PRIOR_KEY = "stands_on"  # key of adapter_config.json: the prior adapter without which this one is meaningless
+ROPE_KEY = "dist_cpt_rope"  # the scaled rotation of the base, and the base's name
 _CHUNK_BYTES = 16 * 2**20
 _WRAPPER_PREFIX = "causal_lm."  # the attribute of CausalLMForLoss that holds the model
 

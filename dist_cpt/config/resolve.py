@@ -23,6 +23,16 @@ _SHOWN_DIFFERENCES = 5  # in one message
 
 
 @dataclass(frozen=True)
+class Share:
+    """What one rank reads of a forward of all ranks: the blocks of its group, and of each its part of the tokens."""
+
+    group: int = 0
+    num_groups: int = 1
+    part: int = 0
+    num_parts: int = 1
+
+
+@dataclass(frozen=True)
 class StepShape:
     """How the blocks (sequences) of an optimizer step are divided over `world_size` ranks."""
 
@@ -31,6 +41,12 @@ class StepShape:
     accumulation: int
     num_steps: int  # 0 while the data has yet to say what train.epochs are
     world_size: int
+    context_parallel: int = 1  # neighbouring ranks, a group, that read the same blocks
+
+    def share(self, rank: int) -> Share:
+        """What `rank` reads of each forward."""
+        parts = self.context_parallel
+        return Share(rank // parts, self.world_size // parts, rank % parts, parts)
 
 
 def resolve_paths(config: RunConfig) -> RunConfig:
@@ -94,17 +110,24 @@ def step_shape(config: RunConfig, world_size: int) -> StepShape:
     """The shape of a step on `world_size` ranks.
 
     Raises:
-        ConfigError: the blocks of a step are not a multiple of world_size x micro_batch.
+        ConfigError: the blocks of a step are not a multiple of those of a forward, or the ranks of a group's.
     """
+    parts = config.engine.context_parallel
+    if world_size % parts:
+        raise ConfigError(
+            f"engine.context_parallel {parts} does not divide {world_size} ranks",
+            remedy="use a divisor of the number of ranks",
+        )
     blocks = config.batch.global_tokens // config.data.seq_len
-    per_forward = world_size * config.batch.micro_batch
+    per_forward = world_size // parts * config.batch.micro_batch
     if blocks % per_forward:
         raise ConfigError(
             f"batch.global_tokens {config.batch.global_tokens} is {blocks} sequences of {config.data.seq_len}, "
-            f"which does not divide by {world_size} ranks x micro_batch {config.batch.micro_batch}",
+            f"which does not divide by {world_size} ranks{f' / context_parallel {parts}' if parts > 1 else ''} "
+            f"x micro_batch {config.batch.micro_batch}",
             remedy=f"use a multiple of {per_forward * config.data.seq_len} tokens, or another micro_batch",
         )
-    return StepShape(blocks, config.batch.micro_batch, blocks // per_forward, num_steps(config), world_size)
+    return StepShape(blocks, config.batch.micro_batch, blocks // per_forward, num_steps(config), world_size, parts)
 
 
 def with_tokens(config: RunConfig, tokens: int) -> RunConfig:

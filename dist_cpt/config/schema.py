@@ -63,6 +63,41 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+class RopeScalingConfig(Frozen):
+    """Rescaled rotary positions for sequences longer than the base's, in the words of transformers' `rope_parameters`;
+    null keeps the base's own. A merged or exported model has them in its config.json."""
+
+    rope_type: Literal["linear", "dynamic", "yarn", "llama3"]
+    """How the angles are scaled."""
+    factor: float = Field(gt=1.0)
+    """The new length as a multiple of the original one."""
+    rope_theta: PositiveFloat | None = None
+    """The base of the angles' frequencies; null keeps the model's."""
+    original_max_position_embeddings: PositiveInt | None = None
+    """The length that `yarn` and `llama3` scale from; null means the model's, before any scaling of its own."""
+    attention_factor: PositiveFloat | None = None
+    """`yarn`: a factor on queries and keys; null computes it from `factor`."""
+    beta_fast: PositiveFloat | None = None
+    """`yarn`: rotations per original length above which a frequency is kept; null means 32."""
+    beta_slow: PositiveFloat | None = None
+    """`yarn`: rotations per original length below which a frequency is divided by `factor`; null means 1."""
+    low_freq_factor: PositiveFloat | None = None
+    """`llama3`: wavelengths above the original length over this one are multiplied by `factor`; null means 1."""
+    high_freq_factor: PositiveFloat | None = None
+    """`llama3`: wavelengths below the original length over this one are kept; null means 4."""
+
+    @model_validator(mode="after")
+    def _keys_of_the_type(self) -> RopeScalingConfig:
+        own = {
+            "yarn": {"original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"},
+            "llama3": {"original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+        }.get(self.rope_type, set())
+        for key, value in self:
+            if value is not None and key not in {"rope_type", "factor", "rope_theta"} | own:
+                raise ValueError(f"{key} does nothing with rope_type: {self.rope_type}; leave it out")
+        return self
+
+
 class ModelConfig(Frozen):
     """The causal language model that is trained: a pretrained one, or one initialised from scratch."""
 
@@ -79,6 +114,7 @@ class ModelConfig(Frozen):
     `reference` fuses nothing."""
     attention: Literal["auto", "flash_attention_2", "varlen", "flex", "mask", "documents"] = "auto"
     """How attention keeps packed documents apart; `auto` takes the fastest way that can run this model here."""
+    rope_scaling: RopeScalingConfig | None = None
     trust_remote_code: bool = False
     """Run the Python code in the model's folder, for an architecture that transformers does not have."""
     allow_instruct: bool = False
@@ -453,6 +489,8 @@ class EngineConfig(Frozen):
     (`trainable`); null means `full`."""
     dp_shard: PositiveInt | None = None
     """Ranks per shard group of `hybrid`; null means the ranks of one node."""
+    context_parallel: PositiveInt = 1
+    """Ranks that each sequence is cut over, which need as much less memory for its activations."""
     reshard_after_forward: bool = True
     """Free gathered weights between forward and backward under FSDP, and gather them again."""
     activation_checkpointing: Literal["none", "full", "auto"] = "none"

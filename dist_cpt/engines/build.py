@@ -10,13 +10,16 @@ from torch import nn
 from dist_cpt.config.schema import EngineConfig, RunConfig
 from dist_cpt.engines.activation_checkpoint import checkpoint_layers
 from dist_cpt.engines.engine import InspectableEngine
+from dist_cpt.model.context_parallel import HeadExchange
+from dist_cpt.model.loss import CausalLMForLoss
 from dist_cpt.optim.groups import ParamGroup
 from dist_cpt.plan.choose import plain_engine
 from dist_cpt.runtime.collectives import world_size
+from dist_cpt.runtime.mesh import context_group
 
 
 def build_engine(
-    module: nn.Module,
+    module: CausalLMForLoss,
     trainable: Mapping[str, nn.Parameter],
     groups: Sequence[ParamGroup],
     layers: Sequence[nn.Module],
@@ -32,6 +35,8 @@ def build_engine(
         MissingExtraError: engine.kind is zero and deepspeed is not installed.
         ConfigError: the engine does not fit the world size or the installed deepspeed.
     """
+    if config.engine.context_parallel > 1:
+        module.exchange = HeadExchange(context_group(config.engine.context_parallel))
     if config.engine.activation_checkpointing == "full":
         checkpoint_layers(layers)
     config = config.model_copy(update={"engine": resolve_auto(config.engine, world_size())})

@@ -33,6 +33,7 @@ class Forward:
             max_seqlen=batch.max_seqlen,
             labels=batch.labels,
             scale=scale,
+            num_parts=batch.num_parts,
         )
 
     def evaluate(self, batch: Batch) -> torch.Tensor:

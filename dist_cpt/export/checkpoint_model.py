@@ -11,6 +11,7 @@ import torch
 from dist_cpt.adapters.lora import import_peft, without_peft_deprecations
 from dist_cpt.adapters.peft_folder import (
     PRIOR_KEY,
+    ROPE_KEY,
     copy_whole_matrices,
     manifest_content,
     read_adapter_config,
@@ -21,11 +22,12 @@ from dist_cpt.adapters.pissa import subtract_initial
 from dist_cpt.adapters.prior_adapter import PriorAdapter, open_prior_adapter
 from dist_cpt.adapters.quantize import dequantise, load_quantised, require_complete, stored_weights
 from dist_cpt.adapters.vocabulary import untie
-from dist_cpt.config.schema import ClassifyConfig, ModelConfig
+from dist_cpt.config.schema import ClassifyConfig, ModelConfig, RopeScalingConfig
 from dist_cpt.errors import CheckpointError, ConfigError
 from dist_cpt.model.architectures import parts_of
 from dist_cpt.model.base_model import locate_base, weights_sha256
 from dist_cpt.model.classify import as_classifier, is_classifier, read_labels
+from dist_cpt.model.rope import rope_of, scaled_config
 from dist_cpt.model.safety_checks import require_trusted_code
 from dist_cpt.run_folder.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INITIAL_ADAPTER, MANIFEST
 
@@ -52,6 +54,8 @@ def find_base(checkpoint: Path, override: str | None = None) -> Path | None:
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if (prior := config.get(PRIOR_KEY)) is not None:
         name = prior["base"]
+    elif (rope := config.get(ROPE_KEY)) is not None:
+        name = rope["base"]
     if override:
         return locate_base(override, None)
     if not name:
@@ -95,7 +99,7 @@ def base_model(checkpoint: Path, base_folder: Path, *, with_vocabulary: bool = F
 
     `with_vocabulary` also sets the embedding and the head that the run trained in full.
     """
-    model = plain_model(base_folder)
+    model = plain_model(base_folder, rope_of(checkpoint))
     if (recorded := prior_adapter(checkpoint)) is not None:
         prior, _ = recorded
         fit_vocabulary(model, prior.folder)
@@ -138,7 +142,8 @@ def under_adapter(model: Any, checkpoint: Path) -> Any:
     peft = import_peft()
     fit_vocabulary(model, checkpoint)
     with without_peft_deprecations(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", rf"Unexpected keyword arguments \['{PRIOR_KEY}'\]")  # see `base_model`
+        known = rf"'({PRIOR_KEY}|{ROPE_KEY})'"  # see `base_model`
+        warnings.filterwarnings("ignore", rf"Unexpected keyword arguments \[{known}(, {known})?\]")
         config = peft.PeftConfig.from_pretrained(str(checkpoint))
         if (checkpoint / INITIAL_ADAPTER).is_file():
             subtract_initial(model, checkpoint / INITIAL_ADAPTER)
@@ -163,8 +168,8 @@ def fit_vocabulary(model: Any, adapter: Path) -> None:
         untie(model)  # as PEFT does, with a warning
 
 
-def plain_model(folder: Path) -> Any:
-    """A whole model folder in fp32 and eval mode; quantised weights are dequantised."""
+def plain_model(folder: Path, rope: RopeScalingConfig | None = None) -> Any:
+    """A whole model folder in fp32 and eval mode, quantised weights dequantised; `rope` replaces its rotation."""
     import_peft()  # before transformers: it silences what both import
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -172,11 +177,17 @@ def plain_model(folder: Path) -> Any:
     logging.disable_progress_bar()
     locate_base(str(folder), None)  # refuses pickled weights
     require_trusted_code(folder, ModelConfig(path=str(folder)))  # an export never runs a model's own code
+    hf_config = scaled_config(folder, rope)
     if (stored := stored_weights(folder)) is not None:
-        return dequantise(load_quantised(folder, None, torch.device("cpu"), stored)).eval()
+        return dequantise(load_quantised(folder, hf_config, torch.device("cpu"), stored)).eval()
     auto = AutoModelForSequenceClassification if is_classifier(folder) else AutoModelForCausalLM
     loaded: Any = auto.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        folder,
+        config=hf_config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
     return require_complete(folder, *loaded).eval()
 

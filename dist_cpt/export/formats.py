@@ -19,6 +19,7 @@ from dist_cpt.adapters.lora import import_peft, without_peft_deprecations
 from dist_cpt.adapters.peft_folder import (
     BASE_PREFIX,
     PRIOR_KEY,
+    ROPE_KEY,
     canonical_key,
     read_adapter_config,
     write_adapter_config,
@@ -62,6 +63,11 @@ def export_peft(checkpoint: str | Path, out: str | Path, *, base: str | None = N
         raise ConfigError(
             f"{checkpoint} was trained on top of another adapter: it is not an adapter of the base alone",
             remedy="use --format vllm, which writes the model under it, or dist-cpt merge",
+        )
+    if config.get(ROPE_KEY) is not None:
+        raise ConfigError(
+            f"{checkpoint} was trained with model.rope_scaling: it is not an adapter of the base as it is",
+            remedy="use --format vllm, which writes the rescaled base, or dist-cpt merge",
         )
     expected = probe_logits(load_fp32(checkpoint, base_folder))
     with staged(out) as folder:
@@ -197,7 +203,8 @@ def _write_plain_lora(checkpoint: Path, out: Path, base_name: str, *, vocabulary
         rank = 2 * int(config["r"])
         config |= {"r": rank, "lora_alpha": initial.scale * rank, "use_rslora": False, "init_lora_weights": True}
     config |= {"base_model_name_or_path": base_name}
-    config.pop(PRIOR_KEY, None)
+    for key in (PRIOR_KEY, ROPE_KEY):
+        config.pop(key, None)
     if not vocabulary:
         config |= {"modules_to_save": None, "ensure_weight_tying": False, "revision": None}
     save_file({name: values.contiguous() for name, values in tensors.items()}, out / ADAPTER_WEIGHTS, {"format": "pt"})

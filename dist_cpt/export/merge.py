@@ -30,6 +30,7 @@ from dist_cpt.export.checkpoint_model import (
 )
 from dist_cpt.export.model_folder import require_new, round_to, staged, write_model
 from dist_cpt.model.classify import HEAD
+from dist_cpt.model.rope import rope_of, scaled_config
 
 
 def merge(
@@ -153,7 +154,8 @@ def quantisation_gap(checkpoint: str | Path, *, base: str | None = None) -> floa
     base_folder = find_base(checkpoint, base)
     assert base_folder is not None  # only adapters train over quantised weights
     expected = probe_logits(load_fp32(checkpoint, base_folder))
-    quantised = load_quantised(base_folder, None, torch.device("cpu"), weights)
+    hf_config = scaled_config(base_folder, rope_of(checkpoint))
+    quantised = load_quantised(base_folder, hf_config, torch.device("cpu"), weights)
     for parameter in quantised.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()

@@ -36,15 +36,18 @@ class RankPace:
     step_seconds: float  # from boundary to boundary
 
 
-def timed_modules(layers: Sequence[nn.Module], engine: str) -> list[nn.Module]:
-    """The modules without a collective inside: the layers, or under ZeRO-3 what it gathers as one."""
-    if engine != "zero-3":
+def timed_modules(layers: Sequence[nn.Module], engine: str, context_parallel: int = 1) -> list[nn.Module]:
+    """The modules without a collective inside: the layers, or under ZeRO-3 what it gathers as one; under context
+    parallel without attention, which waits for the other tokens."""
+    if engine != "zero-3" and context_parallel == 1:
         return list(layers)
 
-    def gathered_as_one(module: nn.Module) -> bool:
-        return getattr(module, "gathers_at_once", False) or next(module.parameters(recurse=False), None) is not None
+    def computes_alone(module: nn.Module) -> bool:
+        waits = context_parallel > 1 and hasattr(module, "layer_idx")  # as transformers' attention modules have
+        as_one = getattr(module, "gathers_at_once", False) or next(module.parameters(recurse=False), None) is not None
+        return as_one and not waits
 
-    return [module for layer in layers for module in layer.modules() if gathered_as_one(module)]
+    return [module for layer in layers for module in layer.modules() if computes_alone(module)]
 
 
 class ComputeClock:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from transformers import AttentionInterface
 from transformers.utils import is_flash_attn_2_available
 
 from dist_cpt.errors import ConfigError
+from dist_cpt.model.context_parallel import HeadExchange
 
 Choice = Literal["documents", "mask", "flash_attention_2", "varlen", "flex"]
 _REGISTERED_NAME = "dist_cpt_packed"
@@ -50,6 +51,7 @@ class Packing:
     flex: bool = False
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # [B, 1, L, L] by sliding window
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
+    exchange: HeadExchange | None = None  # with the ranks that have the other tokens of the blocks
 
     def mask(self, sliding_window: int | None) -> torch.Tensor:
         """True where a query attends: same document, not later, within the window. Built once per batch."""
@@ -70,7 +72,11 @@ class Packing:
 
 
 def choose(
-    device: torch.device, hf_config: Any = None, wanted: str = "auto", dtype: torch.dtype = torch.bfloat16
+    device: torch.device,
+    hf_config: Any = None,
+    wanted: str = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    context_parallel: int = 1,
 ) -> Choice:
     """The implementation for a model of `hf_config` on `device` in `dtype`; `wanted` is the recipe's `model.attention`.
 
@@ -78,6 +84,8 @@ def choose(
         ConfigError: the wanted implementation cannot compute this model here.
     """
     for choice, why_not in _choices(device, hf_config, dtype).items():
+        if choice == "flash_attention_2" and context_parallel > 1:  # transformers calls it with one rank's tokens
+            continue
         if wanted == choice and why_not is not None:
             raise ConfigError(f"model.attention: {wanted}: {why_not}", remedy="use model.attention: auto")
         if why_not is None and wanted in ("auto", choice):
@@ -172,10 +180,18 @@ def install(model: Any, choice: Choice) -> None:
 
 
 def packing_arguments(
-    choice: Choice, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+    choice: Choice,
+    position_ids: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    exchange: HeadExchange | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments for the backbone, built once per batch and used by every layer."""
+    """Keyword arguments for the backbone, built once per batch and used by every layer.
+
+    With an `exchange`, `position_ids` are this rank's part of the blocks that `cu_seqlens` describe.
+    """
     if choice == "flash_attention_2":
+        assert exchange is None, "attention of transformers' own sees the tokens of one rank"
         return {
             "cu_seq_lens_q": cu_seqlens,
             "cu_seq_lens_k": cu_seqlens,
@@ -183,12 +199,15 @@ def packing_arguments(
             "max_length_k": max_seqlen,
         }
     if choice == "documents":
-        return {"packing": Packing(borders=cu_seqlens.tolist())}  # host sync on a GPU, once per batch
+        borders = cu_seqlens.tolist()  # host sync on a GPU, once per batch
+        return {"packing": Packing(borders=borders, exchange=exchange)}
     if choice == "varlen":
-        return {"packing": Packing(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)}
-    token_T = torch.arange(position_ids.numel(), dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    document_BL = torch.searchsorted(cu_seqlens, token_T, right=True, out_int32=True).view(position_ids.shape)
-    return {"packing": Packing(document_BL=document_BL, flex=choice == "flex")}
+        return {"packing": Packing(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, exchange=exchange)}
+    num_tokens = position_ids.numel() * (1 if exchange is None else exchange.num_ranks)
+    token_T = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    document_T = torch.searchsorted(cu_seqlens, token_T, right=True, out_int32=True)
+    document_BL = document_T.view(position_ids.shape[0], -1)
+    return {"packing": Packing(document_BL=document_BL, flex=choice == "flex", exchange=exchange)}
 
 
 def packed_attention(
@@ -210,7 +229,16 @@ def packed_attention(
     """
     if attention_mask is not None:
         raise ValueError("packed attention takes document boundaries from the packing, not from an attention mask")
-    heads = query_BHLN, key_BKLN, value_BKLN
+    if packing.exchange is None:
+        return _attend_whole((query_BHLN, key_BKLN, value_BKLN), packing, options), None
+    heads = packing.exchange.to_heads(query_BHLN, key_BKLN, value_BKLN)
+    return packing.exchange.to_tokens(_attend_whole(heads, packing, options), query_BHLN.shape[1]), None
+
+
+def _attend_whole(
+    heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], packing: Packing, options: Mapping[str, Any]
+) -> torch.Tensor:
+    """`packed_attention` of whole blocks."""
     attend = _Attend(**{field.name: options[field.name] for field in fields(_Attend) if field.name in options})
     if attend.dropout and (packing.flex or packing.cu_seqlens is not None):
         name = "flex" if packing.flex else "varlen"
@@ -218,12 +246,12 @@ def packed_attention(
     if packing.cu_seqlens is not None:
         if attend.softcap is not None:
             raise ValueError(f"softcap {attend.softcap}: varlen does not support it; use model.attention: flex")
-        return _varlen(*heads, packing, attend.scaling, attend.sliding_window), None
+        return _varlen(*heads, packing, attend.scaling, attend.sliding_window)
     if packing.flex:
-        return _flex(*heads, packing, attend.scaling, attend.sliding_window, attend.softcap), None
+        return _flex(*heads, packing, attend.scaling, attend.sliding_window, attend.softcap)
     if packing.borders is None:
-        return attend(*heads, packing.mask(attend.sliding_window)).transpose(1, 2).contiguous(), None
-    return _by_document(*heads, packing.borders, attend), None
+        return attend(*heads, packing.mask(attend.sliding_window)).transpose(1, 2).contiguous()
+    return _by_document(*heads, packing.borders, attend)
 
 
 def _varlen(

@@ -19,6 +19,7 @@ from dist_cpt.adapters import quantize
 from dist_cpt.adapters.peft_folder import file_sha256
 from dist_cpt.config.schema import ModelConfig, RunConfig
 from dist_cpt.errors import ConfigError
+from dist_cpt.model.rope import scale_rope
 from dist_cpt.model.safety_checks import code_sha256s, require_trusted_code
 from dist_cpt.run_folder.names import MODEL_CONFIG
 from dist_cpt.runtime.collectives import gather_json, on_every_rank, rank, ranks_that_see
@@ -208,6 +209,8 @@ def _from_folder(
     def load() -> Any:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
         _switch_off_dropout(hf_config, keep=set())
+        if settings.rope_scaling is not None:
+            scale_rope(hf_config, settings.rope_scaling)
         if settings.weights in quantize.QUANTISED:
             return quantize.load_quantised(folder, hf_config, device, settings.weights, own_code=own_code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -20,9 +20,11 @@ from dist_cpt.model.architectures import TESTED, Parts, check_config, parts_of
 from dist_cpt.model.attention import choose, install
 from dist_cpt.model.base_model import WEIGHTS_DTYPE, describe, load_base
 from dist_cpt.model.classify import HEAD, ClassHead, as_classifier, write_labels
+from dist_cpt.model.context_parallel import check_context_parallel
 from dist_cpt.model.continue_from import PriorInUse, ProbeBlock, use_prior_adapter
 from dist_cpt.model.fuse import Fusion, fuse
 from dist_cpt.model.loss import CausalLMForLoss, install_loss_head, install_low_rank_head
+from dist_cpt.model.rope import require_length, require_plain_rope, rope_record
 from dist_cpt.model.self_check import self_check_attention, self_check_fusion, self_check_packing
 from dist_cpt.runtime.log import LOGGER
 
@@ -85,11 +87,15 @@ def load_model(
             positions, nothing to untie, or adapter targets that do not exist.
         MissingExtraError: weights are nf4 or int8 and bitsandbytes is not installed.
     """
+    if config.adapter.continue_from is not None and config.model.rope_scaling is None:
+        require_plain_rope(Path(config.adapter.continue_from.path))
     model, identity = load_base(config, device, base_sha256)
     parts, changed = _prepare_base(config, model, vocabulary)
     identity |= changed
     dtype = WEIGHTS_DTYPE[config.model.compute_dtype]
-    attention = choose(device, model.config, config.model.attention, dtype)
+    context_parallel = config.engine.context_parallel
+    check_context_parallel(model.config, context_parallel)
+    attention = choose(device, model.config, config.model.attention, dtype, context_parallel)
     prior = None
     if config.adapter.continue_from is not None and config.adapter.continue_from.mode != "train":
         install(model, attention)
@@ -137,6 +143,8 @@ def _prepare_base(config: RunConfig, model: Any, vocabulary: NewVocabulary | Non
             f"data.seq_len {config.data.seq_len} exceeds the model's {parts.max_positions} positions",
             remedy=f"use at most {parts.max_positions}",
         )
+    if config.model.rope_scaling is not None:
+        require_length(model.config, config.model.rope_scaling, config.data.seq_len)
     softcap = getattr(model.config, "final_logit_softcapping", None)
     install_loss_head(parts.head, use_reference=config.model.kernels == "reference", softcap=softcap)
     if model.config.model_type not in TESTED:
@@ -156,6 +164,8 @@ def _under_adapter(
         if prior is not None:
             prior.complete(causal_lm, WEIGHTS_DTYPE[config.model.compute_dtype])
             adapter_config |= prior.adapter_config(config.model.path)
+        if config.model.rope_scaling is not None:
+            adapter_config |= rope_record(adapter_config, config.model)
     if vocabulary is not None and config.embeddings.rows == "new":
         matrices = (parts.embeddings,) if config.classify is not None else (parts.embeddings, parts.head)
         train_new_rows_only(matrices, vocabulary.first_row)

@@ -13,6 +13,7 @@ from dist_cpt_kernels import linear_cross_entropy, reference
 from torch import nn
 
 from dist_cpt.model.attention import Choice, packing_arguments
+from dist_cpt.model.context_parallel import HeadExchange
 
 
 class LossHead(nn.Linear):
@@ -49,6 +50,7 @@ class CausalLMForLoss(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.attention: Choice = attention
+        self.exchange: HeadExchange | None = None  # among the ranks that each block may be cut over
 
     @property
     def hf_model(self) -> Any:
@@ -70,22 +72,29 @@ class CausalLMForLoss(nn.Module):
         max_seqlen: int,
         labels: torch.Tensor | None = None,
         scale: float = 1.0,
+        num_parts: int = 1,
     ) -> Any:
         """(scale * loss_sum, loss_sum), fp32, for `labels` int64 [B, L]; without, fp32 logits [B, V] of the last token.
 
-        `input_ids`, `position_ids` [B, L], `cu_seqlens` and `max_seqlen` as in Batch. `scale` is a Python number,
-        since an engine may cast floating-point tensor arguments to bf16.
+        `input_ids`, `position_ids` [B, L], `cu_seqlens`, `max_seqlen` and `num_parts` as in Batch. `scale` is a Python
+        number, since an engine may cast floating-point tensor arguments to bf16.
         """
-        hidden_BLD = self.hidden(input_ids, position_ids, cu_seqlens, max_seqlen)
+        hidden_BLD = self.hidden(input_ids, position_ids, cu_seqlens, max_seqlen, num_parts)
         if labels is None:
             return self.head(hidden_BLD[:, -1]).float()
         return self.head(hidden_BLD.flatten(0, 1), labels.flatten(), scale)
 
     def hidden(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        num_parts: int = 1,
     ) -> torch.Tensor:
         """The hidden states that the head reads, [B, L, D]."""
-        packing = packing_arguments(self.attention, position_ids, cu_seqlens, max_seqlen)
+        exchange = self.exchange if num_parts > 1 else None
+        packing = packing_arguments(self.attention, position_ids, cu_seqlens, max_seqlen, exchange)
         decoder = self.hf_model.get_decoder()
         return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packing).last_hidden_state
 

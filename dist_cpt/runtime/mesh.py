@@ -60,6 +60,13 @@ def init_distributed(env: ProcessEnv, timeout_seconds: float, collective_seconds
     return device
 
 
+def context_group(num_ranks: int) -> dist.ProcessGroup:
+    """The group of `num_ranks` neighbouring ranks, 0 to num_ranks - 1 and so on, that this rank is in. Collective."""
+    group, _ = dist.new_subgroups(num_ranks)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def raise_file_limit() -> None:
     """Raise the soft limit of open files, often 1024, to the hard one: a rank has sockets to every other."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

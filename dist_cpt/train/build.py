@@ -118,10 +118,15 @@ class Run:
     def steps(self, progress: Progress) -> Iterator[list[Batch]]:
         """The micro-batches of every remaining step, made ahead on a thread."""
         shape, rank = self.context.shape, self.context.env.rank
+        share = shape.share(rank)
         wanted = (
             positions for start in step_starts(shape, progress) for positions in step_positions(shape, start, rank)
         )
-        ahead = prefetch(self.data.loader.batch, wanted, depth=2 * shape.accumulation)
+
+        def batch_of(positions: Sequence[int]) -> Batch:
+            return self.data.loader.batch(positions).cut(share.part, share.num_parts)
+
+        ahead = prefetch(batch_of, wanted, depth=2 * shape.accumulation)
         for _ in range(shape.num_steps - progress.step):
             with self._own_work():
                 micro_batches = [next(ahead) for _ in range(shape.accumulation)]
@@ -295,7 +300,7 @@ def open_run(context: RunContext, data: TrainingData, model: TrainableModel) -> 
     saver = Saver(context, engine, stream, schedule, metrics, checkpoints)
     clock = stragglers = None
     if config.health.straggler is not None and context.env.world_size > 1:
-        clock = ComputeClock(timed_modules(model.layers, engine.kind), context.device)
+        clock = ComputeClock(timed_modules(model.layers, engine.kind, config.engine.context_parallel), context.device)
         stragglers = StragglerWatch(config.health.straggler, clock, context.observers.on_message)
     return Run(
         context=context,

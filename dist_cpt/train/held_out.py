@@ -103,7 +103,7 @@ def _measure(run: Run, loader: ValidationLoader, step: int) -> HeldOut:
         batch_of,
         range(loader.num_blocks),
         loader.num_blocks,
-        run.context.env,
+        run.context.shape.share(run.context.env.rank),
         micro_batch=run.context.shape.micro_batch,
         text_bytes=run.data.text_bytes,
     )

@@ -35,4 +35,5 @@ class Stream:
 
     def probe_loss(self, positions: Sequence[int]) -> float:
         """Mean loss of a few blocks of the training stream, in nats per target token, without gradients. Collective."""
-        return evaluate(self.engine, self.loader.batch, positions, PADDING, self.env, micro_batch=1).loss
+        share = self.shape.share(self.env.rank)
+        return evaluate(self.engine, self.loader.batch, positions, PADDING, share, micro_batch=1).loss

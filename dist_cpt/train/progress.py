@@ -100,8 +100,9 @@ def step_starts(shape: StepShape, progress: Progress) -> Iterator[int]:
 
 def step_positions(shape: StepShape, position: int, rank: int) -> list[list[int]]:
     """Global block positions of each micro-batch of the step that starts at `position`, for one rank."""
-    per_forward = shape.world_size * shape.micro_batch
+    share = shape.share(rank)
+    per_forward = share.num_groups * shape.micro_batch
     return [
-        [position + m * per_forward + rank * shape.micro_batch + i for i in range(shape.micro_batch)]
+        [position + m * per_forward + share.group * shape.micro_batch + i for i in range(shape.micro_batch)]
         for m in range(shape.accumulation)
     ]

@@ -6,24 +6,29 @@ import gc
 import importlib.metadata
 import threading
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dist_cpt.data.batch import Batch
 from dist_cpt.engines.build import build_engine
 from dist_cpt.engines.engine import GradStats, InspectableEngine
 from dist_cpt.errors import DistCptError
+from dist_cpt.model.context_parallel import HeadExchange
 from dist_cpt.model.load import load_model
 from dist_cpt.optim.groups import ParamGroup, param_groups
 from dist_cpt.runtime.collectives import over_group
+from dist_cpt.runtime.mesh import context_group
 from tests.contract.compare import State
-from tests.contract.model import batches, block, num_tokens, recipe
+from tests.contract.model import VOCAB, batches, block, num_tokens, recipe
 from tests.contract.reference import learning_rates, reference_run
+from tests.packed_models import LENGTHS, blocks, build
 
 CPU = torch.device("cpu")
 
@@ -46,9 +51,11 @@ def running(
         gc.collect()
 
 
-def accumulate(engine: InspectableEngine, step: int, poisoned_rank: int | None = None) -> torch.Tensor:
+def accumulate(
+    engine: InspectableEngine, step: int, poisoned_rank: int | None = None, num_parts: int = 1
+) -> torch.Tensor:
     """Local loss sum of a step's micro-batches; the last one of `poisoned_rank` gets a NaN scale."""
-    mine = batches(step, dist.get_rank(), dist.get_world_size())
+    mine = batches(step, dist.get_rank(), dist.get_world_size(), num_parts)
     local = torch.zeros(())
     for number, batch in enumerate(mine):
         last = number == len(mine) - 1
@@ -129,7 +136,7 @@ def against_reference(base: str, engine: dict[str, Any], variant: str, steps: in
     losses, norms, probes = [], [], []
     with running(base, engine, variant, "fp32") as (built, groups):
         for step in range(1, steps + 1):
-            local = accumulate(built, step)
+            local = accumulate(built, step, num_parts=engine.get("context_parallel", 1))
             probes.append(built.gradient_probe())
             stats = built.step(learning_rates(groups, step))
             assert not stats.skipped
@@ -287,17 +294,67 @@ def frozen_is_untouched(base: str, engine: dict[str, Any], weights: str) -> tupl
 
 def collectives(base: str, engine: dict[str, Any], variant: str) -> dict[str, int]:
     """How often each collective of torch.distributed is called in a step's first micro-batch, by name."""
-    counts: Counter[str] = Counter()
+    calls = exchanged(base, engine, variant)
+    return {name: len(sizes) for name, sizes in calls.items()}
+
+
+def exchanged(base: str, engine: dict[str, Any], variant: str) -> dict[str, list[int]]:
+    """The collectives of torch.distributed in a step's first micro-batch: by name the elements of each one's input."""
+    calls: dict[str, list[int]] = {}
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if function.namespace == "c10d":
-                counts[function.overloadpacket.__name__] += 1
+                elements = args[1].numel() if isinstance(args[1], torch.Tensor) else 0
+                calls.setdefault(function.overloadpacket.__name__, []).append(elements)
             return function(*args, **(kwargs or {}))
 
     with running(base, engine, variant, "bf16") as (built, _), Count():
-        built.accumulate(block(1, dist.get_rank()), num_tokens(1), False)
-    return dict(counts)
+        mine = batches(1, dist.get_rank(), dist.get_world_size(), engine.get("context_parallel", 1))
+        built.accumulate(mine[0], num_tokens(1), False)
+    return calls
+
+
+def peak_of_a_long_block(base: str, engine: dict[str, Any], length: int) -> float:
+    """MiB that the forward and backward of one block of `length` tokens in 8 documents add to this rank's memory."""
+    num_parts, size = engine.get("context_parallel", 1), length // 8
+    ids = torch.randint(0, VOCAB, (1, length), generator=torch.Generator().manual_seed(0))
+    borders = torch.arange(0, length + 1, size, dtype=torch.int32)
+    counts = np.array([[1, length, length]])
+    whole = Batch(ids, ids.roll(-1, 1), torch.arange(length)[None] % size, borders, size, length, counts, (0,))
+    with running(base, engine, "lora", "fp32") as (built, _):
+        built.accumulate(block(1, 0).cut(dist.get_rank() % num_parts, num_parts), 1, False)  # buffers of the engine
+        mine = whole.cut(dist.get_rank() % num_parts, num_parts)
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = _status_mib("VmRSS")
+        built.accumulate(mine, length, False)
+        return _status_mib("VmHWM") - before
+
+
+def _status_mib(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
+
+
+def cut_and_whole(kind: str, choice: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """(whole on one rank, sum of the parts on all) of the loss and of every gradient, for an architecture."""
+    _, module = build(kind, choice)
+    ids, position_ids, cu_seqlens, labels = blocks()
+    sums = []
+    for num_parts in (1, dist.get_world_size()):
+        module.exchange = HeadExchange(context_group(num_parts)) if num_parts > 1 else None
+        part = dist.get_rank() % num_parts
+        my_ids, my_positions, my_labels = (x.chunk(num_parts, dim=1)[part] for x in (ids, position_ids, labels))
+        module.zero_grad()
+        borders = cu_seqlens, max(map(max, LENGTHS))
+        scaled, loss = module(my_ids, my_positions, *borders, my_labels, num_parts=num_parts)
+        scaled.backward()
+        sums.append({name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None})
+        sums[-1]["loss"] = loss.detach().clone()
+    for tensor in sums[1].values():
+        dist.all_reduce(tensor)
+    return {name: (whole, sums[1][name]) for name, whole in sums[0].items()}
 
 
 def refusal(base: str, engine: dict[str, Any], deepspeed_version: str | None = "0.19.8") -> str:

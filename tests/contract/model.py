@@ -65,9 +65,10 @@ def recipe(base: str, engine: dict[str, Any], variant: str, weights: str, **mode
     )
 
 
-def batches(step: int, rank: int, world_size: int) -> list[Batch]:
-    """The micro-batches of one rank: the same BLOCKS_PER_STEP blocks a step at every world size."""
-    return [block(step, number) for number in range(rank, BLOCKS_PER_STEP, world_size)]
+def batches(step: int, rank: int, world_size: int, num_parts: int = 1) -> list[Batch]:
+    """The micro-batches of one rank: the same BLOCKS_PER_STEP blocks a step at every world size, whole or its part."""
+    numbers = range(rank // num_parts, BLOCKS_PER_STEP, world_size // num_parts)
+    return [block(step, number).cut(rank % num_parts, num_parts) for number in numbers]
 
 
 def num_tokens(step: int) -> int:

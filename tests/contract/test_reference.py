@@ -13,6 +13,8 @@ from tests.contract.engines import ENGINES, grid
 from tests.contract.model import BLOCKS_PER_STEP, SEQ_LEN, VARIANTS
 
 STEPS = 20
+CUT_STEPS = 6
+FIVE_HEADS = {"num_attention_heads": 5}
 U = 2.0**-24  # unit roundoff of fp32
 
 # A gradient is the sum of n = 8 block gradients g_i. In any order the rounding error of that sum is at most
@@ -32,8 +34,9 @@ TARGETS = BLOCKS_PER_STEP * SEQ_LEN
 @pytest.fixture(scope="module")
 def reference(pool: Any, base: Any) -> Any:
     @cache
-    def run(variant: str) -> Any:
-        [result] = pool(1).run("tests.contract.cases:reference", base=base(variant), variant=variant, steps=STEPS)
+    def run(variant: str, steps: int = STEPS, **sizes: int) -> Any:
+        folder = base(variant, **sizes)
+        [result] = pool(1).run("tests.contract.cases:reference", base=folder, variant=variant, steps=steps)
         return result
 
     return run
@@ -60,11 +63,41 @@ def test_gradients_and_losses(engine: str, ranks: int, variant: str, pool: Any, 
         variant=variant,
         steps=STEPS,
     )
+    assert_as_reference(results, reference(variant))
+
+
+CUT = (
+    ("fsdp-full", 2, 2, "lora"),
+    ("zero-3", 2, 2, "lora"),
+    *(pytest.param(e, r, p, v, marks=pytest.mark.matrix)
+      for e in ENGINES if e != "single" for r, p in ((2, 2), (4, 2), (4, 4)) for v in VARIANTS
+      if (e, r, p, v) not in (("fsdp-full", 2, 2, "lora"), ("zero-3", 2, 2, "lora"))),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("engine", "ranks", "parts", "variant"), CUT)
+def test_blocks_cut_over_ranks(
+    engine: str, ranks: int, parts: int, variant: str, pool: Any, base: Any, reference: Any
+) -> None:
+    """Context parallel is the same sum: each rank computes its tokens of a block. Of the model's five heads and one kv
+    head none divides by the ranks."""
+    results = pool(ranks).run(
+        "tests.contract.cases:against_reference",
+        base=base(variant, **FIVE_HEADS),
+        engine=ENGINES[engine] | {"context_parallel": parts},
+        variant=variant,
+        steps=CUT_STEPS,
+    )
+    assert_as_reference(results, reference(variant, CUT_STEPS, **FIVE_HEADS))
+
+
+def assert_as_reference(results: list[Any], reference: Any) -> None:
+    """Every rank's numbers are the same, and those of the reference but for the order of sums."""
     losses, norms, probes, held_out_loss, logits = results[0]
     for other in results[1:]:
         assert other[:4] == results[0][:4], "ranks disagree"
         assert torch.equal(other[4], logits)
-    record, reference_loss, reference_logits = reference(variant)
+    record, reference_loss, reference_logits = reference
     drift = 0.0
     for step, want in enumerate(record):
         tolerance = want.loss_sum * 2 * math.sqrt(TARGETS) * U + TARGETS * drift

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from dist_cpt.config.resolve import (
 )
 from dist_cpt.config.resume_changes import RESUME_CHANGES, how_may_change
 from dist_cpt.errors import ConfigError
+from dist_cpt.train.progress import step_positions
 
 
 def recipe(**changes):
@@ -97,6 +99,10 @@ EXCLUDED = [  # a recipe for each row of the table, in its order, and what the r
     ({"model": SCRATCH, "adapter.kind": "none"}, "model.config: {...}, data.tokenizer: null"),
     ({"model": SCRATCH}, "model.config: {...}, adapter.kind: lora"),
     ({"model": SCRATCH, "embeddings.tie": "untie"}, "model.config: {...}, embeddings.tie: untie"),
+    (
+        {"model": {**SCRATCH, "rope_scaling": {"rope_type": "linear", "factor": 2}}},
+        "model.config: {...}, model.rope_scaling: {...}",
+    ),
     ({"model": {**SCRATCH, "weights": "nf4"}}, "model.weights: nf4, model.config: {...}"),
     ({"model.weights": "int8", "adapter.kind": "none"}, "model.weights: int8, adapter.kind: none"),
     ({"model.weights": "nf4", "adapter.init": "pissa"}, "model.weights: nf4, adapter.init: pissa"),
@@ -236,6 +242,15 @@ EXCLUDED = [  # a recipe for each row of the table, in its order, and what the r
     ({"engine": {"kind": "zero", "shard": "full"}}, "engine.shard: full, engine.kind: zero"),
     ({"engine": {"kind": "fsdp", "dp_shard": 2}}, "engine.dp_shard: 2, engine.shard: null"),
     ({"engine.reshard_after_forward": False}, "engine.reshard_after_forward: false, engine.kind: auto"),
+    (
+        {"engine": {"kind": "single", "context_parallel": 2}},
+        "engine.context_parallel: 2, engine.kind: single",
+    ),
+    ({"engine.context_parallel": 3}, "data.seq_len: 128, engine.context_parallel: 3"),
+    (
+        {"engine.context_parallel": 2, "model.attention": "flash_attention_2"},
+        "engine.context_parallel: 2, model.attention: flash_attention_2",
+    ),
     ({"health.spike.window": 16}, "health.spike.min_history: 32, health.spike.window: 16"),
     (
         {"health.spike.policy": "rollback", "checkpoint.every_minutes": None},
@@ -324,6 +339,11 @@ def test_step_shape_divides_or_says_why():
     assert (shape.blocks_per_step, shape.accumulation, shape.num_steps) == (8, 2, 10)
     with pytest.raises(ConfigError, match="does not divide by 3 ranks x micro_batch 2"):
         step_shape(config, 3)
+    in_pairs = build(recipe(engine={"context_parallel": 2}), "x")
+    assert step_shape(in_pairs, 4) == replace(shape, world_size=4, context_parallel=2)
+    assert [step_positions(step_shape(in_pairs, 4), 8, rank)[1] for rank in range(4)] == [[12, 13]] * 2 + [[14, 15]] * 2
+    with pytest.raises(ConfigError, match=r"engine\.context_parallel 2 does not divide 3 ranks"):
+        step_shape(in_pairs, 3)
 
 
 def test_configuration_and_help_load_no_torch():

@@ -1,0 +1,66 @@
+"""A block cut over ranks: every architecture computes as on one rank; what travels is as docs/long-context.md says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.contract.engines import ENGINES
+from tests.contract.model import SEQ_LEN
+from tests.packed_models import KINDS
+
+FAST = ("gemma2", "qwen2-sliding")  # softcap and windows
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.matrix) for k in KINDS])
+def test_an_architecture_cut_over_ranks(kind: str, ranks: int, pool: Any) -> None:
+    """fp32: the loss and every gradient, summed over the ranks, to 1e-5 of the largest; both ways of the CPU."""
+    for choice in ("documents", "mask"):
+        numbers = pool(ranks).run("tests.contract.cases:cut_and_whole", kind=kind, choice=choice)[0]
+        assert len(numbers) > 10
+        for name, (whole, summed) in numbers.items():
+            assert float((summed - whole).abs().max()) <= 1e-5 * float(whole.abs().max()), name
+
+
+@pytest.mark.parametrize(
+    ("ranks", "heads", "kv_heads", "heads_of_rank", "kv_of_rank"),
+    [(2, 3, 1, 2, 2), (2, 6, 2, 3, 1), pytest.param(4, 6, 2, 2, 2, marks=pytest.mark.matrix)],
+)
+def test_what_travels_for_attention(
+    ranks: int, heads: int, kv_heads: int, heads_of_rank: int, kv_of_rank: int, pool: Any, base: Any
+) -> None:
+    """Two all-to-alls per layer and direction; each rank sends B L N numbers per head and kv head of a rank."""
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 10}
+    for calls in pool(ranks).run(
+        "tests.contract.cases:exchanged",
+        base=base("lora", **sizes),
+        engine=ENGINES["fsdp-full"] | {"context_parallel": ranks},
+        variant="lora",
+    ):
+        inward, outward = SEQ_LEN * 10 * (heads_of_rank + 2 * kv_of_rank), SEQ_LEN * 10 * heads_of_rank
+        assert calls["alltoall_base_"] == [inward, outward] * 2 + [outward, inward] * 2  # two layers
+
+
+def test_more_ranks_than_heads_are_refused(pool: Any, base: Any) -> None:
+    engine = ENGINES["fsdp-full"] | {"context_parallel": 4}
+    [answer] = pool(1).run("tests.contract.cases:refusal", base=base("lora"), engine=engine)
+    assert answer.startswith("ConfigError: engine.context_parallel 4: each rank needs an attention head, and this")
+
+
+@pytest.mark.matrix
+def test_memory_of_a_long_block_falls_with_the_ranks(pool: Any, base: Any) -> None:
+    """What one block of 32,768 tokens adds to the peak of a rank: near 1/N of one rank's, without a copy on any."""
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 8, "num_key_value_heads": 4}
+    folder = base("lora", **sizes, max_position_embeddings=32768)
+    peaks = []
+    for ranks in (1, 2, 4):
+        engine = ENGINES["fsdp-full"] | {"context_parallel": ranks}
+        per_rank = pool(ranks).run(
+            "tests.contract.cases:peak_of_a_long_block", base=folder, engine=engine, length=32768
+        )
+        peaks.append(max(per_rank))
+    print("MiB at N = 1, 2, 4:", [round(peak) for peak in peaks])
+    assert peaks[1] < 0.6 * peaks[0]
+    assert peaks[2] < 0.35 * peaks[0]

@@ -1,0 +1,50 @@
+"""A run whose sequences are cut over ranks is the same run: it moves to another cut, and reads every block once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dist_cpt.checkpoint.verify import verify_run
+from tests import tiny
+from tests.contract.engines import ENGINES
+from tests.run_ranks import RunningRanks
+from tests.whole_run import rows, train
+
+STEPS = 12
+# (engine, ranks, ranks per sequence, the step before which the attempt is asked to stop)
+SHORT = (("fsdp-full", 2, 2, 4), ("single", 1, 1, None))
+LONG = (("zero-3", 2, 2, 4), ("single", 1, 1, 7), ("fsdp-hybrid", 4, 4, 10), ("zero-2", 4, 2, None))
+
+
+@pytest.mark.parametrize("attempts", [SHORT, pytest.param(LONG, marks=pytest.mark.matrix)], ids=["short", "long"])
+def test_a_run_moves_between_cuts(attempts, made: tuple[Path, Path], tmp_path: Path) -> None:
+    model = {"path": str(made[0]), "weights": "fp32"}
+    batch = {"global_tokens": 8 * tiny.SEQ_LEN, "micro_batch": 1}
+    assert train(tiny.recipe(*made, tmp_path / "alone", model=model, batch=batch)) == 0
+    recipe = tiny.write_recipe(
+        tmp_path / "recipe.yaml", tiny.recipe(*made, tmp_path, model=model, batch=batch, evaluate={"every_steps": 5})
+    )
+    run = tmp_path / "tiny"
+    for number, (engine, ranks, parts, stop) in enumerate(attempts):
+        placed = ENGINES[engine] | ({} if parts == 1 else {"context_parallel": parts})
+        fault = {} if stop is None else {"DIST_CPT_FAULT": f"step:rank0:step{stop}:term"}
+        with RunningRanks(recipe, ranks, f"engine={json.dumps(placed)}", log=tmp_path / "log", **fault) as running:
+            codes = running.finish()
+        assert codes == [0 if stop is None else 75] * ranks, (tmp_path / "log").read_text()[-4000:]
+        if number:
+            assert json.loads((run / "certificate.json").read_text())["verdict"] == "pass"
+    assert not any(verify_run(run).values())
+    ours, alone = (rows(folder / "metrics.jsonl") for folder in (run, tmp_path / "alone/tiny"))
+    assert len(ours) == STEPS
+    for mine, other in zip(ours, alone, strict=True):
+        for exact in ("step", "position", "num_tokens", "tokens_by_source", "lr"):
+            assert mine[exact] == other[exact]
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    evaluations = {row["step"]: row for row in rows(run / "evaluations.jsonl")}
+    for row in rows(tmp_path / "alone/tiny/evaluations.jsonl"):
+        assert evaluations[row["step"]]["num_tokens"] == row["num_tokens"]
+        assert evaluations[row["step"]]["loss"] == pytest.approx(row["loss"], rel=1e-5)
