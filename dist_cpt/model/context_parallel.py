@@ -11,7 +11,6 @@ Source: Jacobs et al. 2023, DeepSpeed Ulysses (arXiv 2309.14509).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from dist_cpt.errors import ConfigError
+from dist_cpt.plan.exchange import rank_heads
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -39,7 +39,7 @@ class HeadExchange:
         h = ceil(H / P): where the heads do not divide, the last ranks also get heads of zeros, which nobody reads.
         """
         heads, kv_heads = query_BHMN.shape[1], key_BKMN.shape[1]
-        copies = kv_copies(heads, kv_heads, self.num_ranks)
+        copies = rank_heads(heads, kv_heads, self.num_ranks).kv_copies
         if copies > 1:
             key_BKMN, value_BKMN = (x.repeat_interleave(copies, dim=1) for x in (key_BKMN, value_BKMN))
         sent = [self._by_rank(x) for x in (query_BHMN, key_BKMN, value_BKMN)]  # one collective is enough for all
@@ -79,13 +79,6 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
         return _AllToAll.apply(grad_outputs[0], ctx.group), None
-
-
-def kv_copies(heads: int, kv_heads: int, num_ranks: int) -> int:
-    """How often each kv head is sent, so that every rank has those of its heads: once if they divide by the ranks."""
-    if heads % num_ranks:
-        return heads // kv_heads  # the first head of a rank may be anywhere in a group
-    return num_ranks // math.gcd(kv_heads, num_ranks)
 
 
 def check_context_parallel(hf_config: Any, num_ranks: int) -> None:

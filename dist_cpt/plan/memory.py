@@ -43,10 +43,11 @@ class RankStep:
     micro_batch: int  # sequences
     accumulation: int  # micro-batches
     recompute: bool = False  # the layers, in backward
+    context_parallel: int = 1  # ranks that each sequence is cut over
 
     @property
     def micro_batch_tokens(self) -> int:
-        return self.micro_batch * self.seq_len
+        return self.micro_batch * self.seq_len // self.context_parallel
 
 
 @dataclass(frozen=True)

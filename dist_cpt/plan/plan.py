@@ -138,7 +138,9 @@ def _variants(config: RunConfig, values: Mapping[str, Any], machine: Machine) ->
             variant = config.model_copy(
                 update={
                     "model": config.model.model_copy(update={"weights": weights}),
-                    "engine": type(config.engine).model_validate(engine),
+                    "engine": type(config.engine).model_validate(
+                        engine | {"context_parallel": config.engine.context_parallel}
+                    ),
                 }
             )
             same_as_full = name == "fsdp-trainable" and config.adapter.kind == "none"
@@ -171,8 +173,9 @@ def _predict(
     checkpointing: str,
 ) -> Way:
     blocks = config.batch.global_tokens // config.data.seq_len
-    accumulation = blocks // (machine.ranks * micro_batch)
-    step = RankStep(config.data.seq_len, micro_batch, accumulation, RECOMPUTED[checkpointing])
+    parts = config.engine.context_parallel
+    accumulation = blocks // (machine.ranks // parts * micro_batch)
+    step = RankStep(config.data.seq_len, micro_batch, accumulation, RECOMPUTED[checkpointing], parts)
     memory = peak_memory(training, placement, state, step)
     time = step_time(training, placement, machine.device, machine.network, step)
     rate = config.batch.global_tokens / time.total
@@ -197,15 +200,22 @@ def _predict(
 def _micro_batches(config: RunConfig, machine: Machine) -> list[int]:
     """The divisors of a rank's sequences per step."""
     blocks = config.batch.global_tokens // config.data.seq_len
-    if blocks % machine.ranks:
-        multiple = machine.ranks * config.data.seq_len
+    parts = config.engine.context_parallel
+    if machine.ranks % parts:
+        raise ConfigError(
+            f"engine.context_parallel {parts} does not divide {machine.ranks} ranks",
+            remedy="use a divisor of the number of ranks",
+        )
+    readers = machine.ranks // parts
+    if blocks % readers:
+        multiple = readers * config.data.seq_len
         nearest = max(1, round(config.batch.global_tokens / multiple)) * multiple
         raise ConfigError(
             f"batch.global_tokens {config.batch.global_tokens} is {blocks} sequences of {config.data.seq_len}, "
-            f"which do not divide by {machine.ranks} ranks",
+            f"which do not divide by {machine.ranks} ranks{f' / context_parallel {parts}' if parts > 1 else ''}",
             remedy=f"use a multiple of {multiple}, such as --set batch.global_tokens={nearest}",
         )
-    share = blocks // machine.ranks
+    share = blocks // readers
     return [number for number in range(1, share + 1) if share % number == 0]
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from dist_cpt.plan.devices import Device
+from dist_cpt.plan.exchange import rank_heads
 from dist_cpt.plan.memory import LOSS_CHUNK_TOKENS, PERSISTENT_ELEMENTS, Placement, RankStep
 from dist_cpt.plan.tensors import Frozen, Training
 from dist_cpt.plan.widths import LayerWidths
@@ -148,6 +149,7 @@ def step_time(
     parts["communication"] = communication(
         training, placement, device, network, compute=compute, accumulation=accumulation
     )
+    parts["communication"] += _exchange(training, placement, device, network, step) * accumulation
     parts["optimizer"] = _optimizer(training, placement, device, assumed)
     parts["host"] = assumed.step_seconds + max(0.0, host - compute) * accumulation
     return StepTime(**parts)
@@ -227,6 +229,19 @@ def communication(
         reduced = 2 * 4 * training.num_trained / placement.shard_ranks * (replicas - 1) / replicas
         seconds += max(0.0, reduced / outer - compute / 2)
     return seconds
+
+
+def _exchange(training: Training, placement: Placement, device: Device, network: float, step: RankStep) -> float:
+    """Seconds of a micro-batch in the all-to-alls around attention, which nothing hides."""
+    ranks, shapes = step.context_parallel, training.shapes
+    if ranks == 1:
+        return 0.0
+    head_dim = shapes.query_features // shapes.num_heads
+    part = rank_heads(shapes.num_heads, max(1, shapes.key_features // head_dim), ranks)
+    passes = 3 if step.recompute else 2
+    sent = sum(part.numbers_per_token(head_dim)) * step.micro_batch_tokens * ranks * training.compute_bytes
+    leaving = sent * (ranks - 1) / ranks  # the rest is the rank's own
+    return passes * shapes.num_layers * leaving / _rate(ranks, placement, device, network)
 
 
 def _rate(ranks: int, placement: Placement, device: Device, network: float) -> float:

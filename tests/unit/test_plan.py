@@ -200,3 +200,19 @@ def test_a_job_is_planned_with_its_own_memory():
     assert machine.device.gemm == DEVICES["h100"].gemm
     one, two = (machine_here(None, 0, ranks, ranks).device.memory_bytes for ranks in (1, 2))
     assert two == one // 2  # the ranks of a host share it
+
+
+def test_a_sequence_cut_over_ranks_costs_each_its_part(tmp_path):
+    long = {"seq_len": 131072, "sources": [{"path": "text"}]}
+    fsdp = {"kind": "fsdp", "shard": "full", "activation_checkpointing": "full"}
+    _, whole = planned(tmp_path, data=long, batch={"global_tokens": 8 * 131072}, engine=fsdp)
+    config, cut = planned(tmp_path, data=long, batch={"global_tokens": 131072}, engine=fsdp | {"context_parallel": 8})
+    assert whole.own is not None
+    assert cut.own is not None
+    assert cut.own.accumulation == 1
+    assert cut.own.memory.activations == pytest.approx(whole.own.memory.activations / 8)
+    # 32 layers x 3 passes x 2,560 bytes per token of the block, 7/8 of which leave the rank, at 370 GB/s
+    exchange = 32 * 3 * 2560 * 131072 * 7 / 8 / 370e9
+    assert cut.own.time.communication >= exchange
+    assert "engine.context_parallel" not in recipe_patch(config, cut.ways[0])
+    assert recipe_patch(config, cut.own) == {}
