@@ -448,6 +448,40 @@ def inspect(
 
 
 @app.command(rich_help_panel=AFTER)
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL|RUN|CHECKPOINT", help="Also an adapter, or a hub id.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="Text: a file, a folder or a pattern. Default: the run's held-out sets."),
+    ] = None,
+    text: Annotated[str, typer.Option("--text", help="The field of --data's records with the document.")] = "text",
+    seq_len: Annotated[
+        int | None, typer.Option("--seq-len", min=2, help="Of --data. Default: the run's, else at most 2048.")
+    ] = None,
+    against_base: Annotated[bool, typer.Option("--against-base", help="Also the loss under the base.")] = False,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="NAME,...", help="Tasks of lm-eval (extra eval).")
+    ] = None,
+    tasks_path: Annotated[Path | None, typer.Option("--tasks-path", help="A folder with tasks as YAML.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Documents of each task.")] = None,
+    base: Base = None,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Measure loss, perplexity and bits per byte of any model, and benchmark tasks; a run's go into its record."""
+    if tasks is None and (tasks_path is not None or limit is not None):
+        raise ConfigError("--tasks-path and --limit belong to --tasks")
+    from dist_cpt.export.evaluate import TextOptions, as_lines
+    from dist_cpt.export.evaluate import evaluate as measure
+    from dist_cpt.export.tasks import TaskOptions
+
+    ours = (model / CHECKPOINTS).is_dir() or (model / MANIFEST).exists()
+    folder = _checkpoint_folder(model) if ours else model
+    wanted = TaskOptions(tuple(tasks.split(",")) if tasks else (), tasks_path, limit)
+    rows = measure(folder, TextOptions(tuple(data or ()), text, seq_len), wanted, base=base, against_base=against_base)
+    print(*([json.dumps({"model": str(folder), "results": rows}, indent=1)] if json_ else as_lines(rows)), sep="\n")
+
+
+@app.command(rich_help_panel=AFTER)
 def merge(
     path: Annotated[
         Path, typer.Argument(metavar="RUN|CHECKPOINT|ADAPTER", help="A run folder, a checkpoint or a PEFT folder.")
@@ -464,6 +498,12 @@ def merge(
     sweep: Annotated[
         str | None, typer.Option("--sweep", metavar="S,S,...", help="Print the held-out loss at each scale.")
     ] = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", metavar="A:B", help="Scale only the decoder layers A to B - 1.")
+    ] = None,
+    last: Annotated[
+        int, typer.Option("--last", min=1, metavar="K", help="Mean of the updates of a run's K newest checkpoints.")
+    ] = 1,
     add_residual: Annotated[
         tuple[str, str] | None,
         typer.Option("--add-residual", metavar="INSTRUCT BASE", help="Add instruct - base, tensor by tensor."),
@@ -473,16 +513,21 @@ def merge(
     ] = None,
 ) -> None:
     """Merge base and adapter into one plain Hugging Face folder, checked against the trainer's logits."""
+    layer_range = _layer_range(layers)
+    if layer_range is not None and scale == 1.0 and sweep is None:
+        raise ConfigError("--layers belongs to --scale or --sweep")
+    if (last > 1 or layer_range is not None) and (base_only or add_residual is not None):
+        raise ConfigError("--last and --layers go with --scale and --sweep, not with --base-only or --add-residual")
     if residual_scale is not None and add_residual is None:
         raise ConfigError("--residual-scale belongs to --add-residual INSTRUCT BASE")
     if out is None and (sweep is None or add_residual is not None or base_only):
         raise ConfigError("merge needs --out; only --sweep alone writes nothing")
     scales = _scales(sweep)
-    checkpoint = _checkpoint_folder(path, adapters=True)
+    checkpoint, *others = [_checkpoint_folder(path, adapters=True)] if last == 1 else _last_checkpoints(path, last)
     if scales:
         from dist_cpt.export.sweep import sweep as losses
 
-        for factor, by_set in losses(checkpoint, scales, base=base):
+        for factor, by_set in losses(checkpoint, scales, base=base, layers=layer_range, others=others):
             print(f"scale {factor:g}: " + ", ".join(f"{name} {loss:.6f}" for name, loss in by_set.items()), flush=True)
     if out is None:
         return
@@ -500,8 +545,11 @@ def merge(
     from dist_cpt.export.merge import merge as merge_model
     from dist_cpt.export.merge import quantisation_gap
 
-    gap = None if base_only or scale != 1.0 else quantisation_gap(checkpoint, base=base)
-    difference = merge_model(checkpoint, out, dtype, base=base, base_only=base_only, scale=scale)
+    gap = None if base_only or scale != 1.0 or others else quantisation_gap(checkpoint, base=base)
+    scaled = {"scale": scale, "layers": layer_range}
+    difference = merge_model(checkpoint, out, dtype, base=base, base_only=base_only, others=others, **scaled)
+    if others:
+        print(f"the mean of {', '.join(one.name for one in (checkpoint, *others))}")
     print(f"{out}: largest logit difference in fp32 {difference:.2e}")
     if gap is not None:
         print(f"that is against the 16-bit base; against the quantised base that the trainer had: {gap:.2e}")
@@ -864,6 +912,29 @@ def _scales(given: str | None) -> list[float]:
     if any(not 0.0 <= scale < float("inf") for scale in scales):
         raise ConfigError(f"--sweep {given}: a scale is 0 or more")
     return scales
+
+
+def _layer_range(given: str | None) -> range | None:
+    """The layers of --layers A:B."""
+    if given is None:
+        return None
+    first, colon, stop = given.partition(":")
+    if not (colon and first.isdigit() and stop.isdigit()):
+        raise ConfigError(f"--layers {given}: give A:B, such as 0:8 for the first eight")
+    return range(int(first), int(stop))
+
+
+def _last_checkpoints(run: Path, count: int) -> list[Path]:
+    """The newest valid checkpoints of a run, newest first."""
+    from dist_cpt.checkpoint.verify import model_problems
+    from dist_cpt.run_folder.checkpoints import published
+
+    valid = [path for path in published(_run_folder(run)) if not model_problems(path)]
+    if len(valid) < count:
+        raise ConfigError(
+            f"--last {count}: {run} has {len(valid)} valid checkpoints", remedy="train with a larger checkpoint.keep"
+        )
+    return valid[:count]
 
 
 def _checkpoint_folder(path: Path, *, adapters: bool = False) -> Path:

@@ -6,6 +6,7 @@ the distance to the trainer's; weights that are stored quantised are dequantised
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from dist_cpt.export.checkpoint_model import (
     with_class_head,
 )
 from dist_cpt.export.model_folder import require_new, round_to, staged, write_model
+from dist_cpt.model.architectures import parts_of
 from dist_cpt.model.classify import HEAD
 from dist_cpt.model.rope import rope_of, scaled_config
 
@@ -41,15 +43,18 @@ def merge(
     base: str | None = None,
     base_only: bool = False,
     scale: float = 1.0,
+    layers: range | None = None,
+    others: Sequence[Path] = (),
 ) -> float:
     """Write base and adapter as one Hugging Face folder; a full-parameter checkpoint is cast.
 
     `checkpoint` is a checkpoint or a PEFT folder. Merging is done in fp32, and the weights are stored in `dtype` (fp32
     | bf16 | fp16). `base` overrides the recorded path of the base. With `base_only` the run's own adapter is left out:
     the base under it is written, a prior adapter merged in. `scale` applies to everything that was trained: W = base +
-    scale x (trained - base). The merged model is checked against base and adapter, and the folder against the merged
-    model. Returns the largest absolute difference of fp32 logits between the folder and the checkpoint at `scale`,
-    over probe tokens.
+    scale x (trained - base); with `layers`, to these decoder layers alone. With `others`, checkpoints of the same run,
+    the mean of all updates is merged. The merged model is checked against base and adapter, and the folder against the
+    merged model. Returns the largest absolute difference of fp32 logits between the folder and the checkpoint at
+    `scale`, over probe tokens.
 
     Raises:
         CheckpointError: not a checkpoint, another base than the run had, or logits that differ.
@@ -67,9 +72,9 @@ def merge(
         model = base_model(checkpoint, base_folder)
         expected = probe_logits(model)
     else:
-        model, expected = merged_model(checkpoint, base_folder)
+        model, expected = averaged_model([checkpoint, *others], base_folder)
     if scale != 1.0:
-        Blend(model, untrained_model(checkpoint, base_folder, base)).set(scale)
+        Blend(model, untrained_model(checkpoint, base_folder, base), layers).set(scale)
         expected = probe_logits(model)
     round_to(model, dtype)
     with staged(out) as folder:
@@ -93,16 +98,33 @@ def merged_model(checkpoint: Path, base_folder: Path | None) -> tuple[Any, torch
     return model, expected
 
 
+def averaged_model(checkpoints: Sequence[Path], base_folder: Path | None) -> tuple[Any, torch.Tensor]:
+    """As `merged_model`, of base + the mean of the checkpoints' updates: of products B A, not of A and B apart.
+
+    Besides the result one more model is in memory; weights that are equal in all checkpoints stay so bit for bit.
+    """
+    model, logits = merged_model(checkpoints[0], base_folder)
+    for number, checkpoint in enumerate(checkpoints[1:], 2):
+        other = dict(merged_model(checkpoint, base_folder)[0].named_parameters())
+        for name, parameter in model.named_parameters():
+            parameter.data.add_(other[name].data.sub_(parameter.data), alpha=1 / number)
+    return model, probe_logits(model) if len(checkpoints) > 1 else logits
+
+
 class Blend:
     """Sets a trained model to W = base + scale x (trained - base), in fp32 and in place, any number of times.
 
-    New rows and a classifier's head, which the base does not have, stay as trained.
+    With `layers` only these decoder layers are scaled. New rows and a classifier's head, which the base does not have,
+    stay as trained.
     """
 
-    def __init__(self, trained: Any, base: Any) -> None:
+    def __init__(self, trained: Any, base: Any, layers: range | None = None) -> None:
         before = base.state_dict()
+        scaled = None if layers is None else _parameters_of(trained, layers)
         self._changes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for name, parameter in trained.named_parameters():
+            if scaled is not None and parameter not in scaled:
+                continue
             origin = before.get(name)
             # The base of a classifier has a head too, but an untrained one.
             if origin is None or origin.shape[1:] != parameter.shape[1:] or name == f"{HEAD}.weight":
@@ -117,6 +139,21 @@ class Blend:
         """Set the model to `scale`; it may have moved to a GPU meanwhile."""
         for parameter, origin, change in self._changes:
             parameter.data[: len(origin)].copy_(origin.add(change, alpha=scale))
+
+
+def _parameters_of(model: Any, layers: range) -> set[torch.nn.Parameter]:
+    """The parameters of some decoder layers.
+
+    Raises:
+        ConfigError: the model has no such layers.
+    """
+    decoder_layers = parts_of(model).layers
+    if not layers or layers.stop > len(decoder_layers):
+        raise ConfigError(
+            f"--layers {layers.start}:{layers.stop}: the model has layers 0 to {len(decoder_layers) - 1}",
+            remedy=f"give A:B with 0 <= A < B <= {len(decoder_layers)}",
+        )
+    return {parameter for number in layers for parameter in decoder_layers[number].parameters()}
 
 
 def untrained_model(checkpoint: Path, base_folder: Path | None, base: str | None) -> Any:

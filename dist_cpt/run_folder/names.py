@@ -19,6 +19,7 @@ BASE_LOSSES = "base_losses.json"  # of the held-out sets under the base, each co
 SAMPLE = "sample.json"  # a continuation by the trained model
 METRICS = "metrics.jsonl"  # one row per optimizer step
 EVALUATIONS = "evaluations.jsonl"  # one row per held-out set and evaluation
+EVALUATED = "evaluated.jsonl"  # what dist-cpt evaluate has measured; no attempt changes it
 EVENTS = "events.jsonl"  # starts, resumes, checkpoints, messages, ends
 METRICS_REWOUND = "metrics.rewound.jsonl"  # rows of steps that were trained again
 EVALUATIONS_REWOUND = "evaluations.rewound.jsonl"

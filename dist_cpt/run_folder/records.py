@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,25 @@ class StepRecord:
     spike: bool = False  # the loss was far above the recent ones
     batch_tokens: int = 0  # since step 0, padding and tokens without a target included
     totals_by_source: Mapping[str, SourceCounts] = field(default_factory=dict)  # [blocks, tokens, targets] since step 0
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Loss over one set: nats per target token, over all ranks; `num_bytes` of text are behind the targets."""
+
+    loss: float
+    num_tokens: int
+    num_bytes: int = 0  # not counted
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The whole loss in bits by bytes of text: comparable between tokenizers."""
+        return self.loss * self.num_tokens / math.log(2) / self.num_bytes if self.num_bytes else None
 
 
 @dataclass(frozen=True)

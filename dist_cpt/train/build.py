@@ -48,6 +48,7 @@ from dist_cpt.run_folder.json_files import read_object
 from dist_cpt.run_folder.manifest import Identity
 from dist_cpt.run_folder.metrics import MetricsFile
 from dist_cpt.run_folder.names import ADAPTER_WEIGHTS, CONTINUED
+from dist_cpt.run_folder.records import HeldOut
 from dist_cpt.runtime.collectives import (
     agree,
     all_reduce_ints,
@@ -62,7 +63,6 @@ from dist_cpt.runtime.log import LOGGER
 from dist_cpt.runtime.shared_folder import MARK_SECONDS, first_that_sees
 from dist_cpt.runtime.versions import package_versions
 from dist_cpt.train.attempt import RunContext
-from dist_cpt.train.evaluate import HeldOut
 from dist_cpt.train.probe import PROBE_BLOCKS, Stream
 from dist_cpt.train.progress import Progress, step_positions, step_starts
 from dist_cpt.train.saver import Saver

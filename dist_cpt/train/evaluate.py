@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -12,27 +11,9 @@ from dist_cpt.config.resolve import Share
 from dist_cpt.data.batch import Batch
 from dist_cpt.data.text_bytes import TextBytes
 from dist_cpt.engines.engine import Engine
+from dist_cpt.run_folder.records import HeldOut
 from dist_cpt.runtime.collectives import all_reduce_floats
 from dist_cpt.runtime.liveness import made_progress
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Loss over one set: nats per target token, over all ranks; `num_bytes` of text are behind the targets."""
-
-    loss: float
-    num_tokens: int
-    num_bytes: int = 0  # not counted
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss), infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        """The whole loss in bits by bytes of text: comparable between tokenizers."""
-        return self.loss * self.num_tokens / math.log(2) / self.num_bytes if self.num_bytes else None
 
 
 def evaluate(

@@ -15,11 +15,11 @@ from dist_cpt.data.prepared import PreparedSource
 from dist_cpt.run_folder.forgetting import best_step, over_limit, previous_step, rises
 from dist_cpt.run_folder.json_files import canonical_json, read_object, rows_or_problem
 from dist_cpt.run_folder.names import BASE_LOSSES, EVALUATIONS
-from dist_cpt.run_folder.records import EvaluationRecord
+from dist_cpt.run_folder.records import EvaluationRecord, HeldOut
 from dist_cpt.runtime.collectives import all_reduce_ints, on_rank_zero
 from dist_cpt.runtime.log import LOGGER
 from dist_cpt.train.build import Run
-from dist_cpt.train.evaluate import HeldOut, evaluate
+from dist_cpt.train.evaluate import evaluate
 from dist_cpt.train.progress import Progress
 
 
