@@ -28,6 +28,7 @@ from dist_cpt.errors import EXIT_STOPPED, ConfigError, DataError, DistCptError, 
 from dist_cpt.run_folder.json_files import read_complete_rows, read_object, read_rows
 from dist_cpt.run_folder.names import CERTIFICATE, EVALUATIONS, EVENTS, METRICS, REPORT
 
+COMPARISON = "comparison.html"
 VOCAB_SIZE = 2048
 SEQ_LEN = 256
 BASE_TOKENS = 800_000
@@ -62,7 +63,7 @@ def run_demo(out: Path, base_tokens: int = BASE_TOKENS, cpt_tokens: int = CPT_TO
 
     print(f"\n== 2. continued pretraining on the new domain: LoRA + embeddings, two ranks, {first_engine}")
     run = out / "runs" / "code"
-    _stopped_half_way(environment, out / "code.yaml", run, cpt_tokens // GLOBAL_TOKENS // 2)
+    _stopped_after(environment, out / "code.yaml", run, cpt_tokens // GLOBAL_TOKENS // 2, ranks=2)
 
     print("\n== 3. the same run, resumed under another engine")
     _command(environment, "resume", str(run), "--procs-per-node", "2", "--set", "engine={kind: fsdp, shard: full}")
@@ -76,7 +77,14 @@ def run_demo(out: Path, base_tokens: int = BASE_TOKENS, cpt_tokens: int = CPT_TO
     # fmt: on
     for name in (REPORT, METRICS, CERTIFICATE):
         shutil.copyfile(run / name, out / name)
-    summary = _summary(run, out, time.monotonic() - started)
+
+    print("\n== 5. the same seed on one rank, for a while: what another engine changes")
+    other = _one_rank_recipe(out, cpt_tokens)
+    _write_recipe(out / "one-rank.yaml", other)
+    one_rank = out / "runs" / other["name"]
+    _stopped_after(environment, out / "one-rank.yaml", one_rank, max(1, cpt_tokens // GLOBAL_TOKENS // 8), ranks=1)
+    _command(environment, "report", str(run), str(one_rank), "--out", str(out / COMPARISON))
+    summary = _summary(run, out, time.monotonic() - started) | _compared(run, one_rank, out)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     _print_summary(summary, out)
     return 0
@@ -219,6 +227,12 @@ def _code_recipe(out: Path, engine: str, tokens: int) -> dict[str, Any]:
     }
 
 
+def _one_rank_recipe(out: Path, tokens: int) -> dict[str, Any]:
+    """The same training on one rank."""
+    same = _code_recipe(out, "single", tokens)
+    return same | {"name": "code-one-rank", "track": {"wandb": {"mode": "disabled"}}}
+
+
 def _held_out(out: Path) -> list[dict[str, str]]:
     corpus = out / "corpus"
     return [
@@ -240,16 +254,16 @@ def _command(environment: dict[str, str], *arguments: str) -> None:
         raise error
 
 
-def _stopped_half_way(environment: dict[str, str], recipe: Path, run: Path, half: int) -> None:
-    """Start the run, send SIGTERM once half of its steps are done, and require that it saved."""
-    arguments = ["launch", str(recipe), "--procs-per-node", "2"]
+def _stopped_after(environment: dict[str, str], recipe: Path, run: Path, steps: int, *, ranks: int) -> None:
+    """Start the run, send SIGTERM once so many of its steps are done, and require that it saved."""
+    arguments = ["launch", str(recipe), "--procs-per-node", str(ranks)]
     print(f"\n$ dist-cpt {shlex.join(arguments)}", flush=True)
     child = subprocess.Popen([sys.executable, "-m", "dist_cpt.cli", *arguments], env=environment)
     try:
-        while child.poll() is None and _last_step(run) < half:
+        while child.poll() is None and _last_step(run) < steps:
             time.sleep(0.2)
         if child.poll() is None:
-            print(f"\n$ kill -TERM {child.pid}    # half way", flush=True)
+            print(f"\n$ kill -TERM {child.pid}    # after step {steps}", flush=True)
             child.send_signal(signal.SIGTERM)
         code = child.wait()
     finally:
@@ -295,6 +309,17 @@ def _summary(run: Path, out: Path, seconds: float) -> dict[str, Any]:
     }
 
 
+def _compared(run: Path, other: Path, out: Path) -> dict[str, Any]:
+    """How far the training losses of two runs of a seed are apart, over the steps that both have."""
+    left, right = ({row["step"]: row["loss"] for row in read_rows(one / METRICS)} for one in (run, other))
+    apart = [abs(left[step] - right[step]) for step in left.keys() & right.keys()]
+    return {
+        "comparison": str((out / COMPARISON).absolute()),
+        "compared_steps": len(apart),
+        "largest_loss_difference": max(apart, default=None),
+    }
+
+
 def _print_summary(summary: dict[str, Any], out: Path) -> None:
     first, second = summary["attempts"][0], summary["attempts"][-1]
     print(f"\n{summary['report']}\n")
@@ -307,5 +332,7 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
     print(f"{'stopped:':<14}after step {second['first_step']} of {summary['steps']} under {first['engine']}")
     resumed = f"under {second['engine']} on {second['world_size']} ranks, certificate {summary['certificate']}"
     print(f"{'resumed:':<14}{resumed}")
+    apart = f"loss of {summary['compared_steps']} steps at most {summary['largest_loss_difference']:.2g} apart"
+    print(f"{'one rank:':<14}{apart}, {summary['comparison']}")
     print(f"{'merged:':<14}{out / 'merged-model'}, a plain Hugging Face folder")
     print(f"{'took:':<14}{summary['seconds']:.0f} s")

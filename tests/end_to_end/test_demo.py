@@ -34,6 +34,10 @@ def test_the_demo_tells_its_story(tmp_path, capfd):
     page = (out / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
+    assert all(title in page for title in ("Forgetting gauge", "Plan against measured", "The same prompt over time"))
+    assert summary["compared_steps"] >= steps // 8
+    assert summary["largest_loss_difference"] < 0.1  # ZeRO-3 on two ranks against one rank, from the same seed
+    assert "Training loss against code" in (out / "comparison.html").read_text()
     wandb = [path.name for path in (out / "runs/code/wandb").glob("offline-run-*")]
     assert len(wandb) == 2
     assert len({name.rsplit("-", 1)[1] for name in wandb}) == 1  # one W&B run
