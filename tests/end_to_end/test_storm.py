@@ -34,6 +34,7 @@ from dist_cpt.run_folder.names import (
     LINEAGE,
     MANIFEST,
     METRICS,
+    PLAN,
     RECIPE,
     REPLACED,
     ROLLBACKS,
@@ -54,7 +55,7 @@ ELSEWHERE = {"save.aside", *(f"change.{name}" for name in (CONTINUED, LINEAGE, R
 # Before the first step.
 EARLY = {"restore", "change.aside", "change.reinstate", *(f"change.{n}" for n in (CERTIFICATE, CONTRACT))}
 EARLY |= {f"change.{change}" for change in CHANGES if change.endswith(".jsonl") and not change.startswith("append.")}
-AT_THE_END = f"change.{SAMPLE}"
+AT_THE_END = {f"change.{SAMPLE}", f"change.{PLAN}"}
 POINTS = sorted({"step", "restore", *(f"save.{p}" for p in SAVE_POINTS), *(f"change.{c}" for c in CHANGES)} - ELSEWHERE)
 
 
@@ -72,7 +73,7 @@ class Act:
 
     def fault(self, begins_at: int) -> str:
         """The freeze, for an attempt that resumes at this step, and one in case that the point is not reached."""
-        if self.point == AT_THE_END:
+        if self.point in AT_THE_END:
             return f"{self.point}:freeze"
         save = begins_at - begins_at % EVERY + EVERY * (1 + self.saves)
         in_case = f"step:step{save + EVERY + 2}:freeze"
@@ -95,7 +96,7 @@ def plan(seed: int, attempts: int, ranks: int = 1) -> list[Act]:
     points = [point for _ in range(-(-attempts // len(known))) for point in dice.sample(known, len(known))]
     del points[attempts:]
     acts = []
-    for point in sorted(points, key=lambda point: point == AT_THE_END):
+    for point in sorted(points, key=lambda point: point in AT_THE_END):
         if "rewound" in point or point == "change.prune":
             acts.append(Act("step", saves=2))  # leaves rows after a checkpoint, and enough checkpoints
         act = Act(
