@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dist_cpt.report.values import number, real
+from dist_cpt.report.values import clock, number, real
 from dist_cpt.run_folder.contents import RunFiles
 
 
@@ -64,6 +64,19 @@ class HeldOutSet:
         change = last / first - 1
         css = "good" if change <= 0 else "bad" if change > 0.02 else "warn"
         return f"{change:+.1%}".replace("-", "−"), css
+
+
+def measured_later(run: RunFiles) -> list[tuple[str, Any, str, str]]:
+    """(time, step, set or task, its numbers) of every row of `dist-cpt evaluate`."""
+    return [
+        (
+            clock(row.get("time")),
+            row.get("step"),
+            str(row.get("task") or row.get("name") or ""),
+            ", ".join(f"{key} {number(value)}" for key, value in row.items() if isinstance(value, float)),
+        )
+        for row in run.evaluated
+    ]
 
 
 def held_out_sets(run: RunFiles) -> list[HeldOutSet]:

@@ -23,7 +23,7 @@ from dist_cpt.report.attempts import Attempt, outcome, read_attempts
 from dist_cpt.report.curves import HELD_OUT, curves, points_of
 from dist_cpt.report.gauge import gauge, summary
 from dist_cpt.report.goodput import goodput_of
-from dist_cpt.report.held_out import held_out_sets
+from dist_cpt.report.held_out import held_out_sets, measured_later
 from dist_cpt.report.ledger import saved_checkpoints, token_ledger
 from dist_cpt.report.predictions import predictions
 from dist_cpt.report.values import duration, large, number
@@ -98,6 +98,7 @@ def report_html(run: RunFiles, *, refresh_seconds: int | None = None) -> str:
         status=status_of(run, attempts),
         facts=_facts(run, attempts) if run.steps else [],
         held_out=held_out,
+        later=measured_later(run),
         gauge=gauge([("this run", held_out)]),
         gauge_summary=summary(held_out),
         held_out_charts=[chart for chart in charts if chart.title.startswith(HELD_OUT)],

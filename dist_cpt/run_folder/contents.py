@@ -23,6 +23,7 @@ class RunFiles:
     steps: list[dict[str, Any]]
     rewound: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    evaluated: list[dict[str, Any]]
     events: list[dict[str, Any]]
     contract: dict[str, Any]
     certificate: dict[str, Any]
@@ -44,6 +45,7 @@ def read_run(folder: Path) -> RunFiles:
         steps=rows_or_problem(folder / names.METRICS, problems, ended=True),
         rewound=rows_or_problem(folder / names.METRICS_REWOUND, problems, ended=True),
         evaluations=rows_or_problem(folder / names.EVALUATIONS, problems, ended=True),
+        evaluated=rows_or_problem(folder / names.EVALUATED, problems, ended=True),
         events=rows_or_problem(folder / names.EVENTS, problems, ended=True),
         contract=object_or_problem(folder / names.CONTRACT, problems),
         certificate=object_or_problem(folder / names.CERTIFICATE, problems),

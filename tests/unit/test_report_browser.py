@@ -41,6 +41,8 @@ def folders(tmp_path_factory) -> list[Path]:
     sample = json.loads((runs[0] / "sample.json").read_text())
     over_time = [sample | {"step": step, "text": f" {step} {HOSTILE}"} for step in (0, 200)]
     (runs[0] / "sample.json").write_text(json.dumps(sample | {"samples": [*over_time, dict(sample)]}))
+    later = {"time": "2026-03-09T10:00:00", "step": 400, "task": "arc_easy", "acc": 0.625}
+    (runs[0] / "evaluated.jsonl").write_text(json.dumps(later) + "\n")
     memory = {"frozen": 2.0**31, "trainable": 2.0**28, "optimizer": 2.0**29, "total": 2.0**35}
     measured = {"frozen": 2**31, "trainable": 2**28, "optimizer": 2**29}
     plan = {
@@ -100,7 +102,8 @@ def test_the_report_is_drawn_and_fits(folders, opened, width):
         assert right - left > 0.4 * box["width"]
     headings = page.locator("h2").all_inner_texts()
     assert headings[:2] == ["What was learned", "What was forgotten"]
-    assert "Plan against measured" in headings
+    assert {"Plan against measured", "Measured after training"} <= set(headings)
+    assert "acc 0.625" in page.locator("main").inner_text()
     assert page.locator("mark").all_inner_texts()[1] == f" 200 {HOSTILE}"
 
 
