@@ -67,8 +67,8 @@ def _prediction(config: RunConfig, machine: Machine) -> dict[str, Any]:
     device = {"device": machine.device.name, "source": machine.device.source, "ranks": machine.ranks}
     try:
         way: Way = predicted(config, model_config(config), machine)
-    except ConfigError as error:
-        return {"machine": device, "predicted": None, "why_not": error.message}
+    except Exception as error:  # an odd config.json must not fail a run that is done
+        return {"machine": device, "predicted": None, "why_not": str(error)}
     values = {"tokens_per_second": way.tokens_per_second, "step_seconds": way.time.total, "mfu": way.mfu}
     memory = asdict(way.memory) | {"total": way.memory.total}
     return {"machine": device, "predicted": values | {"memory_bytes": memory, "loading_bytes": way.loading_bytes}}
