@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_cpt.adapters.placeholders import converted
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
 
@@ -69,7 +70,7 @@ def apply_lora(
         module.weight.requires_grad_(True)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = converted(parameter.data, torch.float32)
     for module in peft_model.modules():
         is_dora = adapter.dora and len(getattr(module, "lora_magnitude_vector", ()))
         if is_dora or (low_rank and getattr(module, "base_layer", None) is head):

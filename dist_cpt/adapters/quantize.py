@@ -21,11 +21,13 @@ from dist_cpt_kernels.dispatch import available
 from torch import nn
 
 from dist_cpt.adapters.lora import import_peft
+from dist_cpt.adapters.placeholders import placeholder
 from dist_cpt.errors import ConfigError, MissingExtraError
 from dist_cpt.run_folder.names import MODEL_CONFIG
 from dist_cpt.storage import read_bytes
 
 BLOCKSIZE = 64  # elements that share a scale; fixed by transformers for weights it quantises while loading
+NESTED_BLOCKSIZE = 256  # of those scales share one of the second kind
 QUANTISED = ("nf4", "int8")
 
 
@@ -41,7 +43,6 @@ def load_quantised(
         MissingExtraError: bitsandbytes is not installed.
         ConfigError: no linear layer to quantise, or an unsupported quantisation in the folder.
     """
-    require_bitsandbytes(weights)
     from transformers import AutoModelForCausalLM
 
     stored = stored_weights(folder)
@@ -49,33 +50,51 @@ def load_quantised(
         folder,
         config=hf_config,
         dtype=torch.bfloat16,
-        **(
-            {"quantization_config": _quantization_config(weights)} if stored is None else {}
-        ),  # None would override the folder's
-        device_map={"": device},
+        **loading_options(weights, device, stored),
         use_safetensors=True,
         trust_remote_code=own_code,
         output_loading_info=True,
     )
     model = require_complete(folder, *loaded)
-    kind = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[weights]
-    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if type(m).__name__ == kind]
-    for name, layer in layers:
-        if weights == "nf4":
-            _require_nf4_format(folder, name, layer)
+    for name, layer in _quantised_layers(model):
+        _settle(folder, name, layer)
+    _require_quantised(folder, model, weights)
+    return model
+
+
+def loading_options(weights: str, device: torch.device, stored: str | None) -> dict[str, Any]:
+    """Arguments of from_pretrained for a base in `weights`; `stored` so already, or not."""
+    if weights not in QUANTISED:
+        return {}
+    require_bitsandbytes(weights)
+    chosen = {} if stored is not None else {"quantization_config": _quantization_config(weights)}  # None overrides
+    return chosen | {"device_map": {"": device}}
+
+
+def set_placeholders(folder: Path, model: Any, weights: str, device: torch.device) -> None:
+    """Give the quantised layers of a model whose weights are not read yet placeholders for their codes, and scales and
+    tables on `device` that are to be overwritten."""
+    for _, layer in _quantised_layers(model):
+        shape = (layer.out_features, layer.in_features)
+        if type(layer).__name__ == "Linear4bit":
+            _set_nf4_placeholder(layer, torch.Size(shape), device)
             layer.forward = partial(nf4_linear, layer)
         else:
-            layer.row_absmax = layer.weight.SCB.float()
-            layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+            layer.weight = nn.Parameter(placeholder(shape, torch.int8), requires_grad=False)
+            layer.row_absmax = torch.zeros(layer.out_features, device=device)
             layer.forward = partial(int8_linear, layer)
-    if not layers:
-        raise ConfigError(
-            f"model type {model.config.model_type}: no linear layer beside the head for model.weights: {weights}",
-            remedy="use model.weights: bf16",
-        )
-    if is_quantised(model.get_output_embeddings()):
-        raise ConfigError(f"{folder} has a quantised output head", remedy="give a copy whose head is in 16 bits")
-    return model
+    _require_quantised(folder, model, weights)
+
+
+def take_scales(folder: Path, model: Any) -> list[tuple[str, torch.Tensor]]:
+    """`quantisation_state` of the layers that have been read into a model on the meta device; it forgets them."""
+    read = [(name, layer) for name, layer in _quantised_layers(model) if not layer.weight.is_meta]
+    for name, layer in read:
+        _settle(folder, name, layer)
+    scales = list(quantisation_state(model))
+    for _, layer in read:
+        layer.quant_state = layer.row_absmax = None
+    return scales
 
 
 def require_complete(folder: Path, model: Any, loading_info: Mapping[str, Any]) -> Any:
@@ -124,7 +143,7 @@ def identity_of(model: Any, weights: str, stored: bool) -> dict[str, Any]:
 
 def is_quantised(module: Any) -> bool:
     """Whether `module` is a linear layer in NF4 or int8."""
-    return _state(module) is not None or hasattr(module, "row_absmax")
+    return _state(module) is not None or getattr(module, "row_absmax", None) is not None
 
 
 def require_bitsandbytes(weights: str) -> None:
@@ -236,6 +255,63 @@ def _quantization_config(weights: str) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_quant_storage=torch.uint8,
+    )
+
+
+def _quantised_layers(model: Any) -> list[tuple[str, Any]]:
+    """(name, layer) of the layers that bitsandbytes made."""
+    return [(n, m) for n, m in model.named_modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")]
+
+
+def _settle(folder: Path, name: str, layer: Any) -> None:
+    """Let a layer that has been read keep its codes and scales as `quantisation_state` lists them."""
+    if type(layer).__name__ == "Linear4bit":
+        _require_nf4_format(folder, name, layer)
+        layer.forward = partial(nf4_linear, layer)
+        return
+    layer.row_absmax = layer.weight.SCB.float()
+    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+    layer.forward = partial(int8_linear, layer)
+
+
+def _require_quantised(folder: Path, model: Any, weights: str) -> None:
+    if not any(is_quantised(layer) for _, layer in _quantised_layers(model)):
+        raise ConfigError(
+            f"model type {model.config.model_type}: no linear layer beside the head for model.weights: {weights}",
+            remedy="use model.weights: bf16",
+        )
+    if is_quantised(model.get_output_embeddings()):
+        raise ConfigError(f"{folder} has a quantised output head", remedy="give a copy whose head is in 16 bits")
+
+
+def _set_nf4_placeholder(layer: Any, shape: torch.Size, device: torch.device) -> None:
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Params4bit
+
+    codes: Any = Params4bit
+    blocks, nested = -(-shape.numel() // BLOCKSIZE), layer.weight.compress_statistics
+    outer = None
+    if nested:
+        empty = torch.zeros(-(-blocks // NESTED_BLOCKSIZE), device=device)
+        outer = QuantState(empty, blocksize=NESTED_BLOCKSIZE, code=torch.zeros(256, device=device), dtype=torch.float32)
+    layer.quant_state = QuantState(
+        torch.zeros(blocks, dtype=torch.uint8 if nested else torch.float32, device=device),
+        shape,
+        torch.zeros(16, device=device),
+        BLOCKSIZE,
+        "nf4",
+        torch.bfloat16,
+        torch.zeros((), device=device) if nested else None,
+        outer,
+    )
+    layer.weight = codes(
+        placeholder((-(-shape.numel() // 2), 1), torch.uint8),
+        quant_state=layer.quant_state,
+        blocksize=BLOCKSIZE,
+        compress_statistics=nested,
+        quant_type="nf4",
+        module=layer,
+        bnb_quantized=True,
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dist_cpt.adapters.placeholders import is_placeholder, placeholder
 from dist_cpt.errors import ConfigError, DataError
 
 _MASKED = "_only_new_rows_train"  # marks a weight that has its hook
@@ -93,9 +94,9 @@ def extend_vocabulary(model: Any, new: NewVocabulary, pad_rows_to: int) -> None:
     if new.size > rows:
         rows = -(-new.size // pad_rows_to) * pad_rows_to
     tied = head.weight is embeddings.weight
-    embeddings.weight = _with_rows(embeddings.weight, new, rows)
+    embeddings.weight = _grown(embeddings.weight, new, rows)
     embeddings.num_embeddings = rows
-    head.weight = embeddings.weight if tied else _with_rows(head.weight, new, rows)
+    head.weight = embeddings.weight if tied else _grown(head.weight, new, rows)
     head.out_features = rows
     model.config.get_text_config().vocab_size = rows
 
@@ -111,7 +112,9 @@ def untie(model: Any) -> None:
         raise ConfigError(
             "embeddings.tie: untie: head and embedding of this base are two matrices already", remedy="use tie: keep"
         )
-    head.weight = nn.Parameter(embeddings.weight.detach().clone(), requires_grad=embeddings.weight.requires_grad)
+    weight = embeddings.weight.detach()
+    own = placeholder(weight.shape, weight.dtype) if is_placeholder(weight) else weight.clone()
+    head.weight = nn.Parameter(own, requires_grad=embeddings.weight.requires_grad)
     model.config.get_text_config().tie_word_embeddings = False
     model.config.tie_word_embeddings = False
 
@@ -140,8 +143,15 @@ def _zero_rows(first_row: int, grad_VD: torch.Tensor) -> torch.Tensor:
     return grad_VD
 
 
-def _with_rows(weight_VD: torch.Tensor, new: NewVocabulary, rows: int) -> nn.Parameter:
+def _grown(weight_VD: torch.Tensor, new: NewVocabulary, rows: int) -> nn.Parameter:
     old = weight_VD.detach()
+    unread = is_placeholder(old)
+    grown = placeholder((rows, old.shape[1]), old.dtype) if unread else with_rows(old, new, rows)
+    return nn.Parameter(grown, requires_grad=weight_VD.requires_grad)
+
+
+def with_rows(old: torch.Tensor, new: NewVocabulary, rows: int) -> torch.Tensor:
+    """A vocabulary matrix [old rows, D] with `rows` rows, those of `new` tokens and spare ones included."""
     grown = old.new_empty(rows, old.shape[1])
     grown[: len(old)] = old[:rows]
     mean = old[: new.first_row].mean(0, dtype=torch.float32)
@@ -152,7 +162,7 @@ def _with_rows(weight_VD: torch.Tensor, new: NewVocabulary, rows: int) -> nn.Par
             grown[row] = (old[ids].float() * weights[:, None]).sum(0)
         else:
             grown[row] = old[list(pieces)].mean(0, dtype=torch.float32) if pieces else mean
-    return nn.Parameter(grown, requires_grad=weight_VD.requires_grad)
+    return grown
 
 
 def _pieces(base: Any, extended: Any, tokens: list[str]) -> Iterable[tuple[int, ...]]:

@@ -10,6 +10,7 @@ from torch import nn
 from dist_cpt.config.schema import EngineConfig, RunConfig
 from dist_cpt.engines.activation_checkpoint import checkpoint_layers
 from dist_cpt.engines.engine import InspectableEngine
+from dist_cpt.model.base_weights import UnreadBase
 from dist_cpt.model.context_parallel import HeadExchange
 from dist_cpt.model.loss import CausalLMForLoss
 from dist_cpt.optim.groups import ParamGroup
@@ -25,11 +26,13 @@ def build_engine(
     layers: Sequence[nn.Module],
     config: RunConfig,
     device: torch.device,
+    unread: UnreadBase | None = None,
 ) -> InspectableEngine:
     """The engine of `config.engine` around `module`, which it takes over. Collective.
 
     `trainable` are the module's trainable fp32 parameters by canonical name; `groups` list each of them once; `layers`
-    are the decoder layers, the units of sharding and of recomputation.
+    are the decoder layers, the units of sharding and of recomputation. `unread` are the placeholders of `module`, which
+    the engine reads.
 
     Raises:
         MissingExtraError: engine.kind is zero and deepspeed is not installed.
@@ -47,10 +50,16 @@ def build_engine(
     if config.engine.kind == "fsdp":
         from dist_cpt.engines.fsdp2 import Fsdp2Engine
 
-        return Fsdp2Engine(module, trainable, groups, layers, config, device)
+        return Fsdp2Engine(module, trainable, groups, layers, config, device, unread)
     from dist_cpt.engines.zero import ZeroEngine
 
-    return ZeroEngine(module, trainable, groups, config, device)
+    return ZeroEngine(module, trainable, groups, config, device, unread)
+
+
+def kind_of(engine: EngineConfig, ranks: int) -> str:
+    """The kind, as `Engine.kind`, of the engine that `build_engine` builds on `ranks`."""
+    engine = resolve_auto(engine, ranks)
+    return engine.kind if engine.kind == "single" else f"{engine.kind}-{engine.shard or engine.stage}"
 
 
 def resolve_auto(engine: EngineConfig, ranks: int) -> EngineConfig:

@@ -25,15 +25,19 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from dist_cpt.adapters.placeholders import is_placeholder
 from dist_cpt.config.schema import EngineConfig, RunConfig
 from dist_cpt.data.batch import Batch
 from dist_cpt.engines.engine import GradStats
+from dist_cpt.engines.fill import Receive, Rows, fill, send_rows
 from dist_cpt.engines.forward import Forward
 from dist_cpt.engines.gradients import norm_and_clip, probe
 from dist_cpt.engines.slices import SlicedState, frozen_tensors, storage_bytes
 from dist_cpt.errors import ConfigError
+from dist_cpt.model.base_weights import UnreadBase
 from dist_cpt.optim.groups import ParamGroup, eight_bit_names
 from dist_cpt.optim.optimizer import AdamW, Part
+from dist_cpt.runtime.collectives import gather_json
 from dist_cpt.runtime.env import process_env
 from dist_cpt.training_state import ReadingOrder, ReadState
 
@@ -49,6 +53,7 @@ class Fsdp2Engine:
         layers: Sequence[nn.Module],
         config: RunConfig,
         device: torch.device,
+        unread: UnreadBase | None = None,
     ) -> None:
         engine = config.engine
         self.kind = f"fsdp-{engine.shard}"
@@ -60,8 +65,13 @@ class Fsdp2Engine:
         self._replicas = mesh.size(0) if self._hybrid else 1
         path_of = {id(parameter): path for path, parameter in module.named_parameters()}
         paths = {name: path_of[id(trainable[name])] for group in groups for name in group.names}
+        if unread is not None:
+            _put_on_meta(module)
         self._units = _shard(module, layers, mesh, config, device)
         self._module = module.train()
+        if unread is not None:
+            module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+            fill(unread, module, _receiver(unread, module, mesh))
         # Sharding replaces the parameters, so they are looked up again by path.
         self._parameters = {name: module.get_parameter(path) for name, path in paths.items()}
         shards = {name: _local(parameter) for name, parameter in self._parameters.items()}
@@ -183,6 +193,29 @@ def _shard(
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     return units
+
+
+def _put_on_meta(module: nn.Module) -> None:
+    """Replace placeholders, which fully_shard refuses for their strides."""
+    made: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+            if is_placeholder(parameter):
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                made.setdefault(parameter, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+                setattr(part, name, made[parameter])
+
+
+def _receiver(unread: UnreadBase, module: nn.Module, mesh: DeviceMesh) -> Receive:
+    """Fills this rank's shard of a parameter."""
+    shard_of_rank = gather_json(mesh.get_local_rank(mesh.ndim - 1))
+
+    def receive(path: str, owner: int, value: torch.Tensor | None) -> None:
+        parameter = module.get_parameter(path)
+        rows = Rows(parameter.shape, unread.sources[path].dtype, shard_of_rank)
+        send_rows(_local(parameter), rows, owner, value)
+
+    return receive
 
 
 def _vocabulary(module: Any) -> list[nn.Module]:

@@ -32,9 +32,11 @@ from dist_cpt.adapters.quantize import quantisation_state
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.batch import Batch
 from dist_cpt.engines.engine import GradStats
+from dist_cpt.engines.fill import fill, send_whole
 from dist_cpt.engines.forward import Forward
 from dist_cpt.engines.slices import SlicedState, frozen_tensors, storage_bytes
 from dist_cpt.errors import ConfigError, MissingExtraError
+from dist_cpt.model.base_weights import UnreadBase
 from dist_cpt.optim.groups import ParamGroup, eight_bit_names
 from dist_cpt.optim.optimizer import AdamW, FlatAdamW
 from dist_cpt.training_state import ReadingOrder, ReadState, StateKind
@@ -53,6 +55,7 @@ class ZeroEngine:
         groups: Sequence[ParamGroup],
         config: RunConfig,
         device: torch.device,
+        unread: UnreadBase | None = None,
     ) -> None:
         deepspeed = _import_deepspeed(device)
         stage = config.engine.stage
@@ -68,6 +71,7 @@ class ZeroEngine:
                     deepspeed.utils.set_z3_leaf_module(part, True)
                     part.register_forward_pre_hook(_input_with_gradient, with_kwargs=True)
         eight_bit = eight_bit_names(groups, config.optim)
+        parts = {} if unread is None else self._read_base(deepspeed, unread, config, device)
         self._engine = _initialize(deepspeed, module, _optimizer(self._parameters, groups, config), config)
         self._zero = self._engine.optimizer
         self._adam = self._zero.optimizer
@@ -87,13 +91,44 @@ class ZeroEngine:
         if config.model.compute_dtype == "bf16":  # in fp32 the masters were copied without rounding
             for name, master in masters.items():
                 start, stop = self._ranges[name]
-                master.copy_(initial[name].reshape(-1)[start:stop])
+                master.copy_(parts.pop(name) if name in parts else initial[name].reshape(-1)[start:stop])
             self._layout.refresh()
         self.export_state = self._state.export
         self.snapshot = self._state.snapshot
         self._forward = Forward(self._engine, device)
         self.evaluate = self._forward.evaluate
         self.logits = self._forward.logits
+
+    def _read_base(
+        self, deepspeed: Any, unread: UnreadBase, config: RunConfig, device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """Partition each parameter of the base as soon as it is read; this rank's fp32 values of those that train.
+
+        deepspeed then takes the module for one that was built under `zero.Init`, and casts and moves nothing.
+        """
+        compute = torch.bfloat16 if config.model.compute_dtype == "bf16" else torch.float32
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        parts: dict[str, torch.Tensor] = {}
+        # Of an empty module: it makes deepspeed's settings, patches included, and converts nothing.
+        init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=_settings(config), dtype=compute)
+
+        def receive(path: str, owner: int, value: torch.Tensor | None) -> None:
+            parameter: Any = self._module.get_parameter(path)
+            whole = torch.empty(parameter.shape, dtype=unread.sources[path].dtype, device=device)
+            send_whole(whole, owner, value)
+            name = names.get(id(parameter))
+            parameter.data = whole if name is None else whole.to(compute)
+            init._convert_to_deepspeed_param(parameter)
+            parameter.partition()
+            if name is not None:
+                start, stop = _part(parameter)
+                parts[name] = whole.view(-1)[start:stop].float().clone()
+
+        fill(unread, self._module, receive)
+        for parameter in self._parameters.values():
+            if not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.to(compute)
+        return parts
 
     def accumulate(self, batch: Batch, num_tokens: int, last: bool) -> torch.Tensor:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -234,9 +269,7 @@ class _Stage3:
         self.flats = zero.fp32_partitioned_groups_flat
 
     def range(self, parameter: Any) -> tuple[int, int]:
-        part = parameter.partition_numel()
-        start = min(dist.get_rank() * part, parameter.ds_numel)
-        return (start, min(start + part, parameter.ds_numel))
+        return _part(parameter)
 
     def place(self, parameter: Any) -> tuple[torch.Tensor, int]:
         group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
@@ -257,6 +290,13 @@ class _Stage3:
         # no padding, in which a NaN would remain.
         value = math.nan if dist.get_rank() == 0 else 0.0
         safe_set_local_grad(parameter, torch.full((parameter.partition_numel(),), value))
+
+
+def _part(parameter: Any) -> tuple[int, int]:
+    """(start, stop) of this rank in a flattened parameter of stage 3."""
+    part = parameter.partition_numel()
+    start = min(dist.get_rank() * part, parameter.ds_numel)
+    return (start, min(start + part, parameter.ds_numel))
 
 
 def _input_with_gradient(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -314,8 +354,21 @@ def _optimizer(
 
 def _initialize(deepspeed: Any, module: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> Any:
     """deepspeed's engine, built without its log lines."""
-    bucket = min(BUCKET_ELEMENTS, sum(p.numel() for group in optimizer.param_groups for p in group["params"]))
-    settings = {
+    bucket = min(BUCKET_ELEMENTS, sum(_numel(p) for group in optimizer.param_groups for p in group["params"]))
+    settings = _settings(config, bucket)
+    logger = deepspeed.utils.logger
+    level = logger.level
+    if isinstance(optimizer, FlatAdamW):
+        logger.setLevel("ERROR")  # otherwise every rank warns that FlatAdamW is not on deepspeed's list
+    with contextlib.redirect_stdout(io.StringIO()):  # memory reports that bypass the logger
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    logger.setLevel(level)
+    return engine
+
+
+def _settings(config: RunConfig, bucket: int = BUCKET_ELEMENTS) -> dict[str, Any]:
+    """deepspeed's configuration; `bucket` elements are reduced at a time."""
+    return {
         "train_micro_batch_size_per_gpu": config.batch.micro_batch,
         "gradient_accumulation_steps": 1,  # `accumulate` sets the boundary, so the number may vary
         "gradient_clipping": config.optim.max_grad_norm,
@@ -327,14 +380,10 @@ def _initialize(deepspeed: Any, module: nn.Module, optimizer: torch.optim.Optimi
         "communication_data_type": "fp32",
         "zero_optimization": {"stage": config.engine.stage, "reduce_bucket_size": bucket},
     }
-    logger = deepspeed.utils.logger
-    level = logger.level
-    if isinstance(optimizer, FlatAdamW):
-        logger.setLevel("ERROR")  # otherwise every rank warns that FlatAdamW is not on deepspeed's list
-    with contextlib.redirect_stdout(io.StringIO()):  # memory reports that bypass the logger
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-    logger.setLevel(level)
-    return engine
+
+
+def _numel(parameter: Any) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # a partitioned one is empty
 
 
 def _local(parameter: Any) -> torch.Tensor:

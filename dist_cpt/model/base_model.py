@@ -7,8 +7,9 @@ import difflib
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dist_cpt.adapters import quantize
 from dist_cpt.adapters.peft_folder import file_sha256
 from dist_cpt.config.schema import ModelConfig, RunConfig
 from dist_cpt.errors import ConfigError
+from dist_cpt.model.base_weights import BaseWeights, set_placeholders, skeleton
 from dist_cpt.model.rope import scale_rope
 from dist_cpt.model.safety_checks import code_sha256s, require_trusted_code
 from dist_cpt.run_folder.names import MODEL_CONFIG
@@ -154,11 +156,50 @@ def load_base(config: RunConfig, device: torch.device, base_sha256: str | None =
         ConfigError: as `check_base` and `build_config`, or weights that cannot be loaded.
         MissingExtraError: weights are nf4 or int8 and bitsandbytes is not installed.
     """
-    trains_in_full = config.adapter.kind == "none"
-    dtype = torch.float32 if trains_in_full else WEIGHTS_DTYPE[config.model.compute_dtype]
+    dtype = _stored_dtype(config)
     if config.model.config is not None:
         return _from_scratch(config.model.config, config.seed, dtype)
     return _from_folder(config.model, dtype, device, base_sha256)
+
+
+def open_base(
+    config: RunConfig, device: torch.device, base_sha256: str | None = None
+) -> tuple[Any, dict[str, Any], BaseWeights]:
+    """`load_base` of a folder whose weights are not read: (model with placeholders, its identity, its weights).
+
+    Raises:
+        ConfigError: as `load_base`, but for what only reading shows.
+        MissingExtraError: as `load_base`.
+    """
+    settings = config.model
+    folder, _, stored = check_base(settings)
+    options = quantize.loading_options(settings.weights, device, stored)
+    dtype = torch.bfloat16 if options else _stored_dtype(config)
+    with _explained(settings):
+        named = model_class(settings)
+        made, twin = (
+            skeleton(named, folder, config=_hf_config(settings, folder), dtype=dtype, **options) for _ in range(2)
+        )
+    model = made.model
+    if options:
+        quantize.set_placeholders(folder, model, settings.weights, device)
+    set_placeholders(model)
+    return model, _identity(settings, folder, stored, model, base_sha256), BaseWeights(folder, twin)
+
+
+def model_class(settings: ModelConfig) -> Any | None:
+    """transformers' own class for the base that a recipe names; None for other code, and for several at once."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    folder, own_code, _ = check_base(settings)
+    hf_config = _hf_config(settings, folder)
+    named: Any = None if own_code else MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf_config), None)
+    return named if isinstance(named, type) and getattr(named, "config_class", None) is type(hf_config) else None
+
+
+def _stored_dtype(config: RunConfig) -> torch.dtype:
+    """Of weights that are not quantised: those that train are masters."""
+    return torch.float32 if config.adapter.kind == "none" else WEIGHTS_DTYPE[config.model.compute_dtype]
 
 
 def with_vocabulary_size(config: RunConfig, num_token_ids: int) -> RunConfig:
@@ -202,15 +243,12 @@ def _from_scratch(values: dict[str, Any], seed: int, dtype: torch.dtype) -> tupl
 def _from_folder(
     settings: ModelConfig, dtype: torch.dtype, device: torch.device, base_sha256: str | None
 ) -> tuple[Any, dict[str, Any]]:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     folder, own_code, stored = check_base(settings)
 
     def load() -> Any:
-        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
-        _switch_off_dropout(hf_config, keep=set())
-        if settings.rope_scaling is not None:
-            scale_rope(hf_config, settings.rope_scaling)
+        hf_config = _hf_config(settings, folder, own_code)
         if settings.weights in quantize.QUANTISED:
             return quantize.load_quantised(folder, hf_config, device, settings.weights, own_code=own_code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -223,18 +261,40 @@ def _from_folder(
         )
         return quantize.require_complete(folder, *loaded)
 
+    with _explained(settings), loading_counts():
+        model = patiently(folder, load)
+    return model, _identity(settings, folder, stored, model, base_sha256)
+
+
+def _hf_config(settings: ModelConfig, folder: Path, own_code: bool = False) -> Any:
+    from transformers import AutoConfig
+
+    hf_config = patiently(folder, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=own_code))
+    _switch_off_dropout(hf_config, keep=set())
+    if settings.rope_scaling is not None:
+        scale_rope(hf_config, settings.rope_scaling)
+    return hf_config
+
+
+@contextmanager
+def _explained(settings: ModelConfig) -> Iterator[None]:
+    """What transformers raises for a folder that it cannot load, as a ConfigError."""
     try:
-        with loading_counts():
-            model = patiently(folder, load)
+        yield
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise ConfigError(f"model.path: {settings.path} cannot be loaded: {_one_line(error)}") from error
+
+
+def _identity(
+    settings: ModelConfig, folder: Path, stored: str | None, model: Any, base_sha256: str | None
+) -> dict[str, Any]:
     identity: dict[str, Any] = {"path": settings.path, "revision": commit_of(folder, settings.revision)}
     identity["sha256"] = base_sha256 or weights_sha256(folder)
     if settings.weights in quantize.QUANTISED:
         identity |= quantize.identity_of(model, settings.weights, stored is not None)
-    if own_code:
-        identity["code"] = code_sha256s(folder)
-    return model, identity | describe(model.config)
+    if settings.trust_remote_code and (code := code_sha256s(folder)):
+        identity["code"] = code
+    return identity | describe(model.config)
 
 
 def _unknown(problem: str, given: str, known: Iterable[str]) -> ConfigError:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,29 @@ from torch import nn
 
 from dist_cpt.adapters.lora import apply_lora
 from dist_cpt.adapters.peft_folder import BASE_PREFIX, canonical_name, write_adapter_config
-from dist_cpt.adapters.vocabulary import NewVocabulary, extend_vocabulary, train_new_rows_only, untie
+from dist_cpt.adapters.placeholders import moved
+from dist_cpt.adapters.vocabulary import NewVocabulary, extend_vocabulary, train_new_rows_only, untie, with_rows
 from dist_cpt.config.adapter_settings import VOCABULARY_NAMES
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import TESTED, Parts, check_config, parts_of
 from dist_cpt.model.attention import choose, install
-from dist_cpt.model.base_model import WEIGHTS_DTYPE, describe, load_base
+from dist_cpt.model.base_model import WEIGHTS_DTYPE, describe, load_base, model_class, open_base
+from dist_cpt.model.base_weights import BaseWeights, Source, UnreadBase
 from dist_cpt.model.classify import HEAD, ClassHead, as_classifier, write_labels
 from dist_cpt.model.context_parallel import check_context_parallel
 from dist_cpt.model.continue_from import PriorInUse, ProbeBlock, use_prior_adapter
 from dist_cpt.model.fuse import Fusion, fuse
 from dist_cpt.model.loss import CausalLMForLoss, install_loss_head, install_low_rank_head
 from dist_cpt.model.rope import require_length, require_plain_rope, rope_record
-from dist_cpt.model.self_check import self_check_attention, self_check_fusion, self_check_packing
+from dist_cpt.model.self_check import (
+    kinds_of_layers,
+    one_layer,
+    self_check_attention,
+    self_check_fusion,
+    self_check_packing,
+)
+from dist_cpt.plan.loading import why_whole
 from dist_cpt.runtime.log import LOGGER
 
 
@@ -42,6 +53,7 @@ class TrainableModel:
     adapter_config: dict[str, Any] | None  # content of adapter_config.json; None without an adapter
     fusion: Fusion  # which modules run fused
     prior: PriorInUse | None = None  # the prior adapter under the one that trains
+    unread: UnreadBase | None = None  # what an engine has to read into the module's placeholders; None: nothing
 
     @property
     def class_head(self) -> ClassHead | None:
@@ -76,8 +88,11 @@ def load_model(
     vocabulary: NewVocabulary | None = None,
     probe: Sequence[ProbeBlock] | None = None,
     base_sha256: str | None = None,
+    by_slices: bool = False,
 ) -> TrainableModel:
     """Load or initialise the recipe's model, apply its adapter and move it to `device`.
+
+    With `by_slices` the base is left for the engine to read (`TrainableModel.unread`).
 
     The frozen base is stored in `model.weights`, every trainable tensor in fp32. `vocabulary` has the tokens of
     `embeddings.new_tokens`. On `probe` blocks the effect of a folded or stacked prior adapter is measured.
@@ -89,9 +104,14 @@ def load_model(
     """
     if config.adapter.continue_from is not None and config.model.rope_scaling is None:
         require_plain_rope(Path(config.adapter.continue_from.path))
-    model, identity = load_base(config, device, base_sha256)
+    weights = None
+    if by_slices:
+        model, identity, weights = open_base(config, device, base_sha256)
+    else:
+        model, identity = load_base(config, device, base_sha256)
     parts, changed = _prepare_base(config, model, vocabulary)
     identity |= changed
+    sources = {} if weights is None else _sources(model, parts, vocabulary, weights)
     dtype = WEIGHTS_DTYPE[config.model.compute_dtype]
     context_parallel = config.engine.context_parallel
     check_context_parallel(model.config, context_parallel)
@@ -113,11 +133,10 @@ def load_model(
         prior = prior.with_class_loss(CausalLMForLoss(model, attention).to(device), probe)
     causal_lm, adapter_config = _under_adapter(config, model, parts, prior, vocabulary)
     fusion = fuse(model, parts, config.model.kernels, device)
-    module = CausalLMForLoss(causal_lm, attention).to(device)
-    if device.type == "cuda":
-        self_check_attention(module, dtype)
-    if fusion.swapped:
-        self_check_fusion(module, fusion.swapped, dtype)
+    module = CausalLMForLoss(causal_lm, attention)
+    module._apply(lambda tensor: moved(tensor, device))
+    unread = None if weights is None else UnreadBase(weights, _by_path(module, sources))
+    _self_check(module, parts, fusion, dtype, unread)
     prefix = BASE_PREFIX if adapter_config is not None else ""
     tied = parts.head.weight is parts.embeddings.weight
     return TrainableModel(
@@ -130,7 +149,55 @@ def load_model(
         adapter_config=adapter_config,
         fusion=fusion,
         prior=prior,
+        unread=unread,
     )
+
+
+def _self_check(
+    module: CausalLMForLoss, parts: Parts, fusion: Fusion, dtype: torch.dtype, unread: UnreadBase | None
+) -> None:
+    """On a GPU the attention, and fused modules anywhere; of an unread base one layer of each kind, alone."""
+    on_gpu = next(module.parameters()).device.type == "cuda"
+    if not (on_gpu or fusion.swapped):
+        return
+    layers = [None] if unread is None else kinds_of_layers(module.hf_model.config)
+    for number in layers:
+        with nullcontext() if number is None or unread is None else one_layer(module, parts.layers, number, unread):
+            if on_gpu:
+                self_check_attention(module, dtype)
+            if fusion.swapped:
+                self_check_fusion(module, fusion.swapped, dtype)
+
+
+def why_base_is_whole(config: RunConfig, engine: str) -> str | None:
+    """`why_whole`, or an architecture that is checked with all of its weights.
+
+    Raises:
+        ConfigError: as `check_base`.
+    """
+    reason = why_whole(config, engine)
+    if reason is None:
+        known = model_class(config.model)
+        if known is None or known.config_class.model_type not in TESTED:
+            reason = "its architecture is not a tested one"
+    return reason
+
+
+def _by_path(module: nn.Module, sources: Mapping[int, Source]) -> dict[str, Source]:
+    """The sources of the parameters that `module` still has, by path."""
+    return {path: sources[id(p)] for path, p in module.named_parameters() if id(p) in sources}
+
+
+def _sources(model: Any, parts: Parts, vocabulary: NewVocabulary | None, weights: BaseWeights) -> dict[int, Source]:
+    """What each parameter of the base is made of, by its id: the weight with its name, an untied head that of the
+    embeddings; with the rows of `vocabulary`."""
+    sources = {}
+    for name, parameter in model.named_parameters():
+        change = None
+        if vocabulary is not None and (parameter is parts.embeddings.weight or parameter is parts.head.weight):
+            change = partial(with_rows, new=vocabulary, rows=len(parameter))
+        sources[id(parameter)] = Source(weights.stored_name(name), parameter.dtype, change)
+    return sources
 
 
 def _prepare_base(config: RunConfig, model: Any, vocabulary: NewVocabulary | None) -> tuple[Parts, dict[str, Any]]:

@@ -15,9 +15,11 @@ from dist_cpt_kernels.self_test import ALLOWED as ALLOWED_FOR_KERNELS
 from dist_cpt_kernels.self_test import self_test
 from torch import nn
 
+from dist_cpt.adapters.quantize import quantisation_state
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import TESTED
 from dist_cpt.model.attention import install
+from dist_cpt.model.base_weights import UnreadBase
 from dist_cpt.model.loss import CausalLMForLoss
 
 SIZES = (19, 13)  # tokens of the two documents
@@ -120,6 +122,49 @@ def self_check_attention(module: CausalLMForLoss, dtype: torch.dtype) -> None:
         f"model.attention: on {_device_name(module)} {attention} differs from the dense mask",
         "use model.attention: mask",
     )
+
+
+def kinds_of_layers(hf_config: Any) -> list[int]:
+    """The number of the first decoder layer of each kind."""
+    kinds = getattr(hf_config, "layer_types", None) or ["the only one"]
+    return [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+
+
+@contextmanager
+def one_layer(module: CausalLMForLoss, layers: Sequence[nn.Module], number: int, unread: UnreadBase) -> Iterator[None]:
+    """`module` as a model of one decoder layer, with what computes its hidden states read; placeholders afterwards."""
+    decoder: Any = module.hf_model.get_decoder()
+    stack = next(
+        n for n, child in decoder.named_children() if isinstance(child, nn.ModuleList) and child[0] is layers[0]
+    )
+    every_layer, config = getattr(decoder, stack), decoder.config
+    parameters = {path: module.get_parameter(path) for path in unread.sources}
+    kinds = getattr(config, "layer_types", None)
+    before = {"num_hidden_layers": config.num_hidden_layers} | ({"layer_types": kinds} if kinds else {})
+    setattr(decoder, stack, nn.ModuleList([layers[number]]))
+    read: dict[str, torch.Tensor] = {}
+    try:
+        config.num_hidden_layers = 1
+        if kinds:
+            config.layer_types = [kinds[number]]
+        computing = {id(parameter) for parameter in decoder.parameters()}
+        scales = dict(quantisation_state(module))
+        for paths in unread.units:
+            if id(parameters[paths[0]]) not in computing:
+                continue
+            for path, value in unread.read(paths).items():
+                if path in scales:
+                    scales[path].copy_(value)
+                else:
+                    parameter = parameters[path]
+                    read[path], parameter.data = parameter.data, value.to(parameter.device)
+        yield
+    finally:
+        setattr(decoder, stack, every_layer)
+        for key, value in before.items():
+            setattr(config, key, value)
+        for path, empty in read.items():
+            parameters[path].data = empty
 
 
 def _compare(

@@ -237,7 +237,15 @@ def _zero3(training: Training, placement: Placement) -> StateBytes:
 
 
 @lru_cache(maxsize=64)
-def loading_bytes(training: Training) -> int:
-    """What every rank has on its device before the engine shards it: the whole model, trainable tensors in fp32."""
-    frozen = sum(tensor.bytes for tensor in training.frozen)
-    return frozen + 4 * training.num_trained + RESERVE_BYTES
+def loading_bytes(training: Training, ranks: int) -> int:
+    """What every rank has on its device while the model is loaded, trainable tensors in fp32.
+
+    By slices: its part of one that `ranks` share, and a layer or matrix that is being sent, twice. Else all of it.
+    """
+    whole = sum(tensor.bytes for tensor in training.frozen) + 4 * training.num_trained
+    if ranks == 1:
+        return whole + RESERVE_BYTES
+    largest = max(
+        4 * max((t.elements for t in training.trained), default=0), max((t.bytes for t in training.frozen), default=0)
+    )
+    return whole // ranks + 2 * max(largest, whole // len(training.widths)) + RESERVE_BYTES

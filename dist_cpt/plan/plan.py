@@ -15,6 +15,7 @@ from dist_cpt.config.resolve import step_shape
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
 from dist_cpt.plan.devices import Machine
+from dist_cpt.plan.loading import why_whole
 from dist_cpt.plan.memory import Memory, Placement, RankStep, StateBytes, loading_bytes, peak_memory, state_bytes
 from dist_cpt.plan.model_check import refusals as unsupported
 from dist_cpt.plan.shapes import ModelShapes, find_config, shapes_of
@@ -180,7 +181,8 @@ def _predict(
     time = step_time(training, placement, machine.device, machine.network, step)
     rate = config.batch.global_tokens / time.total
     work = token_work(training, step.seq_len)
-    loading = loading_bytes(training)
+    by_slices = why_whole(config, placement.kind) is None
+    loading = loading_bytes(training, placement.shard_ranks if by_slices else 1)
     return Way(
         engine=placement.kind,
         ranks=placement.ranks,

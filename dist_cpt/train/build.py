@@ -31,13 +31,13 @@ from dist_cpt.data.progress_line import LOG_SECONDS, ProgressLine
 from dist_cpt.data.store import check_chunks
 from dist_cpt.data.text_bytes import TextBytes
 from dist_cpt.data.tokenizer import load_new_vocabulary, load_run_tokenizer, tokenizer_hash
-from dist_cpt.engines.build import build_engine
+from dist_cpt.engines.build import build_engine, kind_of
 from dist_cpt.engines.engine import InspectableEngine
 from dist_cpt.errors import ConfigError, Stopped
 from dist_cpt.health.stragglers import ComputeClock, StragglerWatch, timed_modules
 from dist_cpt.model.base_model import base_sha256s, check_base, commit_of, sha256s_together, with_vocabulary_size
 from dist_cpt.model.continue_from import ProbeBlock
-from dist_cpt.model.load import TrainableModel, load_model
+from dist_cpt.model.load import TrainableModel, load_model, why_base_is_whole
 from dist_cpt.model.safety_checks import require_base_checkpoint
 from dist_cpt.optim.continued_schedule import last_step_before_decay
 from dist_cpt.optim.eight_bit import dynamic_map
@@ -238,6 +238,10 @@ def settle_length(context: RunContext, data: TrainingData) -> RunContext:
 def build_model(context: RunContext, start: StartingPoint, data: TrainingData) -> TrainableModel:
     """The base, its adapter and what trains of it, self-checked on blocks of the corpus. Collective."""
     config = with_vocabulary_size(context.config, data.prepared.vocab_size)
+    engine = kind_of(config.engine, context.env.world_size)
+    whole = on_every_rank("model.path", lambda: why_base_is_whole(config, engine))
+    if whole is not None:
+        LOGGER.info("model.path: every rank reads the whole base: %s", whole)
 
     def load() -> TrainableModel:
         probe = None
@@ -245,7 +249,12 @@ def build_model(context: RunContext, start: StartingPoint, data: TrainingData) -
             blocks = [data.loader.batch([position]) for position in range(PROBE_BLOCKS)]
             probe = [ProbeBlock(b.input_ids, b.labels, b.position_ids, b.cu_seqlens, b.max_seqlen) for b in blocks]
         model = load_model(
-            config, device=context.device, vocabulary=start.vocabulary, probe=probe, base_sha256=start.base_sha256
+            config,
+            device=context.device,
+            vocabulary=start.vocabulary,
+            probe=probe,
+            base_sha256=start.base_sha256,
+            by_slices=whole is None,
         )
         check_vocabulary(data.prepared, model.identity["vocab_size"])
         return model
@@ -269,7 +278,7 @@ def open_run(context: RunContext, data: TrainingData, model: TrainableModel) -> 
     shapes = {name: tuple(tensor.shape) for name, tensor in model.trainable.items()}  # the engine may shard them
     dtype = config.model.compute_dtype
     specs = [TensorSpec(name, shapes[name], dtype, group.name) for group in groups for name in group.names]
-    engine = build_engine(model.module, model.trainable, groups, model.layers, config, context.device)
+    engine = build_engine(model.module, model.trainable, groups, model.layers, config, context.device, model.unread)
     identity = Identity(
         base=model.identity,
         data={

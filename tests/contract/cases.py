@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import hashlib
 import importlib.metadata
 import threading
 import zlib
@@ -17,11 +19,11 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_cpt.data.batch import Batch
-from dist_cpt.engines.build import build_engine
+from dist_cpt.engines.build import build_engine, kind_of
 from dist_cpt.engines.engine import GradStats, InspectableEngine
 from dist_cpt.errors import DistCptError
 from dist_cpt.model.context_parallel import HeadExchange
-from dist_cpt.model.load import load_model
+from dist_cpt.model.load import load_model, why_base_is_whole
 from dist_cpt.optim.groups import ParamGroup, param_groups
 from dist_cpt.runtime.collectives import over_group
 from dist_cpt.runtime.mesh import context_group
@@ -31,17 +33,19 @@ from tests.contract.reference import learning_rates, reference_run
 from tests.packed_models import LENGTHS, blocks, build
 
 CPU = torch.device("cpu")
+M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 @contextmanager
 def running(
-    base: str, engine: dict[str, Any], variant: str, weights: str
+    base: str, engine: dict[str, Any], variant: str, weights: str, by_slices: bool = True
 ) -> Iterator[tuple[InspectableEngine, list[ParamGroup]]]:
-    """An engine of this rank, closed afterwards."""
+    """An engine of this rank, closed afterwards; `by_slices` where that is possible."""
     config = recipe(base, engine, variant, weights)
-    model = load_model(config, device=CPU)
+    by_slices = by_slices and why_base_is_whole(config, kind_of(config.engine, dist.get_world_size())) is None
+    model = load_model(config, device=CPU, by_slices=by_slices)
     groups = param_groups(model.trainable, config.optim, config.adapter.kind == "lora")
-    built = build_engine(model.module, model.trainable, groups, model.layers, config, CPU)
+    built = build_engine(model.module, model.trainable, groups, model.layers, config, CPU, model.unread)
     del model
     try:
         yield built, groups
@@ -357,6 +361,30 @@ def cut_and_whole(kind: str, choice: str) -> dict[str, tuple[torch.Tensor, torch
     return {name: (whole, sums[1][name]) for name, whole in sums[0].items()}
 
 
+def whole_weights(
+    base: str, engine: dict[str, Any], variant: str, num_bytes: dict[str, int]
+) -> tuple[dict[str, str], dict[str, int]]:
+    """(sha256, bytes) of every master and every frozen tensor before a step, put together from the ranks' parts.
+
+    What exceeds `num_bytes` is the padding of the last part.
+    """
+    with running(base, engine, variant, "bf16") as (built, _):
+        whole = {n: as_bytes(tensor) for n, tensor in snapshot(built).items() if n.startswith("master.")}
+        for name, local in built.frozen_tensors():
+            parts: list[Any] = [as_bytes(local)]
+            if name.endswith((".weight", ".bias")) and built.kind in ("fsdp-full", "zero-3"):  # scales are everywhere
+                parts = [None] * dist.get_world_size()
+                dist.all_gather_object(parts, as_bytes(local))
+            whole[name] = torch.cat(parts)[: num_bytes.get(name)]
+    digests = {name: hashlib.sha256(values.numpy().tobytes()).hexdigest() for name, values in whole.items()}
+    return digests, {name: len(values) for name, values in whole.items()}
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """uint8 [bytes]."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
 def refusal(base: str, engine: dict[str, Any], deepspeed_version: str | None = "0.19.8") -> str:
     """Why an engine is not built, as `class: message`; `deepspeed_version` is the installed version to report."""
 
@@ -390,3 +418,27 @@ def first_step(base: str, engine: dict[str, Any], variant: str) -> Any:
         before = snapshot(built)
         accumulate(built, 1)
         return on_rank_0((before, built.gradient_probe()))
+
+
+def peak_of_building(base: str, engine: dict[str, Any], variant: str, by_slices: bool = True) -> int:
+    """Bytes by which this process grew at most, over what it had before, while a model was loaded and sharded."""
+    with running(base, engine, variant, "bf16", by_slices):  # what only the first time needs
+        pass
+    give_memory_back()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
+    before = memory_of_process("VmRSS")
+    with running(base, engine, variant, "bf16", by_slices):
+        return memory_of_process("VmHWM") - before
+
+
+def give_memory_back() -> None:
+    """From now on malloc takes tensors from the system and gives them back, so that what is in use can be measured."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+    libc.malloc_trim(0)
+
+
+def memory_of_process(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].split()[0]) * 1024

@@ -14,6 +14,7 @@ import pytest
 import torch
 from dist_cpt_kernels import dispatch
 
+from dist_cpt.adapters.placeholders import is_placeholder
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.engines.single import SingleEngine
 from dist_cpt.errors import ConfigError
@@ -236,5 +237,24 @@ def test_a_wrong_kernel_is_found_before_anything_trains(tmp_path, monkeypatch):
 
 
 def assert_refused(base: str, match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        load_model(recipe(base, "lora", "bf16", kernels="auto"), device=CPU)
+    for by_slices in (False, True):  # the whole model is compared, or one of its layers
+        with pytest.raises(ConfigError, match=match):
+            load_model(recipe(base, "lora", "bf16", kernels="auto"), device=CPU, by_slices=by_slices)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_one_layer_is_checked_where_the_base_is_not_read(kind, tmp_path, monkeypatch):
+    """It leaves placeholders and the model as they were; layers of two kinds are two checks."""
+    from dist_cpt.model import load
+
+    checked = []
+    check = load.self_check_fusion
+    monkeypatch.setattr(load, "self_check_fusion", lambda module, *rest: (checked.append(module), check(module, *rest)))
+    config = recipe(save(tmp_path / "base", kind), "lora", "fp32", kernels="auto")
+    model = load_model(config, device=CPU, by_slices=True)
+    whole = load_model(config, device=CPU)
+    assert model.unread is not None
+    assert len(checked) - 1 == {"llama": 1, "gemma2": 2}[kind]
+    assert all(is_placeholder(model.module.get_parameter(path)) for path in model.unread.sources)
+    assert model.hf_config.to_dict() == whole.hf_config.to_dict()
+    assert len(model.module.hf_model.get_decoder().layers) == 2

@@ -111,10 +111,14 @@ def test_what_does_not_fit_is_said(tmp_path):
     assert as_json(config, plan, "recipe.yaml")["best"] is None
 
 
-def test_every_rank_loads_the_whole_base(tmp_path):
-    """So a sharded 70B in bf16 does not start on 80 GB, whatever lies there later; in NF4 it does."""
+def test_engines_that_shard_the_base_load_it_by_slices(tmp_path):
+    """So 70B in bf16 starts on 8 x 80 GB; where every rank reads all of it, it does not."""
     _, plan = planned(tmp_path, LLAMA_70B)
-    assert {way.weights for way in plan.ways} == {"nf4"}
+    bf16 = [way for way in plan.ways if way.weights == "bf16"]
+    assert {way.engine for way in bf16} == {"fsdp-full", "zero-3"}
+    assert max(way.loading_bytes for way in bf16) < 25e9
+    _, plan = planned(tmp_path, LLAMA_70B, adapter={"kind": "lora", "rank": 16, "alpha": 16, "dora": True})
+    assert min(way.loading_bytes for way in plan.too_large if way.weights == "bf16") > 140e9
 
 
 def test_sequences_that_do_not_divide_are_refused_with_a_number_that_does(tmp_path):
