@@ -17,13 +17,12 @@ from torch import nn
 from dist_cpt.config.schema import ClassifyConfig
 from dist_cpt.errors import CheckpointError, ConfigError
 from dist_cpt.model.architectures import Parts
-from dist_cpt.model.loss import LossHead
+from dist_cpt.model.loss import IGNORE_INDEX, LossHead
 from dist_cpt.run_folder.names import MODEL_CONFIG
 from dist_cpt.storage import read_bytes
 
 HEAD = "score"  # what transformers' classifiers over causal backbones call it
 LABELS = "labels.json"  # beside a classifier's adapter: {class name: index}
-IGNORE_INDEX = -100
 _LOADER_ATTRIBUTES = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method")
 
 

@@ -5,6 +5,8 @@ B batch, L sequence, T = B * L tokens, D model, V vocab.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +17,46 @@ from torch import nn
 from dist_cpt.model.attention import Choice, packing_arguments
 from dist_cpt.model.context_parallel import HeadExchange
 
+IGNORE_INDEX = -100
+FIRST_BIN = 64  # positions; each further bin ends at four times the position
+
+
+class PositionLosses:
+    """Loss and targets of an evaluation by position within documents, in bins 0-63, 64-255, 256-1023 and so on."""
+
+    def __init__(self, longest: int, device: torch.device) -> None:
+        edges = [FIRST_BIN]
+        while edges[-1] < longest:
+            edges.append(4 * edges[-1])
+        self.starts = [0, *edges[:-1]]
+        self._edges = torch.tensor(edges[:-1], device=device)
+        self._bin_T = torch.empty(0)
+        self.sums = torch.zeros(len(self.starts), 2, dtype=torch.float64)  # loss, targets
+
+    def place(self, position_ids: torch.Tensor) -> None:
+        """The positions [B, L] of the tokens whose loss is next."""
+        self._bin_T = torch.bucketize(position_ids.flatten(), self._edges, right=True)
+
+    def add(
+        self, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], input: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """The sum of `loss(input, labels)` over the bins, fp32 []; host sync."""
+        total = torch.zeros((), dtype=torch.float32, device=input.device)
+        for number in range(len(self.starts)):
+            index = ((self._bin_T == number) & (labels != IGNORE_INDEX)).nonzero()[:, 0]
+            if len(index):
+                part = loss(input[index], labels[index])
+                self.sums[number] += torch.tensor([float(part), len(index)], dtype=torch.float64)
+                total += part
+        return total
+
 
 class LossHead(nn.Linear):
     """An output head that computes the loss: engines gather and free its weight around this module's forward."""
 
     use_reference = False  # the plain torch loss, which materialises the full logits
     softcap: float | None = None  # logits are softcap * tanh(logits / softcap)
+    positions: PositionLosses | None = None  # of the evaluation that is under way
 
     def forward(  # type: ignore[override]
         self, input: torch.Tensor, labels: torch.Tensor | None = None, scale: float = 1.0
@@ -35,8 +71,12 @@ class LossHead(nn.Linear):
         if labels is None:
             logits = F.linear(input, weight)
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-        loss = reference.linear_cross_entropy if self.use_reference else linear_cross_entropy
-        return loss(input, weight, labels, scale=scale, softcap=self.softcap)
+        function = reference.linear_cross_entropy if self.use_reference else linear_cross_entropy
+        if self.positions is None or self.training:
+            return function(input, weight, labels, scale=scale, softcap=self.softcap)
+        summed = partial(function, scale=1.0, softcap=self.softcap)
+        loss = self.positions.add(lambda x, y: summed(x, weight, y)[1], input, labels)
+        return scale * loss, loss
 
 
 class CausalLMForLoss(nn.Module):
@@ -64,6 +104,11 @@ class CausalLMForLoss(nn.Module):
         score = getattr(self.hf_model, "score", None)
         return self.hf_model.get_output_embeddings() if score is None else score
 
+    @property
+    def loss_head(self) -> LossHead:
+        """The head under its adapter, if it has one."""
+        return getattr(self.head, "base_layer", self.head)
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -82,6 +127,8 @@ class CausalLMForLoss(nn.Module):
         hidden_BLD = self.hidden(input_ids, position_ids, cu_seqlens, max_seqlen, num_parts)
         if labels is None:
             return self.head(hidden_BLD[:, -1]).float()
+        if (positions := self.loss_head.positions) is not None:
+            positions.place(position_ids)
         return self.head(hidden_BLD.flatten(0, 1), labels.flatten(), scale)
 
     def hidden(

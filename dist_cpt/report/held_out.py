@@ -43,6 +43,13 @@ class HeldOutSet:
         return None if last is None or self.base_loss is None else last - self.base_loss
 
     @property
+    def by_position(self) -> list[tuple[Any, Any, Any, Any]]:
+        """(first position, loss before, loss after, targets) of each range of positions that both evaluations have."""
+        first, last = (_ranges(row.get("loss_by_position")) for row in (self.rows[0], self.rows[-1]))
+        before = {start: loss for start, loss, _ in first}
+        return [(start, before[start], loss, targets) for start, loss, targets in last if start in before]
+
+    @property
     def spread(self) -> str:
         """`4.963 to 11.59`, the values of all evaluations."""
         values = [value for row in self.rows if (value := real(row.get(self.measure))) is not None]
@@ -77,6 +84,12 @@ def measured_later(run: RunFiles) -> list[tuple[str, Any, str, str]]:
         )
         for row in run.evaluated
     ]
+
+
+def _ranges(value: Any) -> list[list[Any]]:
+    """What a row says of positions, as far as it is in order."""
+    rows = value if isinstance(value, list) else []
+    return [row for row in rows if isinstance(row, list) and len(row) == 3 and isinstance(row[0], int)]
 
 
 def held_out_sets(run: RunFiles) -> list[HeldOutSet]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ class HeldOut:
     loss: float
     num_tokens: int
     num_bytes: int = 0  # not counted
+    by_position: Sequence[Sequence[float]] = ()  # (first position in a document, loss, targets) of each range of them
 
     @property
     def perplexity(self) -> float:
@@ -96,6 +97,7 @@ class EvaluationRecord:
     scores: dict[str, float] = field(default_factory=dict)  # task classify: accuracy, macro_f1; loss is the log-loss
     bits_per_byte: float | None = None  # of the targets' text; None where its bytes cannot be told
     base_loss: float | None = None  # of the same targets under the base; None where there is none
+    loss_by_position: Sequence[Sequence[float]] = ()  # [first position in a document, nats per token, targets] by range
 
     @property
     def loss_rise(self) -> float | None:

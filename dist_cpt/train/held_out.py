@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import Any
 
 from dist_cpt.data.batch import Batch
 from dist_cpt.data.loader import ValidationLoader
 from dist_cpt.data.prepared import PreparedSource
+from dist_cpt.model.loss import PositionLosses
 from dist_cpt.run_folder.forgetting import best_step, over_limit, previous_step, rises
 from dist_cpt.run_folder.json_files import canonical_json, read_object, rows_or_problem
 from dist_cpt.run_folder.names import BASE_LOSSES, EVALUATIONS
 from dist_cpt.run_folder.records import EvaluationRecord, HeldOut
-from dist_cpt.runtime.collectives import all_reduce_ints, on_rank_zero
+from dist_cpt.runtime.collectives import all_reduce_floats, all_reduce_ints, on_rank_zero
 from dist_cpt.runtime.log import LOGGER
 from dist_cpt.train.build import Run
 from dist_cpt.train.evaluate import evaluate
@@ -44,8 +45,9 @@ def with_base_losses(run: Run) -> Run:
         on_rank_zero("base losses", lambda: context.claim.write(BASE_LOSSES, known))
         if config.adapter.kind == "none":
             LOGGER.info("held-out losses are compared with those of step 0, the weights that this run began with")
-    names = ("loss", "num_tokens", "num_bytes")
-    return replace(run, base_losses={name: HeldOut(*(entry[key] for key in names)) for name, entry in known.items()})
+    names = [field.name for field in fields(HeldOut)]
+    results = {name: {key: entry[key] for key in names if key in entry} for name, entry in known.items()}
+    return replace(run, base_losses={name: HeldOut(**result) for name, result in results.items()})
 
 
 def evaluate_all(run: Run, progress: Progress) -> None:
@@ -74,6 +76,7 @@ def evaluate_all(run: Run, progress: Progress) -> None:
             scores={} if head is None else class_scores(all_reduce_ints(head.take_confusion())),
             bits_per_byte=result.bits_per_byte,
             base_loss=None if base is None else base.loss,
+            loss_by_position=result.by_position,
         )
         context.observers.on_evaluation(record)
     if len(done) < len(run.data.held_out):
@@ -98,7 +101,10 @@ def _measure(run: Run, loader: ValidationLoader, step: int) -> HeldOut:
         run.context.fault("evaluate", step)
         return loader.batch(indices)
 
-    return evaluate(
+    head = None if run.model.class_head is not None else run.model.module.loss_head
+    if head is not None:
+        head.positions = PositionLosses(run.context.config.data.seq_len, run.context.device)
+    result = evaluate(
         run.engine,
         batch_of,
         range(loader.num_blocks),
@@ -107,6 +113,12 @@ def _measure(run: Run, loader: ValidationLoader, step: int) -> HeldOut:
         micro_batch=run.context.shape.micro_batch,
         text_bytes=run.data.text_bytes,
     )
+    if head is None or (positions := head.positions) is None:
+        return result
+    head.positions = None
+    sums = all_reduce_floats(positions.sums.flatten().tolist())
+    ranges = zip(positions.starts, sums[::2], sums[1::2], strict=True)
+    return replace(result, by_position=[(start, loss / count, int(count)) for start, loss, count in ranges if count])
 
 
 def _content_key(run: Run, source: PreparedSource) -> str:

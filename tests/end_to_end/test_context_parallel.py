@@ -48,3 +48,6 @@ def test_a_run_moves_between_cuts(attempts, made: tuple[Path, Path], tmp_path: P
     for row in rows(tmp_path / "alone/tiny/evaluations.jsonl"):
         assert evaluations[row["step"]]["num_tokens"] == row["num_tokens"]
         assert evaluations[row["step"]]["loss"] == pytest.approx(row["loss"], rel=1e-5)
+        for mine, other in zip(evaluations[row["step"]]["loss_by_position"], row["loss_by_position"], strict=True):
+            assert (mine[0], mine[2]) == (other[0], other[2])
+            assert mine[1] == pytest.approx(other[1], rel=1e-5)

@@ -16,7 +16,7 @@ from dist_cpt.data.loader import BlockLoader
 from dist_cpt.data.prepared import Prepared, PreparedSource
 from dist_cpt.data.store import StoreWriter, TokenStore
 from dist_cpt.model.attention import choose, install
-from dist_cpt.model.loss import CausalLMForLoss, install_loss_head
+from dist_cpt.model.loss import CausalLMForLoss, PositionLosses, install_loss_head
 
 LONG = 2**20
 V = 512
@@ -81,6 +81,27 @@ def test_positions_up_to_a_million_rotate_each_by_its_angle() -> None:
         error = (table[0, :, :4].double() - exact).abs()
         assert (error <= 2.0**-23 + 2 * angles * 2.0**-24).all()
     assert len(torch.unique(cos[0], dim=0)) == 5
+
+
+def test_the_loss_by_position_is_that_of_each_token(tmp_path: Path) -> None:
+    model = small_model().eval()
+    batch = block(tmp_path, [1500, 300, 248], 2048)
+    ids, labels = batch.input_ids % V, torch.where(batch.labels == IGNORE_INDEX, IGNORE_INDEX, batch.labels % V)
+    inputs = ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
+    head = model.loss_head
+    head.positions = positions = PositionLosses(2048, torch.device("cpu"))
+    with torch.no_grad():
+        _, loss = model(*inputs, labels)
+        head.positions = None
+        _, whole = model(*inputs, labels)
+        logits = torch.nn.functional.linear(model.hidden(*inputs)[0], head.weight)
+    by_token = torch.nn.functional.cross_entropy(logits, labels[0], reduction="none").double()
+    assert positions.starts == [0, 64, 256, 1024]
+    for (total, count), start, stop in zip(positions.sums, (0, 64, 256, 1024), (64, 256, 1024, 2048), strict=True):
+        here = (batch.position_ids[0] >= start) & (batch.position_ids[0] < stop) & (labels[0] != IGNORE_INDEX)
+        assert int(count) == int(here.sum()) > 0
+        assert float(total) == pytest.approx(float(by_token[here].sum()), rel=1e-5)
+    assert float(loss) == pytest.approx(float(whole), rel=1e-6)
 
 
 @pytest.mark.parametrize("length", [2**15, pytest.param(LONG, marks=pytest.mark.matrix)])
