@@ -27,10 +27,10 @@ LLAMA_70B = LLAMA_8B | {
     "num_hidden_layers": 80,
     "num_attention_heads": 64,
 }
-# Shapes, what trains, how the base is stored, and the bytes of masters and moments. Every rank loads the whole model
-# before it is sharded (docs/performance.md), so 70B in 16 bits fits on no H100.
+# Shapes, what trains, how the base is stored, and the bytes of masters and moments.
 MODELS = {
     "8B, all parameters": (LLAMA_8B, {"kind": "none"}, "bf16", 96e9),
+    "70B, all parameters": (LLAMA_70B, {"kind": "none"}, "bf16", 840e9),
     "70B, LoRA 64 on NF4": (LLAMA_70B, {"rank": 64}, "nf4", 9.9e9),
 }
 GPUS = (8, 64, 512, 1024, 4096)
@@ -43,8 +43,8 @@ HOST_COPY = 20e9  # assumed: bytes/s of a rank's state into host memory, for whi
 DISK, STREAMS, NODE = 100e9, 4e9, 10e9  # bytes/s of the file system, a rank and a node, as in docs/scale.md
 
 
-def best_way(name: str, gpus: int, step_tokens: int) -> Way:
-    """The fastest way for a model of the table."""
+def best_way(name: str, gpus: int, step_tokens: int) -> Way | None:
+    """The fastest way for a model of the table; None: it does not fit."""
     model, adapter, weights, _ = MODELS[name]
     config = build(
         {
@@ -58,7 +58,7 @@ def best_way(name: str, gpus: int, step_tokens: int) -> Way:
         "scaling",
     )
     ways = make_plan(config, model, machine_of("h100", gpus // 8, 8, "50GBps")).ways
-    return next(way for way in ways if way.weights == weights)
+    return next((way for way in ways if way.weights == weights), None)
 
 
 def endurance(gpus: int, state_bytes: float) -> tuple[float, float, float, float]:
@@ -82,6 +82,9 @@ def rows(name: str, *, weak: bool) -> Iterator[str]:
     for gpus in GPUS:
         tokens = WEAK_TOKENS * gpus if weak else STRONG_TOKENS
         way = best_way(name, gpus, tokens)
+        if way is None:
+            yield f"| {name} | {gpus:,} | does not fit | | | | | | |"
+            continue
         each = way.tokens_per_second / gpus
         first = each if first is None else first
         hours, save, interval, goodput = endurance(gpus, state_bytes)
