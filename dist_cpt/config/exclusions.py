@@ -243,6 +243,7 @@ _LIMITS = tuple(f"data.sources[].{key}" for key in ("max_tokens", "max_epochs", 
 _PAIR = tuple(f"{text}.{field}" for text in _TEXTS for field in ("prompt", "response"))
 _HUB_KEYS = tuple(f"{text}.{field}" for text in _TEXTS for field in ("revision", "subset"))
 _FILTERS = tuple(f"{text}.filter" for text in _TEXTS)
+_STREAMING = is_("data.streaming", True)
 _QUANTISED = is_("model.weights", "nf4", "int8")
 _SCRATCH = given("model.config")
 _FULL = is_("adapter.kind", "none")
@@ -372,6 +373,19 @@ EXCLUSIONS = (
               "the stages end before the run", "leave tokens out of the last stage"),
     Exclusion((when("a stage after `train.tokens`", ("data.stages[].tokens", "train.tokens"), _stage_never_begins),),
               "the last stage would never begin", "use more tokens, or shorter stages"),
+    # text that is read while training
+    Exclusion((_STREAMING, given("train.epochs")),
+              "how much text there is shows only while it is read", "give train.tokens"),
+    Exclusion((_STREAMING, given("data.sources[].store")),
+              "a finished store needs no streaming", "give the text in path, or leave data.streaming out"),
+    Exclusion((_STREAMING, either(*(given(key) for key in _LIMITS), is_("data.share_of", "tokens"))),
+              "how many sequences a source has shows only while it is read",
+              "leave these out, or prepare the text (data.streaming: false)"),
+    Exclusion((_STREAMING, is_("data.packing", "windows")),
+              "a stream packs whole documents and pieces", "use data.packing: best_fit, or data.streaming: false"),
+    Exclusion((_STREAMING, either(is_not("data.deduplicate", "none"), is_("data.decontaminate", "drop"))),
+              "documents can be compared only once all are read",
+              "leave these out, or prepare the text (data.streaming: false)"),
     # tasks and their data
     Exclusion((_CLASSIFY, absent("classify")),
               "the classes are unknown", "add a section classify with labels or num_labels"),

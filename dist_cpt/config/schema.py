@@ -312,6 +312,9 @@ class DataConfig(Frozen):
     """What becomes of training documents with text of a held-out set: they are counted, or also left out (`drop`)."""
     cache_dir: str | None = None
     """Folder of the prepared token stores; null means `<output_dir>/data`."""
+    streaming: bool = False
+    """Whether the sources are read from their text while training, in an order of its own, instead of prepared before;
+    held-out sets are prepared in any case."""
     share_of: Literal["blocks", "tokens"] = "blocks"
     """What weights are shares of: sequences with their padding (`blocks`), or `tokens` of text, padding aside."""
     sources: tuple[SourceConfig, ...] = Field(min_length=1)

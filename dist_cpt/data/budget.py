@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from dist_cpt.data.loader import BlockLoader
 from dist_cpt.data.prepared import Prepared
+from dist_cpt.data.stream_loader import Loader
 from dist_cpt.errors import DataError
 
 
-def blocks_of_epochs(prepared: Prepared, loader: BlockLoader, epochs: float) -> int:
+def blocks_of_epochs(prepared: Prepared, loader: Loader, epochs: float) -> int:
     """The least number of blocks in which the sources of role domain, taken together, are read `epochs` times.
 
     Without such a source, all of them count.
@@ -34,7 +34,7 @@ def blocks_of_epochs(prepared: Prepared, loader: BlockLoader, epochs: float) -> 
     return loader.mixture.first_position(lambda counts: counts[domain].sum() >= wanted, up_to)
 
 
-def require_enough(prepared: Prepared, loader: BlockLoader, num_blocks: int) -> None:
+def require_enough(prepared: Prepared, loader: Loader, num_blocks: int) -> None:
     """Refuse a run of `num_blocks` for which a source with `on_exhausted: error`, or the whole mixture, is too short.
 
     Raises:

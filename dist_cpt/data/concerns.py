@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from dist_cpt.data.loader import BlockLoader
 from dist_cpt.data.prepared import Prepared
+from dist_cpt.data.stream_loader import Loader
 
 MAX_EPOCHS = 4  # Muennighoff et al. 2023, arXiv:2305.16264: up to here repeated text is about as good as new text
 
 
-def concerns(prepared: Prepared, loader: BlockLoader, num_blocks: int) -> list[str]:
+def concerns(prepared: Prepared, loader: Loader, num_blocks: int) -> list[str]:
     """One line each, for a run of `num_blocks`: sources read more than `MAX_EPOCHS` times, more tokens than the
     sources have, a source of one block, duplicates, text of held-out sets, and held-out sets whose documents are those
     of a source."""
@@ -20,7 +20,7 @@ def concerns(prepared: Prepared, loader: BlockLoader, num_blocks: int) -> list[s
         if epochs > MAX_EPOCHS
     ]
     asked, available = num_blocks * prepared.seq_len, sum(loader.available) * prepared.seq_len
-    if asked > available:
+    if loader.available and asked > available:
         lines.append(f"the run takes {asked:,} tokens, its sources have {available:,}: text is read more than once")
     lines += [
         f"source {source.name} is one block of {tokens:,} tokens: each of its steps reads the same text"

@@ -16,15 +16,19 @@ from dist_cpt.data.quality import SourceQuality
 from dist_cpt.data.sources import RecordTally, read_records
 from dist_cpt.data.store import TokenStore
 from dist_cpt.data.store_plan import plan_stores
+from dist_cpt.data.streamed import StreamedSource
 from dist_cpt.data.tokenizer import load_run_tokenizer
 from dist_cpt.errors import printable
 from dist_cpt.storage import is_there
 
 
 def data_report(prepared: Prepared) -> dict[str, Any]:
-    """JSON-able counts of the stores: per source documents, tokens, blocks, padding, bad records."""
+    """JSON-able counts of the stores: per source documents, tokens, blocks, padding, bad records; of a streamed source
+    files, bytes and shards."""
     training = [_source_report(source) for source in prepared.sources]
-    mixture = mixture_of(prepared, [(row["blocks"], row["block_tokens"]) for row in training])
+    sizes = [(row["blocks"], row["block_tokens"]) for row in training] or [(1, 1)] * len(prepared.streamed)
+    training = training or [_stream_report(source) for source in prepared.streamed]
+    mixture = mixture_of(prepared, sizes)
     if len(mixture.segments) == 1:
         for row, share in zip(training, mixture.segments[0].shares.tolist(), strict=True):
             row["share"] = share
@@ -47,6 +51,10 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     lines = []
     for row in [*report["sources"], *report["validation"]]:
         share = f", {row['share']:.1%} of the blocks" if "share" in row else ""
+        if "shards" in row:
+            what = f"{row['shards']:,} shards of {row['files']:,} files, {row['input_bytes']:,} bytes"
+            lines.append(f"{row['name']}: read while training, {what}{share}")
+            continue
         bad = f", {sum(row['bad'].values()):,} of {row['records']:,} records bad" if row["bad"] else ""
         bad += f", {row['filtered']:,} not kept by its filter" if row.get("filtered") else ""
         bad += _quality_text(row)
@@ -82,15 +90,17 @@ def preview(config: RunConfig, num_documents: int = 10) -> Iterator[str]:
     """
     config = with_commits(config)
     plan = plan_stores(config)
-    for planned in plan.stores:
+    for planned in [*plan.streamed, *plan.stores]:
         num_bytes = sum(file["bytes"] for file in planned.inputs)
         state = "prepared already" if is_there(planned.folder) else "to be prepared"
         state = "its text is gone, its store is there" if planned.gone is not None else state
+        state = "read while training" if planned in plan.streamed else state
         on_hub = [str(path) for path in planned.files.files if isinstance(path, HubDataset)]
         size = "streamed" if on_hub else f"{len(planned.inputs):,} files, {num_bytes:,} bytes"
         yield f"{planned.name}: {size}, {state}: {(on_hub or [planned.source.place])[0]}"
     tokenizer: Any = load_run_tokenizer(config)
-    sources = [planned for planned in plan.stores[: len(config.data.sources)] if planned.inputs]
+    sources = plan.streamed or plan.stores[: len(config.data.sources)]
+    sources = [planned for planned in sources if planned.inputs]
     for planned in sources:
         tally = RecordTally(config.data.on_bad_record)
         records = read_records(planned.name, planned.files, plan.encoder.parser(planned.source), tally)
@@ -122,6 +132,16 @@ def _source_report(source: PreparedSource) -> dict[str, Any]:
         **_quality_report(source.quality),
         **_label_report(source.store),
         **manifest.counts,
+    }
+
+
+def _stream_report(source: StreamedSource) -> dict[str, Any]:
+    return {
+        "name": source.name,
+        "role": source.role,
+        "files": len(source.inputs),
+        "input_bytes": sum(file["bytes"] for file in source.inputs),
+        "shards": len(source.text.units),
     }
 
 

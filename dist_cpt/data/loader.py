@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,16 +15,30 @@ from dist_cpt.data.mixture import mixture_of
 from dist_cpt.data.order import FeistelOrder
 from dist_cpt.data.packing import PackingPlan, pack
 from dist_cpt.data.prepared import Prepared, PreparedSource
-from dist_cpt.data.store import TokenStore
+from dist_cpt.run_folder.train_state import Mark
 
 PADDING = -1  # the position of a block of padding, without any target
 
 
-@dataclass(frozen=True)
-class _PackedStore:
-    """The blocks of one source."""
+class Tokens(Protocol):
+    """Documents of token ids in a row, with their labels if there are any: a store, or a part of a stream."""
 
-    store: TokenStore
+    @property
+    def tokens(self) -> np.ndarray: ...
+    @property
+    def lengths(self) -> np.ndarray: ...
+    @property
+    def answers(self) -> np.ndarray | None: ...  # by token
+    @property
+    def classes(self) -> np.ndarray | None: ...  # by document
+    def start_of(self, document: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """The blocks of some documents."""
+
+    store: Tokens
     plan: PackingPlan
     overlap_trains: bool  # whether a token in two overlapping pieces is a target in both
 
@@ -33,6 +48,7 @@ class BlockLoader:
 
     def __init__(self, prepared: Prepared, seq_len: int, seed: int, pad_id: int) -> None:
         self.source_names = [source.name for source in prepared.sources]
+        self.first_position = 0  # from which on blocks are at hand
         self._seq_len = seq_len
         self._seed = seed
         self._pad_id = pad_id
@@ -52,9 +68,13 @@ class BlockLoader:
         source, epoch, block = self._locate(position)
         return self.source_names[source], epoch, block
 
+    def block_id(self, position: int) -> tuple[int, int, int]:
+        """What names the block at a position of the stream: (source, epoch, block within that source)."""
+        return self._locate(position)
+
     def batch(self, positions: Sequence[int]) -> Batch:
         """The blocks at these positions of the global stream, in this order; PADDING yields an empty block."""
-        builder = _BatchBuilder(len(positions), self._seq_len, self._pad_id, len(self._packed))
+        builder = BatchBuilder(len(positions), self._seq_len, self._pad_id, len(self._packed))
         for position in positions:
             if position == PADDING:
                 builder.add_padding()
@@ -71,6 +91,21 @@ class BlockLoader:
         """How often the first `num_blocks` of the stream go through each source."""
         read = self.blocks_read(num_blocks).items()
         return {name: count / available for (name, count), available in zip(read, self.available, strict=True)}
+
+    def epochs_read(self, position: int) -> None:
+        """The counts of blocks say it."""
+
+    def marks(self, position: int) -> None:
+        """A resume needs none: every block is at hand."""
+
+    def learn(self, marks: Mapping[str, Mark]) -> None:
+        """As `marks`."""
+
+    def forget_before(self, position: int) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        """Nothing is read ahead."""
 
     def _locate(self, position: int) -> tuple[int, int, int]:
         source, number = self.mixture(position)
@@ -97,7 +132,7 @@ class ValidationLoader:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The blocks at these indices; one at or above num_blocks is padding, without any target."""
-        builder = _BatchBuilder(len(indices), self._seq_len, self._pad_id, 1)
+        builder = BatchBuilder(len(indices), self._seq_len, self._pad_id, 1)
         for index in indices:
             if index < self.num_blocks:
                 builder.add(self._packed, int(self._order(index)), 0)
@@ -106,14 +141,14 @@ class ValidationLoader:
         return builder.build(indices)
 
 
-def _pack_source(source: PreparedSource, seq_len: int) -> _PackedStore:
+def _pack_source(source: PreparedSource, seq_len: int) -> PackedTokens:
     plan = source.blocks.plan if source.blocks else pack(source.store.lengths, seq_len, source.stride, source.excluded)
     if plan.seq_len != seq_len:
         raise ValueError(f"blocks of {plan.seq_len} tokens, expected {seq_len}")
-    return _PackedStore(source.store, plan, source.overlap_trains)
+    return PackedTokens(source.store, plan, source.overlap_trains)
 
 
-class _BatchBuilder:
+class BatchBuilder:
     """Fills the arrays of a batch block by block. B blocks of L tokens."""
 
     def __init__(self, num_blocks: int, seq_len: int, pad_id: int, num_sources: int) -> None:
@@ -127,7 +162,7 @@ class _BatchBuilder:
         self._num_targets = 0
         self._row = 0
 
-    def add(self, packed: _PackedStore, block: int, source: int) -> None:
+    def add(self, packed: PackedTokens, block: int, source: int) -> None:
         """Append one block of source number `source`."""
         store, plan = packed.store, packed.plan
         filled, targets_before = 0, self._num_targets

@@ -173,7 +173,8 @@ def mixture_of(prepared: Prepared, sizes: Sequence[tuple[int, int]]) -> StagedMi
         DataError: a limit leaves no block of a source.
     """
     dropped: list[int | None] = []
-    for source, (blocks, _) in zip(prepared.sources, sizes, strict=True):
+    sources = prepared.sources or prepared.streamed
+    for source, (blocks, _) in zip(sources, sizes, strict=True):
         limit = source.limit.num_blocks(blocks, prepared.seq_len)
         if limit == 0:
             raise DataError(
@@ -189,12 +190,12 @@ def mixture_of(prepared: Prepared, sizes: Sequence[tuple[int, int]]) -> StagedMi
         exact = [Fraction(repr(float(weight))) * blocks for weight, blocks in zip(weights, per_token, strict=True)]
         return Stage(num_blocks, exact)
 
-    names = [source.name for source in prepared.sources]
+    names = [source.name for source in sources]
     stages = [
         stage(one.tokens and -(-one.tokens // prepared.seq_len), [one.weights.get(name, 0.0) for name in names])
         for one in prepared.stages
     ]
-    return StagedMixture(stages or [stage(None, [source.weight for source in prepared.sources])], dropped)
+    return StagedMixture(stages or [stage(None, [source.weight for source in sources])], dropped)
 
 
 def quantise(weights: Sequence[float | Fraction]) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from dist_cpt.data.mixture import UNLIMITED, Limit
 from dist_cpt.data.quality import SourceQuality, examine, excluded_hash
 from dist_cpt.data.store import TokenStore
 from dist_cpt.data.store_plan import PlannedStore, StorePlan, plan_stores
+from dist_cpt.data.streamed import StreamedSource, open_streamed
 from dist_cpt.errors import DataError
 
 
@@ -54,6 +55,7 @@ class Prepared:
     seq_len: int  # of the recipe, for the report
     stages: tuple[StageConfig, ...] = ()
     share_of: Literal["blocks", "tokens"] = "blocks"
+    streamed: list[StreamedSource] = field(default_factory=list)  # in place of `sources`
 
     @property
     def all_sources(self) -> list[PreparedSource]:
@@ -100,19 +102,22 @@ def open_stores(plan: StorePlan, config: RunConfig, verify: bool = False) -> Pre
             weight, overlap_trains = source.weight, data.overlap == "train"
             limit = Limit(source.max_tokens, source.max_epochs, source.on_exhausted)
         opened.append(PreparedSource(planned.name, weight, source.role, store, stride, overlap_trains, limit=limit))
-    sources, validation = opened[: len(data.sources)], opened[len(data.sources) :]
+    num_sources = len(opened) - len(data.validation)
+    sources, validation = opened[:num_sources], opened[num_sources:]
     examined = _examine(sources, validation, config)
     sources = [replace(source, quality=quality) for source, quality in zip(sources, examined, strict=True)]
     sources, validation = ([_with_blocks(source, data, verify) for source in part] for part in (sources, validation))
+    streamed = open_streamed(plan, config)
     return Prepared(
         sources,
         validation,
         plan.tokenizer_hash,
         plan.vocab_size,
-        _identity(plan.tokenizer_hash, sources, validation, data),
+        _identity(plan.tokenizer_hash, (sources, validation, streamed), data),
         data.seq_len,
         stages=data.stages,
         share_of=data.share_of,
+        streamed=streamed,
     )
 
 
@@ -120,20 +125,27 @@ def of_earlier_recipe(prepared: Prepared, data: DataConfig) -> Prepared:
     """The data as a recipe had it to whose sources and held-out sets others were added, and whose weights differed."""
     weights = [source.weight for source in data.sources]
     sources = [replace(source, weight=weight) for source, weight in zip(prepared.sources, weights, strict=False)]
+    streamed = [replace(source, weight=weight) for source, weight in zip(prepared.streamed, weights, strict=False)]
     validation = prepared.validation[: len(data.validation)]
-    identity = _identity(prepared.tokenizer_hash, sources, validation, data)
-    return replace(prepared, sources=sources, validation=validation, identity=identity, stages=data.stages)
+    identity = _identity(prepared.tokenizer_hash, (sources, validation, streamed), data)
+    earlier = replace(prepared, sources=sources, streamed=streamed, validation=validation)
+    return replace(earlier, identity=identity, stages=data.stages)
 
 
 def _identity(
-    tokenizer_sha256: str, sources: Sequence[PreparedSource], validation: Sequence[PreparedSource], data: DataConfig
+    tokenizer_sha256: str,
+    parts: tuple[Sequence[PreparedSource], Sequence[PreparedSource], Sequence[StreamedSource]],
+    data: DataConfig,
 ) -> str:
+    sources, validation, streamed = parts
     content: list[Any] = [tokenizer_sha256]
     content += [[[s.name, s.store.manifest.content_hash] for s in part] for part in (sources, validation)]
     if data.packing == "windows":  # which tokens a block has
         content.append(["windows", data.stride or data.seq_len, data.overlap])
     if (lists := excluded_hash([s.quality for s in sources if s.quality is not None])) is not None:
         content.append(["excluded", lists])
+    if streamed:
+        content.append(["streamed", [[s.name, s.identity] for s in streamed]])
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -194,6 +206,12 @@ def check_vocabulary(prepared: Prepared, model_vocab_size: int) -> None:
     Raises:
         DataError: names the first such id, its document and its source.
     """
+    if prepared.streamed and prepared.vocab_size > model_vocab_size:
+        raise DataError(
+            f"data.streaming: the tokenizer has {prepared.vocab_size} ids, the model {model_vocab_size} rows: text not "
+            "yet read may have an id without a row",
+            remedy="use the model's own tokenizer (data.tokenizer), or prepare the text",
+        )
     for source in prepared.all_sources:
         first = source.store.find_token_at_least(model_vocab_size)
         if first is not None:

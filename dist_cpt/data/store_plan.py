@@ -55,6 +55,7 @@ class StorePlan:
     encoder: Encoder
     tokenizer_hash: str
     vocab_size: int
+    streamed: list[PlannedStore] = field(default_factory=list)  # training sources of which no store is made
 
 
 def plan_stores(config: RunConfig, folders: Sequence[str] | None = None) -> StorePlan:
@@ -66,14 +67,16 @@ def plan_stores(config: RunConfig, folders: Sequence[str] | None = None) -> Stor
     tokenizer = load_run_tokenizer(config)
     encoder = _encoder(config, tokenizer)
     sha256 = tokenizer_hash(tokenizer)
-    sources: list[Source] = [*config.data.sources, *config.data.validation]
+    streamed: list[Source] = [*config.data.sources] if config.data.streaming else []
+    sources: list[Source] = [*([] if streamed else config.data.sources), *config.data.validation]
     if folders is not None and all(is_there(Path(folder) / MANIFEST) for folder in folders):
         stores = [
             PlannedStore(source, _name(source), Path(folder)) for source, folder in zip(sources, folders, strict=True)
         ]
     else:
         stores = [_plan_store(source, config, encoder, sha256) for source in sources]
-    return StorePlan(stores, tokenizer, encoder, sha256, vocabulary_size(tokenizer))
+    read = [_plan_store(source, config, encoder, sha256) for source in streamed]
+    return StorePlan(stores, tokenizer, encoder, sha256, vocabulary_size(tokenizer), read)
 
 
 def _name(source: Source) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -38,8 +38,8 @@ OnBatch = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class SourceWork:
-    """What the units of one source are made of, where, and which are finished."""
+class SourceUnits:
+    """One source as units, and what turns their records into tokens."""
 
     name: str
     source: Source
@@ -48,6 +48,12 @@ class SourceWork:
     encoder: Encoder
     vocab_size: int
     on_bad_record: OnBadRecord
+
+
+@dataclass(frozen=True)
+class SourceWork(SourceUnits):
+    """A source whose units are tokenised into files: where, and which are finished."""
+
     folder: Path
     store: Path  # that they become
     _finished: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -132,18 +138,12 @@ def _write_unit(making: Path, work: SourceWork, unit: Unit, held: Claim, threads
             quarantine = stack.enter_context((making / BAD).open("w", encoding="ascii"))
         tally = RecordTally(work.on_bad_record, quarantine, partial(_place_in_file, unit, work.on_bad_record))
         num_texts = num_bytes = 0
-        cutter = work.encoder.cutter
-        spool = None if cutter is None or is_template(work.source.text) else making
-        records = read_records(work.name, work.files, work.encoder.parser(work.source), tally, unit.parts, spool)
-        batches = prefetch(lambda batch: (batch, work.encoder(batch)), _batches(records, cutter), threads, threads)
-        for batch, encoded in stack.enter_context(closing(batches)):
-            for record, bad in encoded.rejected:
-                tally.reject(bad, record.origin)
+        batches = stack.enter_context(closing(encode_unit(work, unit, tally, making, threads)))
+        for batch, encoded in batches:
             writer.append(encoded)
             num_texts += sum(map(_ends_here, batch)) - len(encoded.rejected)
             num_bytes += sum(map(_num_bytes, batch))
             held.beat(num_bytes, writer.num_tokens)
-            made_progress()
             on_batch()
         writer.finish()
         done = {"sha256s": hash_chunks(unit.chunks), "counts": asdict(tally.counts), "texts": num_texts}
@@ -151,6 +151,28 @@ def _write_unit(making: Path, work: SourceWork, unit: Unit, held: Claim, threads
     (making / _DONE).write_text(json.dumps(done))
     for path in (*making.iterdir(), making):
         fsync_path(path)
+
+
+def encode_unit(
+    units: SourceUnits, unit: Unit, tally: RecordTally, spool: Path, threads: int
+) -> Generator[tuple[list[Record[Any]], Encoded], None, None]:
+    """The records of one unit in batches, each with its documents; bad ones go to `tally`, texts too long for memory
+    to files without a name in `spool`.
+
+    Raises:
+        DataError: a bad record under `error`, or a file that is none.
+        StorageError: the file system does not answer.
+    """
+    cutter = units.encoder.cutter
+    long = None if cutter is None or is_template(units.source.text) else spool
+    records = read_records(units.name, units.files, units.encoder.parser(units.source), tally, unit.parts, long)
+    batches = prefetch(lambda batch: (batch, units.encoder(batch)), _batches(records, cutter), threads, threads)
+    with closing(batches):
+        for batch, encoded in batches:
+            for record, bad in encoded.rejected:
+                tally.reject(bad, record.origin)
+            made_progress()
+            yield batch, encoded
 
 
 def _batches(records: Iterator[Record[Any]], cutter: Cutter | None) -> Iterator[list[Record[Any]]]:

@@ -68,6 +68,7 @@ def source_ledger(recipe: Row, events: Sequence[Row], newest: Row) -> list[Sourc
     counts = {str(name): SourceCounts(*map(int, c)) for name, c in _mapping(newest.get("totals_by_source")).items()}
     seq_len, targets = integer(data.get("seq_len")) or 0, integer(newest.get("tokens"))
     sizes = {str(size.get("name")): size for size in _last_sizes(events)}
+    streamed = _mapping(newest.get("epochs_by_source"))
     asked = _asked(data, list(sources), newest, seq_len)
     has_blocks = any(c.blocks for c in counts.values())
     # Of a run that an earlier version began, the targets of its first part are not known by source.
@@ -78,15 +79,16 @@ def source_ledger(recipe: Row, events: Sequence[Row], newest: Row) -> list[Sourc
     for name in dict.fromkeys([*sources, *counts]):
         count, size = counts.get(name, SourceCounts()), sizes.get(name, {})
         available = integer(size.get("blocks"))
+        epochs = count.blocks / available if has_blocks and available else real(streamed.get(name))
         rows.append(
             SourceLedger(
                 name,
                 str(sources[name].get("role", "domain")) if name in sources else "",
                 asked.get(name),
                 (count.tokens if of_tokens else count.blocks) / whole if whole else None,
-                count.blocks / available if has_blocks and available else None,
+                epochs,
                 real(size.get("epochs")),
-                max(0.0, 1.0 - available / count.blocks) if available and count.blocks else None,
+                None if epochs is None or not count.blocks else max(0.0, 1.0 - 1.0 / max(epochs, 1.0)),
                 count.blocks * seq_len if has_blocks else None,
                 count.tokens,
                 count.targets if has_targets else None,

@@ -59,7 +59,8 @@ class MetricsFile:
         )
 
     def on_step(self, record: StepRecord) -> None:
-        self._append(METRICS, asdict(record))
+        row = asdict(record)
+        self._append(METRICS, row if record.epochs_by_source is not None else _without(row, "epochs_by_source"))
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         row = asdict(record)
@@ -144,6 +145,10 @@ class MetricsFile:
             _or_write_error(path, lambda: _repair(self._claim, name))
             self._open[name] = _or_write_error(path, lambda: os.open(path, _APPEND, 0o644))
         return self._open[name]
+
+
+def _without(row: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != key}
 
 
 def _is_still_at(descriptor: int, path: Path) -> bool:

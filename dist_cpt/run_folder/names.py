@@ -16,6 +16,7 @@ LINEAGE = "lineage.json"  # what the run was branched from, and how it was exten
 ROLLBACKS = "rollbacks.json"  # blocks that rollbacks left out
 PLAN = "plan.json"  # memory and speed as predicted, and as measured
 BASE_LOSSES = "base_losses.json"  # of the held-out sets under the base, each computed once
+STREAM = "stream.json"  # the files of streamed sources as they were when the run began
 SAMPLE = "sample.json"  # a continuation by the trained model
 METRICS = "metrics.jsonl"  # one row per optimizer step
 EVALUATIONS = "evaluations.jsonl"  # one row per held-out set and evaluation
@@ -46,7 +47,8 @@ MODEL_INDEX = "model.safetensors.index.json"
 # What an attempt replaces whole, and what it appends to, in the run folder itself.
 APPENDED = (METRICS, EVALUATIONS, EVENTS)
 REPLACED = (
-    *(CONTRACT, CERTIFICATE, CONTINUED, LINEAGE, ROLLBACKS, BASE_LOSSES, PLAN, SAMPLE, EXIT, INITIAL_ADAPTER),
+    *(CONTRACT, CERTIFICATE, CONTINUED, LINEAGE, ROLLBACKS, BASE_LOSSES, PLAN, STREAM, SAMPLE, EXIT),
+    INITIAL_ADAPTER,
     *(*APPENDED, METRICS_REWOUND, EVALUATIONS_REWOUND),  # in a rewind
 )
 

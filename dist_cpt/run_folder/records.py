@@ -61,6 +61,7 @@ class StepRecord:
     spike: bool = False  # the loss was far above the recent ones
     batch_tokens: int = 0  # since step 0, padding and tokens without a target included
     totals_by_source: Mapping[str, SourceCounts] = field(default_factory=dict)  # [blocks, tokens, targets] since step 0
+    epochs_by_source: Mapping[str, float] | None = None  # of streamed sources; of others the blocks say it
 
 
 @dataclass(frozen=True)

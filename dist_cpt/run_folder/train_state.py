@@ -40,6 +40,15 @@ class SourceCounts(NamedTuple):
         return SourceCounts(*(mine + more for mine, more in zip(self, other, strict=True)))
 
 
+class Mark(NamedTuple):
+    """Where a shard of a streamed source begins in the source's stream."""
+
+    epoch: int
+    shard: int  # in the epoch's order
+    first_block: int
+    epoch_start: int  # first block of the epoch
+
+
 class TrainState(Frozen):
     """The content of state.json."""
 
@@ -62,9 +71,10 @@ class TrainState(Frozen):
     recent_losses: tuple[float, ...] = ()  # what the spike detector compares with
     next_block_ids: tuple[int, ...]  # of the next optimizer step, all ranks, in stream order
     probe: Probe
+    stream: dict[str, Mark] | None = None  # of streamed sources: the shard with the next block
 
 
-_LATER = ("blocks_by_source", "targets_by_source")  # keys that earlier versions did not write
+_LATER = ("blocks_by_source", "targets_by_source", "stream")  # keys that are not written where there is none
 
 
 def state_to_bytes(state: TrainState) -> bytes:

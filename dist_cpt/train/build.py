@@ -29,6 +29,7 @@ from dist_cpt.data.prepare import prepare
 from dist_cpt.data.prepared import Prepared, check_vocabulary, open_prepared
 from dist_cpt.data.progress_line import LOG_SECONDS, ProgressLine
 from dist_cpt.data.store import check_chunks
+from dist_cpt.data.stream_loader import Loader
 from dist_cpt.data.text_bytes import TextBytes
 from dist_cpt.data.tokenizer import load_new_vocabulary, load_run_tokenizer, tokenizer_hash
 from dist_cpt.engines.build import build_engine, kind_of
@@ -63,6 +64,7 @@ from dist_cpt.runtime.log import LOGGER
 from dist_cpt.runtime.shared_folder import MARK_SECONDS, first_that_sees
 from dist_cpt.runtime.versions import package_versions
 from dist_cpt.train.attempt import RunContext
+from dist_cpt.train.open_stream import open_stream
 from dist_cpt.train.probe import PROBE_BLOCKS, Stream
 from dist_cpt.train.progress import Progress, step_positions, step_starts
 from dist_cpt.train.saver import Saver
@@ -86,7 +88,7 @@ class TrainingData:
 
     prepared: Prepared
     tokenizer: Any
-    loader: BlockLoader
+    loader: Loader
     held_out: list[ValidationLoader]
     text_bytes: TextBytes | None  # None: the bytes of the targets' text cannot be told
 
@@ -118,16 +120,15 @@ class Run:
     def steps(self, progress: Progress) -> Iterator[list[Batch]]:
         """The micro-batches of every remaining step, made ahead on a thread."""
         shape, rank = self.context.shape, self.context.env.rank
-        share = shape.share(rank)
-        wanted = (
-            positions for start in step_starts(shape, progress) for positions in step_positions(shape, start, rank)
-        )
+        share, starts = shape.share(rank), list(step_starts(shape, progress))
+        wanted = (positions for start in starts for positions in step_positions(shape, start, rank))
 
         def batch_of(positions: Sequence[int]) -> Batch:
             return self.data.loader.batch(positions).cut(share.part, share.num_parts)
 
         ahead = prefetch(batch_of, wanted, depth=2 * shape.accumulation)
-        for _ in range(shape.num_steps - progress.step):
+        for start in starts:
+            self.data.loader.forget_before(start)
             with self._own_work():
                 micro_batches = [next(ahead) for _ in range(shape.accumulation)]
             yield micro_batches
@@ -205,7 +206,10 @@ def open_data(context: RunContext, tokenizer: Any) -> TrainingData:
     require_equal(facts | {"identity of the data": prepared.identity})
     _check_stores(prepared)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    loader = BlockLoader(prepared, config.data.seq_len, config.seed, pad_id)
+    if prepared.streamed:
+        loader: Loader = open_stream(context, prepared, pad_id)
+    else:
+        loader = BlockLoader(prepared, config.data.seq_len, config.seed, pad_id)
     held_out = [
         ValidationLoader(source, config.data.seq_len, pad_id, config.evaluate.max_blocks)
         for source in prepared.validation
@@ -246,7 +250,8 @@ def build_model(context: RunContext, start: StartingPoint, data: TrainingData) -
     def load() -> TrainableModel:
         probe = None
         if context.env.rank == 0:
-            blocks = [data.loader.batch([position]) for position in range(PROBE_BLOCKS)]
+            first = data.loader.first_position
+            blocks = [data.loader.batch([position]) for position in range(first, first + PROBE_BLOCKS)]
             probe = [ProbeBlock(b.input_ids, b.labels, b.position_ids, b.cu_seqlens, b.max_seqlen) for b in blocks]
         model = load_model(
             config,

@@ -168,6 +168,7 @@ def _record(
         tokens_by_source={name: counts.tokens for name, counts in result.counts_by_source.items()},
         batch_tokens=progress.step * run.context.config.batch.global_tokens,
         totals_by_source=dict(progress.counts_by_source),
+        epochs_by_source=run.data.loader.epochs_read(progress.position),
         tokens_per_second=result.num_tokens / seconds,
         step_seconds=seconds,
         memory_gib=peak_memory_gib(),

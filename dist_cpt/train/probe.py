@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dist_cpt.config.resolve import StepShape
-from dist_cpt.data.loader import PADDING, BlockLoader
+from dist_cpt.data.loader import PADDING
+from dist_cpt.data.stream_loader import Loader
 from dist_cpt.engines.engine import Engine
 from dist_cpt.runtime.env import ProcessEnv
 from dist_cpt.train.evaluate import evaluate
@@ -20,17 +21,16 @@ class Stream:
     """The training stream under the model as it is now."""
 
     engine: Engine
-    loader: BlockLoader
+    loader: Loader
     shape: StepShape
     env: ProcessEnv
 
     def next_block_ids(self, progress: Progress) -> list[int]:
-        """(source, epoch, block) of the next step's blocks, flat: what the data order gives, not what was asked for."""
+        """The ids of the next step's blocks, flat: what the data order gives, not what was asked for."""
         ids: list[int] = []
         start = progress.next_position
         for position in range(start, start + self.shape.blocks_per_step):
-            source, epoch, block = self.loader.describe(position)
-            ids += [self.loader.source_names.index(source), epoch, block]
+            ids += self.loader.block_id(position)
         return ids
 
     def probe_loss(self, positions: Sequence[int]) -> float:

@@ -125,6 +125,7 @@ def _restore(run: Run, windows: Windows, up_to_step: int | None = None) -> Progr
     on_rank_zero("data", lambda: _require_enough_data(run, windows))
     with on_every_rank("checkpoint", lambda: load(newest, verified=True)) as checkpoint:
         changes = on_every_rank("recipe", lambda: _recipe_changes(run, checkpoint))
+        run.data.loader.learn(checkpoint.state.stream or {})
         identity, stream = on_every_rank("data", lambda: _recorded_data(run, checkpoint, changes[0]))
         on_every_rank("checkpoint", lambda: require_fit(checkpoint.manifest, run.specs, identity))
         progress = _with_blocks(progress_of(checkpoint.state, newest.name, windows), run)

@@ -219,6 +219,7 @@ class Saver:
             recent_losses=progress.recent_losses,
             next_block_ids=tuple(self._stream.next_block_ids(progress)),
             probe=Probe(block_ids=probed, loss=probe_loss),
+            stream=self._stream.loader.marks(progress.next_position),
         )
 
     def _write_now(self, progress: Progress, begun: float) -> None:

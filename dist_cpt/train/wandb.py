@@ -135,7 +135,10 @@ class WandbObserver:
         self._guarded(self._define_axes)
 
     def on_step(self, record: StepRecord) -> None:
-        totals = record.totals_by_source.items()
+        epochs = record.epochs_by_source
+        if epochs is None:
+            totals = record.totals_by_source.items()
+            epochs = {name: counts.blocks / self._blocks[name] for name, counts in totals if counts.blocks}
         row = {
             "train/loss": record.loss,
             "train/grad_norm": record.grad_norm,
@@ -147,7 +150,7 @@ class WandbObserver:
             "train/memory_gib": record.memory_gib,
             **{f"lr/{group}": value for group, value in record.lr.items()},
             **{f"tokens/{source}": value for source, value in record.tokens_by_source.items()},
-            **{f"epochs/{source}": counts.blocks / self._blocks[source] for source, counts in totals if counts.blocks},
+            **{f"epochs/{source}": value for source, value in epochs.items()},
         }
         self._log(record.step, record.attempt, row)
         if record.skipped:

@@ -184,6 +184,17 @@ EXCLUDED = [  # a recipe for each row of the table, in its order, and what the r
         {"data.stages": [{"tokens": 10_000, "weights": {"corpus": 1}}, {"weights": {"corpus": 1}}]},
         "data.stages.0.tokens: 10000, data.stages.1.tokens: null, train.tokens: 10000",
     ),
+    (
+        {"data.streaming": True, "train": {"epochs": 2}},
+        "data.streaming: true, train.epochs: 2.0",
+    ),
+    (
+        {"data.streaming": True, "data.sources": [{"store": "a"}]},
+        "data.streaming: true, data.sources.0.store: a",
+    ),
+    ({"data.streaming": True, "data.share_of": "tokens"}, "data.streaming: true, data.share_of: tokens"),
+    ({"data.streaming": True, "data.packing": "windows"}, "data.streaming: true, data.packing: windows"),
+    ({"data.streaming": True, "data.deduplicate": "exact"}, "data.streaming: true, data.deduplicate: exact"),
     ({"task": "classify"}, "task: classify, classify: null"),
     ({"classify.num_labels": 2}, "task: cpt, classify: {...}"),
     ({**CLASSES, "classify.labels": ["a", "b"]}, "classify.labels: [a, b], classify.num_labels: 2"),
