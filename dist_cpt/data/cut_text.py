@@ -17,7 +17,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-PIECE_CHARACTERS = 1 << 18
+PIECE_CHARACTERS = 1 << 16  # several are in the tokenizer at a time
 _WINDOWS = (200, 157, 64)  # characters on either side; several, so that nothing depends on where a window begins
 _TRIES = 24  # candidates of a kind
 _LETTER = r"[^\W\d_]"
