@@ -21,10 +21,11 @@ from typing import Any
 from dist_cpt.config.load import build, load_recipe
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.plan.devices import DEVICES, machine_of
-from dist_cpt.plan.memory import Placement, RankStep
+from dist_cpt.plan.memory import Placement, RankStep, peak_memory, state_bytes
 from dist_cpt.plan.plan import Way, make_plan
+from dist_cpt.plan.recomputation import POLICIES, Policy, again, host_bytes, kept_bytes
 from dist_cpt.plan.shapes import shapes_of
-from dist_cpt.plan.step_model import StepTime, step_time
+from dist_cpt.plan.step_model import StepTime, step_time, token_work
 from dist_cpt.plan.tensors import training_of
 
 ROOT = Path(__file__).parents[1]
@@ -80,19 +81,19 @@ PUBLISHED = (
     Published("AutoModel, Qwen2.5-7B LoRA", 14_110, "h100", QWEN25_7B, ONE, RankStep(4096, 1, 32), 16, ""),
     Published(
         *("KempnerForge, 7B full", 10_471, "h200", llama(4096, 11008, 32, 32, 32, 32000), ONE),
-        *(RankStep(4096, 1, 16, True), None, "its exact shapes are not stated: Llama-2-7B"),
+        *(RankStep(4096, 1, 16, "full"), None, "its exact shapes are not stated: Llama-2-7B"),
     ),
     Published(
         *("torchtitan, Llama-3.1-8B full, 8 GPUs", 6_667, "h100", LLAMA_8B, EIGHT, RankStep(8192, 1, 1), None),
         "recomputes in part; torch.compile in place of fused kernels",
     ),
     Published(
-        *("AutoModel, Llama-3-70B LoRA, 8 GPUs", 1_092, "h100", LLAMA_70B, EIGHT, RankStep(4096, 1, 4, True), 16),
+        *("AutoModel, Llama-3-70B LoRA, 8 GPUs", 1_092, "h100", LLAMA_70B, EIGHT, RankStep(4096, 1, 4, "full"), 16),
         "tensor parallel over 2",
     ),
     Published(
         *("AutoModel, Llama-3-70B full, 64 GPUs", 867, "h100", LLAMA_70B, Placement("fsdp-full", 64, 64, 8)),
-        *(RankStep(8192, 1, 1, True), None, "tensor and pipeline parallel"),
+        *(RankStep(8192, 1, 1, "full"), None, "tensor and pipeline parallel"),
     ),
 )
 
@@ -114,11 +115,12 @@ def by_part(accumulation: int = 8) -> dict[str, dict[str, StepTime]]:
     """Seconds of a step of 65,536 tokens of Llama-3.1-8B on one GPU: by case and GPU."""
     both = {"embeddings": {"train": ["embed_tokens", "lm_head"]}}
     shapes = shapes_of(LLAMA_8B)
-    cases = {
-        "LoRA r=64": (recipe_of("llama", 64), False),
-        "recomputed": (recipe_of("llama", 64), True),
-        "NF4": (recipe_of("llama", 64, "nf4"), False),
-        "+ embeddings, head": (recipe_of("llama", 64, **both), False),
+    cases: dict[str, tuple[RunConfig, Policy]] = {
+        "LoRA r=64": (recipe_of("llama", 64), "none"),
+        "selective": (recipe_of("llama", 64), "selective"),
+        "full": (recipe_of("llama", 64), "full"),
+        "NF4": (recipe_of("llama", 64, "nf4"), "none"),
+        "+ embeddings, head": (recipe_of("llama", 64, **both), "none"),
     }
     return {
         case: {
@@ -162,6 +164,7 @@ def published() -> Iterator[tuple[Published, float]]:
 def tables() -> Iterator[tuple[str, list[str]]]:
     """(name, lines of a Markdown table)."""
     yield "step", list(_step_table())
+    yield "policies", list(_policy_table())
     yield "recipes", list(_recipe_table())
     yield "published", list(_published_table())
 
@@ -177,6 +180,35 @@ def _step_table() -> Iterator[str]:
             yield f"| {part} | " + " | ".join(f"{value:.2f}" if value else "" for value in micros) + " |"
     totals = [cases[case][gpu].total for case, gpu in columns]
     yield "| **tokens/s** | " + " | ".join(f"**{65536 / seconds:,.0f}**" for seconds in totals) + " |"
+
+
+def _policy_table() -> Iterator[str]:
+    """Per token and layer of Llama-3.1-8B, LoRA r=64; what 80 GB hold of one sequence."""
+    training = training_of(recipe_of("llama", 64), shapes_of(LLAMA_8B))
+    layer, state = training.widths[0], state_bytes(training, ONE)
+    work = token_work(training, 4096)
+    forward = (work.gemm_forward + work.attention_forward) / training.shapes.num_layers
+    yield (
+        "| activation_checkpointing | KB kept on the device | in host memory | MFLOP of products again | of attention "
+        "| of the forward pass | us per token, H100 | H200 | tokens on 80 GB |"
+    )
+    yield "|---|" + "---|" * 8
+    for policy in POLICIES:
+        repeated = again(layer, training, policy)
+        attention = work.attention_forward / training.shapes.num_layers if repeated.attention else 0.0
+        share = (repeated.gemm + attention) / forward
+        micros = [
+            step_time(training, ONE, DEVICES[gpu], 50e9, RankStep(4096, 2, 8, policy)).recomputation / 65536 * 1e6
+            for gpu in GPUS
+        ]
+        none, some = (peak_memory(training, ONE, state, RankStep(n, 1, 8, policy)).total for n in (50_000, 60_000))
+        tokens = 50_000 + (80e9 - none) / ((some - none) / 10_000)
+        host = host_bytes(training, policy) / training.shapes.num_layers
+        yield (
+            f"| `{policy}` | {kept_bytes(layer, training, policy) / 1e3:.1f} | {host / 1e3:.1f} "
+            f"| {(repeated.gemm + repeated.lora) / 1e6:.1f} | {attention / 1e6:.1f} | {share:.0%} "
+            f"| {micros[0]:.1f} | {micros[1]:.1f} | {tokens / 1e3:,.0f}k |"
+        )
 
 
 def _recipe_table() -> Iterator[str]:

@@ -496,9 +496,10 @@ class EngineConfig(Frozen):
     """Ranks that each sequence is cut over, which need as much less memory for its activations."""
     reshard_after_forward: bool = True
     """Free gathered weights between forward and backward under FSDP, and gather them again."""
-    activation_checkpointing: Literal["none", "full", "auto"] = "none"
-    """`full` recomputes each decoder layer in backward instead of keeping its activations; `auto` takes `none` if that
-    fits by the plan."""
+    activation_checkpointing: Literal["none", "selective", "full", "offload", "auto"] = "none"
+    """What backward computes again instead of keeping it: `selective` the MLP's first maps and the norms, `full` each
+    decoder layer from its input, `offload` the same with the inputs in host memory; `auto` takes the fastest that fits
+    by the plan."""
 
     @model_validator(mode="before")
     @classmethod

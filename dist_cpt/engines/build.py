@@ -36,13 +36,14 @@ def build_engine(
 
     Raises:
         MissingExtraError: engine.kind is zero and deepspeed is not installed.
-        ConfigError: the engine does not fit the world size or the installed deepspeed.
+        ConfigError: the engine does not fit the world size or the installed deepspeed, or its
+            activation_checkpointing the model.
     """
     if config.engine.context_parallel > 1:
         module.exchange = HeadExchange(context_group(config.engine.context_parallel))
-    if config.engine.activation_checkpointing == "full":
-        checkpoint_layers(layers)
     config = config.model_copy(update={"engine": resolve_auto(config.engine, world_size())})
+    if config.engine.activation_checkpointing not in ("none", "auto"):
+        checkpoint_layers(layers, config.engine.activation_checkpointing, device)
     if config.engine.kind == "single":
         from dist_cpt.engines.single import SingleEngine
 

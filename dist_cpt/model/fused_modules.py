@@ -134,7 +134,7 @@ class FusedAttention(nn.Module):
 
 
 class FusedMlp(nn.Module):
-    """The gated MLP as one function that saves gate and up, but not their product."""
+    """The gated MLP as one function that saves gate and up, not their product; with `recomputes` none of the three."""
 
     gate_proj: Any
     up_proj: Any
@@ -143,21 +143,29 @@ class FusedMlp(nn.Module):
     activation: Any
     fused_projections: frozenset[str]  # mlp, or empty: then only the activation is fused
     gathers_at_once: bool
+    recomputes = False
+    output_unread = False  # while a checkpoint repeats the forward pass for what it saves
+
+    @property
+    def is_one_function(self) -> bool:
+        return "mlp" in self.fused_projections and not hasattr(self, "gate_up_proj")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.is_one_function:
+            maps = (projection(module) for module in (self.gate_proj, self.up_proj, self.down_proj))
+            how = {"recompute": self.recomputes, "output_unread": self.output_unread}
+            return lora_mlp(x, *maps, activation=self.activation, training=self.training, **how)
         fused = "mlp" in self.fused_projections
         if hasattr(self, "gate_up_proj"):
             packed = self._linear(self.gate_up_proj, x) if fused else self.gate_up_proj(x)
             gate, up = packed.chunk(2, dim=-1)
             product = gated(gate, up, self.activation)
-            return self._linear(self.down_proj, product) if fused else self.down_proj(product)
-        if fused:
-            gate, up, down = (projection(module) for module in (self.gate_proj, self.up_proj, self.down_proj))
-            return lora_mlp(x, gate, up, down, activation=self.activation, training=self.training)
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.activation))
+        else:
+            product = gated(self.gate_proj(x), self.up_proj(x), self.activation)
+        return self._linear(self.down_proj, product, self.output_unread) if fused else self.down_proj(product)
 
-    def _linear(self, module: Any, x: torch.Tensor) -> torch.Tensor:
-        return lora_linear(x, projection(module), training=self.training)[0]
+    def _linear(self, module: Any, x: torch.Tensor, output_unread: bool = False) -> torch.Tensor:
+        return lora_linear(x, projection(module), training=self.training, output_unread=output_unread)[0]
 
 
 class FusedLayer(nn.Module):

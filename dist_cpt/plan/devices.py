@@ -21,6 +21,7 @@ class Device:
     attention_backward: float
     copy: float  # bytes read and written
     link: float  # bytes to other devices of the node, each way
+    host: float  # bytes to host memory, each way
     source: str
 
 
@@ -39,24 +40,24 @@ class Machine:
 
 
 # Fractions of the H100's data sheet that it is assumed to reach, and that others are scaled by.
-_GEMM, _COPY, _LINK = 690 / 989, 3.0 / 3.35, 0.82
+_GEMM, _COPY, _LINK, _PCIE = 690 / 989, 3.0 / 3.35, 0.82, 0.8  # of PCIe: 51 of 64 GB/s
 _FORWARD, _BACKWARD = 345 / 690, 285 / 690
 
 
-def _scaled(name: str, memory: float, peak: float, bandwidth: float, link: float, why: str = "") -> Device:
+def _scaled(name: str, memory: float, peak: float, bandwidth: float, link: float, pcie: float, why: str = "") -> Device:
     gemm = peak * _GEMM
     source = f"data sheet x the fractions that the H100 is assumed to reach{why}"
-    rates = (gemm, gemm * _FORWARD, gemm * _BACKWARD, bandwidth * _COPY, link * _LINK)
+    rates = (gemm, gemm * _FORWARD, gemm * _BACKWARD, bandwidth * _COPY, link * _LINK, pcie * _PCIE)
     return Device(name, int(memory), peak, *rates, source)
 
 
 _HOPPER = "assumed from published kernels: 70 % of peak for large GEMMs, FlashAttention 2 at head_dim 128, 90 % of HBM"
 DEVICES = {
-    "h100": Device("H100 SXM 80 GB", 80 * 10**9, 989e12, 690e12, 345e12, 285e12, 3.0e12, 370e9, _HOPPER),
-    "h200": Device("H200 SXM 141 GB", 141 * 10**9, 989e12, 690e12, 345e12, 285e12, 4.3e12, 370e9, _HOPPER),
-    "b200": _scaled("B200 180 GB", 180e9, 2250e12, 8.0e12, 900e9),
-    "a100": _scaled("A100 SXM 80 GB", 80e9, 312e12, 2.04e12, 300e9),
-    "l40s": _scaled("L40S 48 GB", 48e9, 362e12, 0.864e12, 32e9, "; PCIe 4 between devices"),
+    "h100": Device("H100 SXM 80 GB", 80 * 10**9, 989e12, 690e12, 345e12, 285e12, 3.0e12, 370e9, 51e9, _HOPPER),
+    "h200": Device("H200 SXM 141 GB", 141 * 10**9, 989e12, 690e12, 345e12, 285e12, 4.3e12, 370e9, 51e9, _HOPPER),
+    "b200": _scaled("B200 180 GB", 180e9, 2250e12, 8.0e12, 900e9, 64e9),
+    "a100": _scaled("A100 SXM 80 GB", 80e9, 312e12, 2.04e12, 300e9, 32e9),
+    "l40s": _scaled("L40S 48 GB", 48e9, 362e12, 0.864e12, 32e9, 32e9, "; PCIe 4 between devices"),
 }
 _CPU_CORE = 5e10  # FLOP/s in fp32 or bf16
 _CPU_COPY = 1e10
@@ -98,4 +99,4 @@ def _this_cpu() -> Device:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     gemm = _CPU_CORE * (os.cpu_count() or 1)
     source = "a guess of 50 GFLOP/s per core; the memory is this machine's"
-    return Device("CPU", memory, gemm, gemm, gemm / 4, gemm / 4, _CPU_COPY, _CPU_COPY, source)
+    return Device("CPU", memory, gemm, gemm, gemm / 4, gemm / 4, _CPU_COPY, _CPU_COPY, _CPU_COPY, source)

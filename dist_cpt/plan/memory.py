@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from dist_cpt.plan.recomputation import Policy, kept_bytes, working_bytes
 from dist_cpt.plan.tensors import EIGHT_BIT_GROUPS, Frozen, Trained, Training
 from dist_cpt.plan.widths import LayerWidths
 
@@ -42,7 +43,7 @@ class RankStep:
     seq_len: int
     micro_batch: int  # sequences
     accumulation: int  # micro-batches
-    recompute: bool = False  # the layers, in backward
+    recompute: Policy = "none"  # engine.activation_checkpointing
     context_parallel: int = 1  # ranks that each sequence is cut over
 
     @property
@@ -101,23 +102,11 @@ def peak_memory(training: Training, placement: Placement, state: StateBytes, ste
     )
 
 
-def activation_bytes_per_token(training: Training, widths: Iterable[LayerWidths], recompute: bool) -> int:
+def activation_bytes_per_token(training: Training, widths: Iterable[LayerWidths], recompute: Policy) -> int:
     """Bytes that forward keeps for backward, and backward's own in one layer, per token."""
-    saved = [_saved(layer, training) for layer in widths]
-    working = max(2 * layer.hidden + layer.ffn for layer in widths) * training.compute_bytes
-    if recompute:
-        return training.shapes.num_layers * training.shapes.hidden_size * training.compute_bytes + max(saved) + working
-    return sum(saved) + working
-
-
-def _saved(layer: LayerWidths, training: Training) -> int:
-    """Both norms' inputs and outputs, attention's inputs and output, the MLP's two halves; LoRA's x A; statistics."""
-    kept = 4 * layer.hidden + layer.query + layer.key + layer.value + layer.output + layer.up
-    statistics = 4 * (2 + training.shapes.num_heads)
-    if not training.shapes.fused:  # norms in fp32, the activation and the product of the MLP
-        kept += 2 * layer.hidden + 2 * layer.ffn
-        statistics += 2 * 4 * layer.hidden
-    return (kept + training.rank * layer.adapted_maps) * training.compute_bytes + statistics
+    layers = list(widths)
+    kept = sum(kept_bytes(layer, training, recompute) for layer in layers)
+    return kept + working_bytes(layers, training, recompute)
 
 
 def _loss(training: Training, tokens: int) -> int:

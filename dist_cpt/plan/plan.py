@@ -1,7 +1,7 @@
 """Every way to run a recipe on a machine that exists and fits: memory of a rank and tokens/s, by the model.
 
-A way is an engine with what it shards, a micro-batch, whether layers are recomputed, and how the base is stored. The
-fastest comes first. New settings of a recipe become new ways here.
+A way is an engine with what it shards, a micro-batch, what is recomputed, and how the base is stored. The fastest comes
+first. New settings of a recipe become new ways here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dist_cpt.plan.devices import Machine
 from dist_cpt.plan.loading import why_whole
 from dist_cpt.plan.memory import Memory, Placement, RankStep, StateBytes, loading_bytes, peak_memory, state_bytes
 from dist_cpt.plan.model_check import refusals as unsupported
+from dist_cpt.plan.recomputation import Policy, possible_policies
 from dist_cpt.plan.shapes import ModelShapes, find_config, shapes_of
 from dist_cpt.plan.step_model import StepTime, step_time, token_work
 from dist_cpt.plan.tensors import Training, training_of
@@ -32,7 +33,6 @@ _ENGINES: dict[str, dict[str, Any]] = {
     "zero-2": {"kind": "zero", "stage": 2},
     "zero-3": {"kind": "zero", "stage": 3},
 }
-RECOMPUTED = {"none": False, "full": True}  # engine.activation_checkpointing
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def predict(config: RunConfig, shapes: ModelShapes, machine: Machine) -> Way:
     training, placement = training_of(config, shapes), _placement(_engine_name(config, machine), machine)
     state, checkpointing = state_bytes(training, placement), config.engine.activation_checkpointing
     step_shape(config, machine.ranks)
+    assert checkpointing != "auto"
     return _predict(config, training, placement, state, machine, config.batch.micro_batch, checkpointing)
 
 
@@ -155,7 +156,7 @@ def _ways(variant: tuple[RunConfig, str], shapes: ModelShapes, machine: Machine)
     placement = _placement(engine, machine)
     state = state_bytes(training, placement)
     for micro_batch in _micro_batches(config, machine):
-        for checkpointing in RECOMPUTED:
+        for checkpointing in possible_policies(shapes):
             yield _predict(config, training, placement, state, machine, micro_batch, checkpointing)
 
 
@@ -171,12 +172,12 @@ def _predict(
     state: StateBytes,
     machine: Machine,
     micro_batch: int,
-    checkpointing: str,
+    checkpointing: Policy,
 ) -> Way:
     blocks = config.batch.global_tokens // config.data.seq_len
     parts = config.engine.context_parallel
     accumulation = blocks // (machine.ranks // parts * micro_batch)
-    step = RankStep(config.data.seq_len, micro_batch, accumulation, RECOMPUTED[checkpointing], parts)
+    step = RankStep(config.data.seq_len, micro_batch, accumulation, checkpointing, parts)
     memory = peak_memory(training, placement, state, step)
     time = step_time(training, placement, machine.device, machine.network, step)
     rate = config.batch.global_tokens / time.total

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from dist_cpt.plan import recomputation
 from dist_cpt.plan.devices import Device
 from dist_cpt.plan.exchange import rank_heads
 from dist_cpt.plan.memory import LOSS_CHUNK_TOKENS, PERSISTENT_ELEMENTS, Placement, RankStep
@@ -106,7 +107,7 @@ def token_work(training: Training, seq_len: int, assumed: Assumptions = ASSUMED)
         lora=6.0 * sum(tensor.elements for tensor in training.trained if tensor.group == "adapter"),
         lora_bytes_forward=size * passes * (inputs + 2.0 * outputs),
         lora_bytes_backward=size * passes * (3.0 * inputs + 2.0 * outputs),
-        elementwise_forward=size * passes * sum(map(_elementwise_forward, widths)),
+        elementwise_forward=size * passes * sum(layer.moved_forward for layer in widths),
         elementwise_backward=size * passes * sum(map(_elementwise_backward, widths)),
         loss=loss,
         loss_bytes=loss_bytes,
@@ -129,8 +130,6 @@ def step_time(
     skinny = device.copy * assumed.skinny_fraction
     lora_forward = max(work.lora_bytes_forward / skinny, work.lora / 3 / device.gemm)
     lora_backward = max(work.lora_bytes_backward / skinny, work.lora * 2 / 3 / device.gemm)
-    again = work.gemm_forward / device.gemm + work.attention_forward / device.attention_forward
-    again += lora_forward + work.elementwise_forward / moved
     attention = work.attention_forward / device.attention_forward + work.attention_backward / device.attention_backward
     per_token = {
         "gemm": (work.gemm_forward + work.gemm_backward) / device.gemm,
@@ -138,20 +137,26 @@ def step_time(
         "lora": lora_forward + lora_backward,
         "elementwise": (work.elementwise_forward + work.elementwise_backward) / moved,
         "loss": work.loss / device.gemm + work.loss_bytes / moved,
-        "recomputation": again if step.recompute else 0.0,
+        "recomputation": _recomputation(training, step, device, work, assumed),
     }
     parts = {name: seconds * tokens for name, seconds in per_token.items()}
-    parts["dequantise"] = _dequantise(training, device, step.recompute, assumed) * accumulation
+    again = [recomputation.again(layer, training, step.recompute) for layer in training.widths]
+    repeated = sum(layer.gemm for layer in again) / work.gemm_forward
+    parts["dequantise"] = _dequantise(training, device, 2 + repeated, assumed) * accumulation
     parts["gradients"] = _gradients(training, accumulation, assumed) / moved
     compute = sum(parts.values()) / accumulation
-    launches = assumed.layer_launches_forward * (2 if step.recompute else 1) + assumed.layer_launches_backward
+    forwards = 2 if any(layer.attention for layer in again) else 1
+    launches = assumed.layer_launches_forward * forwards + assumed.layer_launches_backward
     host = launches * training.shapes.num_layers * assumed.host_seconds_per_launch
     parts["communication"] = communication(
         training, placement, device, network, compute=compute, accumulation=accumulation
     )
     parts["communication"] += _exchange(training, placement, device, network, step) * accumulation
     parts["optimizer"] = _optimizer(training, placement, device, assumed)
-    parts["host"] = assumed.step_seconds + max(0.0, host - compute) * accumulation
+    # layer inputs leave beside the forward pass, a third of the time, and return beside the backward
+    copies = recomputation.host_bytes(training, step.recompute) * step.micro_batch_tokens / device.host
+    waits = max(0.0, host - compute) + max(0.0, copies - compute / 3) + max(0.0, copies - compute * 2 / 3)
+    parts["host"] = assumed.step_seconds + waits * accumulation
     return StepTime(**parts)
 
 
@@ -161,13 +166,6 @@ def _attention(layer: LayerWidths, seq_len: int) -> float:
     if layer.window is not None and layer.window < seq_len:
         keys = layer.window - layer.window**2 / (2 * seq_len)
     return 2.0 * keys * (layer.query + layer.output)
-
-
-def _elementwise_forward(layer: LayerWidths) -> float:
-    """Elements moved: the first norm, the second with its residual sum, the last sum; RoPE; the gated product."""
-    norms = (9 + 2 * (layer.norms - 2)) * layer.hidden
-    rotated = layer.query + layer.key
-    return norms + 2 * rotated + (2 * rotated if layer.head_norms else 0) + layer.up + layer.ffn
 
 
 def _elementwise_backward(layer: LayerWidths) -> float:
@@ -187,9 +185,19 @@ def _loss(training: Training, assumed: Assumptions) -> tuple[float, float]:
     return products * training.shapes.head_elements, passes + head
 
 
-def _dequantise(training: Training, device: Device, recompute: bool, assumed: Assumptions) -> float:
-    """Seconds per micro-batch to make 16-bit weights: in forward, backward and recomputation."""
-    times = 3 if recompute else 2
+def _recomputation(training: Training, step: RankStep, device: Device, work: TokenWork, assumed: Assumptions) -> float:
+    """Seconds per token of what backward computes again."""
+    layers = [recomputation.again(layer, training, step.recompute) for layer in training.widths]
+    passes = training.compute_bytes * (1.0 if training.shapes.fused else assumed.unfused_passes)
+    skinny = passes * sum(layer.lora_elements for layer in layers) / (device.copy * assumed.skinny_fraction)
+    elementwise = passes * sum(layer.elementwise for layer in layers) / (device.copy * assumed.elementwise_fraction)
+    attention = work.attention_forward / device.attention_forward if any(layer.attention for layer in layers) else 0.0
+    lora = max(skinny, sum(layer.lora for layer in layers) / device.gemm)
+    return sum(layer.gemm for layer in layers) / device.gemm + attention + lora + elementwise
+
+
+def _dequantise(training: Training, device: Device, times: float, assumed: Assumptions) -> float:
+    """Seconds per micro-batch to make 16-bit weights `times`: in forward, backward and recomputation."""
     elements = times * training.num_quantised
     if training.weights == "int8":  # codes read, bf16 written
         return 3.0 * elements / (device.copy * assumed.elementwise_fraction)

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 
 from dist_cpt.plan.shapes import ModelShapes, Weight
 
-_FFN = ("F", "M", "S")  # symbols of the features that a down projection reads
+FFN = ("F", "M", "S")  # symbols of the features that a down projection reads
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Some maps of a layer: their parameters, and the features that those of them with LoRA read and write."""
+
+    parameters: float
+    adapted_inputs: int
+    adapted_outputs: int
 
 
 @dataclass(frozen=True)
@@ -27,8 +36,19 @@ class LayerWidths:
     parameters: float  # of the maps that a token passes
     adapted_maps: int
     adapted_inputs: int  # of activations, each counted once, that adapted maps read
+    adapted_map_inputs: int  # counted for each map
     adapted_outputs: int
+    first: Maps  # of the MLP: gate and up
+    last: Maps  # of the MLP: down, where it is one map that every token passes
     window: int | None
+
+    @property
+    def moved_forward(self) -> int:
+        """Elements that forward moves outside of products: norms, the second with its residual sum, the last sum; RoPE;
+        the gated product."""
+        norms = (9 + 2 * (self.norms - 2)) * self.hidden
+        rotated = self.query + self.key
+        return norms + 2 * rotated + (2 * rotated if self.head_norms else 0) + self.up + self.ffn
 
 
 def layer_widths(shapes: ModelShapes, adapted: Iterable[Weight]) -> list[LayerWidths]:
@@ -46,12 +66,16 @@ def layer_widths(shapes: ModelShapes, adapted: Iterable[Weight]) -> list[LayerWi
 def _widths(shapes: ModelShapes, weights: list[Weight], adapted: list[Weight], window: int | None) -> LayerWidths:
     visited = shapes.experts_per_token
     up = ffn = 0
+    first: list[Weight] = []
+    last: list[Weight] = []
     for weight in weights:
         times = visited if weight.role == "experts" else 1
-        if weight.symbol in _FFN:
+        if weight.symbol in FFN:
             ffn += times * weight.inputs
+            last += [weight] if weight.role == "linear" else []
         elif weight.role in ("linear", "experts") and not weight.in_attention and weight.outputs > 1:
             up += times * weight.outputs
+            first.append(weight)
     # A fused layer reads the input of several maps once.
     inputs = {weight.reads: weight.inputs for weight in adapted}
     return LayerWidths(
@@ -64,11 +88,23 @@ def _widths(shapes: ModelShapes, weights: list[Weight], adapted: list[Weight], w
         ffn=ffn,
         norms=max(2, sum(w.role == "norm" and not w.in_attention for w in weights)),
         head_norms=any(w.role == "norm" and w.name.endswith("q_norm.weight") for w in weights),
-        parameters=sum(
-            w.elements * shapes.active_share(w) for w in weights if w.role in ("linear", "experts", "router")
-        ),
+        parameters=_parameters(shapes, [w for w in weights if w.role in ("linear", "experts", "router")]),
         adapted_maps=len(adapted),
         adapted_inputs=sum(inputs.values()) if shapes.fused else sum(weight.inputs for weight in adapted),
+        adapted_map_inputs=sum(weight.inputs for weight in adapted),
         adapted_outputs=sum(weight.outputs for weight in adapted),
+        first=_maps(shapes, first, adapted),
+        last=_maps(shapes, last if len(last) == 1 else [], adapted),
         window=window,
     )
+
+
+def _maps(shapes: ModelShapes, weights: list[Weight], adapted: list[Weight]) -> Maps:
+    carriers = [weight for weight in weights if weight in adapted]
+    inputs, outputs = (sum(getattr(weight, name) for weight in carriers) for name in ("inputs", "outputs"))
+    return Maps(_parameters(shapes, weights), inputs, outputs)
+
+
+def _parameters(shapes: ModelShapes, weights: list[Weight]) -> float:
+    """What one token passes of them."""
+    return sum(weight.elements * shapes.active_share(weight) for weight in weights)

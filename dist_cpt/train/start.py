@@ -95,6 +95,8 @@ def announce(run: Run, contract: Contract, progress: Progress) -> None:
         sources=_source_sizes(run),
     )
     on_rank_zero("observers", lambda: context.observers.on_start(record))
+    if context.config.engine.activation_checkpointing == "offload" and context.device.type == "cpu":
+        context.observers.on_message("engine.activation_checkpointing: offload saves no memory on a CPU")
     if context.env.rank == 0 and progress.resumed_from is None:
         num_blocks = context.shape.num_steps * context.shape.blocks_per_step
         for concern in concerns(run.data.prepared, run.data.loader, num_blocks):

@@ -9,6 +9,9 @@ to y in place; and the scaling is part of a GEMM, where it causes no rounding.
 
 Saved for the backward pass: the parameters themselves (a sharding engine refills them), x, drop(x) A^T (S columns, a
 hundredth of x), and a dropout mask of one byte per element. An NF4 W is decoded for each product and never saved.
+
+`output_unread` is for a checkpoint that runs the forward pass again for what it saves alone: the output then stays
+uninitialised, and the products that only it needs are left out.
 Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, section 4.1.
 """
 
@@ -26,7 +29,9 @@ from dist_cpt_kernels.nf4 import dequantize_nf4
 from dist_cpt_kernels.projection import Nf4Scales, Projection
 
 
-def lora_linear(x: torch.Tensor, *projections: Projection, training: bool = True) -> tuple[torch.Tensor, ...]:
+def lora_linear(
+    x: torch.Tensor, *projections: Projection, training: bool = True, output_unread: bool = False
+) -> tuple[torch.Tensor, ...]:
     """y_i = x W_i^T + b_i + scaling_i (drop_i(x) A_i^T) B_i^T [..., O_i] for each projection of `x` [..., I].
 
     All floating-point tensors have the dtype of `x`. Dropout draws from torch's generator in the order of the
@@ -39,7 +44,7 @@ def lora_linear(x: torch.Tensor, *projections: Projection, training: bool = True
     names = [f"projection {i}" for i in range(len(projections))]
     _check(x, dict(zip(names, projections, strict=True)))
     settings, tensors = _for_autograd(projections, training)
-    return _LoraLinear.apply(x, settings, *tensors)
+    return _LoraLinear.apply(x, settings, output_unread, *tensors)
 
 
 def lora_mlp(
@@ -48,11 +53,15 @@ def lora_mlp(
     up: Projection,
     down: Projection,
     activation: Activation = "silu",
+    *,
     training: bool = True,
+    recompute: bool = False,
+    output_unread: bool = False,
 ) -> torch.Tensor:
     """down(activation(gate(x)) * up(x)) [..., D], each a projection as in `lora_linear`, for `x` [..., D].
 
-    Of the intermediate tensors, gate(x) and up(x) are saved; their product is recomputed.
+    Of the intermediate tensors, gate(x) and up(x) are saved; their product is recomputed. With `recompute` gate(x) and
+    up(x) are computed again as well, from x and x A^T, to the same bits: 2 F fewer elements per token are saved.
 
     Raises:
         ValueError: shapes or dtypes do not match, an unknown activation, a dropout outside [0, 1], or autocast.
@@ -64,14 +73,17 @@ def lora_mlp(
         raise ValueError(f"gate and up: expected the same width, got {gate.shape[0]} and {up.shape[0]}")
     _check(x.new_empty(0, gate.shape[0]), {"down": down})
     settings, tensors = _for_autograd((gate, up, down), training)
-    return _LoraMlp.apply(x, activation, settings, *tensors)
+    how = _MlpHow(activation, recompute, output_unread)
+    return _LoraMlp.apply(x, how, settings, *tensors)
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, settings: Sequence[_Setting], *tensors: Any) -> tuple[torch.Tensor, ...]:
-        layers = _layers(settings, tensors, ctx.needs_input_grad[2:])
-        outs, kept = _project(x, layers)
+    def forward(
+        ctx: Any, x: torch.Tensor, settings: Sequence[_Setting], unread: bool, *tensors: Any
+    ) -> tuple[torch.Tensor, ...]:
+        layers = _layers(settings, tensors, ctx.needs_input_grad[3:])
+        outs, kept = _project(x, layers, unread)
         need_x = ctx.needs_input_grad[0]
         ctx.set_materialize_grads(False)  # an unused output has no gradient instead of zeros
         ctx.settings, ctx.x_shape = settings, x.shape
@@ -88,35 +100,34 @@ class _LoraLinear(torch.autograd.Function):
         if all(grad is None for grad in grad_outputs):
             return (None,) * len(ctx.needs_input_grad)
         x, *saved = ctx.saved_tensors
-        layers = _layers(ctx.settings, saved, ctx.needs_input_grad[2:])
+        layers = _layers(ctx.settings, saved, ctx.needs_input_grad[3:])
         kept = saved[4 * len(layers) :]
         grads = [None if grad is None else _rows(grad) for grad in grad_outputs]
         inner = _inner_gradients(grads, layers, ctx.needs_input_grad[0])
         dx = _input_gradient(grads, inner, layers, kept).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
-        return dx, None, *_parameter_gradients(x, grads, inner, layers, kept)
+        return dx, None, None, *_parameter_gradients(x, grads, inner, layers, kept)
 
 
 class _LoraMlp(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, activation: Activation, settings: Sequence[_Setting], *tensors: Any
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, how: _MlpHow, settings: Sequence[_Setting], *tensors: Any) -> torch.Tensor:
         layers = _layers(settings, tensors, ctx.needs_input_grad[3:])
         first, last = layers[:2], layers[2:]
         (gate, up), kept_first = _project(x, first)
-        (out,), kept_last = _project(gated(gate, up, activation), last)
+        (out,), kept_last = _project(gated(gate, up, how.activation), last, how.output_unread)
         need_x = ctx.needs_input_grad[0]
         need_product = need_x or any(any(layer.needs) for layer in first)
         need_gate = need_product or _need_input(last)
+        again, save_gate = need_gate and how.recompute, need_gate and not how.recompute
         ctx.set_materialize_grads(False)
-        ctx.activation, ctx.settings, ctx.x_shape, ctx.num_kept = activation, settings, x.shape, 2 * len(kept_first)
+        ctx.how, ctx.settings, ctx.x_shape, ctx.num_kept = how, settings, x.shape, 2 * len(kept_first)
         ctx.save_for_backward(
-            x if _need_input(first) else None,
-            gate if need_gate else None,
-            up if need_gate else None,
-            *_parameters_for(first, need_x),
+            x if again or _need_input(first) else None,
+            gate if save_gate else None,
+            up if save_gate else None,
+            *(tensors[:8] if again else _parameters_for(first, need_x)),
             *_parameters_for(last, need_product),
-            *_for_backward(kept_first, first, need_x),
+            *_for_backward(kept_first, first, need_x, need_inner=again),
             *_for_backward(kept_last, last, need_product),
         )
         return out
@@ -135,25 +146,38 @@ class _LoraMlp(torch.autograd.Function):
         kept_first, kept_last = saved[12 : 12 + ctx.num_kept], saved[12 + ctx.num_kept :]
         need_x, want_product = ctx.needs_input_grad[0], _need_input(last)
         need_product = need_x or any(any(layer.needs) for layer in first)
+        if ctx.how.recompute and (need_product or want_product):
+            gate, up = _project_again(x, first, kept_first)
         grads: list[torch.Tensor | None] = [_rows(grad)]
         dgate = dup = product = None
         inner = _inner_gradients(grads, last, need_product)
         if need_product:
             dproduct = _input_gradient(grads, inner, last, kept_last)
-            # All three are ours, but with retain_graph a later backward reads gate and up again.
-            overwrite = not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+            # All three are ours, but with retain_graph a later backward reads saved ones again.
+            keeps = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+            overwrite = ctx.how.recompute or not keeps
             dgate, dup, product = gated_gradients(
-                dproduct, _rows(gate), _rows(up), ctx.activation, want_value=want_product, overwrite=overwrite
+                dproduct, _rows(gate), _rows(up), ctx.how.activation, want_value=want_product, overwrite=overwrite
             )
             del dproduct
         elif want_product:
-            product = gated(gate, up, ctx.activation)
+            product = gated(gate, up, ctx.how.activation)
+        del gate, up
         last_gradients = _parameter_gradients(product, grads, inner, last, kept_last)
         del product
         grads = [dgate, dup]
         inner = _inner_gradients(grads, first, need_x)
         dx = _input_gradient(grads, inner, first, kept_first).view(ctx.x_shape) if need_x else None
         return dx, None, None, *_parameter_gradients(x, grads, inner, first, kept_first), *last_gradients
+
+
+@dataclass(frozen=True)
+class _MlpHow:
+    """The settings of a call of `lora_mlp`."""
+
+    activation: Activation
+    recompute: bool
+    output_unread: bool
 
 
 @dataclass(frozen=True)
@@ -224,36 +248,62 @@ def _groups(layers: Sequence[_Layer]) -> list[list[int]]:
 _Saved = tuple[Any, Any]
 
 
-def _project(x: torch.Tensor, layers: Sequence[_Layer]) -> tuple[list[torch.Tensor], list[_Saved]]:
-    """(each output [..., O], the tensors to save of each group)."""
+def _project(
+    x: torch.Tensor, layers: Sequence[_Layer], unread: bool = False
+) -> tuple[list[torch.Tensor], list[_Saved]]:
+    """(each output [..., O], the tensors to save of each group); `unread` outputs are not computed."""
     x_TI = _rows(x)
-    outs: list[torch.Tensor] = []
-    for layer in layers:
-        weight_OI = _dense(layer, x.dtype)
-        out = x.new_empty((*x.shape[:-1], weight_OI.shape[0]))  # not a view: a caller may modify it in place
-        if layer.bias is None:
-            torch.mm(x_TI, weight_OI.T, out=_rows(out))
-        else:
-            torch.addmm(layer.bias, x_TI, weight_OI.T, out=_rows(out))
-        del weight_OI  # before the next one is decoded
-        outs.append(out)
+    outs = _base_products(x, layers, unread)
     kept: list[_Saved] = []
     for group in _groups(layers):
         dropped_TI, mask_TI = x_TI, None
         if dropout := layers[group[0]].setting.dropout:
             dropped_TI, mask_TI = torch.native_dropout(x_TI, dropout, True)
-        inner_TS = dropped_TI @ _stacked_A(layers, group).T
-        for i, inner_TR in _split(inner_TS, layers, group):
-            _rows(outs[i]).addmm_(inner_TR, layers[i].B.T, alpha=layers[i].setting.scaling)
-        kept.append((inner_TS, mask_TI))
+        kept.append((dropped_TI @ _stacked_A(layers, group).T, mask_TI))
+    if not unread:
+        _add_adapters(outs, [inner_TS for inner_TS, _ in kept], layers)
     return outs, kept
 
 
-def _for_backward(kept: Sequence[_Saved], layers: Sequence[_Layer], need_x: bool) -> list[Any]:
+def _project_again(x: torch.Tensor, layers: Sequence[_Layer], kept: Sequence[Any]) -> list[torch.Tensor]:
+    """The outputs of `_project`, from what it saved."""
+    outs = _base_products(x, layers)
+    _add_adapters(outs, kept[::2], layers)
+    return outs
+
+
+def _base_products(x: torch.Tensor, layers: Sequence[_Layer], unread: bool = False) -> list[torch.Tensor]:
+    """x W^T + b [..., O] of each layer."""
+    x_TI = _rows(x)
+    outs: list[torch.Tensor] = []
+    for layer in layers:
+        num_outputs = layer.weight.shape[0] if layer.setting.scales is None else layer.setting.scales.shape[0]
+        outs.append(x.new_empty((*x.shape[:-1], num_outputs)))  # not a view: a caller may modify it in place
+        if unread:
+            continue
+        weight_OI = _dense(layer, x.dtype)
+        if layer.bias is None:
+            torch.mm(x_TI, weight_OI.T, out=_rows(outs[-1]))
+        else:
+            torch.addmm(layer.bias, x_TI, weight_OI.T, out=_rows(outs[-1]))
+        del weight_OI  # before the next one is decoded
+    return outs
+
+
+def _add_adapters(outs: Sequence[torch.Tensor], inner: Sequence[torch.Tensor], layers: Sequence[_Layer]) -> None:
+    """Add scaling drop(x) A^T B^T to each output, in place."""
+    for group, inner_TS in zip(_groups(layers), inner, strict=True):
+        for i, inner_TR in _split(inner_TS, layers, group):
+            _rows(outs[i]).addmm_(inner_TR, layers[i].B.T, alpha=layers[i].setting.scaling)
+
+
+def _for_backward(
+    kept: Sequence[_Saved], layers: Sequence[_Layer], need_x: bool, need_inner: bool = False
+) -> list[Any]:
     """The tensors of the groups that the backward pass reads: two per group."""
     saved: list[Any] = []
     for group, (inner_TS, mask_TI) in zip(_groups(layers), kept, strict=True):
-        saved.append(inner_TS if any(layers[i].needs[3] for i in group) else None)
+        saved.append(inner_TS if need_inner or any(layers[i].needs[3] for i in group) else None)
         saved.append(mask_TI if need_x or any(layers[i].needs[2] for i in group) else None)
     return saved
 

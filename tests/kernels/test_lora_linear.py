@@ -10,6 +10,7 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from dist_cpt_kernels import Projection, dispatch, lora_linear, lora_mlp, reference
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from dist_cpt.adapters import quantize
 from tests.kernel_inputs import lora_linear as case
@@ -121,6 +122,44 @@ def test_dropout_under_activation_checkpointing_draws_the_same_again(reentrant):
             torch.stack([out.square().sum() for out in (outs if isinstance(outs, tuple) else (outs,))]).sum().backward()
             gradients.append([leaf.grad, *(leaf.grad for _, leaves in cast for leaf in leaves)])
         assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gate_and_up_computed_again_have_the_same_bits(dropout):
+    x, layers = case.random(50, 7, 64), _mlp(64, 32, torch.float32, dropout=dropout)
+    gradients, kept = [], []
+    for again in (False, True):
+        leaf, cast = x.clone().requires_grad_(), [case.cast(p, torch.float32, ("lora_A", "lora_B")) for p in layers]
+        torch.manual_seed(5)
+        out = []
+        kept.append(_saved(lambda: out.append(lora_mlp(leaf, *(p for p, _ in cast), recompute=again))))  # noqa: B023
+        loss = out[0].square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        gradients.append([out[0], leaf.grad, *(leaf.grad for _, leaves in cast for leaf in leaves)])
+    assert all(map(torch.equal, *gradients))
+    sizes = [sum(t.numel() for t in saved) for saved in kept]
+    assert sizes[0] - sizes[1] == 2 * 7 * 32
+
+
+def test_an_unread_output_is_not_computed_and_leaves_the_gradients():
+    x = case.random(50, 7, 64)
+    for op, layers in (
+        (lora_linear, [case.projection_of(32, 64, torch.float32, nf4=nf4, bias=True) for nf4 in (True, False)]),
+        (lora_mlp, _mlp(64, 32, torch.float32)),
+    ):
+        gradients, products = [], []
+        for unread in (False, True):
+            leaf, cast = x.clone().requires_grad_(), [case.cast(p, torch.float32, ("lora_A", "lora_B")) for p in layers]
+            with FlopCounterMode(display=False) as flops:
+                out = op(leaf, *(projection for projection, _ in cast), output_unread=unread)
+            products.append(flops.get_total_flops())
+            outs = out if isinstance(out, tuple) else (out,)
+            assert all(o.shape == (7, p.shape[0]) for o, p in zip(outs, layers[-len(outs) :], strict=True))
+            torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
+            gradients.append([leaf.grad, *(leaf.grad for _, leaves in cast for leaf in leaves)])
+        assert all(map(torch.equal, *gradients))
+        assert products[0] - products[1] == 2 * 7 * 64 * 32 * len(outs)
 
 
 def test_gradcheck():
