@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ def fused_and_not(base: str, engine: dict[str, Any], variant: str, weights: str)
             save_unpacked(base, unpacked)
         dist.barrier()
         runs.append(_steps(unpacked, engine, "lora", "fp32", fused=False))
+    return cases.on_rank_0(runs)
+
+
+def recomputed(base: str, engine: dict[str, Any], policies: Sequence[str]) -> Any:
+    """(loss sums and gradient norms, state) of the same steps with kernels, under each activation_checkpointing."""
+    runs = [_steps(base, engine | {"activation_checkpointing": how}, "lora", "fp32", fused=True) for how in policies]
     return cases.on_rank_0(runs)
 
 

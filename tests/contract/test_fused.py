@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.contract.compare import assert_same
 from tests.contract.engines import ENGINES
 
 FAST = {("fsdp-full", "lora", "fp32"), ("zero-3", "lora", "fp32")}
@@ -40,6 +41,20 @@ def test_fused_modules_train_as_the_others(engine: str, variant: str, weights: s
     for name, tensor in state.items():
         if not name.startswith("exp_avg_sq"):
             assert torch.linalg.norm(tensor - plain_state[name]) <= 3e-5 * torch.linalg.norm(plain_state[name]), name
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("engine", ["fsdp-full", "fsdp-trainable", "zero-2", "zero-3"])
+def test_fused_modules_recompute_to_the_same_bits(engine: str, pool: Any, base: Any) -> None:
+    (kept, kept_state), *recomputed = pool(2).run(
+        "tests.contract.fused:recomputed",
+        base=base("lora"),
+        engine=ENGINES[engine],
+        policies=("none", "selective", "full", "offload"),
+    )[0]
+    for numbers, state in recomputed:
+        assert numbers == kept
+        assert_same(state, kept_state)
 
 
 def _error(state: dict[str, torch.Tensor], truth: dict[str, torch.Tensor], kind: str) -> float:
