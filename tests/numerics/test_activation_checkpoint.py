@@ -145,7 +145,14 @@ def test_a_base_in_codes_or_transposed_leaves_its_last_product_out_too(kind: str
 
 
 @pytest.mark.parametrize(
-    ("kind", "fused"), [("gemma2", False), ("gemma2", True), ("phi3", True), ("gpt2", False), ("qwen2_moe", False)]
+    ("kind", "fused"),
+    [
+        pytest.param("gemma2", False, marks=pytest.mark.matrix),
+        ("gemma2", True),
+        ("phi3", True),
+        pytest.param("gpt2", False, marks=pytest.mark.matrix),
+        ("qwen2_moe", False),
+    ],
 )
 def test_other_architectures_keep_every_bit(
     kind: str, fused: bool, bases: Any, monkeypatch: pytest.MonkeyPatch
@@ -157,7 +164,7 @@ def test_other_architectures_keep_every_bit(
     assert passed["selective"].flops > passed["none"].flops
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.matrix), True])
 @pytest.mark.parametrize("adapter", [{"dropout": 0.3}, {"dora": True}], ids=["dropout", "dora"])
 def test_dropout_draws_the_same_again_and_dora_reads_its_product(
     adapter: dict[str, Any], fused: bool, bases: Any, monkeypatch: pytest.MonkeyPatch
