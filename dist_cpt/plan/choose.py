@@ -5,14 +5,14 @@ A base that fits is replicated and nothing is recomputed that fits: of the ways 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dist_cpt.config.exclusions import refusals
 from dist_cpt.config.schema import EngineConfig, RunConfig
 from dist_cpt.plan.devices import Machine
 from dist_cpt.plan.plan import Way, predict
-from dist_cpt.plan.recomputation import possible_policies
+from dist_cpt.plan.recomputation import POLICIES
 from dist_cpt.plan.shapes import shapes_of
 
 AUTO = "auto"
@@ -30,8 +30,7 @@ def chosen_engine(config: RunConfig, values: Mapping[str, Any], machine: Machine
         ConfigError: the model is not known, or a step's sequences do not divide by the ranks.
     """
     shapes = shapes_of(values)
-    candidates = _candidates(config, machine.ranks, possible_policies(shapes))
-    engines = [engine for engine in candidates if not refusals(_with(config, engine))]
+    engines = [engine for engine in _candidates(config, machine.ranks) if not refusals(_with(config, engine))]
     ways = [(predict(_with(config, engine), shapes, machine), engine) for engine in engines]
     if not ways:  # the recipe excludes each of them, and is refused where it is built
         return plain_engine(config.engine, machine.ranks)
@@ -56,7 +55,7 @@ def plain_engine(engine: EngineConfig, ranks: int) -> EngineConfig:
     return engine.model_copy(update=update)
 
 
-def _candidates(config: RunConfig, ranks: int, policies: Sequence[str]) -> Iterator[EngineConfig]:
+def _candidates(config: RunConfig, ranks: int) -> Iterator[EngineConfig]:
     """Those that take less memory come later: the first of equally fast ones is taken."""
     engine = config.engine
     kinds: list[dict[str, Any]] = [{}]
@@ -64,7 +63,7 @@ def _candidates(config: RunConfig, ranks: int, policies: Sequence[str]) -> Itera
         shards = (["trainable"] if config.adapter.kind == "lora" else []) + ["full"]
         kinds = [{"kind": "single"}] if ranks == 1 else [{"kind": "fsdp", "shard": shard} for shard in shards]
     chosen = engine.activation_checkpointing
-    for policy in policies if chosen == AUTO else (chosen,):
+    for policy in POLICIES if chosen == AUTO else (chosen,):
         for kind in kinds:
             yield engine.model_copy(update=kind | {"activation_checkpointing": policy})
 

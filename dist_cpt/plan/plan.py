@@ -18,7 +18,7 @@ from dist_cpt.plan.devices import Machine
 from dist_cpt.plan.loading import why_whole
 from dist_cpt.plan.memory import Memory, Placement, RankStep, StateBytes, loading_bytes, peak_memory, state_bytes
 from dist_cpt.plan.model_check import refusals as unsupported
-from dist_cpt.plan.recomputation import Policy, possible_policies
+from dist_cpt.plan.recomputation import POLICIES, Policy
 from dist_cpt.plan.shapes import ModelShapes, find_config, shapes_of
 from dist_cpt.plan.step_model import StepTime, step_time, token_work
 from dist_cpt.plan.tensors import Training, training_of
@@ -156,7 +156,7 @@ def _ways(variant: tuple[RunConfig, str], shapes: ModelShapes, machine: Machine)
     placement = _placement(engine, machine)
     state = state_bytes(training, placement)
     for micro_batch in _micro_batches(config, machine):
-        for checkpointing in possible_policies(shapes):
+        for checkpointing in POLICIES:
             yield _predict(config, training, placement, state, machine, micro_batch, checkpointing)
 
 

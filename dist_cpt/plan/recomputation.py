@@ -11,9 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dist_cpt.plan.shapes import ModelShapes
 from dist_cpt.plan.tensors import Training
-from dist_cpt.plan.widths import FFN, LayerWidths
+from dist_cpt.plan.widths import LayerWidths
 
 Policy = Literal["none", "selective", "full", "offload"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -28,12 +27,6 @@ class Again:
     lora_elements: float  # of rows that these read and write
     attention: bool
     elementwise: float  # elements moved by everything else
-
-
-def possible_policies(shapes: ModelShapes) -> tuple[Policy, ...]:
-    """`selective` needs layers whose MLP is a module."""
-    flat = any(weight.symbol in FFN and not weight.module for weight in shapes.weights)
-    return tuple(policy for policy in POLICIES if policy != "selective" or not flat)
 
 
 def kept_bytes(layer: LayerWidths, training: Training, policy: Policy) -> int:

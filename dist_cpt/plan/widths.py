@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dist_cpt.plan.shapes import ModelShapes, Weight
 
-FFN = ("F", "M", "S")  # symbols of the features that a down projection reads
+_FFN = ("F", "M", "S")  # symbols of the features that a down projection reads
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _widths(shapes: ModelShapes, weights: list[Weight], adapted: list[Weight], w
     last: list[Weight] = []
     for weight in weights:
         times = visited if weight.role == "experts" else 1
-        if weight.symbol in FFN:
+        if weight.symbol in _FFN:
             ffn += times * weight.inputs
             last += [weight] if weight.role == "linear" else []
         elif weight.role in ("linear", "experts") and not weight.in_attention and weight.outputs > 1:
