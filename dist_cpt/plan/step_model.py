@@ -246,7 +246,7 @@ def _exchange(training: Training, placement: Placement, device: Device, network:
         return 0.0
     head_dim = shapes.query_features // shapes.num_heads
     part = rank_heads(shapes.num_heads, max(1, shapes.key_features // head_dim), ranks)
-    passes = 3 if step.recompute else 2
+    passes = 3 if step.recompute in ("full", "offload") else 2
     sent = sum(part.numbers_per_token(head_dim)) * step.micro_batch_tokens * ranks * training.compute_bytes
     leaving = sent * (ranks - 1) / ranks  # the rest is the rank's own
     return passes * shapes.num_layers * leaving / _rate(ranks, placement, device, network)
