@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from dist_cpt.plan.tensors import Training
-from dist_cpt.plan.widths import LayerWidths
+from dist_cpt.plan.widths import LayerWidths, Maps
 
 Policy = Literal["none", "selective", "full", "offload"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -83,6 +83,8 @@ def again(layer: LayerWidths, training: Training, policy: Policy) -> Again:
             attention=False,
             elementwise=norms if fused else norms + layer.up + layer.ffn,
         )
+    if layer.norms > 2:  # a norm of the MLP's output saves it
+        last = Maps(0.0, 0, 0)
     outputs = layer.adapted_outputs - last.adapted_outputs
     return Again(
         gemm=2.0 * (layer.parameters - last.parameters),
