@@ -183,7 +183,7 @@ def test_moments_in_8_bit_are_those_of_the_optimizer():
     [
         (LLAMA_8B, ("h100", 1, 8), "auto", "fsdp trainable none"),  # the base fits on each
         (LLAMA_70B, ("h200", 1, 8), "auto", "fsdp full none"),  # on all together
-        (LLAMA_70B, ("h100", 1, 2), "auto", "fsdp full selective"),  # nowhere: the smallest way, as loading is larger
+        (LLAMA_70B, ("h100", 1, 2), "auto", "fsdp full offload"),  # nowhere: the smallest way
         (LLAMA_8B, ("h100", 1, 1), "auto", "single None none"),
         (LLAMA_8B, ("l40s", 1, 8), {"kind": "zero", "stage": 3}, "zero None none"),  # only what is left to choose
     ],
