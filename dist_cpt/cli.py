@@ -730,15 +730,27 @@ def data_decode(
 @app.command("model-check", rich_help_panel=TOOLS)
 def model_check(
     path: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a hub id in the cache.")],
+    build: Annotated[
+        bool, typer.Option("--build", help="Also build it without weights, as transformers does.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Say what of a model trains, is fused, quantised, sharded or refused (exit 64), from its config.json."""
     from dist_cpt.plan.model_check import as_text, check_model
-    from dist_cpt.plan.shapes import find_config
+    from dist_cpt.plan.shapes import find_config, is_known
 
-    check = check_model(find_config(path))
-    print(*([json.dumps(check.as_json(), indent=1)] if json_ else as_text(check)), sep="\n")
-    if check.refused:
+    config = find_config(path)
+    check = check_model(config) if is_known(config) or not build else None
+    built = None
+    if build:
+        from dist_cpt.model.build_check import check_build
+
+        built = check_build(path)
+    if json_:
+        print(json.dumps((check.as_json() if check else {}) | ({"built": vars(built)} if built else {}), indent=1))
+    else:
+        print(*(as_text(check) if check else ()), *(built.as_text() if built else ()), sep="\n")
+    if check is not None and check.refused:
         raise ConfigError(f"{path} cannot be trained: {check.refused[0]}")
 
 

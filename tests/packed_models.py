@@ -30,6 +30,23 @@ KINDS = {
     "gemma2": _GEMMA | {"attn_logit_softcapping": 0.3, "final_logit_softcapping": 2.0},
     "gemma2-wide-window": _GEMMA | {"attn_logit_softcapping": 50.0, "sliding_window": 9},
     "gemma3_text": _GEMMA | {"num_hidden_layers": 3, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+    "granite": _LLAMA | {"logits_scaling": 6.0, "residual_multiplier": 0.22, "embedding_multiplier": 12.0},
+    "hyperclovax": _LLAMA | {"logits_scaling": 0.3, "tie_word_embeddings": True},
+    "cohere": _LLAMA | {"logit_scale": 0.0625, "pad_token_id": 0},
+    "cohere2": _LLAMA | {"logit_scale": 0.25, "pad_token_id": 0, "sliding_window": 5},
+    "minicpm3": _LLAMA
+    | {
+        "num_key_value_heads": 4,
+        "dim_model_base": 8,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "head_dim": 16,
+    },
+    "gpt_oss": _LLAMA
+    | {"head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 5, "pad_token_id": 0},
     "gpt2": {
         "n_embd": 32,
         "n_layer": 2,
@@ -59,8 +76,7 @@ def build(kind: str, choice=None):
         parameter.data += torch.randn_like(parameter) * (0.02 if name.endswith("bias") else 0.1)
     packed.load_state_dict(plain.state_dict())
     check_config(packed.config)
-    softcap = getattr(packed.config, "final_logit_softcapping", None)
-    install_loss_head(parts_of(packed).head, use_reference=False, softcap=softcap)
+    install_loss_head(parts_of(packed).head, packed.config, use_reference=False)
     choice = choice or choose(torch.device("cpu"), packed.config)
     install(packed, choice)
     return plain.train(), CausalLMForLoss(packed, choice).train()

@@ -11,16 +11,22 @@ import contextlib
 import difflib
 import logging
 import os
+import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
+from dist_cpt.adapters.experts import expert_parameters, install_expert_lora
+from dist_cpt.adapters.language_model import decoder_of
 from dist_cpt.adapters.placeholders import converted
-from dist_cpt.config.schema import RunConfig
+from dist_cpt.config.schema import AdapterConfig, RunConfig
 from dist_cpt.errors import ConfigError
+
+_CONVERSION = "peft.utils.transformers_weight_conversion"  # of PEFT 0.21
 
 
 def apply_lora(
@@ -36,7 +42,7 @@ def apply_lora(
         ConfigError: a target is not a linear layer, or is the head; low rank for a tied pair.
     """
     peft, adapter, classifies = import_peft(), config.adapter, config.classify is not None
-    targets = target_modules(model, adapter.targets, head)
+    targets, experts = target_modules(model, adapter.targets, head), target_experts(model, adapter)
     transposed = _stores_transposed(model, targets)
     tied = head.weight is embeddings.weight
     trained = _vocabulary_modules(model, head, embeddings, config.embeddings.train)
@@ -49,9 +55,13 @@ def apply_lora(
             )
         targets += [name for name, module in model.named_modules() if any(module is matrix for matrix in low_rank)]
         trained = {}
+    if experts and (unfit := _unfit_for_experts(adapter)):
+        raise ConfigError(f"{unfit}: experts are adapted by plain LoRA", remedy="set adapter.experts: frozen")
     lora = peft.LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
+        rank_pattern=dict.fromkeys(experts, expert_rank(model, adapter)),
+        target_parameters=experts or None,
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
         lora_dropout=adapter.dropout,
@@ -63,9 +73,11 @@ def apply_lora(
     )
     if classifies:
         trained[next(name for name, module in model.named_modules() if module is head)] = head
-    with torch.random.fork_rng(devices=[]), without_peft_deprecations():
+    renamed = _renamed_by_peft(peft, model, targets)
+    with torch.random.fork_rng(devices=[]), without_peft_deprecations(), _targets_as_given():
         torch.manual_seed(config.seed)
         peft_model = peft.get_peft_model(model, lora)
+    install_expert_lora(peft_model)
     for module in trained.values():
         module.weight.requires_grad_(True)
     for parameter in peft_model.parameters():
@@ -77,6 +89,8 @@ def apply_lora(
             module.gathers_at_once = True  # its forward reads weights of submodules without calling these
     adapter_config = {key: _plain(value) for key, value in lora.to_dict().items()}
     adapter_config |= {
+        "target_modules": sorted(set(targets) - set(renamed)),
+        "target_parameters": sorted([*experts, *(f"{name}.weight" for name in renamed)]) or None,
         "base_model_name_or_path": config.model.path,
         "revision": config.model.revision,
         "inference_mode": True,
@@ -102,10 +116,36 @@ def import_peft() -> Any:
 
 @contextlib.contextmanager
 def without_peft_deprecations() -> Iterator[None]:
-    """Silence a deprecation that PEFT 0.21 triggers in transformers 5.23 and no user can change."""
+    """Silence what PEFT 0.21 warns of and no user can change: a deprecation that it triggers in transformers 5.23, and
+    ranks of experts, which it says to ignore, looking for them among modules only, but does not ignore."""
     with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="The following rank_pattern keys did not match", category=RuntimeWarning
+        )
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield
+
+
+def _renamed_by_peft(peft: Any, model: Any, targets: list[str]) -> list[str]:
+    """Those of `targets` that PEFT would read as names of experts in files of transformers 4, as DeepSeek's gate_proj.
+
+    In adapter_config.json they are parameters: PEFT then finds these layers, and the keys of the file are the same.
+    """
+    probe = peft.LoraConfig(target_modules=targets)
+    import_module(_CONVERSION).convert_peft_config_for_transformers(probe, model, None)
+    return [name for name in targets if name not in probe.target_modules]
+
+
+@contextlib.contextmanager
+def _targets_as_given() -> Iterator[None]:
+    """PEFT adapts the targets that it is given: all of them are layers of this model."""
+    conversion: Any = import_module(_CONVERSION)
+    convert = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_args, **_options: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = convert
 
 
 def target_modules(model: Any, targets: str | tuple[str, ...], head: nn.Linear) -> list[str]:
@@ -114,7 +154,12 @@ def target_modules(model: Any, targets: str | tuple[str, ...], head: nn.Linear) 
     Raises:
         ConfigError: a target is not a linear layer, or is the head.
     """
-    linear = [name for name, module in model.named_modules() if is_linear(module) and module is not head]
+    decoder = {id(module) for module in decoder_of(model).modules()}  # not the towers of a multimodal model
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if id(module) in decoder and is_linear(module) and module is not head
+    ]
     head_name = next(name for name, module in model.named_modules() if module is head)
     if targets == "all-linear":
         return _shortest(model, linear)
@@ -125,10 +170,60 @@ def target_modules(model: Any, targets: str | tuple[str, ...], head: nn.Linear) 
                 f"adapter.targets: {target} is the output head", remedy="train it in full: embeddings.train: [lm_head]"
             )
         matching = [name for name in linear if name == target or name.endswith(f".{target}")]
-        if not matching:
+        if not matching and not any(name.endswith(f".{target}") for name in expert_parameters(decoder_of(model))):
             raise ConfigError(f"adapter.targets: no linear layer is called {target!r}", remedy=_nearest(target, linear))
         wanted += matching
     return _shortest(model, sorted(set(wanted)))
+
+
+def target_experts(model: Any, adapter: AdapterConfig) -> list[str]:
+    """The names for PEFT's `target_parameters`: experts' matrices within their layer.
+
+    Raises:
+        ConfigError: a setting of experts that changes nothing.
+    """
+    experts = expert_parameters(decoder_of(model))
+    if adapter.experts == "frozen":
+        if not experts:
+            raise ConfigError("adapter.experts: frozen: this model has no experts", remedy="leave it out")
+        return []
+    named = (adapter.targets,) if isinstance(adapter.targets, str) else adapter.targets
+    wanted = [
+        name
+        for name in experts
+        if named == ("all-linear",) or any(name == target or name.endswith(f".{target}") for target in named)
+    ]
+    if adapter.expert_rank is not None and not wanted:
+        raise ConfigError(f"adapter.expert_rank: {adapter.expert_rank}: no expert is adapted", remedy="leave it out")
+    return sorted({re.sub(r"^.*\.\d+\.", "", name) for name in wanted})
+
+
+def expert_rank(model: Any, adapter: AdapterConfig) -> int:
+    """The rank of each expert; by default a token passes as many ranks in its experts as in a dense map."""
+    config = model.config.get_text_config()
+    per_token = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1
+    return adapter.expert_rank or max(1, adapter.rank // per_token)
+
+
+def _unfit_for_experts(adapter: AdapterConfig) -> str | None:
+    """A setting that LoRA on parameters does not have."""
+    if adapter.dropout:
+        return f"adapter.dropout: {adapter.dropout}"
+    if adapter.dora:
+        return "adapter.dora: true"
+    return f"adapter.init: {adapter.init}" if adapter.init != "default" else None
+
+
+def left_out(layers: Iterable[nn.Module]) -> dict[str, int]:
+    """Parameters by name within the layer of all matrices of `layers` that neither train nor are under an adapter."""
+    sizes: dict[str, int] = {}
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            if parameter.requires_grad or parameter.ndim < 2 or ".base_layer." in name or name.endswith("bias"):
+                continue
+            short = name.removesuffix(".weight")
+            sizes[short] = sizes.get(short, 0) + parameter.numel()
+    return sizes
 
 
 def _vocabulary_modules(

@@ -20,15 +20,18 @@ from dist_cpt_kernels import NestedScales, Nf4Scales, dequantize_nf4
 from dist_cpt_kernels.dispatch import available
 from torch import nn
 
+from dist_cpt.adapters.language_model import auto_class
 from dist_cpt.adapters.lora import import_peft
 from dist_cpt.adapters.placeholders import placeholder
 from dist_cpt.errors import ConfigError, MissingExtraError
 from dist_cpt.run_folder.names import MODEL_CONFIG
+from dist_cpt.runtime.log import LOGGER
 from dist_cpt.storage import read_bytes
 
 BLOCKSIZE = 64  # elements that share a scale; fixed by transformers for weights it quantises while loading
 NESTED_BLOCKSIZE = 256  # of those scales share one of the second kind
 QUANTISED = ("nf4", "int8")
+_DEQUANTISED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}  # quant_method -> transformers' settings
 
 
 def load_quantised(
@@ -43,10 +46,16 @@ def load_quantised(
         MissingExtraError: bitsandbytes is not installed.
         ConfigError: no linear layer to quantise, or an unsupported quantisation in the folder.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    hf_config = hf_config or AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
     stored = stored_weights(folder)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    if _method(folder) in _DEQUANTISED:
+        raise ConfigError(
+            f"model.path: {folder} has {_method(folder)} weights: they would have to be quantised again to {weights}",
+            remedy="use model.weights: bf16, or give the 16-bit model",
+        )
+    loaded: Any = auto_class(hf_config).from_pretrained(
         folder,
         config=hf_config,
         dtype=torch.bfloat16,
@@ -97,6 +106,39 @@ def take_scales(folder: Path, model: Any) -> list[tuple[str, torch.Tensor]]:
     return scales
 
 
+def load_plain(folder: Path, hf_config: Any | None, dtype: torch.dtype, *, own_code: bool = False) -> Any:
+    """A transformers model of `folder` with its language model, in `dtype`; MXFP4 and block-wise fp8 are dequantised.
+
+    Raises:
+        ConfigError: no causal language model, weights are missing, or an unsupported quantisation.
+    """
+    from transformers import AutoConfig
+
+    hf_config = hf_config or AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
+    method, options = _method(folder), {}
+    if method in _DEQUANTISED:
+        import transformers
+
+        LOGGER.info("model.path: %s weights are dequantised to %s", method, str(dtype).removeprefix("torch."))
+        options = {"quantization_config": getattr(transformers, _DEQUANTISED[method])(dequantize=True)}
+    loaded: Any = auto_class(hf_config).from_pretrained(
+        folder,
+        config=hf_config,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=own_code,
+        output_loading_info=True,
+        **options,
+    )
+    model = require_complete(folder, *loaded)
+    if options:
+        _forget_quantisation(model)
+        model._weight_conversions = None  # saved under the names of the 16-bit model
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def require_complete(folder: Path, model: Any, loading_info: Mapping[str, Any]) -> Any:
     """`model`, unless the folder lacks some of its weights, which transformers only warns about and draws at random.
 
@@ -110,15 +152,14 @@ def require_complete(folder: Path, model: Any, loading_info: Mapping[str, Any]) 
 
 
 def stored_weights(folder: Path) -> str | None:
-    """nf4 or int8 for weights that bitsandbytes quantised, None for plain ones.
+    """nf4 or int8 for weights that bitsandbytes quantised, None for plain ones and those dequantised while reading.
 
     Raises:
         ConfigError: another quantisation.
     """
-    quantization = json.loads(read_bytes(folder / MODEL_CONFIG)).get("quantization_config")
-    if quantization is None:
+    quantization, method = quantisation_of(folder), _method(folder)
+    if quantization is None or method in _DEQUANTISED:
         return None
-    method = str(quantization.get("quant_method"))
     if method == "bitsandbytes" and quantization.get("load_in_8bit"):
         return "int8"
     if quantization.get("load_in_4bit"):
@@ -132,6 +173,38 @@ def stored_weights(folder: Path) -> str | None:
         f"model.path: {folder} has quantised weights of an unsupported kind: {method}",
         remedy="give a bitsandbytes nf4 (stored as uint8) or int8 folder, or the unquantised model",
     )
+
+
+def quantisation_of(folder: Path) -> dict[str, Any] | None:
+    """The quantisation that a model folder's config.json records."""
+    config = json.loads(read_bytes(folder / MODEL_CONFIG))
+    return config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+
+
+def _method(folder: Path) -> str | None:
+    quantization = quantisation_of(folder)
+    return None if quantization is None else str(quantization.get("quant_method"))
+
+
+def is_dequantised(folder: Path) -> bool:
+    """Whether the folder's weights are quantised in a way that is undone while they are read."""
+    return _method(folder) in _DEQUANTISED
+
+
+def _forget_quantisation(model: Any) -> None:
+    """Make a dequantised model a plain one, also where it is saved."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        vars(config).pop("quantization_config", None)
+    # transformers would revert the conversions it read the codes with when the model is saved.
+    model._weight_conversions = [
+        conversion
+        for conversion in getattr(model, "_weight_conversions", None) or []
+        if not any(
+            ".integrations." in type(operation).__module__ for operation in getattr(conversion, "operations", ())
+        )
+    ]
 
 
 def identity_of(model: Any, weights: str, stored: bool) -> dict[str, Any]:
@@ -219,7 +292,6 @@ def write_weight(layer: Any, weight: torch.Tensor) -> None:
 
 def dequantise(model: Any) -> Any:
     """`model` with plain fp32 layers of its architecture in place of the quantised ones."""
-    from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb8bitDeserialize
     from transformers.pytorch_utils import Conv1D
 
     for name, layer in [(n, m) for n, m in model.named_modules() if is_quantised(m)]:
@@ -231,15 +303,8 @@ def dequantise(model: Any) -> Any:
         plain.weight = nn.Parameter(weight if isinstance(plain, nn.Linear) else weight.T.contiguous())
         plain.bias = layer.bias
         model.set_submodule(name, plain)
-    model.hf_quantizer.remove_quantization_config(model)
+    _forget_quantisation(model)
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
-    # transformers would revert the conversions it read the codes with when the model is saved.
-    codes = (Bnb4bitDeserialize, Bnb8bitDeserialize)
-    model._weight_conversions = [
-        conversion
-        for conversion in getattr(model, "_weight_conversions", None) or []
-        if not any(isinstance(operation, codes) for operation in getattr(conversion, "operations", ()))
-    ]
     return model.float()
 
 

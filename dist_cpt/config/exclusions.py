@@ -299,8 +299,11 @@ EXCLUSIONS = (
     Exclusion((_QUANTISED, _DORA),
               "DoRA needs the norms of whole weights at every step", "use model.weights: bf16, or adapter.dora: false"),
     # variants of the adapter, and the adapter a run starts from
-    Exclusion((_FULL, either(_DORA, _PISSA, given("adapter.lora_plus_ratio"))),
+    Exclusion((_FULL, either(_DORA, _PISSA, *map(given, ("adapter.lora_plus_ratio", "adapter.expert_rank")),
+                             is_("adapter.experts", "frozen"))),
               "there is no adapter", "use adapter.kind: lora"),
+    Exclusion((is_("adapter.experts", "frozen"), given("adapter.expert_rank")),
+              "frozen experts have no matrices", "leave adapter.expert_rank out"),
     Exclusion((_FULL, _CONTINUED),
               "there is no adapter to continue", "use adapter.kind: lora, or name the full model in model.path"),
     Exclusion((_DORA, _PISSA),

@@ -166,6 +166,10 @@ class AdapterConfig(Frozen):
     """Probability with which an input value of the adapter is zeroed in training."""
     targets: str | tuple[str, ...] = "all-linear"
     """Names of the linear layers to adapt; `all-linear` means all of them but the output head."""
+    experts: Literal["lora", "frozen"] = "lora"
+    """Adapt the experts of a mixture where `targets` includes them, or leave them `frozen`."""
+    expert_rank: PositiveInt | None = None
+    """The rank of each expert's matrices; null means `rank` divided by the experts that a token visits, at least 1."""
     lora_plus_ratio: float | None = Field(default=None, gt=1.0)
     """LoRA+: the B matrices train at this multiple of `optim.lr`."""
     dora: bool = False

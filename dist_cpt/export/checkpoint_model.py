@@ -20,7 +20,7 @@ from dist_cpt.adapters.peft_folder import (
 )
 from dist_cpt.adapters.pissa import subtract_initial
 from dist_cpt.adapters.prior_adapter import PriorAdapter, open_prior_adapter
-from dist_cpt.adapters.quantize import dequantise, load_quantised, require_complete, stored_weights
+from dist_cpt.adapters.quantize import dequantise, load_plain, load_quantised, require_complete, stored_weights
 from dist_cpt.adapters.vocabulary import untie
 from dist_cpt.config.schema import ClassifyConfig, ModelConfig, RopeScalingConfig
 from dist_cpt.errors import CheckpointError, ConfigError
@@ -171,7 +171,7 @@ def fit_vocabulary(model: Any, adapter: Path) -> None:
 def plain_model(folder: Path, rope: RopeScalingConfig | None = None) -> Any:
     """A whole model folder in fp32 and eval mode, quantised weights dequantised; `rope` replaces its rotation."""
     import_peft()  # before transformers: it silences what both import
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -180,8 +180,9 @@ def plain_model(folder: Path, rope: RopeScalingConfig | None = None) -> Any:
     hf_config = scaled_config(folder, rope)
     if (stored := stored_weights(folder)) is not None:
         return dequantise(load_quantised(folder, hf_config, torch.device("cpu"), stored)).eval()
-    auto = AutoModelForSequenceClassification if is_classifier(folder) else AutoModelForCausalLM
-    loaded: Any = auto.from_pretrained(
+    if not is_classifier(folder):
+        return load_plain(folder, hf_config, torch.float32).eval()
+    loaded: Any = AutoModelForSequenceClassification.from_pretrained(
         folder,
         config=hf_config,
         dtype=torch.float32,
@@ -195,7 +196,7 @@ def plain_model(folder: Path, rope: RopeScalingConfig | None = None) -> Any:
 def probe_logits(model: Any) -> torch.Tensor:
     """fp32 logits [1, L, V], or [1, C] of a classifier, of tokens that are the same for every model of a vocabulary."""
     generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(0, model.config.vocab_size, (1, _PROBE_TOKENS), generator=generator)
+    input_ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, _PROBE_TOKENS), generator=generator)
     with torch.no_grad():
         return model(input_ids=input_ids, use_cache=False).logits.float()
 

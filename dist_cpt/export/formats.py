@@ -98,12 +98,14 @@ def export_vllm(checkpoint: str | Path, out: str | Path, dtype: str = "bf16", *,
         raise ConfigError(f"{checkpoint} is DoRA, which vLLM does not read", remedy=_SERVE_MERGED)
     if read_labels(checkpoint) is not None:
         raise ConfigError(f"{checkpoint} is a classifier", remedy=_SERVE_MERGED)
+    if config.get("target_parameters"):
+        raise ConfigError(f"{checkpoint} adapts experts, which this export does not write", remedy=_SERVE_MERGED)
     rank = int(config["r"]) * (2 if (checkpoint / INITIAL_ADAPTER).is_file() else 1)
     if rank > _VLLM_RANKS[-1]:
         raise ConfigError(f"{checkpoint}: rank {rank}, vLLM supports up to {_VLLM_RANKS[-1]}", remedy=_SERVE_MERGED)
     expected = probe_logits(load_fp32(checkpoint, base_folder))
     with staged(out) as folder:
-        model = round_to(base_model(checkpoint, base_folder, with_vocabulary=True), dtype)
+        model = round_to(base_model(checkpoint, base_folder, with_vocabulary=True), dtype, base_folder)
         adapter = folder / "adapter"
         adapter.mkdir(parents=True)
         write_model(model, folder / "base", [checkpoint, base_folder])

@@ -68,9 +68,8 @@ def held_out_sets(config: RunConfig, *, of_sources: bool = False) -> HeldOutSets
 def with_loss(model: Any) -> CausalLMForLoss:
     """A plain fp32 model as one that returns its loss, on the GPU if there is one; changed in place."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    choice = choose(device, model.config, dtype=torch.float32)
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    install_loss_head(parts_of(model).head, use_reference=False, softcap=softcap)
+    choice = choose(device, model.config.get_text_config(), dtype=torch.float32)
+    install_loss_head(parts_of(model).head, model.config, use_reference=False)
     install(model, choice)
     return CausalLMForLoss(model, choice).to(device).eval()
 

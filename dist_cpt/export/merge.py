@@ -76,7 +76,7 @@ def merge(
     if scale != 1.0:
         Blend(model, untrained_model(checkpoint, base_folder, base), layers).set(scale)
         expected = probe_logits(model)
-    round_to(model, dtype)
+    round_to(model, dtype, base_folder)
     with staged(out) as folder:
         write_model(model, folder, [checkpoint, *([base_folder] if base_folder else [])])
         logits = probe_logits(plain_model(folder))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dist_cpt.adapters.language_model import decoder_of, is_multimodal
 from dist_cpt.errors import CheckpointError, ConfigError, WriteError
 from dist_cpt.model.base_model import WEIGHTS_DTYPE
 from dist_cpt.model.classify import is_classifier
@@ -27,6 +28,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 DTYPES = WEIGHTS_DTYPE | {"fp16": torch.float16}
 
 
@@ -58,17 +60,39 @@ def staged(out: Path) -> Iterator[Path]:
         raise WriteError(f"{out} cannot be written: {error}", remedy="check space and permissions") from error
 
 
-def round_to(model: Any, dtype: str) -> Any:
-    """`model` stored in `dtype`, in place.
+def round_to(model: Any, dtype: str, base_folder: Path | None = None) -> Any:
+    """`model` stored in `dtype`, in place; what a multimodal one has beside its text model, as `base_folder` stores it.
 
     Raises:
         ConfigError: a weight overflows fp16.
     """
+    beside, stored = set[int](), DTYPES[dtype]
+    if base_folder is not None and is_multimodal(model.config):
+        text = (decoder_of(model), model.get_output_embeddings())
+        beside = {id(p) for p in model.parameters()} - {id(p) for part in text for p in part.parameters()}
+        stored = _widest_dtype(base_folder)
     for name, parameter in model.named_parameters():  # not model.to(): rotary frequencies stay fp32 when loaded
+        if id(parameter) in beside:
+            parameter.data = parameter.data.to(stored)
+            continue
         parameter.data = parameter.data.to(DTYPES[dtype])
         if dtype == "fp16" and not bool(torch.isfinite(parameter).all()):
             raise ConfigError(f"--dtype fp16: a weight of {name} exceeds 65504", remedy="use bf16")
     return model
+
+
+def _widest_dtype(folder: Path) -> torch.dtype:
+    """The floating-point dtype that represents every value of a model folder."""
+    from safetensors import safe_open
+
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    widest: torch.dtype | None = None
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt", device="cpu") as file:
+            kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+        for dtype in (names[kind] for kind in sorted(kinds) if kind in names):
+            widest = dtype if widest is None else torch.promote_types(widest, dtype)
+    return widest or torch.float32
 
 
 def write_model(model: Any, out: Path, tokenizer_folders: Sequence[Path]) -> None:
@@ -111,11 +135,14 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def copy_tokenizer(folders: Sequence[Path], out: Path) -> None:
-    """Copy the tokenizer's files of the first of `folders` that has any.
+    """Copy the tokenizer's files of the first of `folders` that has any, and the last one's image processor.
 
     Raises:
         CheckpointError: none has.
     """
+    for name in PROCESSOR_FILES:
+        if folders and (folders[-1] / name).is_file():
+            shutil.copyfile(folders[-1] / name, out / name)
     for folder in filter(has_tokenizer, folders):
         for name in TOKENIZER_FILES:
             if (folder / name).is_file():

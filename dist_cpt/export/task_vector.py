@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dist_cpt.adapters.peft_folder import manifest_content
-from dist_cpt.adapters.quantize import stored_weights
+from dist_cpt.adapters.quantize import quantisation_of
 from dist_cpt.errors import ConfigError
 from dist_cpt.export.merge import merge
 from dist_cpt.export.model_folder import DTYPES, TOKENIZER_FILES, has_tokenizer, require_new, staged
@@ -205,7 +205,7 @@ def _locate(given: str) -> Path:
         folder = locate_base(given, None)
     except ConfigError as error:
         raise ConfigError(error.message.replace("model.path", "--add-residual"), remedy=error.remedy) from None
-    if stored_weights(folder) is not None:
+    if quantisation_of(folder) is not None:
         raise ConfigError(f"--add-residual: {folder} has quantised weights", remedy="give the 16-bit model")
     return folder
 

@@ -6,12 +6,17 @@ nothing that the loss or the packing would compute incorrectly.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from dist_cpt.errors import ConfigError
+from dist_cpt.adapters.language_model import decoder_of
+from dist_cpt.errors import ConfigError, DistCptError, printable
 from dist_cpt.plan.model_check import LAYER_TYPES, NEUTRAL
 
 
@@ -35,6 +40,9 @@ FUSABLE = {
     "gemma3_text": Fusable("Gemma3", casting="gemma", window="layer"),
 }
 TESTED = (*FUSABLE, "gpt2")
+_FACTORS, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling", "logits_mup_width_multiplier")
+_MULTIPLY_BY_DIVISOR = ("hyperclovax",)  # model types
+TRY_ANOTHER = f"use another architecture; tested: {', '.join(TESTED)}"
 
 
 @dataclass(frozen=True)
@@ -48,12 +56,37 @@ class Parts:
     max_positions: int | None
 
 
+@contextmanager
+def one_line(
+    doing: str, remedy: str = "dist-cpt model-check --build tries a model without its weights"
+) -> Iterator[None]:
+    """Turn what transformers or a model's own code raises into one line; `doing` says what was attempted.
+
+    Raises:
+        ConfigError: an exception that is not of this package.
+    """
+    try:
+        yield
+    except (DistCptError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        text = text if len(text) <= 200 else f"{text[:197]}..."
+        raise ConfigError(printable(f"{doing}: {type(error).__name__}: {text}"), remedy=remedy) from error
+
+
 def check_config(hf_config: Any) -> None:
     """Refuse a config whose loss or attention is not implemented here.
 
     Raises:
-        ConfigError: logit scaling or capping, auxiliary losses, or layers that attend across documents.
+        ConfigError: capped logits, auxiliary losses, or layers that attend across documents.
     """
+    if hf_config.is_encoder_decoder:
+        raise ConfigError(
+            f"model type {hf_config.model_type}: it has an encoder and does not continue the text that it reads",
+            remedy=f"use a decoder-only model; tested: {', '.join(TESTED)}",
+        )
+    hf_config = hf_config.get_text_config()
     kind = hf_config.model_type
     for key, neutral in NEUTRAL.items():
         value = getattr(hf_config, key, neutral)
@@ -70,23 +103,35 @@ def check_config(hf_config: Any) -> None:
         )
 
 
+def logit_scale(hf_config: Any) -> float:
+    """The factor between the head's product and the logits.
+
+    Source: the forward functions of Cohere, Granite, MiniCPM3, HyperCLOVAX, Falcon-H1 and Inkling in transformers 5.23.
+    """
+    factor, divisor = (
+        math.prod(float(getattr(hf_config, key, None) or 1.0) for key in keys) for keys in (_FACTORS, _DIVISORS)
+    )
+    return factor * divisor if hf_config.model_type in _MULTIPLY_BY_DIVISOR else factor / divisor
+
+
 def parts_of(model: Any) -> Parts:
     """Find the parts of a transformers causal LM.
 
     Raises:
         ConfigError: a part is missing or not supported by packing or the loss.
     """
-    kind = model.config.model_type
+    hf_config = model.config.get_text_config()
+    kind = hf_config.model_type
     if not getattr(model, "_supports_attention_backend", False) and kind not in TESTED:
         raise ConfigError(
             f"model type {kind} has its own attention code, which cannot separate packed documents",
-            remedy=f"use another architecture; tested: {', '.join(TESTED)}",
+            remedy=TRY_ANOTHER,
         )
-    decoder, embeddings, head = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
+    decoder, embeddings, head = decoder_of(model), model.get_input_embeddings(), model.get_output_embeddings()
     layers = [
         list(child)
         for child in decoder.children()
-        if isinstance(child, nn.ModuleList) and len(child) == model.config.num_hidden_layers
+        if isinstance(child, nn.ModuleList) and len(child) == hf_config.num_hidden_layers
     ]
     if decoder is model or len(layers) != 1 or not isinstance(embeddings, nn.Embedding):
         raise ConfigError(f"model type {kind}: no single stack of decoder layers under a token embedding found")
@@ -95,7 +140,7 @@ def parts_of(model: Any) -> Parts:
             f"model type {kind}: the output head must be a linear layer without bias, not {type(head).__name__}"
             f"{'' if head is None else ' with bias'}"
         )
-    if head.in_features != embeddings.embedding_dim and head.in_features != model.config.hidden_size:
+    if head.in_features != embeddings.embedding_dim and head.in_features != hf_config.hidden_size:
         raise ConfigError(f"model type {kind}: the head reads {head.in_features} features, not the hidden size")
     return Parts(decoder, layers[0], embeddings, head, _max_positions(decoder))
 

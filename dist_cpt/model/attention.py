@@ -6,11 +6,12 @@ Exact implementations, selected by device, dtype and model, never by the data:
 
 documents           one causal call per document, which skips everything outside the diagonal blocks; for CPUs
 flash_attention_2   the varlen kernels of the package flash_attn, if installed
-varlen              the varlen kernels of torch: bf16 or fp16, no softcap
-flex                FlexAttention, compiled, with one block mask per batch and window: any dtype, with softcap
+varlen              the varlen kernels of torch: bf16 or fp16, no softcap, no sinks
+flex                FlexAttention, compiled, with one block mask per batch and window: any dtype, softcap or sinks
 mask                a dense mask built once per batch, [B, L, L] booleans: for everything else
 
-A model may cap its scores (Gemma 2), and some of its layers may have a sliding window.
+A model may cap its scores (Gemma 2), its heads may have a sink (gpt-oss: a learned score of no key in the softmax's
+denominator), and some of its layers may have a sliding window.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.utils import is_flash_attn_2_available
 
+from dist_cpt.adapters.language_model import decoder_of
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.context_parallel import HeadExchange
 
@@ -38,6 +40,8 @@ _REGISTERED_NAME = "dist_cpt_packed"
 _FLEX_BLOCK = 128  # queries and keys per block of FlexAttention's masks
 _SCORES = 2**20  # capped scores in memory at once: 4 MiB in fp32, which fits in a cache
 _ROWS = 128  # queries per call with a window, if the window is shorter
+# Model types whose attention passes `s_aux`. Source: transformers 5.23
+_WITH_SINKS = ("flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash", "openai_privacy_filter")
 
 
 @dataclass
@@ -83,6 +87,11 @@ def choose(
     Raises:
         ConfigError: the wanted implementation cannot compute this model here.
     """
+    if context_parallel > 1 and getattr(hf_config, "model_type", None) in _WITH_SINKS:
+        raise ConfigError(
+            f"engine.context_parallel {context_parallel}: {hf_config.model_type} has sinks of whole heads",
+            remedy="use engine.context_parallel: 1",
+        )
     for choice, why_not in _choices(device, hf_config, dtype).items():
         if choice == "flash_attention_2" and context_parallel > 1:  # transformers calls it with one rank's tokens
             continue
@@ -108,15 +117,17 @@ def _choices(device: torch.device, hf_config: Any, dtype: torch.dtype) -> dict[C
     dropout = max(getattr(hf_config, key, None) or 0.0 for key in ("attention_dropout", "attn_pdrop"))
     capped = None if softcap is None else f"has no softcap, this model has {softcap}"
     dropped = f"has no dropout, this model's attention has {dropout}" if dropout else None
-    flash, narrow = _flash_missing(), _why_not_flash_kernel(device, _head_dim(hf_config), dtype)
+    kind = getattr(hf_config, "model_type", None)
+    sinks = f"has no attention sinks, which {kind} has" if kind in _WITH_SINKS else None
+    flash, narrow = sinks or _flash_missing(), _why_not_flash_kernel(device, _head_dim(hf_config), dtype)
     if flash is None and softcap is not None:
         flash = dropped if _flash_caps() else capped
     flex = _why_not_flex(_head_dim(hf_config)) or dropped
     return {
         "flash_attention_2": flash or narrow,
-        "varlen": _varlen_missing() or narrow or _why_not_padded(_head_dim(hf_config)) or capped or dropped,
-        # without a softcap, a mask costs only memory and needs no compilation
-        **({"mask": None, "flex": flex} if softcap is None else {"flex": flex, "mask": None}),
+        "varlen": _varlen_missing() or narrow or _why_not_padded(_head_dim(hf_config)) or capped or sinks or dropped,
+        # without a softcap or sinks, a mask costs only memory and needs no compilation
+        **({"mask": None, "flex": flex} if softcap is None and sinks is None else {"flex": flex, "mask": None}),
         "documents": None,
     }
 
@@ -176,7 +187,7 @@ def _varlen_missing() -> str | None:
 def install(model: Any, choice: Choice) -> None:
     """Make a transformers model use the packed attention `choice`."""
     AttentionInterface.register(_REGISTERED_NAME, packed_attention)
-    model.set_attn_implementation(choice if choice == "flash_attention_2" else _REGISTERED_NAME)
+    decoder_of(model).set_attn_implementation(choice if choice == "flash_attention_2" else _REGISTERED_NAME)
 
 
 def packing_arguments(
@@ -222,10 +233,10 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within documents, [B, L, H, N], with the signature of transformers' attention interface.
 
-    Of `options`, `dropout`, `scaling`, `sliding_window` and `softcap` are used.
+    Of `options`, `dropout`, `scaling`, `sliding_window`, `softcap` and `s_aux` (the sinks, [H]) are used.
 
     Raises:
-        ValueError: an attention mask is given, or dropout or a softcap that the implementation does not support.
+        ValueError: an attention mask is given, or dropout, a softcap or sinks that the implementation does not support.
     """
     if attention_mask is not None:
         raise ValueError("packed attention takes document boundaries from the packing, not from an attention mask")
@@ -246,9 +257,11 @@ def _attend_whole(
     if packing.cu_seqlens is not None:
         if attend.softcap is not None:
             raise ValueError(f"softcap {attend.softcap}: varlen does not support it; use model.attention: flex")
+        if attend.s_aux is not None:
+            raise ValueError("attention sinks: varlen does not support them; use model.attention: flex")
         return _varlen(*heads, packing, attend.scaling, attend.sliding_window)
     if packing.flex:
-        return _flex(*heads, packing, attend.scaling, attend.sliding_window, attend.softcap)
+        return _flex(*heads, packing, attend)
     if packing.borders is None:
         return attend(*heads, packing.mask(attend.sliding_window)).transpose(1, 2).contiguous()
     return _by_document(*heads, packing.borders, attend)
@@ -292,20 +305,25 @@ def _flex(
     key_BKLN: torch.Tensor,
     value_BKLN: torch.Tensor,
     packing: Packing,
-    scaling: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
+    attend: _Attend,
 ) -> torch.Tensor:
-    out_BHLN = _compiled_flex()(
+    sinks_H = attend.s_aux
+    out: Any = _compiled_flex()(
         query_BHLN,
         key_BKLN,
         value_BKLN,
-        score_mod=None if softcap is None else _cap(softcap),
-        block_mask=packing.block_mask(sliding_window),
-        scale=scaling,
+        score_mod=None if attend.softcap is None else _cap(attend.softcap),
+        block_mask=packing.block_mask(attend.sliding_window),
+        scale=attend.scaling,
         enable_gqa=query_BHLN.shape[1] != key_BKLN.shape[1],
+        return_aux=None if sinks_H is None else AuxRequest(lse=True),
     )
-    return out_BHLN.transpose(1, 2).contiguous()
+    if sinks_H is None:
+        return out.transpose(1, 2).contiguous()
+    out_BHLN, aux = out
+    # With S the sum over the keys and s the sink, S / (S + exp(s)) = sigmoid(log S - s).
+    kept_BHL = torch.sigmoid(aux.lse - sinks_H.to(aux.lse.dtype)[:, None])
+    return (out_BHLN * kept_BHL[..., None]).to(out_BHLN.dtype).transpose(1, 2).contiguous()
 
 
 @cache
@@ -366,6 +384,12 @@ class _Attend:
     scaling: float | None = None
     sliding_window: int | None = None
     softcap: float | None = None
+    s_aux: torch.Tensor | None = None  # sinks [H]
+
+    @property
+    def _scored(self) -> bool:
+        """Whether the scores are computed here, for what torch's attention lacks."""
+        return self.softcap is not None or self.s_aux is not None
 
     def __call__(
         self,
@@ -375,9 +399,9 @@ class _Attend:
         mask_B1LL: torch.Tensor | None = None,
     ) -> torch.Tensor:
         length, window = query_BHLN.shape[2], self.sliding_window
-        if self.softcap is None and mask_B1LL is not None:
+        if not self._scored and mask_B1LL is not None:
             return self._plain(query_BHLN, key_BKLN, value_BKLN, mask_B1LL)
-        if self.softcap is None and (window is None or length <= window):
+        if not self._scored and (window is None or length <= window):
             return self._plain(query_BHLN, key_BKLN, value_BKLN, None)
         outs = []
         rows = self._rows(query_BHLN)
@@ -385,7 +409,7 @@ class _Attend:
             stop = min(start + rows, length)
             first = 0 if window is None else max(0, start - window + 1)
             part = query_BHLN[:, :, start:stop], key_BKLN[:, :, first:stop], value_BKLN[:, :, first:stop]
-            if self.softcap is None:
+            if not self._scored:
                 outs.append(self._plain(*part, _seen(start, stop, first, window, query_BHLN.device)))
             else:
                 seen = None if mask_B1LL is None else mask_B1LL[:, :, start:stop, first:stop]
@@ -394,7 +418,7 @@ class _Attend:
 
     def _rows(self, query_BHLN: torch.Tensor) -> int:
         batch, heads, length, _ = query_BHLN.shape
-        if self.softcap is not None:
+        if self._scored:
             return max(16, _SCORES // (batch * heads * length))
         assert self.sliding_window is not None
         return max(self.sliding_window, _ROWS)
@@ -418,9 +442,9 @@ class _Attend:
 
     def _recomputed(self, *part: Any) -> Any:
         """Recompute scores in the backward pass; saved, they would be H L^2 fp32 numbers per layer."""
-        return checkpoint(self._capped, *part, use_reentrant=False, preserve_rng_state=self.dropout > 0.0)
+        return checkpoint(self._by_scores, *part, use_reentrant=False, preserve_rng_state=self.dropout > 0.0)
 
-    def _capped(
+    def _by_scores(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -430,18 +454,20 @@ class _Attend:
         first: int,
     ) -> torch.Tensor:
         """Scores in fp32, rounded once at the end; the queries of a group are stacked for their key head."""
-        assert self.softcap is not None
         batch, heads, rows, head_dim = query.shape
         kv_heads, keys = key.shape[1], key.shape[2]
         exact = torch.promote_types(query.dtype, torch.float32)
         scale = head_dim**-0.5 if self.scaling is None else self.scaling
         grouped = query.to(exact).reshape(batch, kv_heads, -1, head_dim)
-        scores = grouped @ key.to(exact).transpose(-1, -2)
-        scores = self.softcap * torch.tanh(scores * (scale / self.softcap))
+        scores = grouped @ key.to(exact).transpose(-1, -2) * scale
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         if seen is None:
             seen = _seen(start, start + rows, first, self.sliding_window, query.device)
         scores = scores.view(batch, heads, rows, keys).masked_fill(~seen, float("-inf"))
-        weights = F.dropout(scores.softmax(-1), self.dropout).view(batch, kv_heads, -1, keys)
+        if self.s_aux is not None:
+            scores = torch.cat([scores, self.s_aux.to(exact).view(1, -1, 1, 1).expand(batch, -1, rows, 1)], dim=-1)
+        weights = F.dropout(scores.softmax(-1)[..., :keys], self.dropout).reshape(batch, kv_heads, -1, keys)
         return (weights @ value.to(exact)).view(batch, heads, rows, head_dim).to(query.dtype)
 
 

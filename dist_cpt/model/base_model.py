@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from dist_cpt.adapters import quantize
+from dist_cpt.adapters.language_model import auto_class
 from dist_cpt.adapters.peft_folder import file_sha256
 from dist_cpt.config.schema import ModelConfig, RunConfig
 from dist_cpt.errors import ConfigError
+from dist_cpt.model.architectures import one_line
 from dist_cpt.model.base_weights import BaseWeights, set_placeholders, skeleton
 from dist_cpt.model.rope import scale_rope
 from dist_cpt.model.safety_checks import code_sha256s, require_trusted_code
@@ -218,23 +220,18 @@ def describe(hf_config: Any) -> dict[str, Any]:
     return {
         "model_type": hf_config.model_type,
         "architectures": list(hf_config.architectures or []),
-        "vocab_size": hf_config.vocab_size,
+        "vocab_size": hf_config.get_text_config().vocab_size,
         "config": {key: value for key, value in hf_config.to_diff_dict().items() if key != "quantization_config"},
     }
 
 
 def _from_scratch(values: dict[str, Any], seed: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    from transformers import AutoModelForCausalLM
-
     hf_config = build_config(values)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=False)
-    except ValueError as error:
-        raise ConfigError(f"model.config: {_one_line(error)}") from error
+    with one_line("model.config", remedy="correct its sizes"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = auto_class(hf_config).from_config(hf_config, dtype=dtype, trust_remote_code=False)
     model.config.architectures = [type(model).__name__]
-    given = {"config": values, "seed": seed, "vocab_size": hf_config.vocab_size}
+    given = {"config": values, "seed": seed, "vocab_size": hf_config.get_text_config().vocab_size}
     digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
     identity = {"path": None, "revision": None, "sha256": digest, "from_scratch": {"config": values, "seed": seed}}
     return model, identity | describe(model.config)
@@ -243,7 +240,6 @@ def _from_scratch(values: dict[str, Any], seed: int, dtype: torch.dtype) -> tupl
 def _from_folder(
     settings: ModelConfig, dtype: torch.dtype, device: torch.device, base_sha256: str | None
 ) -> tuple[Any, dict[str, Any]]:
-    from transformers import AutoModelForCausalLM
 
     folder, own_code, stored = check_base(settings)
 
@@ -251,15 +247,7 @@ def _from_folder(
         hf_config = _hf_config(settings, folder, own_code)
         if settings.weights in quantize.QUANTISED:
             return quantize.load_quantised(folder, hf_config, device, settings.weights, own_code=own_code)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=hf_config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=own_code,
-            output_loading_info=True,
-        )
-        return quantize.require_complete(folder, *loaded)
+        return quantize.load_plain(folder, hf_config, dtype, own_code=own_code)
 
     with _explained(settings), loading_counts():
         model = patiently(folder, load)
@@ -279,10 +267,8 @@ def _hf_config(settings: ModelConfig, folder: Path, own_code: bool = False) -> A
 @contextmanager
 def _explained(settings: ModelConfig) -> Iterator[None]:
     """What transformers raises for a folder that it cannot load, as a ConfigError."""
-    try:
+    with one_line(f"model.path: {settings.path} cannot be loaded"):
         yield
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
-        raise ConfigError(f"model.path: {settings.path} cannot be loaded: {_one_line(error)}") from error
 
 
 def _identity(

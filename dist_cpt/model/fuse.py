@@ -72,7 +72,7 @@ def fuse(model: Any, parts: Parts, kernels: str, device: torch.device) -> Fusion
             fusion.left[operation][reason] = 1
         return fusion
     _fuse_vocabulary(fusion, parts)
-    kind = model.config.model_type
+    kind = model.config.get_text_config().model_type
     table = FUSABLE.get(kind)
     if table is None:
         for operation in ("rms_norm", "rope", "qkv", "o", "mlp"):

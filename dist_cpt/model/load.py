@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_cpt.adapters.lora import apply_lora
+from dist_cpt.adapters.language_model import is_multimodal, outside
+from dist_cpt.adapters.lora import apply_lora, left_out
 from dist_cpt.adapters.peft_folder import BASE_PREFIX, canonical_name, write_adapter_config
 from dist_cpt.adapters.placeholders import moved
+from dist_cpt.adapters.quantize import is_dequantised
 from dist_cpt.adapters.vocabulary import NewVocabulary, extend_vocabulary, train_new_rows_only, untie, with_rows
 from dist_cpt.config.adapter_settings import VOCABULARY_NAMES
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
-from dist_cpt.model.architectures import TESTED, Parts, check_config, parts_of
+from dist_cpt.model.architectures import TESTED, TRY_ANOTHER, Parts, check_config, one_line, parts_of
 from dist_cpt.model.attention import choose, install
-from dist_cpt.model.base_model import WEIGHTS_DTYPE, describe, load_base, model_class, open_base
+from dist_cpt.model.base_model import WEIGHTS_DTYPE, check_base, describe, load_base, model_class, open_base
 from dist_cpt.model.base_weights import BaseWeights, Source, UnreadBase
 from dist_cpt.model.classify import HEAD, ClassHead, as_classifier, write_labels
 from dist_cpt.model.context_parallel import check_context_parallel
@@ -52,6 +54,7 @@ class TrainableModel:
     hf_config: Any
     adapter_config: dict[str, Any] | None  # content of adapter_config.json; None without an adapter
     fusion: Fusion  # which modules run fused
+    left_out: dict[str, int]  # matrices of the layers that all-linear does not reach -> their parameters
     prior: PriorInUse | None = None  # the prior adapter under the one that trains
     unread: UnreadBase | None = None  # what an engine has to read into the module's placeholders; None: nothing
 
@@ -114,8 +117,8 @@ def load_model(
     sources = {} if weights is None else _sources(model, parts, vocabulary, weights)
     dtype = WEIGHTS_DTYPE[config.model.compute_dtype]
     context_parallel = config.engine.context_parallel
-    check_context_parallel(model.config, context_parallel)
-    attention = choose(device, model.config, config.model.attention, dtype, context_parallel)
+    check_context_parallel(model.config.get_text_config(), context_parallel)
+    attention = choose(device, model.config.get_text_config(), config.model.attention, dtype, context_parallel)
     prior = None
     if config.adapter.continue_from is not None and config.adapter.continue_from.mode != "train":
         install(model, attention)
@@ -132,6 +135,8 @@ def load_model(
     if prior is not None and config.classify is not None:
         prior = prior.with_class_loss(CausalLMForLoss(model, attention).to(device), probe)
     causal_lm, adapter_config = _under_adapter(config, model, parts, prior, vocabulary)
+    for parent, name in outside(model):
+        setattr(parent, name, None)  # after the adapter, whose names must not match anything in it
     fusion = fuse(model, parts, config.model.kernels, device)
     module = CausalLMForLoss(causal_lm, attention)
     module._apply(lambda tensor: moved(tensor, device))
@@ -148,6 +153,7 @@ def load_model(
         hf_config=model.config,
         adapter_config=adapter_config,
         fusion=fusion,
+        left_out=left_out(parts.layers) if adapter_config and config.adapter.targets == "all-linear" else {},
         prior=prior,
         unread=unread,
     )
@@ -180,6 +186,8 @@ def why_base_is_whole(config: RunConfig, engine: str) -> str | None:
         known = model_class(config.model)
         if known is None or known.config_class.model_type not in TESTED:
             reason = "its architecture is not a tested one"
+        elif config.model.path is not None and is_dequantised(check_base(config.model)[0]):
+            reason = "its weights are dequantised while they are read"
     return reason
 
 
@@ -202,8 +210,11 @@ def _sources(model: Any, parts: Parts, vocabulary: NewVocabulary | None, weights
 
 def _prepare_base(config: RunConfig, model: Any, vocabulary: NewVocabulary | None) -> tuple[Parts, dict[str, Any]]:
     """Its vocabulary and its loss head as the recipe says: (its parts, the changed keys of its identity)."""
-    check_config(model.config)
-    parts = parts_of(model)
+    with one_line(f"model type {model.config.model_type}: its parts are not found", remedy=TRY_ANOTHER):
+        check_config(model.config)
+        parts = parts_of(model)
+    if is_multimodal(model.config):
+        _require_text_training(config, model.config.model_type)
     identity = _change_vocabulary(config, model, vocabulary)
     if parts.max_positions is not None and config.data.seq_len > parts.max_positions:
         raise ConfigError(
@@ -211,12 +222,27 @@ def _prepare_base(config: RunConfig, model: Any, vocabulary: NewVocabulary | Non
             remedy=f"use at most {parts.max_positions}",
         )
     if config.model.rope_scaling is not None:
-        require_length(model.config, config.model.rope_scaling, config.data.seq_len)
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    install_loss_head(parts.head, use_reference=config.model.kernels == "reference", softcap=softcap)
+        require_length(model.config.get_text_config(), config.model.rope_scaling, config.data.seq_len)
+    install_loss_head(parts.head, model.config, use_reference=config.model.kernels == "reference")
     if model.config.model_type not in TESTED:
-        self_check_packing(model)
+        with one_line(f"model type {model.config.model_type} cannot run on packed documents", remedy=TRY_ANOTHER):
+            self_check_packing(model)
     return parts, identity
+
+
+def _require_text_training(config: RunConfig, kind: str) -> None:
+    """Refuse what would need the parts of a multimodal model that are not in memory while its text model trains.
+
+    Raises:
+        ConfigError: full parameters or a classifier.
+    """
+    if config.adapter.kind == "none":
+        raise ConfigError(
+            f"adapter.kind: none: {kind} is multimodal, and checkpoints of all its parameters are not implemented",
+            remedy="use adapter.kind: lora, with embeddings.train for the vocabulary matrices",
+        )
+    if config.task == "classify":
+        raise ConfigError(f"task: classify: {kind} is multimodal", remedy="use a text model")
 
 
 def _under_adapter(

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from dist_cpt_kernels import linear_cross_entropy, reference
 from torch import nn
 
+from dist_cpt.adapters.language_model import decoder_of
+from dist_cpt.model.architectures import logit_scale
 from dist_cpt.model.attention import Choice, packing_arguments
 from dist_cpt.model.context_parallel import HeadExchange
 
@@ -57,6 +59,7 @@ class LossHead(nn.Linear):
     use_reference = False  # the plain torch loss, which materialises the full logits
     softcap: float | None = None  # logits are softcap * tanh(logits / softcap)
     positions: PositionLosses | None = None  # of the evaluation that is under way
+    logit_scale: float = 1.0  # of the product, before the softcap
 
     def forward(  # type: ignore[override]
         self, input: torch.Tensor, labels: torch.Tensor | None = None, scale: float = 1.0
@@ -68,6 +71,8 @@ class LossHead(nn.Linear):
         self, weight: torch.Tensor, input: torch.Tensor, labels: torch.Tensor | None, scale: float
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """`forward` with `weight` [V, D] instead of the module's own."""
+        # A power of two scales exactly; any other factor rounds the hidden states once, as their product is anyway.
+        input = input if self.logit_scale == 1.0 else input * self.logit_scale
         if labels is None:
             logits = F.linear(input, weight)
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -142,7 +147,7 @@ class CausalLMForLoss(nn.Module):
         """The hidden states that the head reads, [B, L, D]."""
         exchange = self.exchange if num_parts > 1 else None
         packing = packing_arguments(self.attention, position_ids, cu_seqlens, max_seqlen, exchange)
-        decoder = self.hf_model.get_decoder()
+        decoder = decoder_of(self.hf_model)
         return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packing).last_hidden_state
 
 
@@ -165,9 +170,11 @@ def _low_rank_forward(
     return wrapper.base_layer.forward_with(matrix, torch.cat([input, low], dim=-1), labels, scale)
 
 
-def install_loss_head(head: nn.Linear, *, use_reference: bool, softcap: float | None = None) -> None:
+def install_loss_head(head: nn.Linear, hf_config: Any, *, use_reference: bool) -> None:
     """Turn a model's head into the loss in place: the module and its Parameter stay the same, and so does a tie."""
+    text_config = hf_config.get_text_config()
     head.__class__ = LossHead
     assert isinstance(head, LossHead)
     head.use_reference = use_reference
-    head.softcap = softcap
+    head.softcap = getattr(text_config, "final_logit_softcapping", None)
+    head.logit_scale = logit_scale(text_config)

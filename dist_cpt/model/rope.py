@@ -24,6 +24,7 @@ def scale_rope(hf_config: Any, scaling: RopeScalingConfig) -> None:
     Raises:
         ConfigError: the model has no rotary positions.
     """
+    hf_config = hf_config.get_text_config()
     rope = getattr(hf_config, "rope_parameters", None) or {}
     by_layer = _GLOBAL in rope
     old = rope[_GLOBAL] if by_layer else rope

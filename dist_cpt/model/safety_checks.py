@@ -23,11 +23,15 @@ def require_trusted_code(folder: Path, settings: ModelConfig) -> bool:
     Raises:
         ConfigError: the recipe does not trust that code, or it is in another repository.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
     values = json.loads(read_bytes(folder / MODEL_CONFIG))
     code = sorted({str(name) for name in (values.get("auto_map") or {}).values()})
-    if not code or values.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    if not code or values.get("model_type") in known:
         return False
     if not settings.trust_remote_code:
         raise ConfigError(

@@ -40,11 +40,12 @@ def self_check_packing(model: Any) -> None:
     """
     model.eval()
     device = next(model.parameters()).device
-    ids, position_ids, cu_seqlens = _two_documents(model.config.vocab_size, device)
+    ids, position_ids, cu_seqlens = _two_documents(model.config.get_text_config().vocab_size, device)
     head = model.get_output_embeddings()
-    softcap, head.softcap = head.softcap, None  # the model itself caps the logits of its head
+    softcap, logit_scale = head.softcap, head.logit_scale
+    head.softcap, head.logit_scale = None, 1.0  # the model itself scales and caps the logits of its head
     expected = model(input_ids=ids[:, SIZES[0] :], use_cache=False).logits[0, -1].float()
-    head.softcap = softcap
+    head.softcap, head.logit_scale = softcap, logit_scale
     install(model, "documents")
     actual = CausalLMForLoss(model, "documents")(ids, position_ids, cu_seqlens, max(SIZES))[0]
     error = float((actual - expected).abs().max() / expected.abs().max())
@@ -183,7 +184,7 @@ def _compare(
 
 
 def _wrong_kernels(module: CausalLMForLoss, dtype: torch.dtype) -> dict[str, float]:
-    config = module.hf_model.config
+    config = module.hf_model.config.get_text_config()
     heads = config.num_attention_heads
     errors = self_test(
         next(module.parameters()).device,
@@ -212,7 +213,9 @@ def _two_documents(vocab: int, device: torch.device) -> tuple[torch.Tensor, torc
 def _hidden_and_gradient(module: CausalLMForLoss) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 hidden states [L, D] and the gradient of their weighted sum with respect to the embeddings."""
     model = module.hf_model
-    ids, position_ids, cu_seqlens = _two_documents(model.config.vocab_size, next(model.parameters()).device)
+    ids, position_ids, cu_seqlens = _two_documents(
+        model.config.get_text_config().vocab_size, next(model.parameters()).device
+    )
     inputs: list[torch.Tensor] = []
 
     def make_leaf(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:

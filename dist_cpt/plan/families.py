@@ -102,7 +102,6 @@ class Family:
     norm: Parts = _LAST  # after the last layer
     positions: bool = False  # a learned table
     fused: bool = False  # its layers run as fused kernels on a GPU
-    refused: str = ""  # what of it packed training does not compute
 
 
 def _sizes(*values: int | None, **more: Any) -> dict[str, Any]:
@@ -364,7 +363,6 @@ FAMILIES: Mapping[str, Family] = {
             sliding_window=128,
             sliding_every=2,
         ),
-        refused="attention sinks are not implemented by packed attention",
         sparse=(
             Part("mlp.router.weight", ("E", "D"), "router", bias=True),
             Part("mlp.experts.gate_up_proj", ("E", "D", "F+F"), "experts", transposed=True),

@@ -8,17 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_cpt.errors import printable
-from dist_cpt.plan.families import FAMILIES
-from dist_cpt.plan.shapes import ModelShapes, Weight, shapes_of
+from dist_cpt.plan.shapes import ModelShapes, Weight, shapes_of, text_config
 
-# config keys that change the logits after the head or inside attention, with their neutral values
-NEUTRAL = {
-    "logits_soft_cap": None,
-    "logits_scaling": 1.0,
-    "logit_scale": 1.0,
-    "lm_head_multiplier": 1.0,
-    "output_router_logits": False,
-}
+# config keys that change the loss in a way that is not implemented, with their neutral values
+NEUTRAL = {"logits_soft_cap": None, "output_router_logits": False}
 LAYER_TYPES = ("full_attention", "sliding_attention")  # that can keep packed documents apart
 
 
@@ -38,7 +31,7 @@ class ModelCheck:
     shapes: ModelShapes
     active_parameters: int  # that a token passes
     trained: tuple[Part, ...]  # by LoRA on all-linear
-    not_trained: tuple[Part, ...]  # matrices of the layers that LoRA leaves out: experts, routers
+    not_trained: tuple[Part, ...]  # matrices of the layers that LoRA leaves out: routers
     refused: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -68,17 +61,15 @@ def check_model(config: Mapping[str, Any]) -> ModelCheck:
     return ModelCheck(
         shapes=shapes,
         active_parameters=round(active),
-        trained=tuple(_parts(shapes.of("linear"))),
-        not_trained=tuple(_parts(shapes.of("experts", "router"))),
+        trained=tuple(_parts(shapes.of("linear", "experts"))),
+        not_trained=tuple(_parts(shapes.of("router"))),
         refused=tuple(refusals(config)),
     )
 
 
 def refusals(config: Mapping[str, Any]) -> Iterator[str]:
     """What the loss or packing would compute incorrectly, one line each."""
-    family = FAMILIES.get(str(config.get("model_type")))
-    if family is not None and family.refused:
-        yield family.refused
+    config = text_config(config)
     for key, neutral in NEUTRAL.items():
         value = config.get(key, neutral)
         if value is not None and value != neutral:
@@ -98,8 +89,9 @@ def as_text(check: ModelCheck) -> Iterator[str]:
     pair = "one tied matrix" if shapes.tied else "two matrices"
     rows = f"{shapes.vocab_size:,} x {shapes.hidden_size:,}, {count(shapes.head_elements)} each"
     yield f"embeddings.train: {pair} of {rows}"
-    whole = "; experts stay in bf16" if any(part.name.startswith("mlp.experts") for part in check.not_trained) else ""
-    yield f"nf4 and int8 store the linear maps: {_listed(check.trained)}{whole}"
+    linear = [part for part in check.trained if ".experts." not in f".{part.name}"]
+    whole = "; experts stay in bf16" if len(linear) < len(check.trained) else ""
+    yield f"nf4 and int8 store the linear maps: {_listed(linear)}{whole}"
     yield "fused on a GPU: " + ("layers, embeddings and loss" if shapes.fused else "embeddings and loss; no layers")
     windows = sorted({window for window in shapes.windows if window is not None})
     sliding = sum(window is not None for window in shapes.windows)

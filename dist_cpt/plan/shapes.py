@@ -142,6 +142,7 @@ def shapes_of(config: Mapping[str, Any]) -> ModelShapes:
     Raises:
         ConfigError: a model type that is not in the table, or sizes that make no model.
     """
+    config = text_config(config)
     kind = config.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
@@ -174,18 +175,26 @@ def shapes_of(config: Mapping[str, Any]) -> ModelShapes:
     )
 
 
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether the weights of this config.json's language model are in the table."""
+    return str(text_config(config).get("model_type")) in FAMILIES
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the language model inside a multimodal one, or `config` itself."""
+    text = config.get("text_config")
+    if str(config.get("model_type")) in FAMILIES or not isinstance(text, dict):
+        return config
+    tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+    return tied | text
+
+
 def _unknown(config: Mapping[str, Any]) -> ConfigError:
     kind = str(config.get("model_type"))
-    text = config.get("text_config")
-    if isinstance(text, dict):
-        return ConfigError(
-            printable(f"model type {kind} holds its language model in text_config ({text.get('model_type')})"),
-            remedy="give a folder with the language model alone",
-        )
     near = difflib.get_close_matches(kind, FAMILIES, n=1, cutoff=0.75)
     return ConfigError(
         printable(f"model type {kind}: its weights are not in the table of shapes"),
-        remedy=f"did you mean {near[0]}?" if near else f"known: {', '.join(FAMILIES)}",
+        remedy=f"did you mean {near[0]}?" if near else f"model-check --build tries it; known: {', '.join(FAMILIES)}",
     )
 
 

@@ -112,7 +112,8 @@ def training_of(config: RunConfig, shapes: ModelShapes) -> Training:
     is_whole = {w.name for w in weights if full or (w.role in trained_names and not low_rank)}
     trained = [Trained(w.shape, _group(w), w.layer, w.role) for w in weights if w.name in is_whole]
     if not full:
-        trained += _adapter_tensors(config, adapted, [w for w in weights if w.role in trained_names and low_rank])
+        low_rank_vocabulary = [w for w in weights if w.role in trained_names and low_rank]
+        trained += _adapter_tensors(config, shapes, adapted, low_rank_vocabulary)
     if classes:
         trained.append(Trained((classes, shapes.hidden_size), "head", None, "head"))
     loss_matrix = "embedding" if shapes.tied else "head"
@@ -146,7 +147,8 @@ def _adapted(config: RunConfig, shapes: ModelShapes) -> Iterator[Weight]:
     """As PEFT matches names: `all-linear`, or whole last components."""
     targets = config.adapter.targets
     wanted = (targets,) if isinstance(targets, str) else targets
-    names = {weight.name.removesuffix(".weight"): weight for weight in shapes.of("linear")}
+    roles: tuple[Role, ...] = ("linear", "experts") if config.adapter.experts == "lora" else ("linear",)
+    names = {weight.name.removesuffix(".weight"): weight for weight in shapes.of(*roles)}
     for target in wanted if targets != "all-linear" else ():
         if not any(name == target or name.endswith(f".{target}") for name in names):
             leaves = sorted({name.rpartition(".")[2] for name in names})
@@ -158,14 +160,18 @@ def _adapted(config: RunConfig, shapes: ModelShapes) -> Iterator[Weight]:
             yield weight
 
 
-def _adapter_tensors(config: RunConfig, adapted: tuple[Weight, ...], vocabulary: list[Weight]) -> Iterator[Trained]:
-    """A [R, in] and B [out, R] of each map; a low-rank embedding has A [R, V] and B [D, R]."""
-    rank = config.adapter.rank
+def _adapter_tensors(
+    config: RunConfig, shapes: ModelShapes, adapted: tuple[Weight, ...], vocabulary: list[Weight]
+) -> Iterator[Trained]:
+    """A [R, in] and B [out, R] of each map, of experts with the ranks of all; an embedding has [R, V] and [D, R]."""
+    expert_rank = config.adapter.expert_rank or max(1, config.adapter.rank // shapes.experts_per_token)
     for weight in adapted:
+        rank = expert_rank * shapes.num_experts if weight.role == "experts" else config.adapter.rank
         yield Trained((rank, weight.inputs), "adapter", weight.layer)
         yield Trained((weight.outputs, rank), "adapter", weight.layer)
         if config.adapter.dora:
             yield Trained((weight.outputs,), "no_decay", weight.layer)
+    rank = config.adapter.rank
     for weight in vocabulary:
         rows, columns = weight.shape
         inputs, outputs = (rows, columns) if weight.role == "embedding" else (columns, rows)

@@ -77,7 +77,9 @@ def _widths(shapes: ModelShapes, weights: list[Weight], adapted: list[Weight], w
             up += times * weight.outputs
             first.append(weight)
     # A fused layer reads the input of several maps once.
-    inputs = {weight.reads: weight.inputs for weight in adapted}
+    carried = [(weight, visited if weight.role == "experts" else 1) for weight in adapted]
+    inputs = {weight.reads: times * weight.inputs for weight, times in carried}
+    read = inputs.values() if shapes.fused else [times * weight.inputs for weight, times in carried]
     return LayerWidths(
         hidden=shapes.hidden_size,
         query=shapes.query_features,
@@ -90,9 +92,9 @@ def _widths(shapes: ModelShapes, weights: list[Weight], adapted: list[Weight], w
         head_norms=any(w.role == "norm" and w.name.endswith("q_norm.weight") for w in weights),
         parameters=_parameters(shapes, [w for w in weights if w.role in ("linear", "experts", "router")]),
         adapted_maps=len(adapted),
-        adapted_inputs=sum(inputs.values()) if shapes.fused else sum(weight.inputs for weight in adapted),
-        adapted_map_inputs=sum(weight.inputs for weight in adapted),
-        adapted_outputs=sum(weight.outputs for weight in adapted),
+        adapted_inputs=sum(read),
+        adapted_map_inputs=sum(times * weight.inputs for weight, times in carried),
+        adapted_outputs=sum(times * weight.outputs for weight, times in carried),
         first=_maps(shapes, first, adapted),
         last=_maps(shapes, last if len(last) == 1 else [], adapted),
         window=window,

@@ -265,6 +265,12 @@ def build_model(context: RunContext, start: StartingPoint, data: TrainingData) -
         return model
 
     model: TrainableModel = on_every_rank("load model", load)
+    if (experts := (model.adapter_config or {}).get("rank_pattern")) and context.env.rank == 0:
+        names = ", ".join(f"{name}: rank {rank} for each" for name, rank in experts.items())
+        LOGGER.info("adapter.experts: lora (%s)", names)
+    if model.left_out and context.env.rank == 0:
+        names = ", ".join(f"{name} ({size:,} parameters)" for name, size in model.left_out.items())
+        LOGGER.warning("adapter.targets: all-linear does not reach %s: they stay frozen", names)
     if config.adapter.init == "pissa":
         model.identity[PISSA] = init_pissa(model.module, context.claim)
     return model

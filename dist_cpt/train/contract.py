@@ -38,9 +38,7 @@ class Contract:
         engine: InspectableEngine,
         groups: Sequence[ParamGroup],
         specs: Sequence[TensorSpec],
-        *,
-        ties: Sequence[tuple[str, str]],
-        kernels: Mapping[str, Any],
+        model_facts: Mapping[str, Any],
     ) -> None:
         world_size = context.env.world_size
         self._engine = engine
@@ -61,8 +59,7 @@ class Contract:
             "world_size": world_size,
             "groups": [_describe(group, specs, context.config, engine.kind, world_size) for group in groups],
             "frozen": self._frozen_summary(),
-            "ties": [list(pair) for pair in ties],
-            "kernels": dict(kernels),
+            **model_facts,
             "checks": [],
         }
         self._write()

@@ -53,9 +53,14 @@ def open_contract(run: Run) -> Contract:
     """The trainability contract over the state as it is before the first update. Collective."""
     context, model = run.context, run.model
     compute_dtype = WEIGHTS_DTYPE[context.config.model.compute_dtype]
-    attention = describe(model.module.attention, context.device, model.hf_config, compute_dtype)
-    kernels = model.fusion.as_json() | {"attention": attention}
-    return Contract(context, run.engine, run.groups, run.specs, ties=model.ties, kernels=kernels)
+    attention = describe(model.module.attention, context.device, model.hf_config.get_text_config(), compute_dtype)
+    model_facts = {
+        "ties": [list(pair) for pair in model.ties],
+        "kernels": model.fusion.as_json() | {"attention": attention},
+        "expert_rank": (model.adapter_config or {}).get("rank_pattern") or None,
+        "left_out": model.left_out,
+    }
+    return Contract(context, run.engine, run.groups, run.specs, model_facts)
 
 
 def announce(run: Run, contract: Contract, progress: Progress) -> None:

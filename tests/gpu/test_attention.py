@@ -109,7 +109,7 @@ def test_a_model_attends_as_under_the_mask(choice, kind):
         return
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=BF16).to(CUDA).train()
-    install_loss_head(parts_of(model).head, use_reference=True)
+    install_loss_head(parts_of(model).head, model.config, use_reference=True)
     ids = torch.randint(1, 97, (2, LENGTH), device="cuda")
     positions = torch.cat([torch.arange(size) for size in DOCUMENTS]).view(2, LENGTH).to(CUDA)
     borders = torch.tensor([0, *DOCUMENTS], dtype=torch.int32, device="cuda").cumsum(0, dtype=torch.int32)

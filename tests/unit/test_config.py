@@ -108,6 +108,7 @@ EXCLUDED = [  # a recipe for each row of the table, in its order, and what the r
     ({"model.weights": "nf4", "adapter.init": "pissa"}, "model.weights: nf4, adapter.init: pissa"),
     ({"model.weights": "nf4", "adapter.dora": True}, "model.weights: nf4, adapter.dora: true"),
     ({"adapter.kind": "none", "adapter.lora_plus_ratio": 4}, "adapter.kind: none, adapter.lora_plus_ratio: 4.0"),
+    ({"adapter.experts": "frozen", "adapter.expert_rank": 4}, "adapter.experts: frozen, adapter.expert_rank: 4"),
     ({"adapter.kind": "none", "adapter.continue_from": PRIOR}, "adapter.kind: none, adapter.continue_from: {...}"),
     ({"adapter.dora": True, "adapter.init": "pissa"}, "adapter.dora: true, adapter.init: pissa"),
     ({"adapter.init": "pissa", "adapter.continue_from": PRIOR}, "adapter.init: pissa, adapter.continue_from: {...}"),

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from dist_cpt.adapters.experts import expert_parameters
 from dist_cpt.adapters.lora import target_modules
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import TESTED, check_config, parts_of
@@ -45,7 +46,7 @@ SMALL = {
     "first_k_dense_replace": 1,
     "pad_token_id": 0,
 }
-OTHERS = {"logits_scaling": 8.0, "output_router_logits": True}
+OTHERS = {"output_router_logits": True}
 
 
 def built(kind: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
@@ -63,6 +64,7 @@ def test_what_lora_trains_is_what_peft_is_given(kind):
     check = check_model(values)
     targets = target_modules(model, "all-linear", model.get_output_embeddings())
     adapted = {name for name, _ in model.named_modules() if any(name == t or name.endswith(f".{t}") for t in targets)}
+    adapted |= set(expert_parameters(model))
     assert {name.rpartition(f".{LAYERS - 1}.")[2] for name in adapted if f".{LAYERS - 1}." in name} <= {
         part.name for part in check.trained
     }
@@ -99,20 +101,17 @@ def test_it_refuses_settings_that_a_run_refuses(kind):
         if kind not in TESTED
     ],
 )
-def test_it_refuses_models_whose_packing_a_run_refuses(kind):
+def test_packing_passes_the_check_that_a_run_makes(kind):
     """The check that a run makes of an untested architecture, on a model of a few thousand weights."""
     keys = CONFIG_MAPPING[kind]().to_dict()
     config = CONFIG_MAPPING[kind](**{key: value for key, value in SMALL.items() if key in keys})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     head = parts_of(model).head
-    install_loss_head(head, use_reference=False, softcap=getattr(config, "final_logit_softcapping", None))
+    install_loss_head(head, config, use_reference=False)
     values = json.loads(config.to_json_string(use_diff=False)) | {"model_type": kind}
-    if check_model(values).refused:
-        with pytest.raises(ConfigError, match="packed training would not compute"):
-            self_check_packing(model)
-    else:
-        self_check_packing(model)
+    assert not check_model(values).refused
+    self_check_packing(model)
 
 
 def test_layers_that_cannot_separate_documents_are_refused():
@@ -122,22 +121,35 @@ def test_layers_that_cannot_separate_documents_are_refused():
     assert refusal == ("layers of type linear_attention cannot separate packed documents",)
 
 
-def test_experts_that_get_nothing_are_named(tmp_path):
+def test_experts_train_and_the_router_is_named(tmp_path):
     ended = command("model-check", model_folder(tmp_path / "m", {"model_type": "mixtral"}))
     assert ended.code == 0
     (line,) = [line for line in ended.out.splitlines() if line.startswith("LoRA leaves out")]
+    assert line.startswith("LoRA leaves out: mlp.gate (")
+    (line,) = [line for line in ended.out.splitlines() if line.startswith("LoRA on all-linear trains")]
     assert "mlp.experts.gate_up_proj" in line
     assert "46.7 B parameters, 12.9 B active" in ended.out.splitlines()[0]
 
 
 def test_a_refused_model_ends_with_64_and_the_reason(tmp_path):
-    folder = model_folder(tmp_path / "m", {"model_type": "granite", "logits_scaling": 8.0})
+    folder = model_folder(tmp_path / "m", {"model_type": "mixtral", "output_router_logits": True})
     ended = command("model-check", folder, "--json")
     assert ended.code == 64
-    assert json.loads(ended.out)["refused"] == ["logits_scaling = 8.0 is not implemented by the loss"]
+    assert json.loads(ended.out)["refused"] == ["output_router_logits = True is not implemented by the loss"]
     assert len(ended.error_lines) == 1
     ended = command("model-check", model_folder(tmp_path / "m", {"model_type": "mamba2"}))
     assert (ended.code, len(ended.err.splitlines())) == (64, 1)
+
+
+def test_a_type_outside_the_table_is_built(tmp_path):
+    folder = model_folder(tmp_path / "m", {"model_type": "helium", "num_hidden_layers": 2})
+    assert command("model-check", folder).code == 64
+    ended = command("model-check", folder, "--build")
+    assert ended.code == 0
+    assert ended.out.splitlines()[0] == "built: HeliumForCausalLM; 2 decoder layers"
+    assert "mlp.down_proj" in ended.out.splitlines()[1]
+    ended = command("model-check", model_folder(tmp_path / "n", {"model_type": "bert"}), "--build")
+    assert (ended.code, len(ended.error_lines)) == (64, 1)
 
 
 def test_every_line_is_short_of_a_traceback():
