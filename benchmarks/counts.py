@@ -4,6 +4,8 @@
 single engine with the LoRA matrices of LAYERS layers: the package's kernels are counted instead of run, and every other
 ATen call that is no view and no allocation counts as one launch; `optimizer_launches_8bit` with moments in 8 bit.
 `optimizer_calls_cpu`: such calls of the same step on a CPU.
+`host_reads_per_step`: how often a step of a whole run makes the host wait for the device (`host_reads.py`), under the
+single engine; `..._fsdp` and `..._zero` on two ranks, and `deepspeed_reads_per_step` what deepspeed adds to the latter.
 
 Per token and layer of a Llama in the proportions of the 8B, fused, LoRA on all maps, bf16, as a layer more adds them:
 `kept_bytes_by_policy`: on the device from forward to backward, for each engine.activation_checkpointing;
@@ -11,7 +13,7 @@ Per token and layer of a Llama in the proportions of the 8B, fused, LoRA on all 
 forward passes of attention in backward. `lora_kb_per_token_layer`: what products with the adapters' matrices read and
 write of tensors with a row per token, their own few columns aside, in KB at the 8B's widths.
 
-    python benchmarks/counts.py --json
+    python benchmarks/counts.py --json [--engines single fsdp zero]
 """
 
 from __future__ import annotations
@@ -28,11 +30,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import host_reads  # beside this file
+
 os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported: interpreted kernels have no `run` to count
 # Beside this file lies kernels.py: on the path it would be taken for Hugging Face's package of that name.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 
 import dist_cpt_kernels  # noqa: E402
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from dist_cpt_kernels import dispatch  # noqa: E402
@@ -43,6 +48,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from dist_cpt.config.schema import RunConfig  # noqa: E402
+from dist_cpt.data.batch import Batch  # noqa: E402
 from dist_cpt.engines import host_copies  # noqa: E402
 from dist_cpt.engines.activation_checkpoint import checkpoint_layers  # noqa: E402
 from dist_cpt.engines.single import SingleEngine  # noqa: E402
@@ -67,6 +73,7 @@ LLAMA: dict[str, Any] = {
 TOKENS, LORA_RANK = 48, 64 // SCALE
 RANKS = {LORA_RANK, 2 * LORA_RANK, 3 * LORA_RANK}  # of adapters with one input
 MATRICES = {"mm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2)}  # places of the two that are multiplied
+ENGINES = {"single": ({"kind": "single"}, 1), "fsdp": ({"kind": "fsdp"}, 2), "zero": ({"kind": "zero"}, 2)}
 # Views and allocations: no kernel runs for them.
 FREE = {
     *(
@@ -89,28 +96,35 @@ FREE = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--engines", nargs="*", choices=ENGINES, default=list(ENGINES), help="whose reads are counted")
     arguments = parser.parse_args()
-    counts = {
+    counts: dict[str, float] = {
         "optimizer_launches": optimizer_calls(on_a_gpu=True),
         "optimizer_launches_8bit": optimizer_calls(on_a_gpu=True, state="8bit"),
         "optimizer_calls_cpu": optimizer_calls(on_a_gpu=False),
     }
     counts |= layer_counts()
+    for name in arguments.engines:
+        reads = host_reads.count(*ENGINES[name])
+        counts["host_reads_per_step" if name == "single" else f"host_reads_per_step_{name}"] = reads.pop("dist_cpt")
+        counts |= {f"{owner}_reads_per_step": number for owner, number in reads.items()}
     print(json.dumps(counts) if arguments.json else "\n".join(f"{name}: {count}" for name, count in counts.items()))
 
 
 def optimizer_calls(*, on_a_gpu: bool, state: str = "fp32") -> int:
     """Kernel launches, or ATen calls on the CPU, of one step of the single engine."""
     dispatch.interpret_cpu_tensors = on_a_gpu
-    module, config = lora_matrices(), recipe(state)
+    module, config = LoraMatrices(), recipe(state)
     trainable = {f"base_model.model.{name}": parameter for name, parameter in module.named_parameters()}
     groups = param_groups(trainable, config.optim, adapter=True)
     engine = SingleEngine(module, trainable, groups, config, torch.device("cpu"))
     rates = {group.name: group.peak_lr for group in groups}
+    ids, borders = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+    nothing = Batch(ids, ids, ids, borders, 1, 1, np.ones((1, 3), dtype=np.int64), (0,))
     calls = AtenCalls()
     with counted_kernels() as launches:
         for _ in range(2):  # tables that are made once are no part of a step
-            torch.stack([parameter.float().sum() for parameter in trainable.values()]).sum().backward()
+            engine.accumulate(nothing, 1, last=True)
             launches.clear()
             calls.counts.clear()
             with calls:
@@ -243,6 +257,22 @@ def lora_matrices() -> nn.Module:
             module.add_module(f"layers_{layer}_{place}", parent)
             parent.lora_A, parent.lora_B = nn.Linear(WIDTH, RANK, bias=False), nn.Linear(RANK, WIDTH, bias=False)
     return module
+
+
+class LoraMatrices(nn.Module):
+    """The trainable tensors of a LoRA run, by the names that the optimizer's groups know; their sum is the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in range(LAYERS):
+            for place in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+                parent = nn.Module()
+                self.add_module(f"layers_{layer}_{place}", parent)
+                parent.lora_A, parent.lora_B = nn.Linear(WIDTH, RANK, bias=False), nn.Linear(RANK, WIDTH, bias=False)
+
+    def forward(self, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = torch.stack([parameter.float().sum() for parameter in self.parameters()]).sum()
+        return loss, loss.detach()
 
 
 def recipe(state: str, **model: str) -> RunConfig:

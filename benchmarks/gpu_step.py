@@ -415,7 +415,7 @@ def dist_cpt(run: Run) -> tuple[Any, int]:
     engine = build_engine(model.module, model.trainable, groups, model.layers, config, run.device)
     lrs = {group.name: group.peak_lr for group in groups}
 
-    def step(ids: torch.Tensor) -> torch.Tensor:
+    def step(ids: torch.Tensor) -> float:
         size, length = ids.shape
         labels = torch.cat([ids[:, 1:], torch.full((size, 1), IGNORE_INDEX)], dim=1)
         positions = torch.arange(length).repeat(size, 1)
@@ -423,9 +423,8 @@ def dist_cpt(run: Run) -> tuple[Any, int]:
         targets = size * (length - 1)
         counts = np.array([[size, ids.numel(), targets]])
         batch = Batch(ids, labels, positions, borders, length, targets, counts, tuple(range(size)))
-        loss = engine.accumulate(batch, targets, last=True)
-        engine.step(lrs)
-        return loss / targets
+        engine.accumulate(batch, targets, last=True)
+        return engine.step(lrs).read().loss
 
     return step, model_flops(run)
 

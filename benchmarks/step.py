@@ -279,11 +279,9 @@ def by_dist_cpt(base: str, blocks: Any, arguments: argparse.Namespace, clock: Cl
     for step_blocks in blocks.split(arguments.micro_batch * arguments.accumulation):
         batches = [batch_of(ids) for ids in step_blocks.split(arguments.micro_batch)]
         num_targets = sum(batch.num_targets for batch in batches)
-        loss = torch.zeros(())
         for number, batch in enumerate(batches):
-            loss += engine.accumulate(batch, num_targets, last=number == len(batches) - 1)
-        engine.step(lrs)
-        losses.append(float(loss) / num_targets)
+            engine.accumulate(batch, num_targets, last=number == len(batches) - 1)
+        losses.append(engine.step(lrs).read().loss)
         clock.step_ended()
     return losses, trainable
 

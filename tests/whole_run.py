@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from dist_cpt.config.load import build
 from dist_cpt.config.resolve import resolve_paths
 from dist_cpt.config.schema import RunConfig
+from dist_cpt.runtime.faults import VARIABLE
 from dist_cpt.runtime.stop import StopRequest
 
 
 class StopAfter(StopRequest):
-    """Requests a stop, as a signal would, once metrics.jsonl has `step` rows."""
+    """Stops a run by a signal at the boundary after `step`."""
 
-    def __init__(self, metrics: Path, step: int) -> None:
+    def __init__(self, step: int) -> None:
         super().__init__()
-        self._metrics, self._step = metrics, step
-
-    def __getattribute__(self, name: str) -> Any:
-        if name == "requested":
-            metrics = object.__getattribute__(self, "_metrics")
-            if metrics.is_file() and len(metrics.read_text().splitlines()) >= object.__getattribute__(self, "_step"):
-                return "SIGTERM"
-            return None
-        return super().__getattribute__(name)
+        self.fault = f"step:step{step + 1}:term"
 
 
 def train(values: dict[str, Any], stop: StopRequest | None = None) -> int:
     """The exit code of training a recipe."""
     from dist_cpt.train.run import train as train_run
 
-    return train_run(resolve_paths(build(values, "recipe.yaml")), stop or StopRequest())[0]
+    config = resolve_paths(build(values, "recipe.yaml"))
+    if not isinstance(stop, StopAfter):
+        return train_run(config, stop or StopRequest())[0]
+    with stop, mock.patch.dict(os.environ, {VARIABLE: stop.fault}):
+        return train_run(config, stop)[0]
 
 
 def built(values: dict[str, Any]) -> RunConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,9 +49,16 @@ class Batch:
             num_parts=num_parts,
         )
 
+    def pinned(self) -> Batch:
+        """The same batch in memory from which a GPU copies by itself, beside what it computes."""
+        return self._with(lambda tensor: tensor.pin_memory())
+
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
         if self.input_ids.device == device:
             return self
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         names = ("input_ids", "labels", "position_ids", "cu_seqlens")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        return replace(self, **{name: change(getattr(self, name)) for name in names})

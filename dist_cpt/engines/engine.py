@@ -6,6 +6,7 @@ crosses the seam by canonical name (`dist_cpt.training_state`), so that any engi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +14,7 @@ from typing import Protocol
 import torch
 
 from dist_cpt.data.batch import Batch
+from dist_cpt.runtime.late_read import LateRead
 from dist_cpt.training_state import (
     STATE_KINDS,
     ExportedTensor,
@@ -25,17 +27,25 @@ from dist_cpt.training_state import (
 
 
 @dataclass(frozen=True)
-class GradStats:
-    """One optimizer step: the global gradient norm before clipping, and whether the update was skipped."""
+class StepStats:
+    """One optimizer step over all ranks."""
 
-    grad_norm: float
-    skipped: bool  # non-finite on some rank: masters, moments and step counter are unchanged
+    loss: float  # mean over its target tokens, nats
+    grad_norm: float  # before clipping
+    skipped: bool  # not finite, or over the spike limit: masters, moments and step counter are unchanged
 
-    @classmethod
-    def read(cls, norm: torch.Tensor, skip: torch.Tensor) -> GradStats:
-        """From the device, fp32 [] each: one host sync."""
-        grad_norm, skipped = torch.stack([norm, skip]).tolist()
-        return cls(grad_norm, bool(skipped))
+
+class LateStats:
+    """A step's statistics on their way from the device, [] each."""
+
+    def __init__(self, loss: torch.Tensor, grad_norm: torch.Tensor, skipped: torch.Tensor) -> None:
+        self._copy = LateRead(torch.stack([value.double() for value in (loss, grad_norm, skipped)]))
+        self.arrived = self._copy.arrived  # the end of the step
+
+    def read(self) -> StepStats:
+        """Wait for the step to end, if it has not."""
+        loss, grad_norm, skipped = self._copy.read()
+        return StepStats(loss, grad_norm, bool(skipped))
 
 
 class Engine(Protocol):
@@ -43,18 +53,19 @@ class Engine(Protocol):
 
     kind: str  # as in the recipe and in manifests: "single", "fsdp-full", "zero-3" ...
 
-    def accumulate(self, batch: Batch, num_tokens: int, last: bool) -> torch.Tensor:
-        """Forward and backward of one micro-batch; the local loss sum, fp32 [], detached, without a host sync.
+    def accumulate(self, batch: Batch, num_tokens: int, last: bool) -> None:
+        """Forward and backward of one micro-batch, without a host sync.
 
         `num_tokens` are the target tokens of the whole optimizer step, over all ranks and micro-batches: `step`
         sees the gradient of (sum of token losses) / num_tokens. `last` marks the step's last micro-batch.
         """
         ...
 
-    def step(self, lrs: Mapping[str, float]) -> GradStats:
+    def step(self, lrs: Mapping[str, float], spike_limit: float = math.inf) -> LateStats:
         """Clip by the global norm, update with `lrs` (learning rate by group name), and drop the gradients.
 
-        A gradient that is non-finite on any rank skips the update on all of them.
+        The update is skipped, on all ranks, if the loss or the gradient is not finite on any, or if the mean loss over
+        all target tokens exceeds `spike_limit`: decided on the device, and read later.
         """
         ...
 
@@ -64,10 +75,6 @@ class Engine(Protocol):
 
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """fp32 logits [1, V] after the last of `input_ids` [1, L]; same input and same result on every rank."""
-        ...
-
-    def discard(self) -> None:
-        """Drop the accumulated gradients: no update, and the step counter is unchanged."""
         ...
 
     def export_state(self, owner_of: OwnerOf, kinds: Sequence[StateKind] = STATE_KINDS) -> Iterator[ExportedTensor]:

@@ -15,6 +15,7 @@ waits for the last micro-batch: it works on shards and costs no memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,10 +29,10 @@ from torch.distributed.tensor import DTensor
 from dist_cpt.adapters.placeholders import is_placeholder
 from dist_cpt.config.schema import EngineConfig, RunConfig
 from dist_cpt.data.batch import Batch
-from dist_cpt.engines.engine import GradStats
+from dist_cpt.engines.engine import LateStats
 from dist_cpt.engines.fill import Receive, Rows, fill, send_rows
 from dist_cpt.engines.forward import Forward
-from dist_cpt.engines.gradients import norm_and_clip, probe
+from dist_cpt.engines.gradients import StepLoss, judge, probe
 from dist_cpt.engines.slices import SlicedState, frozen_tensors, storage_bytes
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.base_weights import UnreadBase
@@ -86,21 +87,23 @@ class Fsdp2Engine:
         )
         self.export_state = self._state.export
         self.snapshot = self._state.snapshot
+        self._loss = StepLoss()
         self._forward = Forward(self._module, device, after_inference=self._reshard)
         self.evaluate = self._forward.evaluate
         self.logits = self._forward.logits
 
-    def accumulate(self, batch: Batch, num_tokens: int, last: bool) -> torch.Tensor:
+    def accumulate(self, batch: Batch, num_tokens: int, last: bool) -> None:
         if self._hybrid:
             self._units[0].set_requires_all_reduce(last)  # the root sets all units
         loss, loss_sum = self._forward.loss(batch, 1.0 / num_tokens)
         loss.backward()
-        return loss_sum
+        self._loss.add(loss_sum, num_tokens)
 
-    def step(self, lrs: Mapping[str, float]) -> GradStats:
+    def step(self, lrs: Mapping[str, float], spike_limit: float = math.inf) -> LateStats:
         grads = {name: self._grad(name) for name in self._parameters}
         present = [grad for grad in grads.values() if grad is not None]
-        norm, clip = norm_and_clip(present, self._device, self._max_norm, self._replicas)
+        limits = {"max_norm": self._max_norm, "spike_limit": spike_limit}
+        loss, norm, clip = judge(self._loss, present, **limits, replicas=self._replicas)
         masters = self._adam.masters
         parts = [
             Part(
@@ -113,12 +116,8 @@ class Fsdp2Engine:
         ]
         self._adam.update(parts, clip)
         self._adam.steps += 1 - clip.skip
-        self.discard()
-        return GradStats.read(norm, clip.skip)
-
-    def discard(self) -> None:
-        for parameter in self._parameters.values():
-            parameter.grad = None
+        self._drop_gradients()
+        return LateStats(loss, norm, clip.skip)
 
     def import_state(self, read: ReadState, step: int, order: ReadingOrder | None = None) -> None:
         self._state.import_(read, order)
@@ -139,7 +138,11 @@ class Fsdp2Engine:
         )
 
     def close(self) -> None:
-        self.discard()
+        self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     def _reshard(self) -> None:
         """A forward without a backward leaves units gathered: the next one would use them even after an import."""

@@ -1,8 +1,10 @@
-"""Gradients over all ranks: their norm, what clipping does to them, and what the trainability contract reads."""
+"""A step over all ranks: its loss, the norm of its gradients, whether it is applied, and what the trainability
+contract reads."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,18 +18,45 @@ from dist_cpt.runtime.collectives import world_size
 NORM_ELEMENTS = 1 << 16  # of one fp32 sum of squares
 
 
-def norm_and_clip(
-    grads: Sequence[torch.Tensor], device: torch.device, max_norm: float, replicas: int = 1
-) -> tuple[torch.Tensor, Clip]:
-    """(Euclidean norm over all tensors of all ranks, fp32 []; how the step clips), on the device, without a host sync.
+class StepLoss:
+    """The loss of one optimizer step on this rank, added up on the device."""
 
-    Each tensor is counted `replicas` times over the ranks. A norm that is not finite skips the update on every rank.
+    def __init__(self) -> None:
+        self._sum: torch.Tensor | None = None
+        self._num_tokens = 0
+
+    def add(self, loss_sum: torch.Tensor, num_tokens: int) -> None:
+        """A micro-batch's loss sum, fp32 []; `num_tokens` are the whole step's targets over all ranks."""
+        self._sum = loss_sum if self._sum is None else self._sum + loss_sum
+        self._num_tokens = num_tokens
+
+    def take(self) -> tuple[torch.Tensor, int]:
+        """(this rank's loss sum, fp64 []; the step's targets); the next step begins with nothing."""
+        assert self._sum is not None, "a step without a micro-batch"
+        loss_sum, self._sum = self._sum.double(), None
+        return loss_sum, self._num_tokens
+
+
+def judge(
+    step_loss: StepLoss, grads: Sequence[torch.Tensor], *, max_norm: float, spike_limit: float, replicas: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, Clip]:
+    """(mean loss, fp64 []; Euclidean norm of the gradients, fp32 []; how the step clips), all on the device.
+
+    Over all tensors and ranks, with one collective and no host sync. Each tensor is counted `replicas` times. The step
+    is skipped on every rank if loss or norm is not finite, or the loss above `spike_limit`.
     """
-    total = _sum_of_squares(grads) if grads else torch.zeros((), dtype=torch.float64, device=device)
+    loss_sum, num_tokens = step_loss.take()
+    sums = torch.stack([loss_sum, _sum_of_squares(grads) if grads else torch.zeros_like(loss_sum)])
     if world_size() > 1:
-        dist.all_reduce(total)
-    norm, factor, skip = clip(total / replicas, max_norm)
-    return norm, Clip(factor, skip)
+        dist.all_reduce(sums)
+    loss = sums[0] / num_tokens
+    norm, factor, skip = clip(sums[1] / replicas, max_norm)
+    return loss, norm, Clip(factor, torch.where(is_bad(loss, spike_limit), 1.0, skip))
+
+
+def is_bad(loss: torch.Tensor, spike_limit: float) -> torch.Tensor:
+    """Whether an fp64 loss is not finite or above the limit, bool [], on its device."""
+    return ~(loss.abs() <= min(spike_limit, sys.float_info.max))
 
 
 def probe(

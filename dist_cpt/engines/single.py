@@ -7,6 +7,7 @@ once per micro-batch, never in the sum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -14,9 +15,9 @@ from torch import nn
 
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.batch import Batch
-from dist_cpt.engines.engine import GradStats
+from dist_cpt.engines.engine import LateStats
 from dist_cpt.engines.forward import Forward
-from dist_cpt.engines.gradients import norm_and_clip, probe
+from dist_cpt.engines.gradients import StepLoss, judge, probe
 from dist_cpt.engines.slices import SlicedState, frozen_tensors, storage_bytes
 from dist_cpt.errors import ConfigError
 from dist_cpt.optim.groups import ParamGroup, eight_bit_names
@@ -54,6 +55,7 @@ class SingleEngine:
                 parameter.data = parameter.data.to(torch.bfloat16)
             self._copies = {name: parameter.data for name, parameter in self._parameters.items()}
         self._grads: dict[str, torch.Tensor] = {}
+        self._loss = StepLoss()
         self._hooks = [p.register_post_accumulate_grad_hook(self._keep(n)) for n, p in self._parameters.items()]
         self._state = SlicedState(
             {name: p.shape for name, p in self._parameters.items()},
@@ -68,13 +70,14 @@ class SingleEngine:
         self.evaluate = self._forward.evaluate
         self.logits = self._forward.logits
 
-    def accumulate(self, batch: Batch, num_tokens: int, last: bool) -> torch.Tensor:
+    def accumulate(self, batch: Batch, num_tokens: int, last: bool) -> None:
         loss, loss_sum = self._forward.loss(batch, 1.0 / num_tokens)
         loss.backward()
-        return loss_sum
+        self._loss.add(loss_sum, num_tokens)
 
-    def step(self, lrs: Mapping[str, float]) -> GradStats:
-        norm, clip = norm_and_clip(list(self._grads.values()), self._device, self._max_norm)
+    def step(self, lrs: Mapping[str, float], spike_limit: float = math.inf) -> LateStats:
+        grads = list(self._grads.values())
+        loss, norm, clip = judge(self._loss, grads, max_norm=self._max_norm, spike_limit=spike_limit)
         parts = [
             Part(group.names, [self._gradient(name) for name in group.names], lrs[group.name], group.weight_decay)
             for group in self._groups
@@ -82,10 +85,7 @@ class SingleEngine:
         self._adam.update(parts, clip, self._copies)
         self._adam.steps += 1 - clip.skip
         self._grads.clear()
-        return GradStats.read(norm, clip.skip)
-
-    def discard(self) -> None:
-        self._grads.clear()
+        return LateStats(loss, norm, clip.skip)
 
     def import_state(self, read: ReadState, step: int, order: ReadingOrder | None = None) -> None:
         self._state.import_(read, order)

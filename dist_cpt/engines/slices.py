@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +23,7 @@ from dist_cpt.adapters.quantize import quantisation_state
 from dist_cpt.errors import CheckpointError, DistCptError
 from dist_cpt.runtime.collectives import agree, current_group, gather_json, rank, world_size
 from dist_cpt.runtime.liveness import made_progress
+from dist_cpt.runtime.mesh import host_group
 from dist_cpt.training_state import (
     STATE_KINDS,
     ExportedTensor,
@@ -63,9 +63,7 @@ class SlicedState:
         self._write = write
         self._device = device
         self._copies: dict[tuple[StateKind, str], torch.Tensor] = {}
-        self._host_group: Any = None
-        if device.type == "cuda" and world_size() > 1:
-            self._host_group = dist.new_group(backend="gloo")
+        self._host_group = host_group(device)
         by_rank = gather_json([primary, [list(ranges[name]) for name in shapes]])
         self._holders: dict[str, list[Part]] = {name: [] for name in shapes}
         self._senders: dict[str, list[Part]] = {name: [] for name in shapes}

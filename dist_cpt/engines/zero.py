@@ -10,7 +10,8 @@ The private names below are those of deepspeed 0.19.8, which is checked. What ma
 - Stage 1 in bf16 with fp32 accumulation is another class (BF16_Optimizer) with other names.
 - It divides gradients by the ranks, and by the micro-batches if it may: the loss is multiplied by the ranks and passed
   as a new tensor, with that scaling off.
-- Every class takes one gradient norm over all ranks: if it is not finite, all skip before the optimizer.
+- Every class takes one gradient norm over all ranks and reads it on the host: if it is not finite, all skip before the
+  optimizer. A step whose loss is bad gets a NaN into its gradient, on the device.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from torch import nn
 from dist_cpt.adapters.quantize import quantisation_state
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.batch import Batch
-from dist_cpt.engines.engine import GradStats
+from dist_cpt.engines.engine import LateStats
 from dist_cpt.engines.fill import fill, send_whole
 from dist_cpt.engines.forward import Forward
+from dist_cpt.engines.gradients import StepLoss, is_bad
 from dist_cpt.engines.slices import SlicedState, frozen_tensors, storage_bytes
 from dist_cpt.errors import ConfigError, MissingExtraError
 from dist_cpt.model.base_weights import UnreadBase
@@ -95,6 +97,7 @@ class ZeroEngine:
             self._layout.refresh()
         self.export_state = self._state.export
         self.snapshot = self._state.snapshot
+        self._loss = StepLoss()
         self._forward = Forward(self._engine, device)
         self.evaluate = self._forward.evaluate
         self.logits = self._forward.logits
@@ -130,27 +133,30 @@ class ZeroEngine:
                 parameter.data = parameter.data.to(compute)
         return parts
 
-    def accumulate(self, batch: Batch, num_tokens: int, last: bool) -> torch.Tensor:
+    def accumulate(self, batch: Batch, num_tokens: int, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
         loss, loss_sum = self._forward.loss(batch, dist.get_world_size() / num_tokens)
         # A new tensor: BF16_Optimizer would divide the forward's own output by the micro-batches.
         self._engine.backward(loss * 1.0, scale_wrt_gas=False)
-        return loss_sum
+        self._loss.add(loss_sum, num_tokens)
 
-    def step(self, lrs: Mapping[str, float]) -> GradStats:
+    def step(self, lrs: Mapping[str, float], spike_limit: float = math.inf) -> LateStats:
         for group, name in zip(self._adam.param_groups, self._lr_order, strict=True):
             group["lr"] = lrs[name]
+        loss_sum, num_tokens = self._loss.take()
+        dist.all_reduce(loss_sum)
+        loss = loss_sum / num_tokens
+        if dist.get_rank() == 0:  # whose part of the first tensor has no padding, in which a NaN would remain
+            # A non-finite gradient is deepspeed's own way to drop a step, its bookkeeping included.
+            first = self._layout.first_gradient().view(-1)[:1]
+            first.copy_(torch.where(is_bad(loss, spike_limit), math.nan, first))
         self._engine.step()
-        skipped = bool(self._zero.overflow)
+        skipped = bool(self._zero.overflow)  # deepspeed has read it
         if self._named is not None:
             self._named.steps += not skipped
-        return GradStats(math.nan if skipped else float(self._zero._global_grad_norm), skipped)
-
-    def discard(self) -> None:
-        # A non-finite gradient is deepspeed's own way to drop a step, its bookkeeping included.
-        self._layout.spoil_gradient(next(iter(self._parameters.values())))
-        self._engine.step()
-        assert self._zero.overflow, "deepspeed applied a step that was to be dropped"
+        norm = math.nan if skipped else self._zero._global_grad_norm
+        norm = norm if isinstance(norm, torch.Tensor) else torch.full_like(loss, norm)
+        return LateStats(loss, norm.reshape(()).to(loss.device), torch.full_like(loss, skipped))
 
     def import_state(self, read: ReadState, step: int, order: ReadingOrder | None = None) -> None:
         self._state.import_(read, order)
@@ -252,13 +258,11 @@ class _Stage12:
     def refresh(self) -> None:
         self._zero.update_lp_params()
 
-    def spoil_gradient(self, parameter: Any) -> None:
+    def first_gradient(self) -> torch.Tensor:
+        """This rank's first part of the gradient that the next step applies."""
         if hasattr(self._zero, "fp32_groups_gradient_flat_partition"):  # BF16_Optimizer
-            self._zero.fp32_groups_gradient_flat_partition[0].fill_(math.nan)
-            return
-        from deepspeed.utils import safe_set_full_grad
-
-        safe_set_full_grad(parameter, torch.full(parameter.shape, math.nan))
+            return self._zero.fp32_groups_gradient_flat_partition[0]
+        return self._zero.averaged_gradients[0][0]
 
 
 class _Stage3:
@@ -283,13 +287,9 @@ class _Stage3:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
 
-    def spoil_gradient(self, parameter: Any) -> None:
-        from deepspeed.utils import safe_set_local_grad
-
-        # The setter of whole gradients fails on the last rank if the elements do not divide by the ranks. Rank 0 has
-        # no padding, in which a NaN would remain.
-        value = math.nan if dist.get_rank() == 0 else 0.0
-        safe_set_local_grad(parameter, torch.full((parameter.partition_numel(),), value))
+    def first_gradient(self) -> torch.Tensor:
+        """This rank's first part of the gradient that the next step applies."""
+        return self._zero.averaged_gradients[0][0]
 
 
 def _part(parameter: Any) -> tuple[int, int]:

@@ -1,64 +1,66 @@
-"""Loss spikes: a loss far above the recent ones, and whether its update is applied."""
+"""Loss spikes: a loss far above the recent ones, and what follows from bad steps.
+
+The device decides whether an update is applied, and the host reads the loss of a step while the next one is computed:
+what is a spike at step n follows from the losses up to step n - 2, wherever a run was stopped and resumed.
+"""
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from dist_cpt.config.schema import SpikeConfig
 
-Decision = Literal["apply", "skip", "stop", "rollback"]
+Verdict = Literal["continue", "stop", "rollback"]
 
 STD_FLOOR = 0.005  # nats: a loss that hardly varies has no spikes of a few hundredths
 
 
-class SpikeDetector:
-    """Compares each loss with the good ones before it; deterministic, so that all ranks decide alike."""
+@dataclass(frozen=True)
+class SpikeWindow:
+    """The good losses up to step n, in nats per token, and the limits of the steps that follow."""
 
-    def __init__(self, config: SpikeConfig, state: Sequence[float] = ()) -> None:
-        self._config = config
-        self._losses: deque[float] = deque(state, maxlen=config.window)
+    losses: tuple[float, ...] = ()  # oldest first
+    limit: float = math.inf  # of step n + 1: from the losses up to step n - 1
 
-    def observe(self, loss: float, bad_in_a_row: int) -> bool:
-        """Whether `loss` (nats per token) is a spike; a good one enters the window, a non-finite one never does.
+    def limit_after_next(self, config: SpikeConfig) -> float:
+        """The limit of step n + 2."""
+        if len(self.losses) < config.min_history:
+            return math.inf
+        mean = math.fsum(self.losses) / len(self.losses)
+        std = math.sqrt(math.fsum((loss - mean) ** 2 for loss in self.losses) / len(self.losses))
+        return mean + config.sigmas * max(std, STD_FLOOR)
+
+    def observe(self, loss: float, bad_in_a_row: int, config: SpikeConfig) -> tuple[bool, SpikeWindow]:
+        """(whether the loss of step n + 1 is a spike; the window after it). A non-finite loss never enters the window.
 
         `bad_in_a_row` counts the bad steps before this one. After max_bad_steps of them a spike is accepted as the
         new level: under a policy that continues, a run would report spikes for ever.
 
         Source: the threshold of OLMo-core's SkipStepOptimizer, whose window a NaN would poison.
         """
-        if not math.isfinite(loss):
-            return False
-        spike = len(self._losses) >= self._config.min_history and loss > self._threshold()
-        if spike and bad_in_a_row >= self._config.max_bad_steps:
-            self._losses.clear()
-            spike = False
-        if not spike:
-            self._losses.append(loss)
-        return spike
-
-    def state(self) -> list[float]:
-        """The window, oldest first, as the constructor takes it."""
-        return list(self._losses)
-
-    def _threshold(self) -> float:
-        count = len(self._losses)
-        mean = math.fsum(self._losses) / count
-        std = math.sqrt(math.fsum((loss - mean) ** 2 for loss in self._losses) / count)
-        return mean + self._config.sigmas * max(std, STD_FLOOR)
+        spike = math.isfinite(loss) and loss > self.limit
+        if spike and bad_in_a_row >= config.max_bad_steps:
+            return False, SpikeWindow((loss,))
+        good = math.isfinite(loss) and not spike
+        losses = (*self.losses, loss)[-config.window :] if good else self.losses
+        return spike, SpikeWindow(losses, self.limit_after_next(config))
 
 
-def decide(*, finite: bool, spike: bool, bad_in_a_row: int, rollbacks: int, config: SpikeConfig) -> Decision:
-    """Whether a step's update is applied or skipped, or the run stops or rolls back.
+def limit_on_device(window: SpikeWindow, unread: int, config: SpikeConfig) -> float:
+    """The loss above which the next step's update is dropped, while the losses of `unread` steps, 0 or 1, that came
+    after the window are not known; infinite under policies that apply it."""
+    if config.policy not in ("skip", "rollback"):
+        return math.inf
+    return window.limit_after_next(config) if unread else window.limit
 
-    `bad_in_a_row` includes this step; `rollbacks` counts those already done. A non-finite update is never applied;
-    under `off` and `stop`, optim.max_skipped_steps bounds how many in a row are tolerated.
+
+def verdict(bad_in_a_row: int, rollbacks: int, config: SpikeConfig) -> Verdict:
+    """Whether a run continues after `bad_in_a_row` spikes or non-finite steps and `rollbacks` that were done.
+
+    Under `off` and `stop`, optim.max_skipped_steps bounds how many steps in a row may be skipped as well.
     """
-    if finite and not spike:
-        return "apply"
-    allowed: Decision = "apply" if finite and config.policy in ("off", "stop") else "skip"
     if config.policy == "off" or bad_in_a_row < config.max_bad_steps:
-        return allowed
+        return "continue"
     return "rollback" if config.policy == "rollback" and rollbacks < config.max_rollbacks else "stop"

@@ -20,6 +20,7 @@ from torch import nn
 
 from dist_cpt.config.schema import StragglerConfig
 from dist_cpt.runtime.collectives import gather_json, rank
+from dist_cpt.runtime.late_read import Moment
 from dist_cpt.runtime.log import LOGGER
 
 NAMED_RANKS = 8  # in one line
@@ -53,28 +54,31 @@ def timed_modules(layers: Sequence[nn.Module], engine: str, context_parallel: in
 class ComputeClock:
     """Adds up this rank's own seconds: the training forward of `modules`, and the blocks inside `also()`.
 
-    GPU time is measured with events on the stream, after the wait for the gathered weights and without a host sync
-    beyond that of the loss. Create it after the engine: its hooks must run inside the engine's.
+    GPU time is measured with events on the stream, after the wait for the gathered weights, and read a step later, when
+    the device has passed them. Create it after the engine: its hooks must run inside the engine's.
     """
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._seconds = 0.0
+        self._device = device
+        self._seconds = self._seconds_before = 0.0  # of blocks: since the last call of `take`, and of the one before
+        self._passes: list[tuple[Moment, Moment]] = []
+        self._passes_before: list[tuple[Moment, Moment]] = []
         self._depth = 0
         self._began: Any = None
-        self._events: list[tuple[Any, Any]] = []
         for module in modules:
             module.register_forward_pre_hook(self._enter)
             # always_call: recomputation leaves a module by an exception once it has what it needs.
             module.register_forward_hook(self._leave, prepend=True, always_call=True)
 
     def take(self) -> float:
-        """Own seconds since the last call; for step boundaries, where the forward passes are done."""
-        for began, ended in self._events:
-            ended.synchronize()
-            self._seconds += began.elapsed_time(ended) / 1000
-        seconds, self._seconds = self._seconds, 0.0
-        self._events.clear()
+        """Own seconds between the two calls before this one, 0 until then; for step boundaries, where the forward
+        passes of the step before the last one are done."""
+        seconds = self._seconds_before
+        for began, ended in self._passes_before:
+            ended.wait()
+            seconds += began.seconds_until(ended)
+        self._seconds_before, self._seconds = self._seconds, 0.0
+        self._passes_before, self._passes = self._passes, []
         return seconds
 
     @contextlib.contextmanager
@@ -88,23 +92,14 @@ class ComputeClock:
         if torch.is_grad_enabled():  # an evaluation is not a step
             self._depth += 1
             if self._depth == 1:
-                self._began = self._now()
+                self._began = Moment(self._device)
 
     def _leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         if not torch.is_grad_enabled():
             return
         self._depth -= 1
-        if self._depth == 0 and self._cuda:
-            self._events.append((self._began, self._now()))
-        elif self._depth == 0:
-            self._seconds += time.perf_counter() - self._began
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        if self._depth == 0:
+            self._passes.append((self._began, Moment(self._device)))
 
 
 class StragglerWatch:
@@ -114,16 +109,16 @@ class StragglerWatch:
         self._config, self._clock, self._report = config, clock, report
         self._own_seconds: list[float] = []
         self._step_seconds: list[float] = []
-        self._last_boundary: float | None = None
+        self._boundaries: list[float] = []  # when the last two were
         self._slow_ranks: list[int] = []
 
     def boundary(self) -> None:
         """Call between two steps, before the first collective of the next. Collective every `window` calls."""
         now, own = time.perf_counter(), self._clock.take()
-        if self._last_boundary is not None:
+        if len(self._boundaries) == 2:
             self._own_seconds.append(own)
-            self._step_seconds.append(now - self._last_boundary)
-        self._last_boundary = now
+            self._step_seconds.append(self._boundaries[1] - self._boundaries[0])
+        self._boundaries = [*self._boundaries[-1:], now]
         if len(self._own_seconds) == self._config.window:
             self._compare()
 

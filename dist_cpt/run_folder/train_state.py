@@ -68,13 +68,19 @@ class TrainState(Frozen):
     optimizer_steps: int = Field(ge=0)  # AdamW's counter: without skipped steps, with those of an imported optimizer
     skipped_windows: tuple[tuple[int, int], ...] = ()  # blocks left out by a rollback: positions start to stop - 1
     bad_since: tuple[int, int] | None = None  # (step, position) of the first of the bad steps that end here
-    recent_losses: tuple[float, ...] = ()  # what the spike detector compares with
+    recent_losses: tuple[float, ...] = ()  # good ones, which the loss of a later step is compared with
+    spike_limit: float | None = None  # of the next step, from the losses before the last one; None: no limit
     next_block_ids: tuple[int, ...]  # of the next optimizer step, all ranks, in stream order
     probe: Probe
     stream: dict[str, Mark] | None = None  # of streamed sources: the shard with the next block
 
 
-_LATER = ("blocks_by_source", "targets_by_source", "stream")  # keys that are not written where there is none
+_LATER = (
+    "blocks_by_source",
+    "targets_by_source",
+    "spike_limit",
+    "stream",
+)  # keys that are not written where there is none
 
 
 def state_to_bytes(state: TrainState) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,6 +66,17 @@ def context_group(num_ranks: int) -> dist.ProcessGroup:
     group, _ = dist.new_subgroups(num_ranks)
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def host_group(device: torch.device, timeout_seconds: float | None = None) -> Any:
+    """A gloo group of all ranks beside NCCL's, for what is in host memory; None where the default group is one.
+
+    Collective.
+    """
+    if device.type != "cuda" or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
+    return dist.new_group(backend="gloo", timeout=timeout)
 
 
 def raise_file_limit() -> None:

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from dist_cpt.adapters.pissa import PISSA, copy_initial, init_pissa
 from dist_cpt.adapters.prior_adapter import open_prior_adapter
 from dist_cpt.adapters.quantize import QUANTISED, require_bitsandbytes
@@ -36,6 +38,7 @@ from dist_cpt.engines.build import build_engine, kind_of
 from dist_cpt.engines.engine import InspectableEngine
 from dist_cpt.errors import ConfigError, Stopped
 from dist_cpt.health.stragglers import ComputeClock, StragglerWatch, timed_modules
+from dist_cpt.health.watchdog import collective_seconds
 from dist_cpt.model.base_model import base_sha256s, check_base, commit_of, sha256s_together, with_vocabulary_size
 from dist_cpt.model.continue_from import ProbeBlock
 from dist_cpt.model.load import TrainableModel, load_model, why_base_is_whole
@@ -56,11 +59,13 @@ from dist_cpt.runtime.collectives import (
     gather_json,
     on_every_rank,
     on_rank_zero,
+    over_group,
     rank,
     ranks_that_see,
     require_equal,
 )
 from dist_cpt.runtime.log import LOGGER
+from dist_cpt.runtime.mesh import host_group
 from dist_cpt.runtime.shared_folder import MARK_SECONDS, first_that_sees
 from dist_cpt.runtime.versions import package_versions
 from dist_cpt.train.attempt import RunContext
@@ -113,18 +118,21 @@ class Run:
     identity: Identity
     metrics: MetricsFile
     saver: Saver
+    host_group: dist.ProcessGroup | None  # for what the ranks agree on while the device works; None: the default group
     clock: ComputeClock | None  # with stragglers, on more than one rank
     stragglers: StragglerWatch | None
     base_losses: Mapping[str, HeldOut] = field(default_factory=dict)  # by held-out set, under the base
 
     def steps(self, progress: Progress) -> Iterator[list[Batch]]:
-        """The micro-batches of every remaining step, made ahead on a thread."""
+        """The micro-batches of every remaining step, made ahead on a thread, in pinned memory for a GPU."""
         shape, rank = self.context.shape, self.context.env.rank
         share, starts = shape.share(rank), list(step_starts(shape, progress))
         wanted = (positions for start in starts for positions in step_positions(shape, start, rank))
+        on_gpu = self.context.device.type == "cuda"
 
         def batch_of(positions: Sequence[int]) -> Batch:
-            return self.data.loader.batch(positions).cut(share.part, share.num_parts)
+            batch = self.data.loader.batch(positions).cut(share.part, share.num_parts)
+            return batch.pinned() if on_gpu else batch
 
         ahead = prefetch(batch_of, wanted, depth=2 * shape.accumulation)
         for start in starts:
@@ -133,12 +141,13 @@ class Run:
                 micro_batches = [next(ahead) for _ in range(shape.accumulation)]
             yield micro_batches
 
-    def at_boundary(self, progress: Progress) -> None:
-        """What belongs to no step: planned faults, and the comparison of the ranks' pace."""
+    def at_boundary(self, step: int) -> None:
+        """What belongs to no step, before `step`: planned faults, and the comparison of the ranks' pace."""
         with self._own_work():
-            self.context.fault("step", progress.step + 1)
+            self.context.fault("step", step)
         if self.stragglers is not None:
-            self.stragglers.boundary()
+            with over_group(self.host_group):
+                self.stragglers.boundary()
 
     def evaluation_due(self, step: int) -> bool:
         """Whether the held-out sets are evaluated after `step`; after the last one once it is saved."""
@@ -318,6 +327,7 @@ def open_run(context: RunContext, data: TrainingData, model: TrainableModel) -> 
         fault=context.fault,
     )
     saver = Saver(context, engine, stream, schedule, metrics, checkpoints)
+    host = host_group(context.device, collective_seconds(config.health.hang))
     clock = stragglers = None
     if config.health.straggler is not None and context.env.world_size > 1:
         clock = ComputeClock(timed_modules(model.layers, engine.kind, config.engine.context_parallel), context.device)
@@ -334,6 +344,7 @@ def open_run(context: RunContext, data: TrainingData, model: TrainableModel) -> 
         identity=identity,
         metrics=metrics,
         saver=saver,
+        host_group=host,
         clock=clock,
         stragglers=stragglers,
     )

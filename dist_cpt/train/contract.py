@@ -64,6 +64,11 @@ class Contract:
         }
         self._write()
 
+    @property
+    def watching(self) -> bool:
+        """Whether the updates made now are watched: their outcome is read before the next step."""
+        return self._watched is not None
+
     def before_update(self, step: int) -> None:
         """Record the gradients that are about to be applied. Collective."""
         if self.finished:

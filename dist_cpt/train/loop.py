@@ -1,12 +1,13 @@
-"""The training loop: agree at the boundary, accumulate, update, advance, observe.
+"""The training loop: agree at the boundary, issue a step, read what the one before gave.
 
-Everything decided here is decided by all ranks together.
+The host is a step ahead of the device: it reads the loss of a step once the next one is issued, so the device never
+waits for it. Everything decided here is decided by all ranks together.
 """
 
 from __future__ import annotations
 
 import math
-import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,13 +16,14 @@ import numpy as np
 import torch
 
 from dist_cpt.data.batch import Batch
-from dist_cpt.engines.engine import GradStats
+from dist_cpt.engines.engine import LateStats, StepStats
 from dist_cpt.errors import DataError, NumericsError
-from dist_cpt.health.spikes import Decision, SpikeDetector, decide
+from dist_cpt.health.spikes import Verdict, limit_on_device, verdict
 from dist_cpt.optim.schedule import learning_rates
 from dist_cpt.run_folder.records import StepRecord
 from dist_cpt.run_folder.train_state import SourceCounts
-from dist_cpt.runtime.collectives import all_reduce_floats, all_reduce_ints
+from dist_cpt.runtime.collectives import all_reduce_ints, over_group
+from dist_cpt.runtime.late_read import Moment
 from dist_cpt.runtime.seed import seed_step
 from dist_cpt.train.build import Run
 from dist_cpt.train.contract import Contract
@@ -36,44 +38,36 @@ def train_loop(run: Run, contract: Contract, progress: Progress) -> tuple[Outcom
     """Train to the last step; `stopped` when saved before it, `rollback` when the spike policy wants to go back,
     `forgot` when `evaluate.forgetting` ends the run.
 
+    `progress` is what has been read. Before anything that needs the state as it is, every step is.
+
     Raises:
         NumericsError: too many bad steps in a row, or the trainability contract is broken.
     """
-    config, watchdog = run.context.config, run.context.watchdog
-    spikes = SpikeDetector(config.health.spike, progress.recent_losses)
+    watchdog, spike_policy = run.context.watchdog, run.context.config.health.spike
+    in_flight: deque[IssuedStep] = deque()
     watchdog.tick("training", progress.step)
-    for micro_batches in run.steps(progress):
-        started = time.perf_counter()
-        run.at_boundary(progress)
-        agreed = agree_at_boundary(run, progress, micro_batches)
-        if agreed.stop:
+    for step, micro_batches in enumerate(run.steps(progress), progress.step + 1):
+        run.at_boundary(step)
+        agreed = agree_at_boundary(run, step, micro_batches)  # while the device works on the step before
+        if agreed.stop or agreed.save:
+            progress, bad = read_results(run, contract, progress, in_flight, leave=0)
+            if bad == "rollback":
+                return "rollback", progress
             watchdog.tick("saving", progress.step)
+        if agreed.stop:
             run.saver.save_now(progress)
             return "stopped", progress
-        if agreed.save:
-            watchdog.tick("saving", progress.step)
+        if agreed.save and may_save(run, progress):
             run.saver.save(progress)
-            watchdog.tick("training", progress.step)
-            started = time.perf_counter()
-
-        step = progress.step + 1
-        rates = learning_rates(config.schedule, run.groups, step, run.context.shape.num_steps)
-        seed_step(config.seed, step, run.context.env.rank)
-        loss = _accumulate(run, step, micro_batches, agreed.num_targets)
-        contract.before_update(step)
-        spike = spikes.observe(loss, progress.bad_in_a_row)
-        stats, decision = _update(run, rates, progress, finite=math.isfinite(loss), spike=spike)
-        contract.after_update(step, stats.skipped)
-
-        counts = (agreed.num_targets, agreed.counts_by_source)
-        result = StepResult(loss, stats.grad_norm, stats.skipped, spike, *counts, tuple(spikes.state()))
-        before, progress = progress, progress.advance(run.context.shape, result)
         watchdog.tick("training", progress.step)
-        run.context.observers.on_step(_record(run, before, progress, result, rates, time.perf_counter() - started))
-        if decision == "rollback":
+
+        limit = limit_on_device(progress.spikes, len(in_flight), spike_policy)
+        in_flight.append(issue(run, contract, step, micro_batches, agreed, limit))
+        at_rest = contract.watching or run.evaluation_due(step) or step == run.context.shape.num_steps
+        progress, bad = read_results(run, contract, progress, in_flight, leave=0 if at_rest else 1)
+        if bad == "rollback":
             return "rollback", progress
-        _require_bearable(run, before, progress, result, decision)
-        if run.evaluation_due(progress.step):
+        if run.evaluation_due(step):
             evaluate_all(run, progress)
             write_sample(run, progress)
             if forgotten(run, progress):
@@ -92,14 +86,25 @@ class Agreed:
     counts_by_source: Mapping[str, SourceCounts]  # of the coming step
 
 
-def agree_at_boundary(run: Run, progress: Progress, micro_batches: Sequence[Batch]) -> Agreed:
-    """One all-reduce on the CPU; also collects a save in the background that has ended on all ranks."""
+@dataclass(frozen=True)
+class IssuedStep:
+    """A step that the device was given, and what the host knows of it before it has read the outcome."""
+
+    rates: Mapping[str, float]
+    agreed: Agreed
+    watched: bool  # by the trainability contract
+    began: Moment
+    stats: LateStats
+
+
+def agree_at_boundary(run: Run, step: int, micro_batches: Sequence[Batch]) -> Agreed:
+    """One all-reduce between the CPUs before `step`; also collects a save in the background that has ended on all
+    ranks."""
     saver = run.saver
-    # The checkpoint from before a bad step must not be pruned by one from after it.
-    may_save = not (progress.bad_in_a_row and run.context.config.health.spike.policy == "rollback")
-    flags = [run.context.stop_requested, may_save and saver.due(progress.step), saver.ended, saver.failed]
+    flags = [run.context.stop_requested, saver.due(step - 1), saver.ended, saver.failed]
     own = np.sum([batch.counts_by_source for batch in micro_batches], axis=0)  # int64 [num_sources, 3]
-    stop, save, ended, failed, *summed = all_reduce_ints([*map(int, flags), *own.reshape(-1).tolist()])
+    with over_group(run.host_group):
+        stop, save, ended, failed, *summed = all_reduce_ints([*map(int, flags), *own.reshape(-1).tolist()])
     if ended == run.context.shape.world_size or failed:
         saver.collect()
     by_source = [SourceCounts(*summed[at : at + 3]) for at in range(0, len(summed), 3)]
@@ -107,61 +112,82 @@ def agree_at_boundary(run: Run, progress: Progress, micro_batches: Sequence[Batc
     return Agreed(bool(stop), bool(save), num_targets, dict(zip(run.data.source_names, by_source, strict=True)))
 
 
-def _accumulate(run: Run, step: int, micro_batches: Sequence[Batch], num_targets: int) -> float:
-    """Forward and backward of the step's micro-batches; its mean loss per target token over all ranks, in nats.
+def may_save(run: Run, progress: Progress) -> bool:
+    """The checkpoint from before a bad step must not be pruned by one from after it."""
+    return not (progress.bad_in_a_row and run.context.config.health.spike.policy == "rollback")
+
+
+def issue(
+    run: Run, contract: Contract, step: int, micro_batches: Sequence[Batch], agreed: Agreed, spike_limit: float
+) -> IssuedStep:
+    """Give the device a whole step: forward, backward, and the update unless it finds the step bad.
 
     Raises:
         DataError: there is no target token on any rank.
     """
-    if num_targets == 0:
+    config = run.context.config
+    if agreed.num_targets == 0:
         raise DataError(f"step {step} has no target token", remedy="documents need two tokens or more")
-    local_loss = torch.zeros((), dtype=torch.float32)
-    for number, batch in enumerate(micro_batches):
-        last = number == len(micro_batches) - 1
-        local_loss = local_loss.to(batch.input_ids.device) + run.engine.accumulate(batch, num_targets, last)
-    (loss_sum,) = all_reduce_floats([float(local_loss)])  # host sync, before that of the gradient norm
-    return loss_sum / num_targets
+    rates = learning_rates(config.schedule, run.groups, step, run.context.shape.num_steps)
+    seed_step(config.seed, step, run.context.env.rank)
+    began = Moment(run.context.device)
+    for number, batch in enumerate(micro_batches, 1):
+        run.engine.accumulate(batch, agreed.num_targets, last=number == len(micro_batches))
+    contract.before_update(step)
+    stats = run.engine.step(rates, spike_limit)
+    return IssuedStep(rates, agreed, contract.watching, began, stats)
 
 
-def _update(
-    run: Run, rates: Mapping[str, float], progress: Progress, *, finite: bool, spike: bool
-) -> tuple[GradStats, Decision]:
-    """Apply the step, or drop it, as the spike policy decides from its loss; then decide from its gradient."""
-    policy, bad_in_a_row = run.context.config.health.spike, progress.bad_in_a_row + 1
-    state = {"bad_in_a_row": bad_in_a_row, "rollbacks": len(progress.skipped_windows)}
-    decision = decide(finite=finite, spike=spike, config=policy, **state)
-    if decision != "apply":
-        run.engine.discard()
-        return GradStats(math.nan, skipped=True), decision
-    stats = run.engine.step(rates)
-    return stats, decide(finite=False, spike=False, config=policy, **state) if stats.skipped else decision
+def read_results(
+    run: Run, contract: Contract, progress: Progress, in_flight: deque[IssuedStep], leave: int
+) -> tuple[Progress, Verdict]:
+    """Read and record the oldest steps in flight until `leave` are left: the progress, and what a bad one asks for.
+
+    Raises:
+        NumericsError: too many bad steps in a row, or the trainability contract is broken.
+    """
+    config, rollbacks = run.context.config.health.spike, len(progress.skipped_windows)
+    while len(in_flight) > leave:
+        issued = in_flight.popleft()
+        stats = issued.stats.read()
+        if issued.watched:
+            contract.after_update(progress.step + 1, stats.skipped)
+        spike, window = progress.spikes.observe(stats.loss, progress.bad_in_a_row, config)
+        result = StepResult(stats, spike, issued.agreed.num_targets, issued.agreed.counts_by_source, window)
+        before, progress = progress, progress.advance(run.context.shape, result)
+        run.context.watchdog.tick("training", progress.step)
+        run.context.observers.on_step(_record(run, before, progress, issued, result))
+        bad = verdict(progress.bad_in_a_row, rollbacks, config)
+        if bad == "rollback":
+            return progress, bad
+        _require_bearable(run, before, progress, stats, bad)
+    return progress, "continue"
 
 
-def _require_bearable(run: Run, before: Progress, progress: Progress, result: StepResult, decision: Decision) -> None:
+def _require_bearable(run: Run, before: Progress, progress: Progress, stats: StepStats, bad: Verdict) -> None:
     """Raise NumericsError after too many bad steps in a row."""
     config = run.context.config
     too_many = progress.skipped_in_a_row >= config.optim.max_skipped_steps
-    if decision == "stop" or (too_many and config.health.spike.policy in ("off", "stop")):
+    if bad == "stop" or (too_many and config.health.spike.policy in ("off", "stop")):
         raise NumericsError(
             f"{progress.bad_in_a_row} bad steps in a row up to step {progress.step} ({progress.skipped_in_a_row} of "
             f"them skipped); the last blocks were {before.next_position} to {progress.position - 1}, the last loss "
-            f"{result.loss:.4g}",
+            f"{stats.loss:.4g}",
             remedy="lower the learning rate or inspect that data; the last checkpoint is older",
         )
 
 
-def _record(
-    run: Run, before: Progress, progress: Progress, result: StepResult, rates: Mapping[str, float], seconds: float
-) -> StepRecord:
+def _record(run: Run, before: Progress, progress: Progress, issued: IssuedStep, result: StepResult) -> StepRecord:
     """The row of metrics.jsonl for the step between `before` and `progress`."""
+    stats, seconds = result.stats, issued.began.seconds_until(issued.stats.arrived)
     return StepRecord(
         step=progress.step,
-        loss=result.loss,
-        grad_norm=result.grad_norm if math.isfinite(result.grad_norm) else None,
-        skipped=result.skipped,
+        loss=stats.loss,
+        grad_norm=stats.grad_norm if math.isfinite(stats.grad_norm) else None,
+        skipped=stats.skipped,
         spike=result.spike,
         skipped_total=progress.skipped_total,
-        lr=dict(rates),
+        lr=dict(issued.rates),
         position=(before.next_position, progress.position),
         num_tokens=result.num_tokens,
         tokens=progress.tokens,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from dist_cpt.config.resolve import StepShape
+from dist_cpt.engines.engine import StepStats
+from dist_cpt.health.spikes import SpikeWindow
 from dist_cpt.run_folder.train_state import SourceCounts, TrainState, past_windows
 
 Windows = tuple[tuple[int, int], ...]  # positions [start, stop) that rollbacks left out; sorted, whole steps
@@ -15,13 +18,11 @@ Windows = tuple[tuple[int, int], ...]  # positions [start, stop) that rollbacks 
 class StepResult:
     """What one optimizer step did, as all ranks know it."""
 
-    loss: float  # nats per target token
-    grad_norm: float  # before clipping; NaN where no update was tried
-    skipped: bool  # the update was not applied
+    stats: StepStats
     spike: bool  # the loss was far above the recent ones
     num_tokens: int  # targets
     counts_by_source: Mapping[str, SourceCounts]
-    recent_losses: tuple[float, ...]  # the spike detector's window after this step
+    spikes: SpikeWindow  # after this step
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Progress:
     skipped_windows: Windows = ()
     bad_in_a_row: int = 0  # steps that were skipped or had a spike
     bad_since: tuple[int, int] | None = None  # (step, position) of the first of them
-    recent_losses: tuple[float, ...] = ()  # accepted ones, for the spike detector
+    spikes: SpikeWindow = field(default_factory=SpikeWindow)
     resumed_from: str | None = None  # the checkpoint that this state was read from
 
     @property
@@ -48,7 +49,8 @@ class Progress:
 
     def advance(self, shape: StepShape, result: StepResult) -> Progress:
         """The state one step later."""
-        bad = result.spike or result.skipped
+        skipped = result.stats.skipped
+        bad = result.spike or skipped
         by_source = dict(self.counts_by_source)
         for name, counts in result.counts_by_source.items():
             by_source[name] = by_source.get(name, SourceCounts()).plus(counts)
@@ -58,12 +60,12 @@ class Progress:
             position=self.next_position + shape.blocks_per_step,
             tokens=self.tokens + result.num_tokens,
             counts_by_source=by_source,
-            skipped_total=self.skipped_total + result.skipped,
-            skipped_in_a_row=self.skipped_in_a_row + 1 if result.skipped else 0,
-            optimizer_steps=self.optimizer_steps + (not result.skipped),
+            skipped_total=self.skipped_total + skipped,
+            skipped_in_a_row=self.skipped_in_a_row + 1 if skipped else 0,
+            optimizer_steps=self.optimizer_steps + (not skipped),
             bad_in_a_row=self.bad_in_a_row + 1 if bad else 0,
             bad_since=(self.bad_since or (self.step + 1, self.next_position)) if bad else None,
-            recent_losses=result.recent_losses,
+            spikes=result.spikes,
         )
 
 
@@ -84,7 +86,7 @@ def progress_of(state: TrainState, checkpoint: str, windows: Windows) -> Progres
         skipped_windows=tuple(sorted({*windows, *state.skipped_windows})),
         bad_in_a_row=0 if state.bad_since is None else state.step - state.bad_since[0] + 1,
         bad_since=state.bad_since,
-        recent_losses=state.recent_losses,
+        spikes=SpikeWindow(state.recent_losses, math.inf if state.spike_limit is None else state.spike_limit),
         resumed_from=checkpoint,
     )
 

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import hashlib
 import importlib.metadata
+import math
 import threading
 import zlib
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_cpt.data.batch import Batch
 from dist_cpt.engines.build import build_engine, kind_of
-from dist_cpt.engines.engine import GradStats, InspectableEngine
+from dist_cpt.engines.engine import InspectableEngine, StepStats
 from dist_cpt.errors import DistCptError
 from dist_cpt.model.context_parallel import HeadExchange
 from dist_cpt.model.load import load_model, why_base_is_whole
@@ -55,36 +56,41 @@ def running(
         gc.collect()
 
 
-def accumulate(
-    engine: InspectableEngine, step: int, poisoned_rank: int | None = None, num_parts: int = 1
-) -> torch.Tensor:
-    """Local loss sum of a step's micro-batches; the last one of `poisoned_rank` gets a NaN scale."""
+def accumulate(engine: InspectableEngine, step: int, poisoned_rank: int | None = None, num_parts: int = 1) -> None:
+    """A step's micro-batches; the last one of `poisoned_rank` gets a NaN scale."""
     mine = batches(step, dist.get_rank(), dist.get_world_size(), num_parts)
-    local = torch.zeros(())
     for number, batch in enumerate(mine):
         last = number == len(mine) - 1
         poisoned = last and poisoned_rank == dist.get_rank()
         tokens: Any = float("nan") if poisoned else num_tokens(step)
-        local += engine.accumulate(batch, tokens, last)
-    return local
+        engine.accumulate(batch, tokens, last)
 
 
-def train_step(engine: InspectableEngine, groups: list[ParamGroup], step: int, poisoned_rank: int | None = None) -> Any:
-    """(global loss sum, GradStats) of one step."""
-    local = accumulate(engine, step, poisoned_rank)
-    stats = engine.step(learning_rates(groups, step))
-    dist.all_reduce(local)
-    return float(local), stats
+def train_step(
+    engine: InspectableEngine,
+    groups: list[ParamGroup],
+    step: int,
+    poisoned_rank: int | None = None,
+    spike_limit: float = math.inf,
+) -> StepStats:
+    """One step, read."""
+    accumulate(engine, step, poisoned_rank)
+    return engine.step(learning_rates(groups, step), spike_limit).read()
 
 
 def train(engine: InspectableEngine, groups: list[ParamGroup], first: int, last: int) -> list[float]:
     """Loss sums and gradient norms of the steps first..last, none of which may be skipped."""
     numbers: list[float] = []
     for step in range(first, last + 1):
-        loss, stats = train_step(engine, groups, step)
+        stats = train_step(engine, groups, step)
         assert not stats.skipped
-        numbers += [loss, stats.grad_norm]
+        numbers += numbers_of(step, stats)
     return numbers
+
+
+def numbers_of(step: int, stats: StepStats) -> list[float]:
+    """The loss sum and the gradient norm."""
+    return [stats.loss * num_tokens(step), stats.grad_norm]
 
 
 def snapshot(engine: InspectableEngine) -> State:
@@ -140,12 +146,11 @@ def against_reference(base: str, engine: dict[str, Any], variant: str, steps: in
     losses, norms, probes = [], [], []
     with running(base, engine, variant, "fp32") as (built, groups):
         for step in range(1, steps + 1):
-            local = accumulate(built, step, num_parts=engine.get("context_parallel", 1))
+            accumulate(built, step, num_parts=engine.get("context_parallel", 1))
             probes.append(built.gradient_probe())
-            stats = built.step(learning_rates(groups, step))
+            stats = built.step(learning_rates(groups, step)).read()
             assert not stats.skipped
-            dist.all_reduce(local)
-            losses.append(float(local))
+            losses.append(stats.loss * num_tokens(step))
             norms.append(stats.grad_norm)
         held_out = block(999, 0)
         return losses, norms, probes, float(built.evaluate(held_out)), built.logits(held_out.input_ids[:, :7])
@@ -187,28 +192,30 @@ def poisoned(base: str, engine: dict[str, Any], variant: str, weights: str) -> A
     with running(base, engine, variant, weights) as (built, groups):
         train(built, groups, 1, 2)
         before = snapshot(built)
-        _, stats = train_step(built, groups, 3, poisoned_rank=bad_rank)
+        stats = train_step(built, groups, 3, poisoned_rank=bad_rank)
         after = snapshot(built)
         with_bad = train(built, groups, 3, 4), snapshot(built)
     with running(base, engine, variant, weights) as (built, groups):
         train(built, groups, 1, 2)
         without = train(built, groups, 3, 4), snapshot(built)
-    assert isinstance(stats, GradStats)
     return stats, on_rank_0((before, after, with_bad, without))
 
 
-def discarded(base: str, engine: dict[str, Any], variant: str, weights: str) -> Any:
-    """Two good steps, one whose gradients are dropped, two good ones; and the same without the dropped one."""
+def over_the_limit(base: str, engine: dict[str, Any], variant: str, weights: str) -> Any:
+    """Two good steps, one whose loss is over its limit, two good ones whose losses are not; and the same without the
+    dropped one and without limits."""
     with running(base, engine, variant, weights) as (built, groups):
         train(built, groups, 1, 2)
         before = snapshot(built)
-        accumulate(built, 3)
-        built.discard()
+        dropped = train_step(built, groups, 3, spike_limit=1.0)
         after = snapshot(built)
-        with_dropped = train(built, groups, 3, 4), snapshot(built)
+        kept = [train_step(built, groups, step, spike_limit=100.0) for step in (3, 4)]
+        with_dropped = [n for s, one in zip((3, 4), kept, strict=True) for n in numbers_of(s, one)], snapshot(built)
     with running(base, engine, variant, weights) as (built, groups):
         train(built, groups, 1, 2)
         without = train(built, groups, 3, 4), snapshot(built)
+    assert dropped.skipped
+    assert dropped.loss == kept[0].loss  # read all the same
     return on_rank_0((before, after, with_dropped, without))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from tests.contract.cases import running, snapshot
@@ -21,10 +20,9 @@ def memorise(base: str, engine: dict[str, Any], variant: str, steps: int) -> tup
         for step in range(1, steps + 1):
             data = step % CYCLE
             mine = batches(data, dist.get_rank(), dist.get_world_size())
-            local = torch.zeros(())
             for number, batch in enumerate(mine):
-                local += built.accumulate(batch, num_tokens(data), number == len(mine) - 1)
-            assert not built.step(learning_rates(groups, step)).skipped
-            dist.all_reduce(local)
-            losses.append(float(local) / num_tokens(data))
+                built.accumulate(batch, num_tokens(data), number == len(mine) - 1)
+            stats = built.step(learning_rates(groups, step)).read()
+            assert not stats.skipped
+            losses.append(stats.loss)
         return losses, {key: float(value.norm()) for key, value in snapshot(built).items()}

@@ -9,16 +9,17 @@ from torch import nn
 from dist_cpt.engines.engine import InspectableEngine
 from dist_cpt.engines.slices import storage_bytes
 from tests.contract.cases import accumulate, running
+from tests.contract.reference import learning_rates
 
 
 def measured(base: str, engine: dict[str, Any], variant: str, weights: str) -> dict[str, int]:
     """Bytes between steps by part, and of the gradients after a step's micro-batches; the latter not under ZeRO."""
-    with running(base, engine, variant, weights) as (built, _):
+    with running(base, engine, variant, weights) as (built, groups):
         found = built.sharded_bytes()
         accumulate(built, step=1)
         if engine["kind"] != "zero":
             found["gradients"] = gradient_bytes(built)
-        built.discard()
+        built.step(learning_rates(groups, 1))
     return found
 
 

@@ -41,7 +41,7 @@ def test_a_skipped_or_dropped_step_leaves_no_trace(
 ) -> None:
     options = {"base": base(variant), "engine": ENGINES[engine], "variant": variant, "weights": weights}
     _, poisoned = pool(ranks).run("tests.contract.cases:poisoned", **options)[0]
-    dropped = pool(ranks).run("tests.contract.cases:discarded", **options)[0]
+    dropped = pool(ranks).run("tests.contract.cases:over_the_limit", **options)[0]
     for before, after, with_bad, without in (poisoned, dropped):
         assert_same(after, before)
         assert with_bad[0] == without[0]

@@ -46,11 +46,15 @@ def test_a_nan_on_one_rank_skips_on_all(
         )
     ),
 )
-def test_a_dropped_step_leaves_no_trace(
+def test_a_step_over_its_limit_leaves_no_trace(
     engine: str, ranks: int, variant: str, weights: str, pool: Any, base: Any
 ) -> None:
     before, after, with_dropped, without = pool(ranks).run(
-        "tests.contract.cases:discarded", base=base(variant), engine=ENGINES[engine], variant=variant, weights=weights
+        "tests.contract.cases:over_the_limit",
+        base=base(variant),
+        engine=ENGINES[engine],
+        variant=variant,
+        weights=weights,
     )[0]
     assert_same(after, before)
     assert with_dropped[0] == without[0]

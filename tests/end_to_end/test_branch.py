@@ -119,7 +119,7 @@ def test_a_branch_of_a_branch_and_a_kill_before_its_first_checkpoint(run):
     rates = [rates_at(second.config, step)["adapter"] for step in (17, 18, 20)]
     assert rates == pytest.approx([0.5e-3, 1e-3, 1e-4])
     values = yaml.safe_load((second.folder / "recipe.yaml").read_text()) | {"checkpoint": {"trial": False}}
-    stop = StopAfter(second.folder / "metrics.jsonl", 17)
+    stop = StopAfter(17)
     assert train(values, stop) == 75
     shutil.rmtree(published(second.folder)[0])  # what a kill leaves: rows beyond the newest checkpoint
     assert train(values) == 0

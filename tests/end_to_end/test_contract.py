@@ -65,10 +65,10 @@ def test_a_tensor_that_does_not_move_is_named(made, tmp_path, monkeypatch, capfd
 def test_a_frozen_tensor_that_changes_is_named(made, tmp_path, monkeypatch, capfd):
     step = SingleEngine.step
 
-    def careless(self, lrs):
+    def careless(self, lrs, spike_limit):
         _, tensor = next(item for item in self.frozen_tensors() if "down_proj" in item[0])
         tensor.view(-1)[7] += 1.0
-        return step(self, lrs)
+        return step(self, lrs, spike_limit)
 
     monkeypatch.setattr(SingleEngine, "step", careless)
     check = broken(tiny.recipe(*made, tmp_path), tmp_path / "tiny", capfd)
@@ -124,8 +124,7 @@ def test_rates_below_an_ulp_and_decay_to_zero_end_no_healthy_run(made, tmp_path)
     schedule = {"kind": "cosine", "warmup_fraction": 0.0, "end_fraction": 0.0}
     full = tiny.recipe(base, corpus, tmp_path, adapter={"kind": "none"}, embeddings={}, schedule=schedule)
     full["optim"] = {"lr": 1e-9}
-    metrics = tmp_path / "tiny" / "metrics.jsonl"
-    assert train(full, StopAfter(metrics, 10)) == 75
+    assert train(full, StopAfter(10)) == 75
     assert train(full) == 0  # its first two updates are the last two of the schedule
     checks = json.loads((tmp_path / "tiny/contract.json").read_text())["checks"]
     assert [check["passed"] for check in checks if "moment" in check["name"]] == [True]

@@ -60,7 +60,7 @@ def test_the_gauge_equals_an_independent_computation_with_two_models(made, tmp_p
     """Also after a resume that has to find the base's losses again, with trained matrices and adapter in the engine."""
     values = recipe(made, tmp_path)
     run = tmp_path / "tiny"
-    assert train(values, StopAfter(run / "metrics.jsonl", 4)) == 75
+    assert train(values, StopAfter(4)) == 75
     first = json.loads((run / "base_losses.json").read_text())
     (run / "base_losses.json").unlink()
     assert train(values) == 0
@@ -113,7 +113,7 @@ def test_a_run_that_forgets_says_so_once_and_keeps_its_best_checkpoint(made, tmp
     best = {"every_steps": 2, "forgetting": {"policy": "keep_best", "loss_rise": LIMIT}}
     values = recipe(made, tmp_path, evaluate=best, checkpoint={"every_steps": 3, "keep": 1})
     run = tmp_path / "tiny"
-    assert train(values, StopAfter(run / "metrics.jsonl", 7)) == 75
+    assert train(values, StopAfter(7)) == 75
     assert train(values) == 0
     domain = {row["step"]: row["loss"] for row in rows(run / "evaluations.jsonl") if row["role"] == "domain"}
     rise = {

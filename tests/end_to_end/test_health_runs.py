@@ -46,7 +46,7 @@ def test_skip_applies_no_update_and_a_resume_remembers_the_window(made, tmp_path
     options = {"max_bad_steps": 50}
     assert train(recipe(made, tmp_path / "a", "skip", **options)) == 0
     run = tmp_path / "b/tiny"
-    assert train(recipe(made, tmp_path / "b", "skip", **options), StopAfter(run / "metrics.jsonl", 23)) == 75
+    assert train(recipe(made, tmp_path / "b", "skip", **options), StopAfter(23)) == 75
     assert train(recipe(made, tmp_path / "b", "skip", **options)) == 0
     metrics = rows(tmp_path / "a/tiny/metrics.jsonl")
     spikes = [row["step"] for row in metrics if row["spike"]]

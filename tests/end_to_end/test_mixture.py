@@ -41,7 +41,7 @@ def values(made: tuple[Path, Path], tmp_path: Path) -> dict[str, Any]:
 
 def test_one_ledger_over_a_stop_and_a_resume(values, tmp_path, capfd):
     run = tmp_path / "tiny"
-    assert train(values, StopAfter(run / "metrics.jsonl", 4)) == 75
+    assert train(values, StopAfter(4)) == 75
     state = read_state(published(run)[0])
     branched = branch(run, 4, "branched").config  # which has no data to resolve epochs by
     assert (branched.train.tokens, branched.train.epochs) == (state.schedule["num_steps"] * 8 * tiny.SEQ_LEN, None)
@@ -83,8 +83,7 @@ def test_one_ledger_over_a_stop_and_a_resume(values, tmp_path, capfd):
 
 
 def test_a_corpus_that_has_grown_is_named(values, tmp_path, capfd):
-    run = tmp_path / "tiny"
-    assert train(values, StopAfter(run / "metrics.jsonl", 2)) == 75
+    assert train(values, StopAfter(2)) == 75
     with (tmp_path / "law.jsonl").open("a") as file:
         file.write(json.dumps({"text": "one more document"}) + "\n")
     assert train(values) == 74

@@ -73,7 +73,7 @@ def test_ten_and_ten_is_twenty_bit_for_bit(made, tmp_path):
     assert train(values) == 0
     broken = tiny.recipe(*made, tmp_path / "broken", train=twenty, checkpoint={"every_steps": 10})
     run = tmp_path / "broken" / "tiny"
-    assert train(broken, StopAfter(run / "metrics.jsonl", 10)) == 75
+    assert train(broken, StopAfter(10)) == 75
     assert json.loads((run / "exit.json").read_text())["code"] == 75
     broken["train"] = twenty | {"deterministic": True}  # which a resume may change; no operation here has another form
     assert train(broken) == 0
@@ -93,7 +93,7 @@ def test_ten_and_ten_is_twenty_bit_for_bit(made, tmp_path):
 
 def test_a_damaged_newest_checkpoint_is_skipped_and_named(made, tmp_path, capfd):
     values = tiny.recipe(*made, tmp_path)
-    assert train(values, StopAfter(tmp_path / "tiny/metrics.jsonl", 9)) == 75
+    assert train(values, StopAfter(9)) == 75
     run = tmp_path / "tiny"
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     weights = newest / "adapter_model.safetensors"
@@ -112,7 +112,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_named(made, tmp_path, capfd)
 def test_a_checkpoint_that_cannot_be_read_is_not_a_damaged_one(made, tmp_path, monkeypatch, capfd):
     values = tiny.recipe(*made, tmp_path)
     run = tmp_path / "tiny"
-    assert train(values, StopAfter(run / "metrics.jsonl", 9)) == 75
+    assert train(values, StopAfter(9)) == 75
     newest = run / "checkpoints/step-00000009"
     before = {path: path.stat().st_ino for path in (run / "checkpoints").rglob("*")}
     monkeypatch.setenv("DIST_CPT_STORAGE_SECONDS", "0.2")
@@ -298,14 +298,14 @@ def test_a_lost_stdout_ends_nothing(made, tmp_path, stdout):
 def test_lost_checkpoints_are_no_fresh_start(made, tmp_path, capfd):
     values = tiny.recipe(*made, tmp_path)
     run = tmp_path / "tiny"
-    assert train(values, StopAfter(run / "metrics.jsonl", 6)) == 75
+    assert train(values, StopAfter(6)) == 75
     (run / "checkpoints").rename(tmp_path / "elsewhere")
     before = rows(run / "metrics.jsonl")
     assert train(values) == 74
     assert f"step-{len(before):08d}" in capfd.readouterr().err
     assert rows(run / "metrics.jsonl") == before
     (run / "checkpoints").symlink_to(tmp_path / "elsewhere")  # the folder itself may be a link
-    assert train(values, StopAfter(run / "metrics.jsonl", 9)) == 75
+    assert train(values, StopAfter(9)) == 75
     (run / "checkpoints").unlink()
     (run / "checkpoints").mkdir()
     for step in (tmp_path / "elsewhere").iterdir():  # and so may every checkpoint in it
@@ -343,7 +343,7 @@ def test_ctrl_c_in_prepare_is_one_line_and_loses_nothing(made, tmp_path):
 def test_a_lost_run_json_is_made_good_from_the_checkpoints(made, tmp_path):
     values = tiny.recipe(*made, tmp_path)
     run = tmp_path / "tiny"
-    assert train(values, StopAfter(run / "metrics.jsonl", 6)) == 75
+    assert train(values, StopAfter(6)) == 75
     before = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text("")
     assert train(values) == 0
@@ -362,7 +362,7 @@ def test_a_stop_before_the_first_step_evaluates_once(made, tmp_path):
 
 def test_a_damaged_record_of_rollbacks_is_not_forgotten(made, tmp_path, capfd):
     values = tiny.recipe(*made, tmp_path)
-    assert train(values, StopAfter(tmp_path / "tiny/metrics.jsonl", 6)) == 75
+    assert train(values, StopAfter(6)) == 75
     (tmp_path / "tiny/rollbacks.json").write_text("{")
     assert train(values) == 74
     assert "rollbacks.json is damaged" in capfd.readouterr().err
@@ -376,7 +376,7 @@ def test_a_run_from_an_adapter_proves_its_effect_and_resumes_with_its_counter(ma
     lora = {"rank": 4, "alpha": 4, "continue_from": {"path": str(old), "optimizer": True}}
     values = tiny.recipe(*made, tmp_path / "new", adapter=lora, name="next")
     run = tmp_path / "new/next"
-    assert train(values, StopAfter(run / "metrics.jsonl", 6)) == 75
+    assert train(values, StopAfter(6)) == 75
     assert train(values) == 0
     proof = json.loads((run / "continued.json").read_text())
     assert proof["optimizer_steps"] == 12
@@ -419,7 +419,7 @@ def test_8_bit_moments_resume_bit_for_bit_and_learn_as_well(made, tmp_path):
         )
         run = tmp_path / name
         if name == "broken":
-            assert train(values, StopAfter(run / "metrics.jsonl", 17)) == 75
+            assert train(values, StopAfter(17)) == 75
         assert train(values) == 0
         ends[name] = rows(run / "metrics.jsonl")[-1]["loss"]
     digests = [read_manifest(tmp_path / n / "checkpoints/step-00000040").state_sha256 for n in ("8bit", "broken")]

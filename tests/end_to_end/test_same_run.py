@@ -18,7 +18,7 @@ from tests.whole_run import StopAfter, rows, train
 def stopped(made: tuple[Path, Path], tmp_path: Path, **changes: Any) -> Path:
     """A run of 12 steps that was stopped after 4."""
     run = tmp_path / "tiny"
-    assert train(tiny.recipe(*made, tmp_path, **changes), StopAfter(run / "metrics.jsonl", 4)) == 75
+    assert train(tiny.recipe(*made, tmp_path, **changes), StopAfter(4)) == 75
     return run
 
 

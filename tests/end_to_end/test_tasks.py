@@ -80,7 +80,7 @@ def test_a_classifier_learns_resumes_bit_for_bit_and_opens_in_vanilla_peft(made,
     base = made[0]
     values = classify_recipe(base, opinions, tmp_path / "broken")
     run = tmp_path / "broken/tiny"
-    assert train(values, StopAfter(run / "metrics.jsonl", 8)) == 75
+    assert train(values, StopAfter(8)) == 75
     assert train(values) == 0
     assert train(classify_recipe(base, opinions, tmp_path / "unbroken")) == 0
     same_end([run, tmp_path / "unbroken/tiny"], "step-00000016")
@@ -124,7 +124,7 @@ def test_answers_resume_bit_for_bit(made, conversations, tmp_path):
         return recipe | {"adapter": {"rank": 4, "alpha": 4, "dropout": 0.2}}  # random numbers resume as well
 
     run = tmp_path / "broken/tiny"
-    assert train(values(tmp_path / "broken"), StopAfter(run / "metrics.jsonl", 4)) == 75
+    assert train(values(tmp_path / "broken"), StopAfter(4)) == 75
     assert train(values(tmp_path / "broken")) == 0
     assert train(values(tmp_path / "unbroken")) == 0
     same_end([run, tmp_path / "unbroken/tiny"], "step-00000008")

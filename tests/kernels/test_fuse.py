@@ -101,8 +101,10 @@ def train(config: RunConfig, steps: int) -> Trained:
     actual, moments = [], []
     for step in range(1, steps + 1):
         batch = block(1, step % BLOCKS)
-        actual.append(float(engine.accumulate(batch, batch.num_targets, last=True)) / batch.num_targets)
-        assert not engine.step({group.name: group.peak_lr for group in groups}).skipped
+        engine.accumulate(batch, batch.num_targets, last=True)
+        stats = engine.step({group.name: group.peak_lr for group in groups}).read()
+        assert not stats.skipped
+        actual.append(stats.loss)
         exported = engine.export_state(lambda *_: 0, ("exp_avg",))
         moments.append({one.name: one.values.clone() for one in exported if one.values is not None})
     engine.close()

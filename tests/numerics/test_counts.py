@@ -40,11 +40,13 @@ def test_the_benchmark_of_a_step_on_a_gpu_runs_on_a_cpu(tmp_path):
 
 @pytest.fixture(scope="module")
 def counted() -> dict[str, Any]:
-    return json.loads(benchmark("counts.py", "--json"))
+    return json.loads(benchmark("counts.py", "--json", "--engines", "single", "fsdp"))
 
 
 def test_an_optimizer_step_is_a_few_launches(counted):
     """448 LoRA matrices. One launch per tensor and operation were 4,484."""
+    assert counted["host_reads_per_step"] == 1
+    assert counted["host_reads_per_step_fsdp"] == 1
     assert 0 < counted["optimizer_launches"] <= 48
     assert 0 < counted["optimizer_launches_8bit"] <= 48
     assert 0 < counted["optimizer_calls_cpu"] <= 80
@@ -77,3 +79,10 @@ def test_an_adapter_moves_what_the_model_of_a_step_says(counted):
     work = token_work(training, 4096)
     layers = LLAMA_8B["num_hidden_layers"]
     assert counted["lora_kb_per_token_layer"] == (work.lora_bytes_forward + work.lora_bytes_backward) / layers / 1000
+
+
+@pytest.mark.matrix
+def test_under_zero_deepspeed_alone_reads_at_once():
+    counted = json.loads(benchmark("counts.py", "--json", "--engines", "zero"))
+    assert counted["host_reads_per_step_zero"] == 1  # a step late
+    assert counted["deepspeed_reads_per_step"] > 1

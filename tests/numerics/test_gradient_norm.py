@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from dist_cpt.engines.gradients import norm_and_clip
+from dist_cpt.engines.gradients import StepLoss, judge
 from dist_cpt.runtime.stop import StopRequest
 from tests import tiny
 from tests.whole_run import rows, train
@@ -16,7 +18,10 @@ def test_the_norm_of_a_large_tensor_is_right_to_fp32(numel):
     """5e6 elements in one fp32 sum on the CPU read 1e-4 low; the rounding of 2**16 terms stays below 1e-5."""
     grad = torch.randn(numel, generator=torch.Generator().manual_seed(0)) + 1.0
     exact = float(grad.double().norm())
-    norm, _ = norm_and_clip([grad], torch.device("cpu"), 1.0)
+    loss = StepLoss()
+    loss.add(torch.tensor(3.0), 2)
+    mean, norm, _ = judge(loss, [grad], max_norm=1.0, spike_limit=math.inf)
+    assert float(mean) == 1.5
     assert float(norm) == pytest.approx(exact, rel=1e-5)
 
 

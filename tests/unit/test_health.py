@@ -30,7 +30,7 @@ from dist_cpt.health.heartbeats import (
     send_signal,
     write_heartbeat,
 )
-from dist_cpt.health.spikes import SpikeDetector, decide
+from dist_cpt.health.spikes import SpikeWindow, limit_on_device, verdict
 from dist_cpt.health.watchdog import Watchdog, collective_seconds, limit_seconds
 from dist_cpt.run_folder.names import heartbeat_file
 from dist_cpt.runtime.env import ProcessEnv
@@ -498,95 +498,115 @@ def noisy(number: int, level: float = 2.0, seed: int = 0) -> list[float]:
     return [level + source.gauss(0.0, 0.02) for _ in range(number)]
 
 
-def observe_all(detector: SpikeDetector, losses: list[float]) -> list[bool]:
+def policy(name: str) -> SpikeConfig:
+    return SPIKE.model_copy(update={"policy": name})
+
+
+def observe_all(window: SpikeWindow, losses: list[float]) -> tuple[list[bool], SpikeWindow]:
     spikes, bad = [], 0
     for loss in losses:
-        spikes.append(detector.observe(loss, bad))
-        bad = bad + 1 if spikes[-1] or not math.isfinite(loss) else 0
-    return spikes
+        spike, window = window.observe(loss, bad, SPIKE)
+        spikes.append(spike)
+        bad = bad + 1 if spike or not math.isfinite(loss) else 0
+    return spikes, window
+
+
+def with_history(losses: list[float]) -> SpikeWindow:
+    """After them, and one more step that changed nothing."""
+    return SpikeWindow(tuple(losses), SpikeWindow(tuple(losses)).limit_after_next(SPIKE))
 
 
 def test_a_spike_is_detected_after_enough_history_and_never_enters_the_window():
-    detector = SpikeDetector(SPIKE)
-    assert not any(observe_all(detector, noisy(15)))
-    assert not detector.observe(9.0, 0)  # the 16th: no history yet
-    detector = SpikeDetector(SPIKE, noisy(16))
-    assert detector.observe(9.0, 0)
-    assert not detector.observe(1.0, 1)  # a low loss is not a spike
-    assert len(detector.state()) == 17
-    assert 9.0 not in detector.state()
+    spikes, window = observe_all(SpikeWindow(), noisy(15))
+    assert not any(spikes)
+    assert not window.observe(9.0, 0, SPIKE)[0]  # the 16th: no history yet
+    spike, window = with_history(noisy(16)).observe(9.0, 0, SPIKE)
+    assert spike
+    spike, window = window.observe(1.0, 1, SPIKE)
+    assert not spike  # a low loss is not one
+    assert len(window.losses) == 17
+    assert 9.0 not in window.losses
+
+
+def test_a_limit_does_not_know_the_loss_of_the_step_before():
+    """That one is read while the step is computed already."""
+    losses = noisy(100)
+    for at in (40, 41, 60):
+        losses[at] = 4.0
+    limits = [math.inf, math.inf]
+    window = SpikeWindow()
+    for number, loss in enumerate(losses):
+        assert window.limit == limits[number]  # of this step, by what was known two steps before
+        assert limit_on_device(window, 0, policy("skip")) == limits[number]
+        assert limit_on_device(window, 1, policy("skip")) == window.limit_after_next(SPIKE)
+        assert limit_on_device(window, 1, policy("stop")) == math.inf
+        _, window = window.observe(loss, 0, SPIKE)
+        limits.append(window.limit_after_next(SPIKE))
+    assert any(math.isfinite(limit) for limit in limits)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_non_finite_loss_never_poisons_the_window(value):
-    detector = SpikeDetector(SPIKE, noisy(64))
-    before = detector.state()
-    assert not detector.observe(value, 0)
-    assert detector.state() == before
-    assert detector.observe(2.5, 1)
-    assert not detector.observe(2.0, 2)
+    before = with_history(noisy(64))
+    spike, after = before.observe(value, 0, SPIKE)
+    assert not spike
+    assert after == before
+    assert after.observe(2.5, 1, SPIKE)[0]
+    assert not after.observe(2.0, 2, SPIKE)[0]
 
 
 def test_the_threshold_is_mean_plus_sigmas_times_std_with_a_floor():
-    even = SpikeDetector(SPIKE, [1.0, 3.0] * 16)  # mean 2, std 1
-    assert not even.observe(7.999, 0)
-    assert SpikeDetector(SPIKE, [1.0, 3.0] * 16).observe(8.001, 0)
-    assert not SpikeDetector(SPIKE, [2.0] * 32).observe(2.029, 0)  # 6 x 0.005
-    assert SpikeDetector(SPIKE, [2.0] * 32).observe(2.031, 0)
+    even = with_history([1.0, 3.0] * 16)  # mean 2, std 1
+    assert not even.observe(7.999, 0, SPIKE)[0]
+    assert even.observe(8.001, 0, SPIKE)[0]
+    assert not with_history([2.0] * 32).observe(2.029, 0, SPIKE)[0]  # 6 x 0.005
+    assert with_history([2.0] * 32).observe(2.031, 0, SPIKE)[0]
 
 
 def test_a_new_level_is_taken_after_max_bad_steps():
-    detector = SpikeDetector(SPIKE, noisy(64))
-    assert observe_all(detector, noisy(40, level=5.0)) == [True] * 4 + [False] * 36
-    assert min(detector.state()) > 4.5
-    assert len(detector.state()) == 36
-    assert detector.observe(9.0, 0)
+    spikes, window = observe_all(with_history(noisy(64)), noisy(40, level=5.0))
+    assert spikes == [True] * 4 + [False] * 36
+    assert min(window.losses) > 4.5
+    assert len(window.losses) == 36
+    assert window.observe(9.0, 0, SPIKE)[0]
 
 
 def test_the_state_goes_through_json_and_the_rest_is_the_same():
     losses = noisy(300)
-    for at in (50, 120, 121, 122, 260):
+    for at in (50, 120, 121, 122, 199, 200, 260):
         losses[at] = 4.0
-    whole = SpikeDetector(SPIKE)
-    expected = observe_all(whole, losses)
-    assert sum(expected) == 5
-    first = SpikeDetector(SPIKE)
-    assert observe_all(first, losses[:200]) == expected[:200]
-    second = SpikeDetector(SPIKE, json.loads(json.dumps(first.state())))
-    assert observe_all(second, losses[200:]) == expected[200:]
-    assert second.state() == whole.state()
+    expected, whole = observe_all(SpikeWindow(), losses)
+    assert sum(expected) == 7
+    for at in (199, 200, 201, 202):
+        first, window = observe_all(SpikeWindow(), losses[:at])
+        kept, limit = json.loads(json.dumps([window.losses, window.limit]))
+        then, end = observe_all(SpikeWindow(tuple(kept), limit), losses[at:])
+        assert first + then == expected
+        assert end == whole
 
 
 def test_a_tiny_run_and_a_falling_loss_have_no_spikes():
-    assert not any(observe_all(SpikeDetector(SpikeConfig()), [*noisy(19), 50.0]))
+    assert not any(observe_all(SpikeWindow(), [*noisy(15), 50.0])[0])
     falling = [loss + 8.0 * math.exp(-step / 100) for step, loss in enumerate(noisy(2000))]
-    assert not any(observe_all(SpikeDetector(SpikeConfig()), falling))
+    assert not any(observe_all(SpikeWindow(), falling)[0])
 
 
 @pytest.mark.parametrize(
-    ("policy", "finite", "spike", "bad_in_a_row", "rollbacks", "expected"),
+    ("name", "bad_in_a_row", "rollbacks", "expected"),
     [
-        ("off", True, False, 0, 0, "apply"),
-        ("off", True, True, 99, 0, "apply"),
-        ("off", False, False, 99, 0, "skip"),
-        ("skip", True, False, 0, 0, "apply"),
-        ("skip", True, True, 1, 0, "skip"),
-        ("skip", False, False, 3, 0, "skip"),
-        ("skip", True, True, 4, 0, "stop"),
-        ("skip", False, False, 4, 0, "stop"),
-        ("stop", True, True, 3, 0, "apply"),
-        ("stop", False, False, 3, 0, "skip"),
-        ("stop", True, True, 4, 0, "stop"),
-        ("rollback", True, True, 3, 0, "skip"),
-        ("rollback", True, True, 4, 0, "rollback"),
-        ("rollback", False, False, 4, 1, "rollback"),
-        ("rollback", True, True, 4, 2, "stop"),
+        ("off", 99, 0, "continue"),
+        ("skip", 0, 0, "continue"),
+        ("skip", 3, 0, "continue"),
+        ("skip", 4, 0, "stop"),
+        ("stop", 3, 0, "continue"),
+        ("stop", 4, 0, "stop"),
+        ("rollback", 3, 0, "continue"),
+        ("rollback", 4, 1, "rollback"),
+        ("rollback", 4, 2, "stop"),
     ],
 )
-def test_decisions(policy, finite, spike, bad_in_a_row, rollbacks, expected):
-    config = SpikeConfig(policy=policy, max_bad_steps=4)
-    given = {"finite": finite, "spike": spike, "bad_in_a_row": bad_in_a_row, "rollbacks": rollbacks}
-    assert decide(**given, config=config) == expected
+def test_verdicts(name, bad_in_a_row, rollbacks, expected):
+    assert verdict(bad_in_a_row, rollbacks, policy(name)) == expected
 
 
 # -- the recipe -------------------------------------------------------------------------------------------------
