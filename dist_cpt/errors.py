@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import sys
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 EXIT_DONE = 0
@@ -69,6 +70,15 @@ class ConfigError(DistCptError):
     """The recipe, a flag or the installation does not allow the run."""
 
     exit_code = EXIT_CONFIG
+
+
+@contextlib.contextmanager
+def config_error_on_failure(what: str, remedy: str) -> Iterator[None]:
+    """Within it any error is a ConfigError: Triton, compilers and drivers raise errors of their own."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(f"{what}: {type(error).__name__}: {error}", remedy=remedy) from error
 
 
 class MissingExtraError(ConfigError):

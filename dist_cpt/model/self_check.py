@@ -16,7 +16,7 @@ from dist_cpt_kernels.self_test import self_test
 from torch import nn
 
 from dist_cpt.adapters.quantize import quantisation_state
-from dist_cpt.errors import ConfigError
+from dist_cpt.errors import ConfigError, config_error_on_failure
 from dist_cpt.model.architectures import TESTED
 from dist_cpt.model.attention import install
 from dist_cpt.model.base_weights import UnreadBase
@@ -69,17 +69,13 @@ def self_check_fusion(module: CausalLMForLoss, swapped: Sequence[tuple[nn.Module
     Raises:
         ConfigError: a kernel does not run on this device, or results differ by more than rounding.
     """
-    try:
+    what = f"model.kernels: the fused modules fail on {_device_name(module)}"
+    with config_error_on_failure(what, "use model.kernels: reference"):
         wrong = _wrong_kernels(module, dtype)
         with _frozen(module, dtype):
             fused = _hidden_and_gradient(module)
             with _original_classes(swapped):
                 original = _hidden_and_gradient(module)
-    except Exception as error:  # Triton, its compiler and the driver raise errors of their own
-        raise ConfigError(
-            f"model.kernels: the fused modules fail on {_device_name(module)}: {type(error).__name__}: {error}",
-            remedy="use model.kernels: reference",
-        ) from error
     if wrong:
         raise ConfigError(
             f"model.kernels: on {_device_name(module)} the relative error of kernels exceeds "
@@ -102,17 +98,13 @@ def self_check_attention(module: CausalLMForLoss, dtype: torch.dtype) -> None:
         ConfigError: it does not run on this device, or results differ by more than rounding.
     """
     attention = module.attention
+    what = f"model.attention: {attention} fails on {_device_name(module)}"
     try:
-        with _frozen(module, dtype):
+        with config_error_on_failure(what, "use model.attention: mask"), _frozen(module, dtype):
             actual = _hidden_and_gradient(module)
             install(module.hf_model, "mask")
             module.attention = "mask"
             expected = _hidden_and_gradient(module)
-    except Exception as error:  # each implementation's compiler raises errors of its own
-        raise ConfigError(
-            f"model.attention: {attention} fails on {_device_name(module)}: {type(error).__name__}: {error}",
-            remedy="use model.attention: mask",
-        ) from error
     finally:
         install(module.hf_model, attention)
         module.attention = attention

@@ -13,7 +13,7 @@ from dist_cpt_kernels.dispatch import available
 from dist_cpt_kernels.self_test import ALLOWED, self_test_adamw
 
 from dist_cpt.config.schema import OptimConfig
-from dist_cpt.errors import ConfigError
+from dist_cpt.errors import ConfigError, config_error_on_failure
 from dist_cpt.optim.eight_bit import BLOCK, EightBit, tables
 
 SLICE_ELEMENTS = (
@@ -199,13 +199,8 @@ def _require_right_kernel(device: torch.device) -> None:
     Raises:
         ConfigError: it does not run there, or differs by more than rounding.
     """
-    try:
+    with config_error_on_failure(f"model.kernels: the update fails on {device}", "use model.kernels: reference"):
         error = self_test_adamw(device)
-    except Exception as failure:  # Triton, its compiler and the driver raise errors of their own
-        raise ConfigError(
-            f"model.kernels: the update fails on {device}: {type(failure).__name__}: {failure}",
-            remedy="use model.kernels: reference",
-        ) from failure
     if not error <= ALLOWED[torch.float32]:
         raise ConfigError(
             f"model.kernels: on {device} the relative error of the update is {error:.1e}, allowed "
