@@ -26,7 +26,7 @@ from typing import Any
 STEPS, SEQ_LEN = 20, 32
 PYTHON_READS = {"tolist", "cpu", "numpy", "__array__"}
 ATEN_READS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_consecutive"}
-ELSEWHERE = ("train/saver.py", "train/held_out.py", "train/contract.py")
+ELSEWHERE = ("train/saver.py", "train/held_out.py", "train/sample.py", "train/contract.py")
 IN_HOST_MEMORY = {"agree_at_boundary", "at_boundary"}
 ON_A_CPU = {"check_range", "accumulate_in_torch"}
 
