@@ -462,6 +462,8 @@ EXCLUSIONS = (
     Exclusion((is_("engine.reshard_after_forward", False), is_not("engine.kind", "fsdp")),
               "only FSDP can keep gathered weights",
               "use engine.kind: fsdp, or leave engine.reshard_after_forward out"),
+    Exclusion((is_("engine.reduce", "step"), is_not("engine.kind", "fsdp")),
+              "only FSDP can put off the sum of gradients", "use engine.kind: fsdp, or leave engine.reduce out"),
     Exclusion((given("engine.context_parallel"), is_("engine.kind", "single")),
               "a single rank has nobody to share a sequence with", "use engine.kind: fsdp or zero"),
     Exclusion((when("`data.seq_len` not a multiple of `engine.context_parallel`",

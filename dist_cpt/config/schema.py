@@ -500,6 +500,9 @@ class EngineConfig(Frozen):
     """Ranks that each sequence is cut over, which need as much less memory for its activations."""
     reshard_after_forward: bool = True
     """Free gathered weights between forward and backward under FSDP, and gather them again."""
+    reduce: Literal["micro_batch", "step"] = "micro_batch"
+    """When FSDP sums gradients over the ranks: after each `micro_batch`, or once per `step`, which sends less and keeps
+    4 bytes per trainable element on every rank."""
     activation_checkpointing: Literal["none", "selective", "full", "offload", "auto"] = "none"
     """What backward computes again instead of keeping it: `selective` the MLP's first maps and the norms, `full` each
     decoder layer from its input, `offload` the same with the inputs in host memory; `auto` takes the fastest that fits

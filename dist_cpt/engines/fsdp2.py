@@ -8,9 +8,9 @@ The decoder layers are units; so are embeddings and head where they are apart, e
 reduced while the layers beside it compute. What is left, the last norm and tied matrices, is the root unit, gathered
 throughout, so that a tied output matrix is whole wherever the loss needs it.
 
-Accumulation: every micro-batch is reduced into fp32 shards. Reducing only the last one would keep a full fp32 gradient
-on each rank: 4 bytes per trainable element, 32 GB for 8B parameters. Under hybrid the all-reduce between shard groups
-waits for the last micro-batch: it works on shards and costs no memory.
+Accumulation: every micro-batch is reduced into fp32 shards, or with `engine.reduce: step` their sum with the last one,
+which keeps a full fp32 gradient on each rank: 4 bytes per trainable element, 32 GB for 8B parameters. Under hybrid the
+all-reduce between shard groups always waits for the last micro-batch: it works on shards and costs no memory.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class Fsdp2Engine:
         self._groups = list(groups)
         self._max_norm = config.optim.max_grad_norm
         self._hybrid = engine.shard == "hybrid"
+        self._once_per_step = engine.reduce == "step"
         mesh = _mesh(engine, device)
         self._replicas = mesh.size(0) if self._hybrid else 1
         path_of = {id(parameter): path for path, parameter in module.named_parameters()}
@@ -93,8 +94,11 @@ class Fsdp2Engine:
         self.logits = self._forward.logits
 
     def accumulate(self, batch: Batch, num_tokens: int, last: bool) -> None:
-        if self._hybrid:
-            self._units[0].set_requires_all_reduce(last)  # the root sets all units
+        root = self._units[0]  # sets all units
+        if self._once_per_step:
+            root.set_requires_gradient_sync(last)
+        elif self._hybrid:
+            root.set_requires_all_reduce(last)
         loss, loss_sum = self._forward.loss(batch, 1.0 / num_tokens)
         loss.backward()
         self._loss.add(loss_sum, num_tokens)

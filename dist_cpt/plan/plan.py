@@ -67,7 +67,7 @@ class Plan:
     machine: Machine
     ways: tuple[Way, ...]
     too_large: tuple[Way, ...]
-    own: Way | None  # None: it does not divide, or its engine does not exist here or keeps weights gathered
+    own: Way | None  # None: it does not divide, or its engine does not exist here or keeps what is sharded whole
 
 
 def make_plan(config: RunConfig, values: Mapping[str, Any], machine: Machine) -> Plan:
@@ -85,7 +85,7 @@ def make_plan(config: RunConfig, values: Mapping[str, Any], machine: Machine) ->
     too_large = sorted((way for way in candidates if not way.fits), key=lambda way: way.peak_bytes)
     mine = _own(config, machine)
     here = [w for w in candidates if (w.engine, w.weights, w.checkpointing, w.micro_batch) == mine]
-    here = here if config.engine.reshard_after_forward else []
+    here = here if config.engine.reshard_after_forward and config.engine.reduce == "micro_batch" else []
     return Plan(shapes, own, machine, tuple(fitting), tuple(too_large), here[0] if here else None)
 
 
@@ -119,7 +119,8 @@ def recipe_patch(config: RunConfig, way: Way) -> dict[str, Any]:
     wanted = {f"engine.{key}": value for key, value in engine.items()}
     for key in ("stage", "shard", "dp_shard"):  # of another kind of engine
         wanted.setdefault(f"engine.{key}", engine.get(key))
-    wanted["engine.reshard_after_forward"] = True  # no way keeps all weights gathered
+    # No way keeps all weights gathered, or whole gradients.
+    wanted |= {"engine.reshard_after_forward": True, "engine.reduce": "micro_batch"}
     wanted |= {"model.weights": way.weights, "batch.micro_batch": way.micro_batch}
     return {key: value for key, value in wanted.items() if _read(config, key) != value}
 

@@ -303,6 +303,22 @@ def frozen_is_untouched(base: str, engine: dict[str, Any], weights: str) -> tupl
         return len(before), [name for name, tensor in before.items() if not torch.equal(after[name], tensor)]
 
 
+def reductions(base: str, engine: dict[str, Any], variant: str) -> tuple[int, int, list[float]]:
+    """(reduce-scatters in a step, its micro-batches on this rank, loss sums and gradient norms of three steps)."""
+    count = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal count
+            count += function.overloadpacket.__name__ == "_reduce_scatter_base_"
+            return function(*args, **(kwargs or {}))
+
+    with running(base, engine, variant, "fp32") as (built, groups):
+        with Count():
+            numbers = train(built, groups, 1, 1)
+        return count, len(batches(1, dist.get_rank(), dist.get_world_size())), numbers + train(built, groups, 2, 3)
+
+
 def collectives(base: str, engine: dict[str, Any], variant: str) -> dict[str, int]:
     """How often each collective of torch.distributed is called in a step's first micro-batch, by name."""
     calls = exchanged(base, engine, variant)

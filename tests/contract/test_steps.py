@@ -158,3 +158,20 @@ def test_each_unit_is_gathered_once_per_direction_and_reduced_once(
         "tests.contract.cases:collectives", base=base(variant), engine=ENGINES["fsdp-full"], variant=variant
     ):
         assert counts == {"_allgather_base_": gathers, "_reduce_scatter_base_": reductions}
+
+
+def test_gradients_are_reduced_per_micro_batch_or_per_step(pool: Any, base: Any) -> None:
+    results = {
+        reduce: pool(2).run(
+            "tests.contract.cases:reductions",
+            base=base("lora"),
+            engine=ENGINES["fsdp-full"] | {"reduce": reduce},
+            variant="lora",
+        )[0]
+        for reduce in ("micro_batch", "step")
+    }
+    units = 2 + 2  # the layers, the embeddings and the head
+    (often, micro_batches, numbers), (once, _, same) = results["micro_batch"], results["step"]
+    assert micro_batches > 1
+    assert (often, once) == (units * micro_batches, units)
+    assert same == pytest.approx(numbers, rel=1e-6)

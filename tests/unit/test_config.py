@@ -254,6 +254,7 @@ EXCLUDED = [  # a recipe for each row of the table, in its order, and what the r
     ({"engine": {"kind": "zero", "shard": "full"}}, "engine.shard: full, engine.kind: zero"),
     ({"engine": {"kind": "fsdp", "dp_shard": 2}}, "engine.dp_shard: 2, engine.shard: null"),
     ({"engine.reshard_after_forward": False}, "engine.reshard_after_forward: false, engine.kind: auto"),
+    ({"engine": {"kind": "zero", "reduce": "step"}}, "engine.reduce: step, engine.kind: zero"),
     (
         {"engine": {"kind": "single", "context_parallel": 2}},
         "engine.context_parallel: 2, engine.kind: single",
