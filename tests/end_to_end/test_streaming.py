@@ -48,7 +48,7 @@ def test_a_resume_is_the_unbroken_run_and_reads_one_shard_again(made, tmp_path, 
     assert train(recipe(made, tmp_path / "text", tmp_path / "unbroken")) == 0
     values = recipe(made, tmp_path / "text", tmp_path / "broken")
     whole, run = tmp_path / "unbroken/tiny", tmp_path / "broken/tiny"
-    assert train(values, StopAfter(run / "metrics.jsonl", 7)) == 75
+    assert train(values, StopAfter(7)) == 75
     state = read_state(published(run)[0])
     assert state.stream is not None
     assert state.stream["law"].shard > 0 or state.stream["law"].epoch > 0
@@ -111,7 +111,7 @@ def test_killed_stopped_and_moved_from_two_ranks_to_one(made, tmp_path):
 def test_text_that_has_changed_is_refused_by_name(made, tmp_path, capfd):
     values = recipe(made, tmp_path / "text", tmp_path)
     run = tmp_path / "tiny"
-    assert train(values, StopAfter(run / "metrics.jsonl", 2)) == 75
+    assert train(values, StopAfter(2)) == 75
     with (tmp_path / "text/web.jsonl").open("a") as file:
         file.write(json.dumps({"text": "one more document"}) + "\n")
     assert train(values) == 65
