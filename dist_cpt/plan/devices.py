@@ -90,9 +90,13 @@ def machine_here(gpu: str | None, gpu_bytes: int, ranks: int, node_ranks: int) -
         cpu = _this_cpu()
         device = replace(cpu, memory_bytes=cpu.memory_bytes // node_ranks)
         return Machine(device, nodes, min(ranks, node_ranks), _CPU_COPY)
-    known = next((key for key in DEVICES if key in gpu.lower().replace(" ", "")), "h100")
-    device = replace(DEVICES[known], name=gpu, memory_bytes=gpu_bytes)
+    device = replace(known_device(gpu) or DEVICES["h100"], name=gpu, memory_bytes=gpu_bytes)
     return Machine(device, nodes, min(ranks, node_ranks), NETWORK)
+
+
+def known_device(gpu: str) -> Device | None:
+    """The device that a driver's name of a GPU stands for; None: not in the table."""
+    return next((device for key, device in DEVICES.items() if key in gpu.lower().replace(" ", "")), None)
 
 
 def _this_cpu() -> Device:

@@ -95,7 +95,7 @@ def predict(config: RunConfig, shapes: ModelShapes, machine: Machine) -> Way:
     Raises:
         ConfigError: a step's sequences do not divide by the ranks.
     """
-    training, placement = training_of(config, shapes), _placement(_engine_name(config, machine), machine)
+    training, placement = training_of(config, shapes), placement_of(config, machine)
     state, checkpointing = state_bytes(training, placement), config.engine.activation_checkpointing
     step_shape(config, machine.ranks)
     assert checkpointing != "auto"
@@ -159,6 +159,11 @@ def _ways(variant: tuple[RunConfig, str], shapes: ModelShapes, machine: Machine)
     for micro_batch in _micro_batches(config, machine):
         for checkpointing in POLICIES:
             yield _predict(config, training, placement, state, machine, micro_batch, checkpointing)
+
+
+def placement_of(config: RunConfig, machine: Machine) -> Placement:
+    """The recipe's engine on all of `machine`."""
+    return _placement(_engine_name(config, machine), machine)
 
 
 def _placement(engine: str, machine: Machine) -> Placement:

@@ -25,6 +25,8 @@ from dist_cpt.run_folder.names import EVALUATIONS, EVENTS, METRICS, rewound_name
 from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 from dist_cpt.storage import is_there, read_bytes
 
+OPTIONAL = ("epochs_by_source", "mfu", "memory_bytes")  # keys of a step that are absent where they are not known
+
 
 class MetricsFile:
     """Observer that appends every record of a run to its folder.
@@ -60,7 +62,7 @@ class MetricsFile:
 
     def on_step(self, record: StepRecord) -> None:
         row = asdict(record)
-        self._append(METRICS, row if record.epochs_by_source is not None else _without(row, "epochs_by_source"))
+        self._append(METRICS, {key: row[key] for key in row if row[key] is not None or key not in OPTIONAL})
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         row = asdict(record)
@@ -145,10 +147,6 @@ class MetricsFile:
             _or_write_error(path, lambda: _repair(self._claim, name))
             self._open[name] = _or_write_error(path, lambda: os.open(path, _APPEND, 0o644))
         return self._open[name]
-
-
-def _without(row: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name != key}
 
 
 def _is_still_at(descriptor: int, path: Path) -> bool:

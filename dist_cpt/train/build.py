@@ -69,6 +69,7 @@ from dist_cpt.runtime.mesh import host_group
 from dist_cpt.runtime.shared_folder import MARK_SECONDS, first_that_sees
 from dist_cpt.runtime.versions import package_versions
 from dist_cpt.train.attempt import RunContext
+from dist_cpt.train.efficiency import Efficiency, open_efficiency
 from dist_cpt.train.open_stream import open_stream
 from dist_cpt.train.probe import PROBE_BLOCKS, Stream
 from dist_cpt.train.progress import Progress, step_positions, step_starts
@@ -119,6 +120,7 @@ class Run:
     metrics: MetricsFile
     saver: Saver
     host_group: dist.ProcessGroup | None  # for what the ranks agree on while the device works; None: the default group
+    efficiency: Efficiency
     clock: ComputeClock | None  # with stragglers, on more than one rank
     stragglers: StragglerWatch | None
     base_losses: Mapping[str, HeldOut] = field(default_factory=dict)  # by held-out set, under the base
@@ -345,6 +347,7 @@ def open_run(context: RunContext, data: TrainingData, model: TrainableModel) -> 
         metrics=metrics,
         saver=saver,
         host_group=host,
+        efficiency=open_efficiency(context, with_vocabulary_size(config, data.prepared.vocab_size), engine),
         clock=clock,
         stragglers=stragglers,
     )

@@ -198,6 +198,8 @@ def _record(run: Run, before: Progress, progress: Progress, issued: IssuedStep, 
         tokens_per_second=result.num_tokens / seconds,
         step_seconds=seconds,
         memory_gib=peak_memory_gib(),
+        mfu=run.efficiency.mfu(seconds),
+        memory_bytes=run.efficiency.memory_bytes(),
         attempt=run.context.attempt,
     )
 

@@ -44,6 +44,8 @@ class TensorBoardObserver:
             "train/grad_norm": record.grad_norm,
             "train/tokens_per_second": record.tokens_per_second,
             "train/memory_gib": record.memory_gib,
+            **({} if record.mfu is None else {"train/mfu": record.mfu}),
+            **{f"memory/{part}": size / 2**30 for part, size in (record.memory_bytes or {}).items()},
             **{f"lr/{group}": rate for group, rate in record.lr.items()},
         }
         self._add(row, record.step)
