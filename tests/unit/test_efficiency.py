@@ -26,8 +26,8 @@ def test_a_device_is_known_by_its_drivers_name():
 def test_the_numerator_counts_no_gradient_of_a_frozen_weight():
     """Under LoRA 4 FLOPs per base parameter and token, 6 per adapter's; in full 6 each."""
     shapes = shapes_of(LLAMA_8B)
-    lora, full = (training_of(build(recipe("llama", **sections), "r"), shapes)
-                  for sections in ({}, {"adapter": {"kind": "none"}}))  # fmt: skip
+    lora = training_of(build(recipe("llama"), "r"), shapes)
+    full = training_of(build(recipe("llama") | {"adapter": {"kind": "none"}}, "r"), shapes)
     layers = sum(weight.elements for weight in shapes.of("linear"))
     adapters = sum(tensor.elements for tensor in lora.trained if tensor.group == "adapter")
     frozen, trained = token_work(lora, 4096), token_work(full, 4096)
