@@ -44,6 +44,7 @@ from dist_cpt.optim.optimizer import AdamW, FlatAdamW
 from dist_cpt.training_state import ReadingOrder, ReadState, StateKind
 
 TESTED_VERSION = "0.19.8"
+_TORCH_LINEAR = nn.functional.linear  # stage 3 replaces it in the whole process, for good
 BUCKET_ELEMENTS = 200_000_000  # of one reduction, in fp32 0.8 GB on the device
 
 
@@ -200,6 +201,7 @@ class ZeroEngine:
 
     def close(self) -> None:
         self._engine.destroy()
+        nn.functional.linear = _TORCH_LINEAR
 
     def _read(self, kind: StateKind, name: str) -> torch.Tensor:
         if kind != "master" and self._named is not None:

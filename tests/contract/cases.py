@@ -291,6 +291,13 @@ def failing_import(base: str, engine: dict[str, Any], failing_rank: int) -> str:
     return "no error"
 
 
+def linear_after(base: str, engine: dict[str, Any]) -> str:
+    """The module of `torch.nn.functional.linear` after an engine was closed."""
+    with running(base, engine, "lora", "bf16"):
+        pass
+    return torch.nn.functional.linear.__module__
+
+
 def frozen_is_untouched(base: str, engine: dict[str, Any], weights: str) -> tuple[int, list[str]]:
     """(frozen tensors, those whose local values five steps and two evaluations did not leave as they were)."""
     with running(base, engine, "lora", weights) as (built, groups):

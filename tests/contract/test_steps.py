@@ -175,3 +175,9 @@ def test_gradients_are_reduced_per_micro_batch_or_per_step(pool: Any, base: Any)
     assert micro_batches > 1
     assert (often, once) == (units * micro_batches, units)
     assert same == pytest.approx(numbers, rel=1e-6)
+
+
+def test_a_closed_engine_leaves_torch_as_it_was(pool: Any, base: Any) -> None:
+    """Stage 3 replaces `torch.nn.functional.linear`, under which another engine's recomputation would fail."""
+    modules = pool(2).run("tests.contract.cases:linear_after", base=base("lora"), engine=ENGINES["zero-3"])
+    assert modules == ["torch._C._nn"] * 2

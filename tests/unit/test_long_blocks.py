@@ -49,7 +49,7 @@ def small_model() -> CausalLMForLoss:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=V, num_hidden_layers=1, max_position_embeddings=LONG, **sizes))
-    install_loss_head(model.lm_head, use_reference=False)
+    install_loss_head(model.lm_head, model.config, use_reference=False)
     install(model, choice := choose(torch.device("cpu"), model.config))
     return CausalLMForLoss(model, choice).train()
 
