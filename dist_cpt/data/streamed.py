@@ -111,10 +111,10 @@ def require_same_files(name: str, recorded: Sequence[Mapping[str, Any]], inputs:
     """
     if len(recorded) != len(inputs):
         before, now = ({Path(row["path"]).name for row in rows} for rows in (recorded, inputs))
-        listed = ", ".join([f"{path} is new" for path in sorted(now - before)[:3]])
-        listed += ", ".join([f"{path} is gone" for path in sorted(before - now)[:3]])
+        listed = [f"{path} is new" for path in sorted(now - before)[:3]]
+        listed += [f"{path} is gone" for path in sorted(before - now)[:3]]
         raise DataError(
-            f"source {name!r} has {len(inputs)} files, the run began with {len(recorded)} ({listed})",
+            f"source {name!r} has {len(inputs)} files, the run began with {len(recorded)} ({', '.join(listed)})",
             remedy="restore the files, or start a new run",
         )
     touched = []

@@ -30,11 +30,13 @@ class Assumptions:
     nf4_elements_per_second: float = 0.75e12  # dequantised; fitted to the review of the kernels
     nf4_copy: float = 3.0e12  # the copy bandwidth from which on that holds
     gradient_bytes: int = 10  # per trained element and micro-batch: a bf16 gradient added to an fp32 sum
-    update_bytes: int = 46  # per trained element: norm, clip, AdamW, the bf16 copy
-    update_launches: int = 33  # of an optimizer step. Source: benchmarks/counts.py
+    update_bytes: int = 24  # per trained element: the fp32 master and both moments, read and written
+    update_bytes_zero: int = 46  # deepspeed's passes for norm, clip, torch's AdamW and the bf16 copy
+    update_launches: int = 43  # of an optimizer step. Source: benchmarks/counts.py
     update_launches_per_tensor: int = 0
     launch_seconds: float = 5.6e-6  # of a kernel that nothing hides
-    step_seconds: float = 3.6e-3  # host reads and what waits for them, per step
+    step_seconds: float = 0.0  # in which the device waits for the host to read; our reads come a step late
+    step_seconds_zero: float = 3.6e-3  # deepspeed's do not
     layer_launches_forward: int = 29
     layer_launches_backward: int = 40
     host_seconds_per_launch: float = 46e-6  # Python and autograd included
@@ -152,11 +154,12 @@ def step_time(
         training, placement, device, network, compute=compute, accumulation=accumulation
     )
     parts["communication"] += _exchange(training, placement, device, network, step) * accumulation
-    parts["optimizer"] = _optimizer(training, placement, device, assumed)
+    parts["optimizer"] = _optimizer(training, placement, device, accumulation, assumed)
     # layer inputs leave beside the forward pass, a third of the time, and return beside the backward
     copies = recomputation.host_bytes(training, step.recompute) * step.micro_batch_tokens / device.host
     waits = max(0.0, host - compute) + max(0.0, copies - compute / 3) + max(0.0, copies - compute * 2 / 3)
-    parts["host"] = assumed.step_seconds + waits * accumulation
+    reads = assumed.step_seconds_zero if placement.kind.startswith("zero") else assumed.step_seconds
+    parts["host"] = reads + waits * accumulation
     return StepTime(**parts)
 
 
@@ -211,12 +214,26 @@ def _gradients(training: Training, accumulation: int, assumed: Assumptions) -> f
     return float(sums + zeros * accumulation)
 
 
-def _optimizer(training: Training, placement: Placement, device: Device, assumed: Assumptions) -> float:
+def _optimizer(
+    training: Training, placement: Placement, device: Device, accumulation: int, assumed: Assumptions
+) -> float:
     """Traffic of the rank's part, or its launches if these take longer: nothing runs beside them."""
     ranks = 1 if placement.kind == "single" else placement.shard_ranks
-    traffic = training.num_trained / ranks * assumed.update_bytes / (device.copy * assumed.elementwise_fraction)
+    per_element = _update_bytes(training, placement, accumulation, assumed)
+    traffic = training.num_trained / ranks * per_element / (device.copy * assumed.elementwise_fraction)
     launches = assumed.update_launches + assumed.update_launches_per_tensor * len(training.trained)
     return max(traffic, launches * assumed.launch_seconds)
+
+
+def _update_bytes(training: Training, placement: Placement, accumulation: int, assumed: Assumptions) -> int:
+    """Per trained element: the state; the gradient, read for the norm and for the update; a compute copy, written."""
+    if placement.kind.startswith("zero"):
+        return assumed.update_bytes_zero
+    if placement.kind != "single":
+        return assumed.update_bytes + 2 * 4  # the shards are the masters, and are rounded where they are gathered
+    gradient = training.compute_bytes if accumulation == 1 else 4
+    copy = training.compute_bytes if training.compute_bytes < 4 else 0
+    return assumed.update_bytes + 2 * gradient + copy
 
 
 def communication(
