@@ -349,26 +349,24 @@ def exchanged(base: str, engine: dict[str, Any], variant: str) -> dict[str, list
     return calls
 
 
-def peak_of_a_long_block(base: str, engine: dict[str, Any], length: int) -> float:
-    """MiB that the forward and backward of one block of `length` tokens in 8 documents add to this rank's memory."""
+def kept_of_a_long_block(base: str, engine: dict[str, Any], length: int) -> int:
+    """Bytes that the forward of one block of `length` tokens in 8 documents keeps on this rank for the backward."""
     num_parts, size = engine.get("context_parallel", 1), length // 8
     ids = torch.randint(0, VOCAB, (1, length), generator=torch.Generator().manual_seed(0))
     borders = torch.arange(0, length + 1, size, dtype=torch.int32)
     counts = np.array([[1, length, length]])
     whole = Batch(ids, ids.roll(-1, 1), torch.arange(length)[None] % size, borders, size, length, counts, (0,))
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
     with running(base, engine, "lora", "fp32") as (built, _):
-        built.accumulate(block(1, 0).cut(dist.get_rank() % num_parts, num_parts), 1, False)  # buffers of the engine
-        mine = whole.cut(dist.get_rank() % num_parts, num_parts)
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = _status_mib("VmRSS")
-        built.accumulate(mine, length, False)
-        return _status_mib("VmHWM") - before
-
-
-def _status_mib(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            built.accumulate(whole.cut(dist.get_rank() % num_parts, num_parts), length, False)
+        return sum(storage.nbytes() for storage in kept.values())
 
 
 def cut_and_whole(kind: str, choice: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
