@@ -93,7 +93,7 @@ class _Documents:
             last = int(np.searchsorted(ends, num_tokens))
             start = int(ends[last] - lengths[last])
             cut = min(start - (start - num_tokens) // seq_len * seq_len, int(ends[last]))
-        more = cut < ends[last]  # the document goes on: its next token is a target here
+        more = cut < ends[last]  # the document continues: its next token is a target here
         planned = np.append(lengths[:last], cut - (ends[last] - lengths[last]))
         taken = np.append(planned[:-1], planned[-1] + more)
         by_token = self._kind == "answers"
