@@ -843,6 +843,8 @@ def _root(
 
 def main() -> None:
     """Entry point: every user error is one line and its documented exit code."""
+    _open_standard_streams()
+    stdout = os.dup(1)  # rich puts /dev/null in its place when its reader is gone
     try:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:  # what typer returns after Ctrl-C
@@ -854,7 +856,7 @@ def main() -> None:
         code = error.exit_code
     except SystemExit as ended:  # typer's own 1 for a broken pipe, or a library's
         code = ended.code
-        if isinstance(ended.__context__, BrokenPipeError) and _reader_is_gone():
+        if isinstance(ended.__context__, BrokenPipeError) and _reader_is_gone(stdout):
             code = READER_GONE
     except Exception as error:  # a defect of ours: print the traceback too
         known = explained(error)
@@ -884,10 +886,17 @@ def _flush_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _reader_is_gone() -> bool:
+def _open_standard_streams() -> None:
+    """Give what was closed before the start /dev/null: else a file of the run gets its number, and what is printed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
+def _reader_is_gone(stdout: int) -> bool:
     """Whether nobody reads stdout any more, as after `| head`; else a broken pipe was another one, a defect."""
     poll = select.poll()
-    poll.register(1, 0)
+    poll.register(stdout, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 

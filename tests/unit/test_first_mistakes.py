@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -99,15 +100,28 @@ def test_a_command_alone_prints_its_help(arguments):
     assert "Usage: " in ended.out
 
 
-@pytest.mark.parametrize("arguments", [("inspect", "--json"), ("decode", "--tokenizer", str(FIXTURE / "base"))])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("data", "inspect", str(STORE), "--json"),
+        ("data", "decode", str(STORE), "--tokenizer", str(FIXTURE / "base")),
+        ("--help",),  # which rich prints
+    ],
+)
 def test_a_reader_that_has_seen_enough_ends_a_command_as_it_ends_any_tool(arguments):
-    name, *options = arguments
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb") as pipe:
-        line = [sys.executable, "-m", "dist_cpt.cli", "data", name, str(STORE), *options]
+        line = [sys.executable, "-m", "dist_cpt.cli", *arguments]
         done = subprocess.run(line, stdout=pipe, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_stream_that_was_closed_before_the_start_is_no_error(closed):
+    shell = f"exec {shlex.quote(sys.executable)} -m dist_cpt.cli --version {closed}"
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 KILLED = """
