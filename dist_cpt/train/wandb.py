@@ -327,7 +327,8 @@ def _ends_within(seconds: float, call: Callable[[], Any]) -> bool:
     """Whether `call`, on a thread that may be left behind, returned or raised within `seconds`."""
 
     def run() -> None:
-        with contextlib.suppress(Exception):  # wandb's own log has the details
+        # wandb's own log has the details; it calls sys.exit when it finds its process killed.
+        with contextlib.suppress(Exception, SystemExit):
             call()
 
     thread = threading.Thread(target=run, daemon=True, name="wandb-close")
