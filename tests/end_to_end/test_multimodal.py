@@ -111,12 +111,15 @@ def test_the_text_model_trains_and_the_rest_is_written_as_it_was(kind, text_file
     whole = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
     assert float((plain_logits(whole, IDS) - expected).abs().max()) > 1e-2
     vanilla = PeftModel.from_pretrained(whole, str(checkpoint))
-    torch.testing.assert_close(plain_logits(vanilla, IDS), expected, rtol=0, atol=1e-5)
+    in_fp32, truth = plain_logits(vanilla, IDS), plain_logits(vanilla.double(), IDS)
+    # Of vanilla's own error in fp32: Gemma 4 amplifies rounding ten times as much as the others do.
+    allowed = 2 * float((in_fp32.double() - truth).abs().max())
+    assert float((expected.double() - truth).abs().max()) <= allowed
 
     merge(checkpoint, tmp_path / "merged", "fp32")
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert type(merged) is type(whole)
-    torch.testing.assert_close(plain_logits(merged, IDS), expected, rtol=0, atol=1e-5)
+    assert float((plain_logits(merged, IDS).double() - truth).abs().max()) <= allowed
     require_untouched(base, tmp_path / "merged", KINDS[kind][2])
     if kind == DEFAULT[0]:
         export_vllm(checkpoint, tmp_path / "served", "bf16")
