@@ -99,7 +99,7 @@ class EvaluationRecord:
     attempt: int
     scores: dict[str, float] = field(default_factory=dict)  # task classify: accuracy, macro_f1; loss is the log-loss
     bits_per_byte: float | None = None  # of the targets' text; None where its bytes cannot be told
-    base_loss: float | None = None  # of the same targets under the base; None where there is none
+    base_loss: float | None = None  # of the same targets under the base; None: it was not measured
     loss_by_position: Sequence[Sequence[float]] = ()  # [first position in a document, nats per token, targets] by range
 
     @property

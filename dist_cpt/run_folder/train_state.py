@@ -75,12 +75,8 @@ class TrainState(Frozen):
     stream: dict[str, Mark] | None = None  # of streamed sources: the shard with the next block
 
 
-_LATER = (
-    "blocks_by_source",
-    "targets_by_source",
-    "spike_limit",
-    "stream",
-)  # keys that are not written where there is none
+# Keys that are left out of the file while they are None.
+_LATER = ("blocks_by_source", "targets_by_source", "spike_limit", "stream")
 
 
 def state_to_bytes(state: TrainState) -> bytes:

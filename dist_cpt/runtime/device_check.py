@@ -1,6 +1,7 @@
 """torch, its devices, NCCL and the kernels on this machine: `python -m dist_cpt.runtime.device_check`.
 
-A process of its own, since a broken driver hangs or ends whoever loads it. It prints one JSON object.
+It runs as a separate process, because a broken driver can hang or kill the process that loads it, and prints one JSON
+object.
 """
 
 from __future__ import annotations
