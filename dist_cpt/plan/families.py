@@ -114,6 +114,14 @@ _LLAMA = (*_attention("attention_bias"), *_PRE)
 _MLP_BIAS = _gated(bias="mlp_bias")
 _TIED = {"tie_word_embeddings": True}
 _OLMO2 = (*_attention("attention_bias"), *_WIDE_NORMS, *_POST)
+_QWEN_MOE = {"decoder_sparse_step": 1, "mlp_only_layers": ()}
+_LATENT_SIZES = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+}
 _GLM = (*_attention("attention_bias", False), *_PRE)
 _GLM_SIZES = _sizes(4096, 13696, 40, 32, 2, 128, 151552, attention_bias=True)
 
@@ -145,20 +153,8 @@ FAMILIES: Mapping[str, Family] = {
         fused=True,
     ),
     "gpt2": Family(
-        (
-            *_norms("ln_1", "ln_2", bias=True),
-            _conv1d("attn.c_attn", "Q+K+K", "D"),
-            _conv1d("attn.c_proj", "D", "Q"),
-        ),
-        {
-            "n_embd": 768,
-            "n_layer": 12,
-            "n_head": 12,
-            "n_inner": None,
-            "n_positions": 1024,
-            "vocab_size": 50257,
-            **_TIED,
-        },
+        (*_norms("ln_1", "ln_2", bias=True), _conv1d("attn.c_attn", "Q+K+K", "D"), _conv1d("attn.c_proj", "D", "Q")),
+        {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None, "n_positions": 1024, "vocab_size": 50257} | _TIED,
         mlp=(_conv1d("mlp.c_fc", "F", "D"), _conv1d("mlp.c_proj", "D", "F")),
         stem="transformer.",
         layers="h",
@@ -232,41 +228,17 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen2_moe": Family(
         (*_attention("qkv_bias", False), *_PRE),
-        _sizes(
-            2048,
-            5632,
-            24,
-            16,
-            16,
-            None,
-            151936,
-            num_experts=60,
-            num_experts_per_tok=4,
-            moe_intermediate_size=1408,
-            qkv_bias=True,
-            shared_expert_intermediate_size=5632,
-            decoder_sparse_step=1,
-            mlp_only_layers=(),
-        ),
+        _sizes(2048, 5632, 24, 16, 16, None, 151936, qkv_bias=True, shared_expert_intermediate_size=5632)
+        | _QWEN_MOE
+        | {"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408},
         sparse=(*_experts("M"), *_gated("S", "mlp.shared_expert"), _linear("mlp.shared_expert_gate", "1", "D")),
         sparse_from="decoder_sparse_step",
     ),
     "qwen3_moe": Family(
         (*_LLAMA, *_HEAD_NORMS),
-        _sizes(
-            2048,
-            6144,
-            24,
-            32,
-            4,
-            None,
-            151936,
-            num_experts=128,
-            num_experts_per_tok=8,
-            moe_intermediate_size=768,
-            decoder_sparse_step=1,
-            mlp_only_layers=(),
-        ),
+        _sizes(2048, 6144, 24, 32, 4, None, 151936)
+        | _QWEN_MOE
+        | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
         sparse=_experts("M"),
         sparse_from="decoder_sparse_step",
     ),
@@ -282,24 +254,8 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "deepseek_v2": Family(
         (*_LATENT, *_PRE),
-        _sizes(
-            4096,
-            11008,
-            32,
-            32,
-            None,
-            None,
-            102400,
-            n_routed_experts=64,
-            n_shared_experts=2,
-            moe_intermediate_size=1407,
-            first_k_dense_replace=0,
-            kv_lora_rank=512,
-            q_lora_rank=1536,
-            qk_rope_head_dim=64,
-            qk_nope_head_dim=128,
-            v_head_dim=128,
-        ),
+        _sizes(4096, 11008, 32, 32, None, None, 102400, first_k_dense_replace=0, **_LATENT_SIZES)
+        | {"n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407},
         mlp=_MLP_BIAS,
         sparse=(*_experts("M"), *_gated("S", "mlp.shared_experts", "mlp_bias")),
         sparse_from="first_k_dense_replace",
@@ -307,62 +263,23 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v3": Family(
         (*_LATENT, *_PRE),
         _sizes(
-            7168,
-            18432,
-            61,
-            128,
-            None,
-            None,
-            129280,
-            n_routed_experts=256,
-            n_shared_experts=1,
-            moe_intermediate_size=2048,
-            first_k_dense_replace=3,
-            kv_lora_rank=512,
-            q_lora_rank=1536,
-            qk_rope_head_dim=64,
-            qk_nope_head_dim=128,
-            v_head_dim=128,
-            num_experts_per_tok=8,
-        ),
+            7168, 18432, 61, 128, None, None, 129280, first_k_dense_replace=3, num_experts_per_tok=8, **_LATENT_SIZES
+        )
+        | {"n_routed_experts": 256, "n_shared_experts": 1, "moe_intermediate_size": 2048},
         sparse=(*_experts("M"), *_SHARED),
         sparse_from="first_k_dense_replace",
     ),
     "glm4_moe": Family(
         (*_GLM, *_norms("self_attn.q_norm", "self_attn.k_norm", dim="N", when="use_qk_norm")),
-        _sizes(
-            4096,
-            10944,
-            46,
-            96,
-            8,
-            None,
-            151552,
-            n_routed_experts=128,
-            n_shared_experts=1,
-            moe_intermediate_size=1408,
-            num_experts_per_tok=8,
-            first_k_dense_replace=1,
-        ),
+        _sizes(4096, 10944, 46, 96, 8, None, 151552, first_k_dense_replace=1, num_experts_per_tok=8)
+        | {"n_routed_experts": 128, "n_shared_experts": 1, "moe_intermediate_size": 1408},
         sparse=(*_experts("M"), *_SHARED),
         sparse_from="first_k_dense_replace",
     ),
     "gpt_oss": Family(
         (*_attention("attention_bias"), *_PRE, Part("self_attn.sinks", ("H",), "vector")),
-        _sizes(
-            2880,
-            2880,
-            36,
-            64,
-            8,
-            64,
-            201088,
-            num_local_experts=128,
-            num_experts_per_tok=4,
-            attention_bias=True,
-            sliding_window=128,
-            sliding_every=2,
-        ),
+        _sizes(2880, 2880, 36, 64, 8, 64, 201088, attention_bias=True, sliding_window=128, sliding_every=2)
+        | {"num_local_experts": 128, "num_experts_per_tok": 4},
         sparse=(
             Part("mlp.router.weight", ("E", "D"), "router", bias=True),
             Part("mlp.experts.gate_up_proj", ("E", "D", "F+F"), "experts", transposed=True),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
 
-from dist_cpt.report.values import real
+from dist_cpt.report.values import real, unix_time
 from dist_cpt.run_folder.contents import RunFiles
 from dist_cpt.run_folder.lineage import inherited_step
 
@@ -31,7 +30,7 @@ class Goodput:
 
 def goodput_of(run: RunFiles) -> Goodput | None:
     """From the first event to the last; None without events."""
-    times = [written for event in run.events if (written := _unix(event.get("time"))) is not None]
+    times = [written for event in run.events if (written := unix_time(event.get("time"))) is not None]
     if not times:
         return None
     own = run.steps[inherited_step(run.folder) :]
@@ -39,10 +38,3 @@ def goodput_of(run: RunFiles) -> Goodput | None:
     redone = sum(real(row.get("step_seconds")) or 0.0 for row in run.rewound)
     saving = sum(real(event.get("stall_seconds")) or 0.0 for event in run.events if event.get("kind") == "checkpoint")
     return Goodput(applied, redone, saving, max(times) - min(times))
-
-
-def _unix(value: object) -> float | None:
-    try:
-        return datetime.fromisoformat(str(value)).timestamp()
-    except ValueError:
-        return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_cpt.report.values import clock, integer, mappings, real
+from dist_cpt.report.values import clock, integer, mapping, mappings, real
 from dist_cpt.run_folder.contents import RunFiles
 from dist_cpt.run_folder.train_state import SourceCounts
 
@@ -63,12 +63,12 @@ def token_ledger(run: RunFiles) -> list[SourceLedger]:
 
 def source_ledger(recipe: Row, events: Sequence[Row], newest: Row) -> list[SourceLedger]:
     """The ledger at one row of metrics.jsonl: the sources of the recipe, then those that only the row names."""
-    data = _mapping(recipe.get("data"))
+    data = mapping(recipe.get("data"))
     sources = {str(s.get("name") or s.get("path")): s for s in mappings(data.get("sources"))}
-    counts = {str(name): SourceCounts(*map(int, c)) for name, c in _mapping(newest.get("totals_by_source")).items()}
+    counts = {str(name): SourceCounts(*map(int, c)) for name, c in mapping(newest.get("totals_by_source")).items()}
     seq_len, targets = integer(data.get("seq_len")) or 0, integer(newest.get("tokens"))
     sizes = {str(size.get("name")): size for size in _last_sizes(events)}
-    streamed = _mapping(newest.get("epochs_by_source"))
+    streamed = mapping(newest.get("epochs_by_source"))
     asked = _asked(data, list(sources), newest, seq_len)
     has_blocks = any(c.blocks for c in counts.values())
     # Of a run that an earlier version began, the targets of its first part are not known by source.
@@ -108,7 +108,7 @@ def _asked(data: Row, names: Sequence[str], newest: Row, seq_len: int) -> dict[s
     for stage in mappings(data.get("stages")) or [{"weights": weights}]:
         tokens = integer(stage.get("tokens"))
         length = left if tokens is None or not seq_len else min(left, -(-tokens // seq_len))
-        of_stage = {name: real(_mapping(stage.get("weights")).get(name)) or 0.0 for name in names}
+        of_stage = {name: real(mapping(stage.get("weights")).get(name)) or 0.0 for name in names}
         for name, weight in of_stage.items():
             shares[name] += length / total * weight / (sum(of_stage.values()) or 1.0)
         left -= length
@@ -118,10 +118,6 @@ def _asked(data: Row, names: Sequence[str], newest: Row, seq_len: int) -> dict[s
 def _last_sizes(events: Sequence[Row]) -> list[dict[str, Any]]:
     sizes = (mappings(event.get("sources")) for event in reversed(events) if event.get("kind") in ("start", "resume"))
     return next((listed for listed in sizes if listed), [])
-
-
-def _mapping(value: Any) -> Row:
-    return value if isinstance(value, dict) else {}
 
 
 def saved_checkpoints(run: RunFiles) -> list[SavedCheckpoint]:

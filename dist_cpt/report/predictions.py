@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dist_cpt.report.values import number, real
+from dist_cpt.report.values import mapping, number, real
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Prediction:
 
 def predictions(plan: dict[str, Any]) -> list[Prediction]:
     """Speed and memory by part; none without a prediction and a measurement."""
-    predicted, measured = _mapping(plan.get("predicted")), _mapping(plan.get("measured"))
+    predicted, measured = mapping(plan.get("predicted")), mapping(plan.get("measured"))
     if not predicted or not measured.get("steps"):
         return []
-    memory, state = _mapping(predicted.get("memory_bytes")), _mapping(measured.get("state_bytes"))
+    memory, state = mapping(predicted.get("memory_bytes")), mapping(measured.get("state_bytes"))
     rows = [
         _row("tokens/s", predicted.get("tokens_per_second"), measured.get("tokens_per_second"), 1.0),
         _row("seconds per step", predicted.get("step_seconds"), measured.get("step_seconds"), 1.0),
@@ -40,7 +40,3 @@ def _row(what: str, predicted: Any, measured: Any, unit: float) -> Prediction | 
         return None
     ratio = f"{right / left:.2f}" if left > 0 else ""
     return Prediction(what, number(left / unit), number(right / unit), ratio)
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

@@ -18,7 +18,6 @@ import jinja2
 from markupsafe import Markup
 
 from dist_cpt.errors import DataError, WriteError
-from dist_cpt.report import values
 from dist_cpt.report.attempts import Attempt, outcome, read_attempts
 from dist_cpt.report.curves import HELD_OUT, curves, points_of
 from dist_cpt.report.gauge import gauge, summary
@@ -26,7 +25,7 @@ from dist_cpt.report.goodput import goodput_of
 from dist_cpt.report.held_out import held_out_sets, measured_later
 from dist_cpt.report.ledger import saved_checkpoints, token_ledger
 from dist_cpt.report.predictions import predictions
-from dist_cpt.report.values import duration, large, number
+from dist_cpt.report.values import as_list, clock, duration, epochs, integer, large, mappings, number, percent
 from dist_cpt.run_folder.contents import RunFiles, read_run
 from dist_cpt.run_folder.json_files import remove_quietly
 from dist_cpt.run_folder.names import REPORT
@@ -72,17 +71,8 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (
-        values.number,
-        values.percent,
-        values.epochs,
-        values.as_list,
-        values.mappings,
-        values.clock,
-        duration,
-        outcome,
-    )
-    templates.filters |= {function.__name__: function for function in (*filters, duration, outcome)}
+    filters = (as_list, clock, duration, epochs, mappings, number, outcome, percent)
+    templates.filters |= {function.__name__: function for function in filters}
     return templates
 
 
@@ -128,13 +118,13 @@ def name_of(run: RunFiles) -> str:
 
 def samples_of(run: RunFiles) -> list[dict[str, Any]]:
     """The texts after the same prompt, over the steps; of earlier versions only the last one."""
-    kept = [one for one in values.mappings(run.sample.get("samples")) if "text" in one]
+    kept = [one for one in mappings(run.sample.get("samples")) if "text" in one]
     return kept or ([run.sample] if "text" in run.sample else [])
 
 
 def status_of(run: RunFiles, attempts: Sequence[Attempt]) -> dict[str, str]:
     """How the run ended, from exit.json or else its last event: text, CSS class, reason."""
-    code, reason = values.integer(run.exit.get("code")), str(run.exit.get("reason") or "")
+    code, reason = integer(run.exit.get("code")), str(run.exit.get("reason") or "")
     if code is None and attempts:
         code = attempts[-1].exit_code
     if code is not None:

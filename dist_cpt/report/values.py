@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import datetime
 from typing import Any
 
 
@@ -59,6 +60,11 @@ def mappings(value: Any) -> list[dict[str, Any]]:
     return [item for item in as_list(value) if isinstance(item, dict)]
 
 
+def mapping(value: Any) -> dict[str, Any]:
+    """A dictionary, or an empty one for everything else."""
+    return value if isinstance(value, dict) else {}
+
+
 def duration(seconds: float) -> str:
     """Seconds in the two largest fitting units."""
     if seconds < 60:
@@ -68,6 +74,14 @@ def duration(seconds: float) -> str:
     if days:
         return f"{days} d {hours} h"
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
+
+
+def unix_time(value: Any) -> float | None:
+    """Seconds since 1970 of a time in ISO format, or None for everything else."""
+    try:
+        return datetime.fromisoformat(value).timestamp()
+    except (TypeError, ValueError):
+        return None
 
 
 def clock(value: Any) -> str:

@@ -6,12 +6,17 @@ with the old value has agreed to these, and to no others.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from dist_cpt.run_folder.checkpoints import read_manifest
 from dist_cpt.run_folder.json_files import read_object
-from dist_cpt.run_folder.names import LINEAGE
+from dist_cpt.run_folder.names import LINEAGE, MANIFEST
+from dist_cpt.storage import read_bytes
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,26 @@ class Lineage:
     set: tuple[str, ...]  # as given
     changed: dict[str, str]  # all settings that differ from the checkpoint's recipe
     time: str
+
+
+def lineage_entry(
+    kind: Literal["branch", "extend"], run: Path, checkpoint: Path, given: Sequence[str], changed: dict[str, str]
+) -> Lineage:
+    """The entry, of now, for a run that continues from a checkpoint of the run in the folder `run`."""
+    manifest = read_manifest(checkpoint)
+    return Lineage(
+        kind=kind,
+        run=str(run.absolute()),
+        step=manifest.step,
+        checkpoint=checkpoint.name,
+        state_sha256=manifest.state_sha256,
+        manifest_sha256=hashlib.sha256(read_bytes(checkpoint / MANIFEST)).hexdigest(),
+        attempt=manifest.attempt,
+        group=group_of(run, run.absolute().name),
+        set=tuple(given),
+        changed=changed,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
 def read_lineage(run_folder: Path) -> list[dict[str, Any]]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from dist_cpt.optim.continued_schedule import PHASES, pinned
 from dist_cpt.optim.schedule import rates_at
 from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state, step_of
 from dist_cpt.run_folder.json_files import cannot_write, encode_row, fsync_path, json_bytes, parse_row
-from dist_cpt.run_folder.lineage import Lineage, group_of, lineage_content
+from dist_cpt.run_folder.lineage import Lineage, lineage_content, lineage_entry
 from dist_cpt.run_folder.names import (
     BASE_LOSSES,
     CHECKPOINTS,
@@ -234,20 +232,7 @@ def _fill(
         raise CheckpointError(f"{source} was removed meanwhile", remedy="branch from a newer checkpoint") from error
     if problems := wrong_files(checkpoint):
         raise CheckpointError(f"{source}: {summary(problems)}", remedy="branch from another checkpoint")
-    overrides, changed = asked
-    lineage = Lineage(
-        kind="branch",
-        run=str(run.absolute()),
-        step=state.step,
-        checkpoint=source.name,
-        state_sha256=manifest.state_sha256,
-        manifest_sha256=hashlib.sha256(read_bytes(checkpoint / MANIFEST)).hexdigest(),
-        attempt=state.attempt,
-        group=group_of(run, run.absolute().name),
-        set=overrides,
-        changed=changed,
-        time=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+    lineage = lineage_entry("branch", run, checkpoint, *asked)
     record = CheckpointRecord(state.step, source.name, 0.0, manifest.num_bytes(), 0.0)
     events = [{"kind": "branch", **asdict(lineage)}, {"time": lineage.time, "kind": "checkpoint", **asdict(record)}]
     now = round(time.time(), 3)
@@ -255,7 +240,7 @@ def _fill(
         "wandb_run_id": secrets.token_hex(4),
         "attempts": state.attempt + 1,
         "fingerprint": fingerprint(config),
-        "accepted_changes": sorted(changed),
+        "accepted_changes": sorted(lineage.changed),
         "first_started": now,
         "started": now,
         "ends": [],

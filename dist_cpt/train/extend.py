@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from dist_cpt.checkpoint.quick_check import quick_check
@@ -19,10 +17,9 @@ from dist_cpt.health.rivals import living
 from dist_cpt.optim.continued_schedule import last_step_before_decay, pinned, require_extendable
 from dist_cpt.run_folder.checkpoints import published, read_manifest, read_state, step_of
 from dist_cpt.run_folder.claim import claim
-from dist_cpt.run_folder.lineage import Lineage, group_of, lineage_content
+from dist_cpt.run_folder.lineage import Lineage, lineage_content, lineage_entry
 from dist_cpt.run_folder.metrics import MetricsFile
-from dist_cpt.run_folder.names import EXIT, LINEAGE, MANIFEST
-from dist_cpt.storage import read_bytes
+from dist_cpt.run_folder.names import EXIT, LINEAGE
 from dist_cpt.train.branch import recipe_of, settled
 
 
@@ -68,21 +65,9 @@ def extend(run: Path, tokens: int) -> Extended:
     step, newest = step_of(checkpoint), step_of(published(run)[0])
     values = longer.model_dump(mode="json") | {"schedule": pinned(recipe, step).model_dump(mode="json")}
     config = build(values, where=f"{run} with {tokens} tokens")
-    manifest = read_manifest(checkpoint)
-    saved = manifest.recipe_config()
-    entry = Lineage(
-        kind="extend",
-        run=str(run.absolute()),
-        step=step,
-        checkpoint=checkpoint.name,
-        state_sha256=manifest.state_sha256,
-        manifest_sha256=hashlib.sha256(read_bytes(checkpoint / MANIFEST)).hexdigest(),
-        attempt=manifest.attempt,
-        group=group_of(run, recipe.name),
-        set=(f"train.tokens={tokens}",),
-        changed={} if saved is None else differences(saved, config),
-        time=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+    saved = read_manifest(checkpoint).recipe_config()
+    changed = {} if saved is None else differences(saved, config)
+    entry = lineage_entry("extend", run, checkpoint, (f"train.tokens={tokens}",), changed)
     _record(run, recorded, config, entry)
     return Extended(run, config, step, decays_after if newest > step else None)
 

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from dist_cpt.errors import EXIT_DONE, EXIT_WORDS, ConfigError, StorageError
 from dist_cpt.health.heartbeats import Heartbeat, read_heartbeats
 from dist_cpt.report.goodput import Goodput
 from dist_cpt.report.ledger import SourceLedger, source_ledger
-from dist_cpt.report.values import duration
+from dist_cpt.report.values import duration, integer, real, unix_time
 from dist_cpt.run_folder.checkpoints import published
 from dist_cpt.run_folder.contents import object_or_problem, recipe_or_problem
 from dist_cpt.run_folder.json_files import rows_or_problem
@@ -137,7 +136,7 @@ def read_status(folder: Path, now: float | None = None, *, ask_slurm: bool = Fal
     starts = [event for event in files.events if event.get("kind") in ("start", "resume")]
     newest = files.last_steps[-1] if files.last_steps else {"step": 0} if starts else {}
     state, summary = _state(files, ranks)
-    num_steps, step = _last(starts, "num_steps", int), _int(newest.get("step"))
+    num_steps, step = _last(starts, "num_steps", int), integer(newest.get("step"))
     tokens_per_second, step_seconds = _pace(files.last_steps)
     left = num_steps - step if num_steps and step is not None and files.exit_code != EXIT_DONE else None
     checkpoint, checkpoint_check, bad_nodes = _patient_parts(files)
@@ -151,9 +150,9 @@ def read_status(folder: Path, now: float | None = None, *, ask_slurm: bool = Fal
         attempt=files.attempt,
         step=step,
         num_steps=num_steps,
-        loss=_float(newest.get("loss")),
-        tokens=_int(newest.get("tokens")),
-        batch_tokens=_int(newest.get("batch_tokens")),
+        loss=real(newest.get("loss")),
+        tokens=integer(newest.get("tokens")),
+        batch_tokens=integer(newest.get("batch_tokens")),
         sources=source_ledger(files.recipe, files.events, newest) if newest.get("totals_by_source") else [],
         tokens_per_second=tokens_per_second,
         eta_seconds=None if left is None or step_seconds is None else max(left, 0) * step_seconds,
@@ -213,18 +212,18 @@ class _Files:
 
     @property
     def attempt(self) -> int | None:
-        attempts = _int(self.run.get("attempts"))
+        attempts = integer(self.run.get("attempts"))
         return None if attempts is None else attempts - 1
 
     @property
     def exit_code(self) -> int | None:
-        return _int(self.exit.get("code"))
+        return integer(self.exit.get("code"))
 
 
 def _read_files(folder: Path, now: float) -> _Files:
     problems: list[str] = []
     run = object_or_problem(folder / RUN, problems)
-    attempts = _int(run.get("attempts"))
+    attempts = integer(run.get("attempts"))
     return _Files(
         folder=folder,
         now=now,
@@ -260,7 +259,7 @@ def _state(files: _Files, ranks: list[Rank]) -> tuple[str, str]:
     attempt = "" if files.attempt is None else f"attempt {files.attempt}, "
     alive = [rank for rank in ranks if not rank.ended]
     if not alive:
-        started = _float(files.run.get("started"))
+        started = real(files.run.get("started"))
         if started is not None and files.now - started < SILENT_SECONDS and not ranks:
             return "starting", f"{attempt}started {duration(files.now - started)} ago, no rank has reported yet"
         return "silent", f"{attempt}all ranks are gone and none recorded how it ended"
@@ -283,16 +282,16 @@ def _starts_again(files: _Files) -> bool:
 
 def _pace(last_steps: list[Row]) -> tuple[float | None, float | None]:
     """(tokens per second, median seconds per step) of the last steps, without evaluations and saves."""
-    recent = [row for row in last_steps[-PACE_STEPS:] if _float(row.get("step_seconds"))]
+    recent = [row for row in last_steps[-PACE_STEPS:] if real(row.get("step_seconds"))]
     if not recent:
         return None, None
     seconds = [float(row["step_seconds"]) for row in recent]
-    return sum(_int(row.get("num_tokens")) or 0 for row in recent) / sum(seconds), statistics.median(seconds)
+    return sum(integer(row.get("num_tokens")) or 0 for row in recent) / sum(seconds), statistics.median(seconds)
 
 
 def _goodput(files: _Files, state: str) -> Goodput | None:
-    event_times = [written for event in files.events if (written := _unix(event.get("time"))) is not None]
-    begun = _float(files.run.get("first_started"))
+    event_times = [written for event in files.events if (written := unix_time(event.get("time"))) is not None]
+    begun = real(files.run.get("first_started"))
     begun = min(event_times, default=None) if begun is None else begun
     if begun is None:
         return None
@@ -303,7 +302,7 @@ def _goodput(files: _Files, state: str) -> Goodput | None:
     productive, dropped = _step_seconds(files.folder / METRICS, files.problems, inherited_step(files.folder))
     redone, _ = _step_seconds(files.folder / METRICS_REWOUND, files.problems)
     saves = [event for event in files.events if event.get("kind") == "checkpoint"]
-    saving = sum(_float(event.get("stall_seconds")) or 0.0 for event in saves)
+    saving = sum(real(event.get("stall_seconds")) or 0.0 for event in saves)
     return Goodput(productive - dropped, redone, saving, max(end - begun, 0.0))
 
 
@@ -341,14 +340,14 @@ def _restarts(files: _Files) -> list[EndedAttempt]:
     current = -1
     for event in files.events:
         if event.get("kind") in ("start", "resume"):
-            number = _int(event.get("attempt"))
+            number = integer(event.get("attempt"))
             current = current + 1 if number is None else number
         elif event.get("kind") == "end":
-            ends[current] = EndedAttempt(current, _int(event.get("exit_code")), str(event.get("reason", "")))
+            ends[current] = EndedAttempt(current, integer(event.get("exit_code")), str(event.get("reason", "")))
     recorded = files.run.get("ends")
     for end in recorded if isinstance(recorded, list) else []:
         if isinstance(end, dict) and isinstance(end.get("attempt"), int):
-            ends[end["attempt"]] = EndedAttempt(end["attempt"], _int(end.get("code")), str(end.get("reason") or ""))
+            ends[end["attempt"]] = EndedAttempt(end["attempt"], integer(end.get("code")), str(end.get("reason") or ""))
     newest = current if files.attempt is None else files.attempt
     return [ends.get(number, EndedAttempt(number, None, "")) for number in range(max(newest, 0))]
 
@@ -396,18 +395,3 @@ def _rank(beat: Heartbeat, now: float) -> Rank:
 
 def _last(rows: Iterable[Row], key: str, kind: type) -> Any:
     return next((row[key] for row in reversed(list(rows)) if isinstance(row.get(key), kind)), None)
-
-
-def _int(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _float(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _unix(text: Any) -> float | None:
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except (TypeError, ValueError):
-        return None
