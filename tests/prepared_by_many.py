@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,4 +74,7 @@ def started(config: RunConfig, workers: int = 1) -> Any:
     context.set_forkserver_preload(["tests.prepared_by_many", "transformers.models.auto.tokenization_auto"])
     process = context.Process(target=prepare_here, args=(config, workers))
     process.start()
+    with contextlib.suppress(ProcessLookupError):
+        while os.getpgid(process.pid) != process.pid:  # a kill of a group that does not exist yet would miss it
+            time.sleep(0.001)
     return process
