@@ -28,7 +28,7 @@ PYTHON_READS = {"tolist", "cpu", "numpy", "__array__"}
 ATEN_READS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_consecutive"}
 ELSEWHERE = ("train/saver.py", "train/held_out.py", "train/sample.py", "train/contract.py")
 IN_HOST_MEMORY = {"agree_at_boundary", "at_boundary"}
-ON_A_CPU = {"check_range", "accumulate_in_torch"}
+ON_A_CPU = {"_check_range", "_kept_rows"}
 
 
 def count(engine: dict[str, Any], ranks: int) -> dict[str, float]:

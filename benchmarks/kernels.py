@@ -213,33 +213,6 @@ def gated(shape: Shape, device: str) -> list[Work]:
     return [Work("gated", make, sides, 3 * size, 8 * size, overwritten=("liger",))]
 
 
-def cross_entropy(shape: Shape, device: str) -> list[Work]:
-    softcap = 30.0 if shape.gemma else None
-    labels = labels_of(shape, device)
-    scale = 1.0 / shape.T
-
-    def eager(logits: torch.Tensor) -> torch.Tensor:
-        return reference.cross_entropy(logits, labels, scale=scale, softcap=softcap).sum()
-
-    sides: dict[str, Callable[..., Any]] = {
-        # like the competitors, the gradient overwrites the logits
-        OURS: lambda x: fused.cross_entropy(
-            x, labels, scale=scale, softcap=softcap, overwrite_logits=device == "cuda"
-        ).sum(),
-        EAGER: eager,
-        COMPILED: compiled(eager),
-    }
-    add(sides, "liger", "liger_kernel.transformers.functional", lambda m: lambda x: m.liger_cross_entropy(
-        x, labels, softcap=softcap))  # fmt: skip
-    add(sides, "unsloth", "unsloth.kernels.cross_entropy_loss", lambda m: lambda x: m.fast_cross_entropy_loss(
-        x[None], labels[None], logit_softcapping=softcap or 0))  # fmt: skip
-    if softcap is None:
-        add(sides, "quack", "quack", lambda m: lambda x: m.cross_entropy(x, labels).mean())
-    size = 2 * shape.T * shape.V
-    make = partial(lambda: [rand(device, shape.T, shape.V)])
-    return [Work("cross_entropy", make, sides, size, 3 * size, overwritten=(OURS, "liger", "unsloth", "quack"))]
-
-
 def linear_cross_entropy(shape: Shape, device: str) -> list[Work]:
     softcap = 30.0 if shape.gemma else None
     labels = labels_of(shape, device)
@@ -424,7 +397,6 @@ OPS: dict[str, Callable[[Shape, str], list[Work]]] = {
     "rms_norm": rms_norm,
     "rope": rope,
     "gated": gated,
-    "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
     "lora": lora,
     "nf4": nf4,

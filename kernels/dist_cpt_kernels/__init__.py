@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dist_cpt_kernels.adamw import adamw_, bias_corrections, clip, sum_of_squares
 from dist_cpt_kernels.adamw_8bit import adamw_8bit_
-from dist_cpt_kernels.cross_entropy import cross_entropy
 from dist_cpt_kernels.embedding import embedding, embedding_gradient
 from dist_cpt_kernels.gated import gated, gated_gradients
 from dist_cpt_kernels.linear_cross_entropy import linear_cross_entropy
@@ -23,7 +22,6 @@ __all__ = [
     "add_rms_norm",
     "bias_corrections",
     "clip",
-    "cross_entropy",
     "dequantize_nf4",
     "embedding",
     "embedding_gradient",

@@ -64,29 +64,15 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor
     return (activated * up.to(wide)).to(gate.dtype)
 
 
-def cross_entropy(
-    logits_TV: torch.Tensor,
-    labels_T: torch.Tensor,
-    *,
-    scale: float | torch.Tensor = 1.0,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """scale * ((1 - e) nll + e mean over V of -log p + z_loss * logsumexp(z)^2) [T], 0 for ignored tokens.
+IGNORE_INDEX = -100  # the label of a token that adds nothing, as in torch and transformers
 
-    In at least fp32; e is `label_smoothing`, z = softcap * tanh(logits / softcap) if `softcap` is set.
-    """
+
+def cross_entropy(logits_TV: torch.Tensor, labels_T: torch.Tensor, *, softcap: float | None = None) -> torch.Tensor:
+    """-log p of each label [T] in at least fp32, 0 for ignored tokens; z = softcap * tanh(logits / softcap) if set."""
     z_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     if softcap is not None:
         z_TV = softcap * torch.tanh(z_TV / softcap)
-    losses_T = F.cross_entropy(
-        z_TV, labels_T, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
-    )
-    if z_loss:
-        losses_T = losses_T + torch.where(labels_T != ignore_index, z_loss * z_TV.logsumexp(-1) ** 2, 0.0)
-    return losses_T * scale
+    return F.cross_entropy(z_TV, labels_T, ignore_index=IGNORE_INDEX, reduction="none")
 
 
 def linear_cross_entropy(
@@ -94,26 +80,15 @@ def linear_cross_entropy(
     weight_VD: torch.Tensor,
     labels_T: torch.Tensor,
     *,
-    scale: float | torch.Tensor = 1.0,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    scale: float = 1.0,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale * loss_sum, loss_sum detached), loss_sum = sum of `cross_entropy` over the tokens that are not ignored.
+    """(scale * loss_sum, loss_sum detached), loss_sum = sum of `cross_entropy` over the tokens.
 
     Logits = hidden @ weight.T in the dtype of `hidden`, everything after it in at least fp32. Materialises the full
     logits [T, V].
     """
-    logits_TV = hidden_TD @ weight_VD.to(hidden_TD.dtype).T
-    loss_sum = cross_entropy(
-        logits_TV,
-        labels_T,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-    ).sum()
+    loss_sum = cross_entropy(hidden_TD @ weight_VD.to(hidden_TD.dtype).T, labels_T, softcap=softcap).sum()
     return loss_sum * scale, loss_sum.detach()
 
 

@@ -33,8 +33,9 @@ def rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate `q` [B, L, H, N] and `k` [B, L, K, N] by the angles of `position_ids` int64 [B, L].
 
-    The first 2 R of N rotate, i with i + R; the rest is copied. `q` and `k` may be slices of one projection; `cos`
-    and `sin` fp32 [P, R] are not differentiated. A position outside [0, P) gives NaN on a GPU.
+    The first 2 R of N rotate, i with i + R; the rest is copied. `q` and `k` may be slices of one projection, which
+    are read in place; other strides are copied first. `cos` and `sin` fp32 [P, R] are not differentiated. A
+    position outside [0, P) gives NaN on a GPU.
 
     Raises:
         ValueError: shapes or dtypes do not match, or (on the CPU) a position is outside the tables.
@@ -85,17 +86,23 @@ class _Rope(torch.autograd.Function):
 def _launch(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position_ids: torch.Tensor, *, inverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    batch, length, num_q_heads, head_dim = q.shape
+    num_q_heads, head_dim = q.shape[2:]
     num_k_heads, half = k.shape[2], cos.shape[1]
     if q.numel() or k.numel():
-        rope_kernel[(batch * length,)](
-            q, *q.stride()[:3], q_out, k, *k.stride()[:3], k_out, cos, sin, position_ids, cos.shape[0], length,
+        q_rows, k_rows = _rows_of(q), _rows_of(k)
+        rope_kernel[(position_ids.numel(),)](
+            q_rows, q_rows.stride(0), q_out, k_rows, k_rows.stride(0), k_out, cos, sin, position_ids, cos.shape[0],
             num_q_heads, num_k_heads, half, head_dim,
             INVERSE=inverse, **_blocks(num_q_heads, num_k_heads, half, head_dim),
         )  # fmt: skip
     return q_out, k_out
+
+
+def _rows_of(x: torch.Tensor) -> torch.Tensor:
+    """[B, L, H, N] as [T, H, N] with contiguous rows: a view of a whole projection or of a slice of one."""
+    rows = x.flatten(0, 1)
+    return rows if rows[0].is_contiguous() else rows.contiguous()
 
 
 def _blocks(num_q_heads: int, num_k_heads: int, half: int, head_dim: int) -> dict[str, int]:
@@ -119,39 +126,35 @@ def _power_of_two(number: int) -> int:
 
 @jit
 def rope_kernel(
-    q_ptr, q_stride_b, q_stride_l, q_stride_h, q_out_ptr, k_ptr, k_stride_b, k_stride_l, k_stride_h, k_out_ptr,
-    cos_ptr, sin_ptr, positions_ptr, num_positions, length, num_q_heads, num_k_heads, half, head_dim,
+    q_ptr, q_stride, q_out_ptr, k_ptr, k_stride, k_out_ptr, cos_ptr, sin_ptr, positions_ptr, num_positions,
+    num_q_heads, num_k_heads, half, head_dim,
     INVERSE: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """One program rotates all heads of one token."""
-    batch = (tl.program_id(0) // length).to(tl.int64)
-    token = (tl.program_id(0) % length).to(tl.int64)
-    program = tl.program_id(0).to(tl.int64)
-    position = tl.load(positions_ptr + program)
+    token = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions_ptr + token)
     column = tl.arange(0, HALF)
     known = column < tl.where((position >= 0) & (position < num_positions), half, 0)
     cos = tl.load(cos_ptr + position * half + column, mask=known, other=float("nan"))
     sin = tl.load(sin_ptr + position * half + column, mask=known, other=float("nan"))
     if INVERSE:
         sin = -sin
-    q_ptr += batch * q_stride_b + token * q_stride_l
-    k_ptr += batch * k_stride_b + token * k_stride_l
-    q_out_ptr += program * num_q_heads * head_dim
-    k_out_ptr += program * num_k_heads * head_dim
-    _rotate(q_ptr, q_stride_h, q_out_ptr, cos, sin, num_q_heads, half, head_dim, Q_HEADS, HALF, REST)
-    _rotate(k_ptr, k_stride_h, k_out_ptr, cos, sin, num_k_heads, half, head_dim, K_HEADS, HALF, REST)
+    q_out_ptr += token * num_q_heads * head_dim
+    k_out_ptr += token * num_k_heads * head_dim
+    _rotate(q_ptr + token * q_stride, q_out_ptr, cos, sin, num_q_heads, half, head_dim, Q_HEADS, HALF, REST)
+    _rotate(k_ptr + token * k_stride, k_out_ptr, cos, sin, num_k_heads, half, head_dim, K_HEADS, HALF, REST)
 
 
 @jit
 def _rotate(
-    x_ptr, stride_h, out_ptr, cos, sin, num_heads, half, head_dim,
+    x_ptr, out_ptr, cos, sin, num_heads, half, head_dim,
     HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     for first_head in range(0, num_heads, HEADS):
         head = (first_head + tl.arange(0, HEADS)).to(tl.int64)[:, None]
         column = tl.arange(0, HALF)[None, :]
         inside = (head < num_heads) & (column < half)
-        x_at, out_at = x_ptr + head * stride_h, out_ptr + head * head_dim
+        x_at, out_at = x_ptr + head * head_dim, out_ptr + head * head_dim
         first = tl.load(x_at + column, mask=inside, other=0.0).to(tl.float32)
         second = tl.load(x_at + column + half, mask=inside, other=0.0).to(tl.float32)
         turned = first * cos[None, :] - second * sin[None, :]

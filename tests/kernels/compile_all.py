@@ -23,7 +23,7 @@ from tests.kernels.launches import Launch, recorded
 ARCHITECTURES = (80, 90, 100)
 # One launch of each kernel, one that needs many registers.
 REPRESENTATIVE = (
-    "linear_cross_entropy_bf16_bf16_all_terms cross_entropy_kernel",
+    "linear_cross_entropy_bf16_bf16_softcap cross_entropy_kernel",
     "linear_cross_entropy_bf16_bf16 scale_kernel",
     "nf4_bf16 dequantize_nf4_kernel",
     "embedding_bf16_fp32 sum_runs_kernel",

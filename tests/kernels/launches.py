@@ -106,19 +106,17 @@ def _empty(*shape: int, dtype: torch.dtype, trains: bool = True) -> torch.Tensor
 
 def _losses(dtype: torch.dtype, name: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     labels = torch.arange(T)
-    terms = {"": {}, "_softcap": {"softcap": 30.0}, "_all_terms": {"softcap": 30.0, "label_smoothing": 0.1}}
 
-    def linear(master: torch.dtype, **options: float) -> None:
-        hidden, weight = _empty(T, 64, dtype=dtype), _empty(1024, 64, dtype=master)
-        _backward(kernels.linear_cross_entropy(hidden, weight, labels, **options)[0])
+    def linear(master: torch.dtype, softcap: float | None, trains: bool) -> None:
+        hidden, weight = _empty(T, 64, dtype=dtype, trains=trains), _empty(1024, 64, dtype=master, trains=trains)
+        loss = kernels.linear_cross_entropy(hidden, weight, labels, softcap=softcap)[0]
+        if trains:
+            _backward(loss)
 
-    for suffix, options in terms.items():
+    for softcap, suffix in ((None, ""), (30.0, "_softcap")):
         for master in dict.fromkeys((dtype, FP32)):
-            yield f"linear_cross_entropy_{name}_{NAMES[master]}{suffix}", partial(linear, master, **options)
-        yield (
-            f"cross_entropy_{name}{suffix}",
-            lambda options=options: _backward(kernels.cross_entropy(_empty(T, 1024, dtype=dtype), labels, **options)),
-        )
+            yield f"linear_cross_entropy_{name}_{NAMES[master]}{suffix}", partial(linear, master, softcap, True)
+        yield f"linear_cross_entropy_{name}{suffix}_evaluated", partial(linear, dtype, softcap, False)
 
 
 def _norms(dtype: torch.dtype, name: str) -> Iterator[tuple[str, Callable[[], Any]]]:

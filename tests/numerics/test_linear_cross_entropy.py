@@ -185,6 +185,9 @@ def test_wrong_arguments_are_named():
         linear_cross_entropy(hidden[None], weight, labels)
     with pytest.raises(ValueError, match="labels: "):
         linear_cross_entropy(hidden, weight, labels[:3])
+    for wrong in ({"chunk_tokens": 0}, {"softcap": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            linear_cross_entropy(hidden, weight, labels, **wrong)
 
 
 class _Shapes(TorchDispatchMode):
