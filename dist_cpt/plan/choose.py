@@ -16,6 +16,7 @@ from dist_cpt.plan.recomputation import POLICIES
 from dist_cpt.plan.shapes import shapes_of
 
 AUTO = "auto"
+REDUCE = ("micro_batch", "step")  # engine.reduce
 
 
 def is_concrete(engine: EngineConfig) -> bool:
@@ -56,12 +57,13 @@ def plain_engine(engine: EngineConfig, ranks: int) -> EngineConfig:
 
 
 def _candidates(config: RunConfig, ranks: int) -> Iterator[EngineConfig]:
-    """Those that take less memory come later: the first of equally fast ones is taken."""
+    """The first of equally fast ones is taken."""
     engine = config.engine
     kinds: list[dict[str, Any]] = [{}]
     if engine.kind == AUTO:
         shards = (["trainable"] if config.adapter.kind == "lora" else []) + ["full"]
-        kinds = [{"kind": "single"}] if ranks == 1 else [{"kind": "fsdp", "shard": shard} for shard in shards]
+        sharded = [{"kind": "fsdp", "shard": shard, "reduce": how} for shard in shards for how in REDUCE]
+        kinds = [{"kind": "single"}] if ranks == 1 else sharded
     chosen = engine.activation_checkpointing
     for policy in POLICIES if chosen == AUTO else (chosen,):
         for kind in kinds:

@@ -34,6 +34,7 @@ class Placement:
     ranks: int
     shard_ranks: int  # ranks that share one copy of what is sharded
     node_ranks: int
+    reduce: Literal["micro_batch", "step"] = "micro_batch"  # engine.reduce, of FSDP
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def gradient_bytes(training: Training, placement: Placement, accumulation: int) 
     elements, kind = training.num_trained, placement.kind
     if kind == "single":
         return elements * (4 if accumulation > 1 else training.compute_bytes)
-    if kind == "zero-1":  # whole until the last micro-batch
+    if kind == "zero-1" or (placement.reduce == "step" and accumulation > 1):  # whole until the last micro-batch
         return 4 * elements
     if kind.startswith("fsdp"):
         return 4 * sum(_rows(tensor.shape, placement.shard_ranks) for tensor in training.trained)

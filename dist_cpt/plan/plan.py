@@ -7,7 +7,7 @@ first. New settings of a recipe become new ways here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dist_cpt.config.exclusions import refusals
@@ -40,6 +40,7 @@ class Way:
     """One way to run, with the model's prediction."""
 
     engine: str  # as Engine.kind
+    reduce: str  # as engine.reduce
     ranks: int
     weights: str
     checkpointing: str
@@ -81,11 +82,12 @@ def make_plan(config: RunConfig, values: Mapping[str, Any], machine: Machine) ->
         raise ConfigError(f"model type {shapes.model_type}: {line}", remedy="dist-cpt model-check shows the rest")
     own = training_of(config, shapes)
     candidates = [way for variant in _variants(config, values, machine) for way in _ways(variant, shapes, machine)]
-    fitting = sorted((way for way in candidates if way.fits), key=lambda way: -way.tokens_per_second)
-    too_large = sorted((way for way in candidates if not way.fits), key=lambda way: way.peak_bytes)
+    useful = [way for way, is_useful in candidates if is_useful]
+    fitting = sorted((way for way in useful if way.fits), key=lambda way: -way.tokens_per_second)
+    too_large = sorted((way for way in useful if not way.fits), key=lambda way: way.peak_bytes)
     mine = _own(config, machine)
-    here = [w for w in candidates if (w.engine, w.weights, w.checkpointing, w.micro_batch) == mine]
-    here = here if config.engine.reshard_after_forward and config.engine.reduce == "micro_batch" else []
+    here = [w for w, _ in candidates if (w.engine, w.reduce, w.weights, w.checkpointing, w.micro_batch) == mine]
+    here = here if config.engine.reshard_after_forward else []
     return Plan(shapes, own, machine, tuple(fitting), tuple(too_large), here[0] if here else None)
 
 
@@ -119,8 +121,7 @@ def recipe_patch(config: RunConfig, way: Way) -> dict[str, Any]:
     wanted = {f"engine.{key}": value for key, value in engine.items()}
     for key in ("stage", "shard", "dp_shard"):  # of another kind of engine
         wanted.setdefault(f"engine.{key}", engine.get(key))
-    # No way keeps all weights gathered, or whole gradients.
-    wanted |= {"engine.reshard_after_forward": True, "engine.reduce": "micro_batch"}
+    wanted |= {"engine.reshard_after_forward": True, "engine.reduce": way.reduce}  # no way keeps all weights gathered
     wanted |= {"model.weights": way.weights, "batch.micro_batch": way.micro_batch}
     return {key: value for key, value in wanted.items() if _read(config, key) != value}
 
@@ -151,19 +152,25 @@ def _variants(config: RunConfig, values: Mapping[str, Any], machine: Machine) ->
                 yield variant, name
 
 
-def _ways(variant: tuple[RunConfig, str], shapes: ModelShapes, machine: Machine) -> Iterator[Way]:
+def _ways(variant: tuple[RunConfig, str], shapes: ModelShapes, machine: Machine) -> Iterator[tuple[Way, bool]]:
+    """Each way, and whether it is worth its memory: whole gradients are if they are faster."""
     config, engine = variant
     training = training_of(config, shapes)
     placement = _placement(engine, machine)
+    once = replace(placement, reduce="step") if engine.startswith("fsdp") else None
     state = state_bytes(training, placement)
     for micro_batch in _micro_batches(config, machine):
         for checkpointing in POLICIES:
-            yield _predict(config, training, placement, state, machine, micro_batch, checkpointing)
+            way = _predict(config, training, placement, state, machine, micro_batch, checkpointing)
+            yield way, True
+            if once is not None:
+                other = _predict(config, training, once, state, machine, micro_batch, checkpointing)
+                yield other, other.time.total < way.time.total
 
 
 def placement_of(config: RunConfig, machine: Machine) -> Placement:
     """The recipe's engine on all of `machine`."""
-    return _placement(_engine_name(config, machine), machine)
+    return replace(_placement(_engine_name(config, machine), machine), reduce=config.engine.reduce)
 
 
 def _placement(engine: str, machine: Machine) -> Placement:
@@ -192,6 +199,7 @@ def _predict(
     loading = loading_bytes(training, placement.shard_ranks if by_slices else 1)
     return Way(
         engine=placement.kind,
+        reduce=placement.reduce,
         ranks=placement.ranks,
         weights=training.weights,
         checkpointing=checkpointing,
@@ -228,10 +236,11 @@ def _micro_batches(config: RunConfig, machine: Machine) -> list[int]:
     return [number for number in range(1, share + 1) if share % number == 0]
 
 
-def _own(config: RunConfig, machine: Machine) -> tuple[str, str, str, int]:
-    """(engine, weights, checkpointing, micro_batch) of the recipe as it is."""
-    checkpointing = config.engine.activation_checkpointing
-    return _engine_name(config, machine), config.model.weights, checkpointing, config.batch.micro_batch
+def _own(config: RunConfig, machine: Machine) -> tuple[str, str, str, str, int]:
+    """(engine, reduce, weights, checkpointing, micro_batch) of the recipe as it is."""
+    engine = config.engine
+    how = engine.reduce, config.model.weights, engine.activation_checkpointing
+    return _engine_name(config, machine), *how, config.batch.micro_batch
 
 
 def _engine_name(config: RunConfig, machine: Machine) -> str:

@@ -88,10 +88,10 @@ def _settings(config: RunConfig, way: Way) -> Iterator[str]:
 
 
 def _best_micro_batches(ways: Iterable[Way]) -> Iterator[Way]:
-    """The first micro-batch of each engine, storage and checkpointing."""
+    """The first micro-batch of each engine, reduction, storage and checkpointing."""
     seen = set()
     for way in ways:
-        key = (way.engine, way.weights, way.checkpointing)
+        key = (way.engine, way.reduce, way.weights, way.checkpointing)
         if key not in seen:
             seen.add(key)
             yield way
@@ -104,6 +104,7 @@ def _row(way: Way) -> str:
 
 def _name(way: Way) -> str:
     recomputed = "" if way.checkpointing == "none" else f", recompute {way.checkpointing}"
+    recomputed += "" if way.reduce == "micro_batch" else ", reduce once per step"
     return f"{way.engine}, {way.weights}, micro-batch {way.micro_batch} x {way.accumulation}{recomputed}"
 
 

@@ -8,8 +8,10 @@ D model, V vocab, F ffn, Q query features, K key features, R rank.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from dist_cpt.plan import recomputation
 from dist_cpt.plan.devices import Device
@@ -245,14 +247,19 @@ def communication(
     inner, outer = _rate(placement.shard_ranks, placement, device, network), network
     if placement.kind in ("zero-1", "zero-2"):
         return _zero12(training, placement, inner, accumulation)
-    hidden, exposed = _bytes_per_micro_batch(training, placement)
+    gathered, reduced = moved_bytes(training, placement)
     share = (placement.shard_ranks - 1) / placement.shard_ranks
-    per_micro_batch = max(0.0, hidden * share / inner - compute) + exposed * share / inner
-    seconds = per_micro_batch * accumulation
+
+    def waits(hidden: float, exposed: float) -> float:
+        return max(0.0, hidden * share / inner - compute) + exposed * share / inner
+
+    reductions = 1 if placement.reduce == "step" else accumulation
+    seconds = waits(gathered.hidden + reduced.hidden, gathered.exposed + reduced.exposed) * reductions
+    seconds += waits(gathered.hidden, gathered.exposed) * (accumulation - reductions)
     replicas = placement.ranks // placement.shard_ranks
     if replicas > 1:  # hybrid: the shards' gradients once per step, after the last micro-batch
-        reduced = 2 * 4 * training.num_trained / placement.shard_ranks * (replicas - 1) / replicas
-        seconds += max(0.0, reduced / outer - compute / 2)
+        sent = 2 * 4 * training.num_trained / placement.shard_ranks * (replicas - 1) / replicas
+        seconds += max(0.0, sent / outer - compute / 2)
     return seconds
 
 
@@ -273,9 +280,16 @@ def _rate(ranks: int, placement: Placement, device: Device, network: float) -> f
     return device.link if ranks <= placement.node_ranks else min(device.link, network)
 
 
+class Moved(NamedTuple):
+    """Bytes of whole tensors; a rank sends its share of them."""
+
+    hidden: int  # behind computation
+    exposed: int
+
+
 @lru_cache(maxsize=64)
-def _bytes_per_micro_batch(training: Training, placement: Placement) -> tuple[float, float]:
-    """(that computation hides, exposed): gathered for forward and backward, reduced in fp32.
+def moved_bytes(training: Training, placement: Placement) -> tuple[Moved, Moved]:
+    """(gathered by a micro-batch for forward and backward, reduced in fp32 by each or by the last).
 
     Nothing runs before the embeddings are gathered nor after their gradient, and a tied head waits with them. What is
     outside of the layers stays gathered from forward to backward.
@@ -283,14 +297,14 @@ def _bytes_per_micro_batch(training: Training, placement: Placement) -> tuple[fl
     size = training.compute_bytes
     trained = [t for t in training.trained if placement.kind != "zero-3" or t.elements >= PERSISTENT_ELEMENTS]
     frozen = [t for t in training.frozen if placement.kind != "fsdp-trainable" and not t.scales]
-    hidden = exposed = 0.0
+    moved = Counter[tuple[str, bool]]()
     for tensor in (*trained, *frozen):
-        times = 1 if tensor.layer is None else 2
-        moved = times * tensor.bytes if isinstance(tensor, Frozen) else tensor.elements * (times * size + 4)
-        waits = tensor.layer is None and (training.shapes.tied or tensor.role == "embedding")
-        exposed += moved if waits else 0
-        hidden += 0 if waits else moved
-    return hidden, exposed
+        exposed = tensor.layer is None and (training.shapes.tied or tensor.role == "embedding")
+        once = tensor.bytes if isinstance(tensor, Frozen) else tensor.elements * size
+        moved["gathered", exposed] += once * (1 if tensor.layer is None else 2)
+        moved["reduced", exposed] += 0 if isinstance(tensor, Frozen) else 4 * tensor.elements
+    gathered, reduced = (Moved(moved[what, False], moved[what, True]) for what in ("gathered", "reduced"))
+    return gathered, reduced
 
 
 def _zero12(training: Training, placement: Placement, rate: float, accumulation: int) -> float:

@@ -71,14 +71,14 @@ def test_the_recipes_own_way_is_predicted_though_its_micro_batch_need_not_divide
 def test_a_patch_takes_back_what_belongs_to_another_engine(tmp_path):
     engine = {"kind": "fsdp", "shard": "hybrid", "dp_shard": 2, "reshard_after_forward": False, "reduce": "step"}
     config, plan = planned(tmp_path, engine=engine)
-    assert plan.own is None
+    assert plan.own is None  # it keeps all weights gathered
     for name in ("zero-2", "fsdp-trainable"):
         way = next(way for way in plan.ways if way.engine == name)
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe(config.model.path, engine=engine)))
         changed = load_recipe(path, [f"{key}={json.dumps(value)}" for key, value in recipe_patch(config, way).items()])
         assert changed.engine.reshard_after_forward
-        assert changed.engine.reduce == "micro_batch"
+        assert changed.engine.reduce == way.reduce
         assert recipe_patch(changed, way) == {}
 
 

@@ -14,10 +14,17 @@ import pytest
 
 from dist_cpt.config.load import build
 from dist_cpt.plan.devices import DEVICES
-from dist_cpt.plan.memory import Placement, RankStep, activation_bytes_per_token, peak_memory, state_bytes
+from dist_cpt.plan.memory import (
+    Placement,
+    RankStep,
+    activation_bytes_per_token,
+    gradient_bytes,
+    peak_memory,
+    state_bytes,
+)
 from dist_cpt.plan.recomputation import POLICIES
 from dist_cpt.plan.shapes import shapes_of
-from dist_cpt.plan.step_model import Assumptions, StepTime, step_time, token_work
+from dist_cpt.plan.step_model import Assumptions, StepTime, communication, step_time, token_work
 from dist_cpt.plan.tensors import Training, training_of
 from tests.plan_cases import LLAMA_8B, recipe
 
@@ -185,6 +192,22 @@ def test_gathering_a_frozen_base_over_a_network_is_what_a_step_waits_for():
     compute = seconds["fsdp-full"].total - seconds["fsdp-full"].communication
     assert seconds["fsdp-full"].communication + compute == pytest.approx(0.64, rel=0.08)
     assert seconds["fsdp-trainable"].communication < 0.1 * compute
+
+
+def test_reducing_once_per_step_saves_what_nothing_hides_and_keeps_whole_gradients():
+    trained, step = training(rank=128, **BOTH), RankStep(SEQ_LEN, 1, 4)
+    often, once = (Placement("fsdp-trainable", 16, 16, 8, how) for how in ("micro_batch", "step"))
+    waits = [
+        communication(trained, placed, DEVICES["h100"], 50e9, compute=1e9, accumulation=4) for placed in (often, once)
+    ]
+    embedding = 4 * trained.shapes.head_elements * 15 / 16 / 50e9  # its gradient in fp32, in three micro-batches less
+    assert waits[0] - waits[1] == pytest.approx(3 * embedding)
+    assert gradient_bytes(trained, once, 4) == 4 * trained.num_trained
+    assert gradient_bytes(trained, once, 1) == gradient_bytes(trained, often, 4)
+    assert (
+        step_time(trained, once, DEVICES["h100"], 50e9, step).total
+        < step_time(trained, often, DEVICES["h100"], 50e9, step).total
+    )
 
 
 def test_one_rank_waits_for_nobody_and_parts_add_up():
