@@ -38,7 +38,7 @@ lint: install
 bench: install
 	$(BIN)/python benchmarks/data.py --write
 	$(BIN)/python benchmarks/open_store.py --write
-	$(BIN)/python benchmarks/step.py --write
+	$(BIN)/python benchmarks/peers.py --write
 	$(BIN)/python benchmarks/checkpoint.py --write
 	$(BIN)/python benchmarks/kernels.py --device cpu --small --write
 

@@ -370,10 +370,12 @@ def adamw(shape: Shape, device: str) -> list[Work]:
         tensors = [torch.randn(size, device=device) * (1e-2 if kind else 1) for kind in range(4) for size in sizes]
         return [t.square_() if i >= 3 * groups else t for i, t in enumerate(tensors)]
 
+    one, zero = torch.ones((), device=device), torch.zeros((), device=device)
+
     def ours(*tensors: torch.Tensor) -> None:
         p, g, m, v = (list(tensors[i * groups : (i + 1) * groups]) for i in range(4))
-        corrections = fused.bias_corrections(1, (0.9, 0.95))
-        fused.adamw_(p, g, m, v, corrections=corrections, lr=1e-6, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+        fused.adamw_(p, g, m, v, corrections=fused.bias_corrections(one, (0.9, 0.95)), lr=1e-6, betas=(0.9, 0.95),
+                     eps=1e-8, weight_decay=0.0, grad_factor=one, skip=zero)  # fmt: skip
 
     steps = [torch.ones((), device=device) for _ in sizes]
 

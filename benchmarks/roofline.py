@@ -226,8 +226,7 @@ def _recipe_table() -> Iterator[str]:
 
 
 def _short(way: Way) -> str:
-    recomputed = "" if way.checkpointing == "none" else f", recompute {way.checkpointing}"
-    return f"{way.engine}, micro-batch {way.micro_batch}{recomputed}, {way.peak_bytes / 1e9:.0f} GB"
+    return f"{way.engine}, micro-batch {way.micro_batch}{way.options}, {way.peak_bytes / 1e9:.0f} GB"
 
 
 def _published_table() -> Iterator[str]:

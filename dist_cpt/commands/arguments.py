@@ -33,9 +33,17 @@ def load(recipe: Path, overrides: list[str] | None) -> RunConfig:
     return resolve_paths(load_recipe(recipe, overrides or []))
 
 
-def overrides_of(set_: list[str] | None, accept: str | None) -> list[str]:
-    """`--set` and `--accept-changes` as overrides of the recipe."""
-    return [*(set_ or []), *([] if accept is None else [f"accept_changes={json.dumps(accept.split(','))}"])]
+def overrides_of(set_: list[str] | None, accept: str | None, profile: str | None) -> list[str]:
+    """`--set`, `--accept-changes` and `--profile` as overrides of the recipe."""
+    given = list(set_ or ())
+    if accept is not None:
+        given.append(f"accept_changes={json.dumps(accept.split(','))}")
+    if profile is not None:
+        first, colon, last = profile.partition(":")
+        if not (colon and first.isdecimal() and last.isdecimal()):
+            raise ConfigError(f"--profile {profile}: give A:B, such as 10:12 for steps 10, 11 and 12")
+        given.append(f"track.profile=[{int(first)}, {int(last)}]")
+    return given
 
 
 def require_run_folder(path: Path) -> Path:

@@ -19,6 +19,9 @@ Accept = Annotated[
     str | None,
     typer.Option("--accept-changes", metavar="KEY,...", help="Settings that a resume may change (docs/recipe.md)."),
 ]
+Profile = Annotated[
+    str | None, typer.Option("--profile", metavar="A:B", help="Trace steps A to B, and say where their time went.")
+]
 On = Annotated[str, typer.Option("--on", help="local, slurm or kubernetes")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the command that would run, and stop.")]
 
@@ -28,20 +31,21 @@ def train(
     recipe: Recipe,
     set_: Overrides = None,
     accept: Accept = None,
+    profile: Profile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plot the learning rates by group, and stop.")] = False,
 ) -> None:
     """Train as one process: alone, or as one rank under torchrun, srun, accelerate or deepspeed launch."""
     if dry_run:
         from dist_cpt.optim.rate_plot import rate_plot
 
-        print(*rate_plot(load(recipe, overrides_of(set_, accept))), sep="\n")
+        print(*rate_plot(load(recipe, overrides_of(set_, accept, profile))), sep="\n")
         return
     from dist_cpt.runtime.stop import StopRequest, stop_with_parent
 
     stop = StopRequest().install()  # before torch is loaded: a signal during imports already counts
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_with_parent()
-    config = load(recipe, overrides_of(set_, accept))
+    config = load(recipe, overrides_of(set_, accept, profile))
     from dist_cpt.checkpoint.finished import says_finished
     from dist_cpt.config.places import require_places
     from dist_cpt.runtime.env import process_env
@@ -72,11 +76,12 @@ def launch(
     dry_run: DryRun = False,
     set_: Overrides = None,
     accept: Accept = None,
+    profile: Profile = None,
 ) -> None:
     """Start all ranks of a run and return the run's exit code; on slurm, submit the job that does."""
     from dist_cpt_launch.dispatch import launch as launch_recipes
 
-    raise typer.Exit(launch_recipes(recipe, overrides_of(set_, accept), options, on=on, dry_run=dry_run))
+    raise typer.Exit(launch_recipes(recipe, overrides_of(set_, accept, profile), options, on=on, dry_run=dry_run))
 
 
 @app.command(rich_help_panel=RUN)
@@ -88,6 +93,7 @@ def resume(
     dry_run: DryRun = False,
     set_: Overrides = None,
     accept: Accept = None,
+    profile: Profile = None,
 ) -> None:
     """Continue a run from its newest valid checkpoint; engine, number of ranks and every path may change."""
     recipe = require_run_folder(run) / RECIPE
@@ -105,7 +111,7 @@ def resume(
 
     from dist_cpt.config.resolve import run_folder, settings_of_place
 
-    overrides = overrides_of(set_, accept)
+    overrides = overrides_of(set_, accept, profile)
     overrides = [*settings_of_place(load(recipe, None), run, overrides), *overrides]
     folder = run_folder(load(recipe, overrides))
     if not (folder.is_dir() and folder.samefile(run)):  # else it would start from nothing over there

@@ -225,6 +225,10 @@ def _longer_than_the_run(config: Recipe) -> bool:
     )
 
 
+def _profiles_nothing(config: Recipe) -> bool:
+    return config.track.profile is not None and 0 < num_steps(config) < config.track.profile[1]
+
+
 def _part_of_a_sequence(config: Recipe) -> bool:
     return config.batch.global_tokens % config.data.seq_len != 0
 
@@ -472,6 +476,8 @@ EXCLUSIONS = (
               "the ranks that share a sequence have equal parts of it", "use a multiple"),
     Exclusion((given("engine.context_parallel"), is_("model.attention", "flash_attention_2")),
               "transformers calls it with the tokens of one rank", "use model.attention: auto"),
+    Exclusion((when("`track.profile` after the last step", ("track.profile", "train.tokens"), _profiles_nothing),),
+              "no such step is trained", "profile earlier steps"),
     Exclusion((above("health.spike.min_history", "health.spike.window"),),
               "the window never holds enough steps, so no spike would be seen",
               "use a window of at least min_history steps"),

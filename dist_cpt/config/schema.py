@@ -623,12 +623,25 @@ class WandbConfig(Frozen):
     """Send an alert when the run stops or fails, when a step is dropped, and when a retention set exceeds its limit."""
 
 
+MAX_PROFILED_STEPS = 20  # a trace is held in host memory until it is written
+
+
 class TrackConfig(Frozen):
     """Experiment trackers."""
 
     wandb: WandbConfig = WandbConfig()
     tensorboard: bool = False
     """Write TensorBoard's event files into the run folder, beside W&B."""
+    profile: tuple[int, int] | None = None
+    """The first and the last step, both included, of which rank 0 writes a trace and says where the time went; the
+    option `--profile A:B` of `train`, `launch` and `resume` sets it."""
+
+    @field_validator("profile")
+    @classmethod
+    def _a_few_steps(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not 1 <= value[0] <= value[1] < value[0] + MAX_PROFILED_STEPS:
+            raise ValueError(f"give the first and the last of at most {MAX_PROFILED_STEPS} steps, such as [10, 12]")
+        return value
 
 
 class RunConfig(Frozen):

@@ -137,7 +137,7 @@ def gradient_bytes(training: Training, placement: Placement, accumulation: int) 
     if kind == "zero-1" or (placement.reduce == "step" and accumulation > 1):  # whole until the last micro-batch
         return 4 * elements
     if kind.startswith("fsdp"):
-        return 4 * sum(_rows(tensor.shape, placement.shard_ranks) for tensor in training.trained)
+        return 4 * sum(shard_elements(tensor.shape, placement.shard_ranks) for tensor in training.trained)
     return 4 * -(-elements // placement.shard_ranks)
 
 
@@ -182,18 +182,18 @@ def _single(training: Training) -> StateBytes:
     return StateBytes(elements * training.compute_bytes, frozen, masters + moments)
 
 
-def _rows(shape: tuple[int, ...], ranks: int) -> int:
-    """Elements of the first rank's shard: ceil(rows / ranks) rows."""
+def shard_elements(shape: tuple[int, ...], ranks: int) -> int:
+    """Elements of FSDP's first and largest shard: ceil(rows / ranks) rows; the others are padded to it on their way."""
     return -(-shape[0] // ranks) * (math.prod(shape) // max(1, shape[0]))
 
 
 def _fsdp(training: Training, placement: Placement) -> StateBytes:
     ranks = placement.shard_ranks
-    shards = [(tensor, _rows(tensor.shape, ranks)) for tensor in training.trained]
+    shards = [(tensor, shard_elements(tensor.shape, ranks)) for tensor in training.trained]
     whole = placement.kind == "fsdp-trainable"
 
     def frozen(tensor: Frozen) -> int:
-        return tensor.bytes if whole or tensor.scales else _rows(tensor.shape, ranks) * tensor.element_bytes
+        return tensor.bytes if whole or tensor.scales else shard_elements(tensor.shape, ranks) * tensor.element_bytes
 
     return StateBytes(
         trainable=4 * sum(elements for _, elements in shards),

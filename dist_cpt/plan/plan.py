@@ -58,6 +58,12 @@ class Way:
         """Of the step or of loading, whichever is larger."""
         return max(self.memory.total, self.loading_bytes)
 
+    @property
+    def options(self) -> str:
+        """What is recomputed and when gradients are summed, unless as usual: the end of its name."""
+        recomputed = "" if self.checkpointing == "none" else f", recompute {self.checkpointing}"
+        return recomputed + ("" if self.reduce == "micro_batch" else ", reduce once per step")
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -103,9 +103,7 @@ def _row(way: Way) -> str:
 
 
 def _name(way: Way) -> str:
-    recomputed = "" if way.checkpointing == "none" else f", recompute {way.checkpointing}"
-    recomputed += "" if way.reduce == "micro_batch" else ", reduce once per step"
-    return f"{way.engine}, {way.weights}, micro-batch {way.micro_batch} x {way.accumulation}{recomputed}"
+    return f"{way.engine}, {way.weights}, micro-batch {way.micro_batch} x {way.accumulation}{way.options}"
 
 
 def _own(config: RunConfig, plan: Plan) -> str:

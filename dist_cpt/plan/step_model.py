@@ -16,7 +16,7 @@ from typing import NamedTuple
 from dist_cpt.plan import recomputation
 from dist_cpt.plan.devices import Device
 from dist_cpt.plan.exchange import rank_heads
-from dist_cpt.plan.memory import LOSS_CHUNK_TOKENS, PERSISTENT_ELEMENTS, Placement, RankStep
+from dist_cpt.plan.memory import LOSS_CHUNK_TOKENS, PERSISTENT_ELEMENTS, Placement, RankStep, shard_elements
 from dist_cpt.plan.tensors import Frozen, Training
 from dist_cpt.plan.widths import LayerWidths
 
@@ -300,9 +300,12 @@ def moved_bytes(training: Training, placement: Placement) -> tuple[Moved, Moved]
     moved = Counter[tuple[str, bool]]()
     for tensor in (*trained, *frozen):
         exposed = tensor.layer is None and (training.shapes.tied or tensor.role == "embedding")
-        once = tensor.bytes if isinstance(tensor, Frozen) else tensor.elements * size
+        elements = tensor.elements
+        if placement.kind.startswith("fsdp"):
+            elements = placement.shard_ranks * shard_elements(tensor.shape, placement.shard_ranks)
+        once = elements * (tensor.element_bytes if isinstance(tensor, Frozen) else size)
         moved["gathered", exposed] += once * (1 if tensor.layer is None else 2)
-        moved["reduced", exposed] += 0 if isinstance(tensor, Frozen) else 4 * tensor.elements
+        moved["reduced", exposed] += 0 if isinstance(tensor, Frozen) else 4 * elements
     gathered, reduced = (Moved(moved[what, False], moved[what, True]) for what in ("gathered", "reduced"))
     return gathered, reduced
 

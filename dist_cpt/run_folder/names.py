@@ -83,6 +83,11 @@ def flight_file(run_folder: Path, rank: int) -> Path:
     return run_folder / LOGS / f"flight-rank-{rank}.json"
 
 
+def trace_file(run_folder: Path, rank: int, first: int, last: int) -> Path:
+    """The trace of a rank's steps, as torch's profiler writes it."""
+    return run_folder / LOGS / f"profile-rank-{rank}-steps-{first}-{last}.json.gz"
+
+
 def nccl_trace_prefix(run_folder: Path) -> Path:
     """The path of torch's dump on a collective's timeout, without the rank's number."""
     return run_folder / LOGS / "nccl-trace-rank-"

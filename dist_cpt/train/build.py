@@ -72,6 +72,7 @@ from dist_cpt.train.attempt import RunContext
 from dist_cpt.train.efficiency import Efficiency, open_efficiency
 from dist_cpt.train.open_stream import open_stream
 from dist_cpt.train.probe import PROBE_BLOCKS, Stream
+from dist_cpt.train.profiling import Profile
 from dist_cpt.train.progress import Progress, step_positions, step_starts
 from dist_cpt.train.saver import Saver
 from dist_cpt.training_state import TensorSpec
@@ -121,6 +122,7 @@ class Run:
     saver: Saver
     host_group: dist.ProcessGroup | None  # for what the ranks agree on while the device works; None: the default group
     efficiency: Efficiency
+    profile: Profile
     clock: ComputeClock | None  # with stragglers, on more than one rank
     stragglers: StragglerWatch | None
     base_losses: Mapping[str, HeldOut] = field(default_factory=dict)  # by held-out set, under the base
@@ -348,6 +350,7 @@ def open_run(context: RunContext, data: TrainingData, model: TrainableModel) -> 
         saver=saver,
         host_group=host,
         efficiency=open_efficiency(context, with_vocabulary_size(config, data.prepared.vocab_size), engine),
+        profile=Profile(context),
         clock=clock,
         stragglers=stragglers,
     )

@@ -131,10 +131,11 @@ def issue(
     rates = learning_rates(config.schedule, run.groups, step, run.context.shape.num_steps)
     seed_step(config.seed, step, run.context.env.rank)
     began = Moment(run.context.device)
-    for number, batch in enumerate(micro_batches, 1):
-        run.engine.accumulate(batch, agreed.num_targets, last=number == len(micro_batches))
-    contract.before_update(step)
-    stats = run.engine.step(rates, spike_limit)
+    with run.profile.step(step):
+        for number, batch in enumerate(micro_batches, 1):
+            run.engine.accumulate(batch, agreed.num_targets, last=number == len(micro_batches))
+        contract.before_update(step)
+        stats = run.engine.step(rates, spike_limit)
     return IssuedStep(rates, agreed, contract.watching, began, stats)
 
 

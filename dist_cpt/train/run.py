@@ -48,7 +48,7 @@ def train_attempt(context: RunContext) -> tuple[int, str]:
     progress = restore(run) or start(run)
     contract = open_contract(run)
     announce(run, contract, progress)
-    with contextlib.closing(run.engine), contextlib.closing(data.loader):
+    with contextlib.closing(run.engine), contextlib.closing(data.loader), contextlib.closing(run.profile):
         if progress.resumed_from is None:
             evaluate_all(run, progress)
             write_sample(run, progress)

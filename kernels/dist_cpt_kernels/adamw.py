@@ -30,13 +30,13 @@ def adamw_(
     exp_avgs: Sequence[torch.Tensor],
     exp_avg_sqs: Sequence[torch.Tensor],
     *,
-    corrections: tuple[float, float] | tuple[torch.Tensor, torch.Tensor],
+    corrections: tuple[torch.Tensor, torch.Tensor],
     lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    grad_factor: torch.Tensor | None = None,
-    skip: torch.Tensor | None = None,
+    grad_factor: torch.Tensor,
+    skip: torch.Tensor,
     copies: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """One AdamW update in place of fp32 `params` and moments; `grads` are all fp32 or all bf16.
@@ -53,10 +53,7 @@ def adamw_(
     if not lists[0]:
         return
     _check(lists)
-    step_size, denominator = lr / corrections[0], corrections[1]
-    on_device = isinstance(step_size, torch.Tensor)
-    if on_device:
-        step_size = step_size.float()
+    step_size, denominator = (lr / corrections[0]).float(), corrections[1]
     if not available(lists[0][0]):
         reference.adamw_(
             *lists[:4],
@@ -80,10 +77,8 @@ def adamw_(
             lists[4][0] if copies else None,
             grad_factor,
             skip,
-            step_size if on_device else None,
-            denominator if on_device else None,
-            0.0 if on_device else step_size,
-            0.0 if on_device else denominator,
+            step_size,
+            denominator,
             1 - lr * weight_decay,
             1 - betas[0],
             betas[1],
@@ -98,7 +93,7 @@ def adamw_(
 
 
 def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """fp64 []: the sum of squares over all elements of contiguous bf16, fp16 or fp32 `tensors` on one device.
+    """fp64 []: the sum of squares over all elements of contiguous bf16 or fp32 `tensors` on one device.
 
     Deterministic. Non-finite if an element is, or if an fp32 element exceeds 1.8e19.
 
@@ -141,17 +136,11 @@ def clip(sum_of_squares: torch.Tensor, max_norm: float | None) -> tuple[torch.Te
     return norm.float(), factor.float(), (~norm.isfinite()).float()
 
 
-def bias_corrections(
-    step: int | torch.Tensor, betas: tuple[float, float]
-) -> tuple[float, float] | tuple[torch.Tensor, torch.Tensor]:
-    """(1 - beta1^step, sqrt(1 - beta2^step)) of update number `step`, from 1.
-
-    Floats for an int; for one element on a device fp64 [] and fp32 [] there, both computed in fp64.
-    """
-    if isinstance(step, torch.Tensor):
-        exponent = step.reshape(()).double()
-        return 1 - betas[0] ** exponent, (1 - betas[1] ** exponent).sqrt().float()
-    return 1 - betas[0] ** step, (1 - betas[1] ** step) ** 0.5
+def bias_corrections(step: torch.Tensor, betas: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(1 - beta1^step, sqrt(1 - beta2^step)) of update number `step`, one element from 1: fp64 [] and fp32 [] on its
+    device, both computed in fp64."""
+    exponent = step.reshape(()).double()
+    return 1 - betas[0] ** exponent, (1 - betas[1] ** exponent).sqrt().float()
 
 
 def _check(lists: list[list[torch.Tensor]]) -> None:
@@ -203,19 +192,13 @@ def _pieces(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
 @jit
 def adamw_kernel(
     addresses_ptr, pieces_ptr, num_tensors, grad_like, copy_like, grad_factor_ptr, skip_ptr, step_size_ptr,
-    denominator_ptr, step_size, denominator, decay, weight1, beta2, weight2, eps,
+    denominator_ptr, decay, weight1, beta2, weight2, eps,
     ALIGNED: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program updates one piece. A None pointer skips its part; `*_like` give a dtype."""
-    if skip_ptr is not None:  # noqa: SIM102 - with `and` a None pointer would be read
-        if tl.load(skip_ptr) != 0:
-            return
-    factor = 1.0
-    if grad_factor_ptr is not None:
-        factor = tl.load(grad_factor_ptr)
-    if step_size_ptr is not None:
-        step_size = tl.load(step_size_ptr)
-        denominator = tl.load(denominator_ptr)
+    """One program updates one piece; `*_like` give a dtype, and without `copy_like` there are no copies."""
+    if tl.load(skip_ptr) != 0:
+        return
+    factor, step_size, denominator = tl.load(grad_factor_ptr), tl.load(step_size_ptr), tl.load(denominator_ptr)
     tensor, start, count = _piece(pieces_ptr)
     param = _address(addresses_ptr + tensor, start, tl.pointer_type(tl.float32), ALIGNED)
     grad = _address(addresses_ptr + num_tensors + tensor, start, grad_like.dtype, ALIGNED)

@@ -102,8 +102,8 @@ def _row_sums(
 def _capped(x, softcap, inverse_softcap, SOFTCAP: tl.constexpr):
     """(softcap * tanh(x / softcap), its derivative), or (x, 1).
 
-    A polynomial near zero; elsewhere and for the derivative e = exp(-2 |u|), since 4 e / (1 + e)^2 keeps its
-    precision where 1 - tanh(u)^2 loses it.
+    A polynomial near zero; elsewhere e = exp(-2 |u|), since there 4 e / (1 + e)^2 keeps the precision that
+    1 - tanh(u)^2 loses.
     Source: the coefficients are those of tanhf in the Cephes library.
     """
     slope = 1.0
@@ -119,7 +119,7 @@ def _capped(x, softcap, inverse_softcap, SOFTCAP: tl.constexpr):
         poly = poly * w - 3.33332819422e-1
         near = u + u * w * poly
         x = softcap * tl.where(size < 0.625, near, tl.where(u < 0.0, -far, far))
-        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+        slope = tl.where(size < 0.625, 1.0 - near * near, 4.0 * e / ((1.0 + e) * (1.0 + e)))
     return x, slope
 
 

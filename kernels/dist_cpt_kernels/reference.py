@@ -191,28 +191,27 @@ def adamw_(
     exp_avg_sqs: Sequence[torch.Tensor],
     *,
     copies: Sequence[torch.Tensor] = (),
-    step_size: float | torch.Tensor,
-    denominator: float | torch.Tensor,
+    step_size: torch.Tensor,
+    denominator: torch.Tensor,
     decay: float,
     betas: tuple[float, float],
     eps: float,
-    grad_factor: torch.Tensor | None = None,
-    skip: torch.Tensor | None = None,
+    grad_factor: torch.Tensor,
+    skip: torch.Tensor,
 ) -> None:
     """m += (1 - b1)(g - m); v = b2 v + (1 - b2) g^2; p = decay p - step_size m / (sqrt(v) / denominator + eps).
 
     In place, in the dtype of `params`; nothing changes if `skip` is not zero. `copies` receive the new params.
     """
     for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        grad = grad.to(param.dtype)
-        grad = grad if grad_factor is None else grad * grad_factor
+        grad = grad.to(param.dtype) * grad_factor
         new_m = exp_avg + (grad - exp_avg) * (1 - betas[0])
         new_v = exp_avg_sq * betas[1] + grad * grad * (1 - betas[1])
         new_p = param * decay - step_size * new_m / (new_v.sqrt() / denominator + eps)
         for old, new in ((exp_avg, new_m), (exp_avg_sq, new_v), (param, new_p)):
-            old.copy_(new if skip is None else torch.where(skip != 0, old, new))
+            old.copy_(torch.where(skip != 0, old, new))
         if copies:
-            copies[i].copy_(param if skip is None else torch.where(skip != 0, copies[i].to(param.dtype), param))
+            copies[i].copy_(torch.where(skip != 0, copies[i].to(param.dtype), param))
 
 
 def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -91,8 +91,8 @@ def self_test_adamw(device: torch.device) -> float:
     copies = [torch.empty_like(values, dtype=torch.bfloat16) for values in lists[0]]
     corrections = bias_corrections(torch.tensor(3.0, device=device), options["betas"])
     adamw_(*lists, corrections=corrections, lr=1e-3, weight_decay=0.1, copies=copies, **options)
-    bias, denominator = bias_corrections(3, options["betas"])
-    reference.adamw_(*exact, step_size=1e-3 / bias, denominator=denominator, decay=1 - 1e-4, **options)
+    step_size, denominator = 1e-3 / corrections[0], corrections[1].double()
+    reference.adamw_(*exact, step_size=step_size, denominator=denominator, decay=1 - 1e-4, **options)
     pairs = [(ours, spec) for i in (0, 2, 3) for ours, spec in zip(lists[i], exact[i], strict=True)]
     rounded_right = all(bool(torch.equal(a, b.bfloat16())) for a, b in zip(copies, lists[0], strict=True))
     return max(_relative(ours, spec) for ours, spec in pairs) if rounded_right else math.inf

@@ -68,4 +68,4 @@ def test_a_plan_predicts_what_a_step_moves(engine: str, variant: str, reduce: An
         "reduced": (accumulation if reduce == "micro_batch" else 1) * sum(reduced),
         "gradients": gradient_bytes(training, placement, accumulation),
     }
-    assert predicted == pytest.approx(found, rel=TOLERANCE)
+    assert predicted == found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dist_cpt_kernels import adamw_, adamw_8bit_, clip, dispatch, reference, sum_of_squares
+from dist_cpt_kernels import adamw_, adamw_8bit_, bias_corrections, clip, dispatch, reference, sum_of_squares
 
 from tests.kernel_inputs import adamw as case
 from tests.kernels.error_rule import assert_right
@@ -17,20 +17,21 @@ SIZES = (1, 507, 16384, 1_000_003)
 def test_update_beside_torchs_fused_adamw(step):
     assert not dispatch.INTERPRETED, "run with TRITON_INTERPRET=0"
     params, grads, exp_avgs, exp_avg_sqs = case.state(SIZES, device="cuda")
-    hyper, betas = case.HYPER, case.HYPER["betas"]
+    hyper = case.HYPER
     torchs, truth, actual = (
         [[tensor.to(dtype, copy=True) for tensor in tensors] for tensors in (params, exp_avgs, exp_avg_sqs)]
         for dtype in (torch.float32, torch.float64, torch.float32)
     )
-    number = torch.full((), float(step), device="cuda")
+    update = case.update(step, "cuda")
     case.torch_fused(torchs[0], grads, torchs[1], torchs[2], step, case.HYPER)
     reference.adamw_(
-        truth[0], [grad.double() for grad in grads], truth[1], truth[2], step_size=hyper["lr"] / (1 - betas[0] ** step),
-        denominator=(1 - betas[1] ** step) ** 0.5, decay=1 - hyper["lr"] * hyper["weight_decay"], betas=betas,
-        eps=hyper["eps"],
+        truth[0], [grad.double() for grad in grads], truth[1], truth[2],
+        step_size=hyper["lr"] / update["corrections"][0], denominator=update["corrections"][1].double(),
+        decay=1 - hyper["lr"] * hyper["weight_decay"], betas=hyper["betas"], eps=hyper["eps"],
+        grad_factor=update["grad_factor"], skip=update["skip"],
     )  # fmt: skip
     copies = [torch.empty_like(param, dtype=torch.bfloat16) for param in params]
-    adamw_(actual[0], grads, actual[1], actual[2], copies=copies, **case.update(number))
+    adamw_(actual[0], grads, actual[1], actual[2], copies=copies, **update)
     for ours, theirs, exact in zip(actual, torchs, truth, strict=True):
         assert_right(ours, theirs, exact)
     assert all(torch.equal(copy, param.bfloat16()) for copy, param in zip(copies, actual[0], strict=True))
@@ -38,18 +39,19 @@ def test_update_beside_torchs_fused_adamw(step):
 
 def test_clip_and_skip_without_a_host_sync():
     params, grads, exp_avgs, exp_avg_sqs = ([torch.ones(n, device="cuda") for n in SIZES] for _ in range(4))
+    step = torch.ones((), device="cuda")
     for attempt in range(2):  # the first call compiles
         torch.cuda.set_sync_debug_mode("error" if attempt else "default")
         try:
             _, factor, skip = clip(sum_of_squares([*grads, grads[2].bfloat16()]), 1.0)
-            step = torch.ones((), device="cuda")
-            adamw_(params, grads, exp_avgs, exp_avg_sqs, grad_factor=factor, skip=skip, **case.update(step))
+            options = case.HYPER | {"corrections": bias_corrections(step, case.HYPER["betas"])}
+            adamw_(params, grads, exp_avgs, exp_avg_sqs, grad_factor=factor, skip=skip, **options)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     before = [param.clone() for param in params]
     grads[3][77] = float("nan")
     _, factor, skip = clip(sum_of_squares(grads), 1.0)
-    adamw_(params, grads, exp_avgs, exp_avg_sqs, grad_factor=factor, skip=skip, **case.update(2))
+    adamw_(params, grads, exp_avgs, exp_avg_sqs, **(case.update(2, "cuda") | {"grad_factor": factor, "skip": skip}))
     assert all(map(torch.equal, params, before))
 
 
@@ -65,7 +67,7 @@ def test_views_that_are_not_aligned():
         [[torch.ones(n + 3, device="cuda")[offset : offset + n] for n in SIZES] for _ in range(4)] for offset in (3, 0)
     )
     for lists in (shifted, straight):
-        adamw_(*lists, **case.update(1))
+        adamw_(*lists, **case.update(1, "cuda"))
     assert all(torch.equal(*pair) for pair in zip(shifted[0], straight[0], strict=True))
     # in another order: how many neighbours a thread reads depends on the alignment
     torch.testing.assert_close(sum_of_squares(shifted[0]), sum_of_squares(straight[0]), rtol=1e-6, atol=0.0)
@@ -82,9 +84,8 @@ def test_eight_bit_moments_beside_the_specification():
     for device in ("cpu", "cuda"):
         moments = [(torch.full((size,), 128, dtype=torch.uint8), torch.full((blocks,), 1e-4)) for _ in range(2)]
         moments = [(codes.to(device), scales.to(device)) for codes, scales in moments]
-        param, step = params.to(device, copy=True), torch.full((), 2.0, device=device)
-        clipped = {"grad_factor": torch.full((), 0.5, device=device), "skip": torch.zeros((), device=device)}
-        options = case.update(step) | clipped
+        param = params.to(device, copy=True)
+        options = case.update(2, device) | {"grad_factor": torch.full((), 0.5, device=device)}
         adamw_8bit_([param], [grads.to(device)], moments[:1], moments[1:], tables.to(device), **options)
         results.append([param.cpu(), *(part.cpu() for packed in moments for part in packed)])
     for which, (spec, ours) in enumerate(zip(*results, strict=True)):

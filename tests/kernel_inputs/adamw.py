@@ -19,9 +19,10 @@ def state(sizes=SIZES, first=False, device="cpu"):
     return [[tensor.to(device) for tensor in tensors] for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
 
 
-def update(step):
-    """The options of update number `step`."""
-    return {"corrections": bias_corrections(step, HYPER["betas"]), **HYPER}
+def update(step, device="cpu"):
+    """The options of update number `step`, which is neither clipped nor skipped."""
+    number, factor, skip = (torch.full((), float(value), device=device) for value in (step, 1, 0))
+    return {"corrections": bias_corrections(number, HYPER["betas"]), "grad_factor": factor, "skip": skip, **HYPER}
 
 
 def torch_fused(params, grads, exp_avgs, exp_avg_sqs, step, hyper):

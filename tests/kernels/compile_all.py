@@ -28,7 +28,7 @@ REPRESENTATIVE = (
     "nf4_bf16 dequantize_nf4_kernel",
     "embedding_bf16_fp32 sum_runs_kernel",
     "embedding_bf16_fp32 join_runs_kernel",
-    "adamw_bf16_on_device adamw_kernel",
+    "adamw_bf16 adamw_kernel",
     "adamw_bf16 sum_squares_kernel",
     "adamw_8bit_bf16 adamw_8bit_kernel",
     "adamw_bf16 add_up_kernel",

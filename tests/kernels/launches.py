@@ -89,8 +89,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"rope_{shape}_{name}", partial(_rope, dtype, *HEADS[shape])
         for master in dict.fromkeys((dtype, FP32)):
             yield f"embedding_{name}_{NAMES[master]}", partial(_embedding, dtype, master)
-        for on_device in (False, True):
-            yield f"adamw_{name}{'_on_device' if on_device else ''}", partial(_adamw, dtype, on_device)
+        yield f"adamw_{name}", partial(_adamw, dtype)
         yield f"adamw_8bit_{name}", partial(_adamw_8bit, dtype)
     yield "gated_silu_bf16_long", partial(_gated_gradients, BF16, "silu", 2**31 + 2**14)
 
@@ -191,11 +190,11 @@ def _adamw_8bit(grad: torch.dtype) -> None:
         kernels.adamw_8bit_(params, grads, *moments, torch.zeros(4, 256), copies=copied, **options)
 
 
-def _adamw(grad: torch.dtype, on_device: bool) -> None:
+def _adamw(grad: torch.dtype) -> None:
     params, exp_avgs, exp_avg_sqs = ([torch.zeros(4096)] for _ in range(3))
     grads, copies = [torch.zeros(4096, dtype=grad)], [torch.zeros(4096, dtype=BF16)]
     _, factor, skip = kernels.clip(kernels.sum_of_squares(grads), 1.0)
-    corrections = kernels.bias_corrections(torch.ones(()) if on_device else 1, (0.9, 0.95))
+    corrections = kernels.bias_corrections(torch.ones(()), (0.9, 0.95))
     options: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     options |= {"corrections": corrections, "grad_factor": factor, "skip": skip}
     for copied in (None, copies):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dist_cpt_kernels import adamw_, bias_corrections, clip, dispatch, reference, self_test, sum_of_squares
+from dist_cpt_kernels import adamw_, clip, dispatch, reference, self_test, sum_of_squares
 from dist_cpt_kernels.adamw import PIECE, _Launch
 from dist_cpt_kernels.self_test import ALLOWED, self_test_adamw
 
@@ -15,16 +15,14 @@ def _clone(tensors):
     return [tensor.clone() for tensor in tensors]
 
 
-@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize(("step", "weight_decay"), [(1, 0.1), (7, 0.0), (1000, 0.1)])
-def test_bits_are_those_of_torchs_fused_adamw(step, weight_decay, on_device):
+def test_bits_are_those_of_torchs_fused_adamw(step, weight_decay):
     """Bit for bit where torch's loop is vectorised; its remainder of a few elements rounds otherwise, by one ulp."""
     hyper = {**case.HYPER, "weight_decay": weight_decay}
     params, grads, exp_avgs, exp_avg_sqs = case.state(first=step == 1)
     expected = [_clone(params), _clone(exp_avgs), _clone(exp_avg_sqs)]
     case.torch_fused(expected[0], grads, expected[1], expected[2], step, hyper)
-    number = torch.tensor(float(step)) if on_device else step
-    adamw_(params, grads, exp_avgs, exp_avg_sqs, corrections=bias_corrections(number, hyper["betas"]), **hyper)
+    adamw_(params, grads, exp_avgs, exp_avg_sqs, **(case.update(step) | hyper))
     for actual, wanted in zip((params, exp_avgs, exp_avg_sqs), expected, strict=True):
         for ours, theirs in zip(actual, wanted, strict=True):
             whole = len(ours) // 64 * 64
@@ -42,7 +40,7 @@ def test_clip_factor_copies_and_bf16_gradients(monkeypatch, interpreted):
     factor = torch.tensor(0.3)
     expected = [_clone(params), _clone(exp_avgs), _clone(exp_avg_sqs)]
     adamw_(expected[0], [grad.float() * factor for grad in narrow], expected[1], expected[2], **case.update(3))
-    adamw_(params, narrow, exp_avgs, exp_avg_sqs, **case.update(3), grad_factor=factor, copies=copies)
+    adamw_(params, narrow, exp_avgs, exp_avg_sqs, **(case.update(3) | {"grad_factor": factor}), copies=copies)
     for actual, wanted in zip((params, exp_avgs, exp_avg_sqs), expected, strict=True):
         assert all(map(torch.equal, actual, wanted))
     assert all(torch.equal(copy, param.bfloat16()) for copy, param in zip(copies, params, strict=True))
@@ -60,13 +58,13 @@ def test_a_step_that_is_not_finite_moves_nothing(monkeypatch, interpreted, bad):
     norm, factor, skip = clip(sum_of_squares(grads), 1.0)
     assert not norm.isfinite()
     assert int(skip) == 1
-    adamw_(*state, **case.update(3), grad_factor=factor, skip=skip, copies=copies)
+    adamw_(*state, **(case.update(3) | {"grad_factor": factor, "skip": skip}), copies=copies)
     for actual, wanted in zip((params, exp_avgs, exp_avg_sqs), before, strict=True):
         assert all(map(torch.equal, actual, wanted))
     assert all(bool((copy == 7.0).all()) for copy in copies)
     grads[0][300] = 0.0
     _, factor, skip = clip(sum_of_squares(grads), 1.0)
-    adamw_(*state, **case.update(3), grad_factor=factor, skip=skip, copies=copies)
+    adamw_(*state, **(case.update(3) | {"grad_factor": factor, "skip": skip}), copies=copies)
     assert not any(map(torch.equal, params, before[0]))
 
 
@@ -87,7 +85,7 @@ def test_views_that_are_not_aligned():
 
 def test_sum_of_squares_is_exact_to_fp32_and_repeats():
     _, grads, _, _ = case.state()
-    mixed = [*grads, grads[3].bfloat16(), grads[1].half()]
+    mixed = [*grads, grads[3].bfloat16()]
     actual = sum_of_squares(mixed)
     assert actual.dtype == torch.float64
     torch.testing.assert_close(actual, reference.sum_of_squares(mixed), rtol=1e-6, atol=0.0)

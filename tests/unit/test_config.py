@@ -264,6 +264,7 @@ EXCLUDED = [  # a recipe for each row of the table, in its order, and what the r
         {"engine.context_parallel": 2, "model.attention": "flash_attention_2"},
         "engine.context_parallel: 2, model.attention: flash_attention_2",
     ),
+    ({"track.profile": [9, 11]}, "track.profile: [9, 11], train.tokens: 10000"),
     ({"health.spike.window": 16}, "health.spike.min_history: 32, health.spike.window: 16"),
     (
         {"health.spike.policy": "rollback", "checkpoint.every_minutes": None},

@@ -1,13 +1,18 @@
-"""A training step on the CPU: dist-cpt's single engine against Hugging Face Trainer + PEFT, in one run.
+"""A training step on the CPU: dist-cpt's single engine beside Hugging Face Trainer + PEFT, TRL and Unsloth, in one run.
 
 Same work: one Llama folder with random bf16 weights, the same token blocks of seq_len (one document each, so that
 attention costs both sides the same), micro-batch, accumulation, LoRA targets and rank, both vocabulary matrices
 trained, AdamW, clipping, a constant learning rate; no recomputation of activations, no evaluation, no saving. The
 losses of all steps are compared before anything is reported. Every side runs in a fresh process per round, so
 that its peak memory is its own; the order of the sides changes from round to round. tokens/s is over the time
-from the end of one optimizer step to the end of the next, data loading included.
+from the end of one optimizer step to the end of the next, data loading included; the time to the first step is from
+the start of the process. Trained in full at 1e-5, the vocabulary matrices also show which of their weights updates of
+that size move.
 
-    python benchmarks/step.py [--shape all] [--rounds 3] [--steps 8] [--write]
+TRL and Unsloth get an environment each, made once in `--environments` by pip with the versions below; torch and what
+they do not replace are those of this environment. What cannot be installed or does not train is named and left out.
+
+    python benchmarks/peers.py [--peers trl unsloth] [--shape all] [--rounds 3] [--steps 8] [--write]
 """
 
 from __future__ import annotations
@@ -19,10 +24,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +35,7 @@ from typing import Any
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 
 WARM_UP_STEPS = 2
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 1e-5  # of everything, since Trainer has one; what the recipes of others give the vocabulary
 WEIGHT_DECAY = 0.01
 LORA_RANK = LORA_ALPHA = 16
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -51,8 +56,23 @@ SIDES = {
     "and moment fp32, products in bf16 under autocast; PEFT LoRA, modules_to_save for the vocabulary matrices",
     "trainer_bf16": "Trainer(bf16=True, optim=adamw_torch_fused), model loaded in bf16: frozen base bf16, "
     "LoRA fp32 (PEFT's default), vocabulary matrices and their moments bf16 without fp32 masters",
+    "trl": "SFTTrainer with the settings of trainer_bf16",
+    "unsloth": "FastLanguageModel and UnslothTrainer in bf16, the vocabulary matrices in modules_to_save",
 }
-OURS, PEERS = "dist_cpt", ("trainer_autocast", "trainer_bf16")
+OURS = "dist_cpt"
+PEERS = tuple(side for side in SIDES if side != OURS)
+# What pip installs for a side over this environment, in this order; the others run in this environment.
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "unsloth", "unsloth_zoo", "datasets")
+REQUIREMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "trl": (("trl==1.16.0",),),
+    "unsloth": (
+        (
+            *("transformers==5.17.0", "trl==1.15.0", "datasets==4.8.5", "huggingface_hub<3", "torchao==0.18.0"),
+            *("pillow", "kernels", "tyro"),
+        ),
+        ("--no-deps", "unsloth==2026.10.9", "unsloth_zoo"),  # their own pins exclude this torch
+    ),
+}
 
 
 def main() -> None:
@@ -64,9 +84,12 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
+    parser.add_argument("--environments", type=Path, default=Path.home() / ".cache/dist-cpt/peers")
     parser.add_argument("--write", action="store_true", help="to benchmarks/results/")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one measurement, in this process
     parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         measured = measure(arguments.side, arguments.folder, arguments)
@@ -74,13 +97,21 @@ def main() -> None:
         return
     names = list(SHAPES) if arguments.shape == "all" else [arguments.shape]
     load_before = os.getloadavg()
-    shapes = {name: compare(name, arguments) for name in names}
+    left_out: dict[str, str] = {}
+    pythons = {OURS: sys.executable}
+    for peer in arguments.peers:
+        try:
+            pythons[peer] = environment(peer, arguments.environments)
+        except subprocess.CalledProcessError as error:
+            left_out[peer] = f"its environment cannot be made: {error.stderr.decode()[-500:]}"
+    shapes = {name: compare(name, arguments, pythons, left_out) for name in names}
     result = {
-        "what": "one LoRA + vocabulary training step, dist_cpt single engine against Hugging Face Trainer + PEFT",
+        "what": "one LoRA + vocabulary training step, dist_cpt single engine beside peers",
         "date": date.today().isoformat(),
         "machine": {"cores": len(os.sched_getaffinity(0)), "processor": cpu_model(), "threads": arguments.threads},
-        "versions": {"python": platform.python_version()}
-        | {p: version(p) for p in ("torch", "transformers", "peft", "accelerate")},
+        "python": platform.python_version(),
+        "versions": {side: versions(python) for side, python in pythons.items()},
+        "left_out": left_out,
         "load_average": {"before": load_before, "after": os.getloadavg()},
         "work": {
             "seq_len": arguments.seq_len,
@@ -99,49 +130,91 @@ def main() -> None:
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.write:
-        target = Path(__file__).parent / "results" / f"{date.today().isoformat()}_cpu_step.json"
+        target = Path(__file__).parent / "results" / f"{date.today().isoformat()}_cpu_peers.json"
         target.parent.mkdir(exist_ok=True)
         target.write_text(text + "\n")
 
 
-def compare(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure every side of one shape in turn, `rounds` times, and check that their losses agree."""
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+def environment(side: str, folder: Path) -> str:
+    """The interpreter of a side: this one, or of an environment that is made here unless an earlier run has."""
+    if side not in REQUIREMENTS:
+        return sys.executable
+    place, done = folder / side, folder / side / "installed.json"
+    python = str(place / "bin/python")
+    if done.is_file() and json.loads(done.read_text()) == json.loads(json.dumps(REQUIREMENTS[side])):
+        return python
+    subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(place)], check=True)
+    (site,) = place.glob("lib/python*/site-packages")
+    (site / "z_inherited.pth").write_text(f"{sysconfig.get_path('purelib')}\n")  # after its own packages
+    for requirements in REQUIREMENTS[side]:
+        command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", *requirements]
+        subprocess.run(command, check=True, stdout=sys.stderr, stderr=subprocess.PIPE)
+    done.write_text(json.dumps(REQUIREMENTS[side]))
+    return python
+
+
+def versions(python: str) -> dict[str, str]:
+    """Of the packages that an environment computes with."""
+    read = (
+        "import importlib.metadata as m, json, sys; "
+        "print(json.dumps({d.metadata['Name']: d.version for d in reversed(list(m.distributions()))}))"
+    )
+    found = json.loads(subprocess.run([python, "-c", read], check=True, capture_output=True).stdout)
+    return {name: found[name] for name in PACKAGES if name in found}
+
+
+def compare(
+    shape: str, arguments: argparse.Namespace, pythons: dict[str, str], left_out: dict[str, str]
+) -> dict[str, Any]:
+    """Measure every side of one shape in turn, `rounds` times, and check that their losses agree.
+
+    A peer that does not train goes from `pythons` to `left_out`.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in pythons}
     with tempfile.TemporaryDirectory(prefix="dist-cpt-bench-") as folder:
         write_base(Path(folder) / "base", shape)
         for number in range(arguments.rounds):
             # The order changes, so that a drift of the machine favours no one.
-            for side in sorted(SIDES, reverse=bool(number % 2)):
+            for side in sorted(pythons, reverse=bool(number % 2)):
                 load_before = os.getloadavg()[0]
-                run_side(side, folder, shape, arguments)
+                try:
+                    run_side(side, pythons[side], folder, shape, arguments)
+                except subprocess.CalledProcessError as error:
+                    if side == OURS:
+                        raise
+                    left_out[side] = f"it does not train: {error}; its messages are above"
+                    del pythons[side], runs[side]
+                    continue
                 measured = json.loads(Path(folder, f"{side}.json").read_text())
                 runs[side].append(measured | {"load_average": [load_before, os.getloadavg()[0]]})
     check_same_work(runs)
     tokens = arguments.seq_len * arguments.micro_batch * arguments.accumulation
     sides = {side: summarise(measured, tokens) for side, measured in runs.items()}
-    fastest = max(PEERS, key=lambda side: sides[side]["tokens_per_second"])
-    against = {peer: ratios(sides[OURS], sides[peer]) for peer in PEERS}
+    peers = [side for side in sides if side != OURS]
+    against = {peer: ratios(sides[OURS], sides[peer]) for peer in peers}
+    fastest = max(peers, key=lambda side: sides[side]["tokens_per_second"], default=None)
     return {
         "model": {"model_type": "llama", **SHAPES[shape]},
         "results": sides,
         "against": against,
-        "headline": {"against": fastest, **against[fastest]},
+        "headline": {"against": fastest, **against[fastest]} if fastest else None,
     }
 
 
-def run_side(side: str, folder: str, shape: str, arguments: argparse.Namespace) -> None:
+def run_side(side: str, python: str, folder: str, shape: str, arguments: argparse.Namespace) -> None:
     root = Path(__file__).resolve().parents[1]
-    paths = [str(root), str(root / "kernels"), str(root / "launch"), os.environ.get("PYTHONPATH", "")]
-    command = [sys.executable, __file__, "--side", side, "--folder", folder, "--shape", shape]
+    ours = [str(root), str(root / "kernels"), str(root / "launch")] if side == OURS else []
+    paths = [*ours, os.environ.get("PYTHONPATH", "")]
+    command = [python, __file__, "--side", side, "--folder", folder, "--shape", shape, "--started", str(time.time())]
     for option in ("steps", "seq_len", "micro_batch", "accumulation", "threads"):
         command += [f"--{option.replace('_', '-')}", str(getattr(arguments, option))]
-    environment = os.environ | {
+    settings = os.environ | {
         "OMP_NUM_THREADS": str(arguments.threads),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    subprocess.run(command, env=environment, check=True, stdout=sys.stderr)
+    subprocess.run(command, env=settings, check=True, stdout=sys.stderr, cwd=folder)
 
 
 def check_same_work(runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -171,6 +244,8 @@ def summarise(measured: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
         "memory_mib": memory,
         "first_and_last_loss": [round(measured[0]["losses"][0], 4), round(measured[0]["losses"][-1], 4)],
         "trainable_parameters": measured[0]["trainable"],
+        "seconds_to_first_step": round(statistics.median(run["seconds_to_first_step"] for run in measured), 1),
+        "fraction_moved": measured[0]["fraction_moved"],
     }
 
 
@@ -204,10 +279,9 @@ def measure(side: str, folder: str, arguments: argparse.Namespace) -> dict[str, 
     base = str(Path(folder) / "base")
     clock = Clock(WARM_UP_STEPS)
     if side == OURS:
-        losses, trainable = by_dist_cpt(base, blocks, arguments, clock)
+        losses, trained = by_dist_cpt(base, blocks, arguments, clock)
     else:
-        weights = torch.float32 if side == "trainer_autocast" else torch.bfloat16
-        losses, trainable = by_trainer(base, weights, blocks, arguments, clock, folder)
+        losses, trained = by_trainer(side, base, blocks, arguments, clock, folder)
     seconds = [b - a for a, b in zip(clock.ends[WARM_UP_STEPS - 1 :], clock.ends[WARM_UP_STEPS:], strict=False)]
     peak = status_mib("VmHWM")
     memory = {
@@ -220,8 +294,25 @@ def measure(side: str, folder: str, arguments: argparse.Namespace) -> dict[str, 
         "cpu_seconds": clock.cpu_end - clock.cpu_start,
         "losses": losses,
         "memory_mib": memory,
-        "trainable": trainable,
+        "trainable": sum(tensor.numel() for tensor in trained.values()),
+        "seconds_to_first_step": clock.first_step - arguments.started,
+        "fraction_moved": moved(base, trained, blocks),
     }
+
+
+def moved(base: str, trained: dict[str, Any], blocks: Any) -> dict[str, float]:
+    """How many weights of the vocabulary matrices differ from the base's: of the head, and of rows that were read."""
+    import torch
+    from safetensors.torch import load_file
+
+    before = load_file(Path(base) / "model.safetensors")
+    fractions = {}
+    for name, key in (("lm_head", "lm_head.weight"), ("embed_tokens", "model.embed_tokens.weight")):
+        (after,) = (tensor for path, tensor in trained.items() if f"{name}." in path and "lora" not in path)
+        changed = after.detach().float() != before[key].float()
+        rows = blocks.unique() if name == "embed_tokens" else torch.arange(len(changed))
+        fractions[name] = round(float(changed[rows].float().mean()), 5)
+    return fractions
 
 
 class Clock:
@@ -229,6 +320,7 @@ class Clock:
 
     def __init__(self, warm_up: int) -> None:
         self.ends: list[float] = []
+        self.first_step = 0.0
         self.cpu_start = self.cpu_end = self.after_imports = self.after_model = 0.0
         self._warm_up = warm_up
 
@@ -239,13 +331,17 @@ class Clock:
         self.after_model = status_mib("VmRSS")
 
     def step_ended(self) -> None:
+        self.first_step = self.first_step or time.time()
         self.ends.append(time.perf_counter())
         self.cpu_end = time.process_time()
         if len(self.ends) == self._warm_up:
             self.cpu_start = self.cpu_end
 
 
-def by_dist_cpt(base: str, blocks: Any, arguments: argparse.Namespace, clock: Clock) -> tuple[list[float], int]:
+Trained = dict[str, Any]  # the trainable tensors by name, as they are in the end
+
+
+def by_dist_cpt(base: str, blocks: Any, arguments: argparse.Namespace, clock: Clock) -> tuple[list[float], Trained]:
     import numpy as np
     import peft  # noqa: F401  imported before the memory is read, as the peer's is
     import torch
@@ -263,7 +359,6 @@ def by_dist_cpt(base: str, blocks: Any, arguments: argparse.Namespace, clock: Cl
     model = load_model(config, device=device)
     clock.loaded()
     groups = param_groups(model.trainable, config.optim, adapter=True)
-    trainable = sum(p.numel() for p in model.trainable.values())
     engine = build_engine(model.module, model.trainable, groups, model.layers, config, device)
     lrs = {group.name: group.peak_lr for group in groups}
 
@@ -283,7 +378,7 @@ def by_dist_cpt(base: str, blocks: Any, arguments: argparse.Namespace, clock: Cl
             engine.accumulate(batch, num_targets, last=number == len(batches) - 1)
         losses.append(engine.step(lrs).read().loss)
         clock.step_ended()
-    return losses, trainable
+    return losses, dict(engine._adam.masters)
 
 
 def recipe(base: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -309,37 +404,55 @@ def recipe(base: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def by_trainer(
-    base: str, weights: Any, blocks: Any, arguments: argparse.Namespace, clock: Clock, folder: str
-) -> tuple[list[float], int]:
+    side: str, base: str, blocks: Any, arguments: argparse.Namespace, clock: Clock, folder: str
+) -> tuple[list[float], Trained]:
+    """Trainer, or what a peer has in its place."""
+    options: dict[str, Any] = {}
+    if side == "unsloth":
+        import unsloth  # first: it changes what is imported after it
+        from unsloth import UnslothTrainer as Base
+        from unsloth import UnslothTrainingArguments as Arguments
+    elif side == "trl":
+        from trl import SFTConfig as Arguments
+        from trl import SFTTrainer as Base
+    else:
+        from transformers import Trainer as Base
+        from transformers import TrainingArguments as Arguments
+    import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
     class Observer(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             clock.step_ended()
 
     clock.imported()
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=weights)
-    lora = LoraConfig(
-        r=LORA_RANK,
-        lora_alpha=LORA_ALPHA,
-        target_modules=list(TARGETS),
-        modules_to_save=list(MODULES_TO_SAVE),
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(model, lora)
+    dtype = torch.float32 if side == "trainer_autocast" else torch.bfloat16
+    lora = {"r": LORA_RANK, "lora_alpha": LORA_ALPHA, "target_modules": list(TARGETS)}
+    if side == "unsloth":
+        load = unsloth.FastLanguageModel
+        model, _ = load.from_pretrained(base, max_seq_length=arguments.seq_len, dtype=dtype, load_in_4bit=False)
+        lora |= {"target_modules": [*TARGETS, *MODULES_TO_SAVE], "lora_dropout": 0, "bias": "none"}
+        model = load.get_peft_model(model, **lora, use_gradient_checkpointing=False)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        lora |= {"modules_to_save": list(MODULES_TO_SAVE), "task_type": "CAUSAL_LM"}
+        model = get_peft_model(model, LoraConfig(**lora))
     clock.loaded()
+    if side in REQUIREMENTS:  # both are SFTTrainers
+        options = {"gradient_checkpointing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        options |= {"max_length": arguments.seq_len, "packing": False}
     losses: list[float] = []
 
-    class Recorder(Trainer):
-        """Trainer, keeping the loss of every micro-batch."""
+    class Recorder(Base):
+        """Keeps the loss of every micro-batch."""
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(*args, **kwargs)
             losses.append(float(loss))
             return loss
 
-    training = TrainingArguments(
+    training = Arguments(
         output_dir=str(Path(folder) / "trainer"),
         use_cpu=True,
         bf16=True,
@@ -360,13 +473,21 @@ def by_trainer(
         disable_tqdm=True,
         dataloader_pin_memory=False,
         seed=0,
+        **options,
     )
-    data = [{"input_ids": ids, "labels": ids} for ids in blocks]
-    trainer = Recorder(model=model, args=training, train_dataset=data, callbacks=[Observer()])  # type: ignore[arg-type]
+    data: Any = [{"input_ids": ids, "labels": ids} for ids in blocks]
+    given: dict[str, Any] = {}
+    if side in REQUIREMENTS:
+        from datasets import Dataset
+
+        rows = [ids.tolist() for ids in blocks]
+        data = Dataset.from_dict({"input_ids": rows, "labels": rows})
+        given["processing_class"] = AutoTokenizer.from_pretrained(base)
+    trainer: Any = Recorder(model=model, args=training, train_dataset=data, callbacks=[Observer()], **given)
     trainer.train()
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     per_step = arguments.accumulation
-    return [sum(losses[i : i + per_step]) for i in range(0, len(losses), per_step)], trainable
+    trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    return [sum(losses[i : i + per_step]) for i in range(0, len(losses), per_step)], trained
 
 
 # -- the machine and the base model ----------------------------------------------------------------------------
@@ -375,12 +496,19 @@ def by_trainer(
 def write_base(folder: Path, shape: str) -> None:
     """A Llama folder with random weights in bf16, as released bases are."""
     import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     size: dict[str, Any] = dict(SHAPES[shape])
     config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=4096, tie_word_embeddings=False, **size)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    # The blocks are ids already, but some peers want a tokenizer.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*alphabet, "<eos>"])}
+    Tokenizer(models.BPE(vocabulary, [])).save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "pad_token": "<eos>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def status_mib(key: str) -> float:
