@@ -10,6 +10,7 @@ import builtins
 import contextlib
 import io
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,19 @@ class ErrnoLayer:
             return buffered if "b" in mode else io.TextIOWrapper(buffered, *args, **options)
 
         return open_
+
+
+class SlowReads(ErrnoLayer):
+    """Every read below `folder` of a path that ends with `place` takes `seconds`, from number `first` (from 0) on."""
+
+    def __init__(self, folder: Path, place: str, first: int, seconds: float) -> None:
+        super().__init__(folder, place=place)
+        self._first, self._seconds = first, seconds
+
+    def reached(self, function: str, path: Any) -> None:
+        if function not in ("read", "pread", "preadv"):
+            return
+        number = len(self.calls)
+        super().reached(function, path)
+        if number >= self._first and len(self.calls) > number:
+            time.sleep(self._seconds)

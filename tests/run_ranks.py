@@ -6,6 +6,8 @@ under a second. A rank that ends badly takes the others with it after a grace, a
 
 from __future__ import annotations
 
+import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -17,8 +19,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from tests.errno_layer import SlowReads
 from tests.ranks import PRELOAD
 
+SLOW_READS = "TEST_SLOW_READS"  # of an attempt: the arguments of SlowReads, as JSON
 MODULES = (*PRELOAD, "dist_cpt.cli", "dist_cpt.train.run", "dist_cpt.engines.zero", "dist_cpt.engines.fsdp2")
 
 
@@ -130,7 +134,10 @@ def _rank(arguments: list[str], environment: dict[str, str], log: str, folder: P
     from dist_cpt.cli import main
 
     sys.argv = ["dist-cpt", *arguments]
-    main()
+    with contextlib.ExitStack() as stack:
+        if slow := environment.get(SLOW_READS):
+            stack.enter_context(SlowReads(*json.loads(slow)).installed())
+        main()
 
 
 def _free_port() -> int:

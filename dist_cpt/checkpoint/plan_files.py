@@ -6,7 +6,6 @@ import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 from dist_cpt.run_folder.json_files import canonical_json
 from dist_cpt.run_folder.manifest import Manifest
@@ -40,13 +39,9 @@ def owners(specs: Sequence[TensorSpec], world_size: int, adapter: bool) -> Owner
                 in_one_file += math.prod(spec.shape)
             else:
                 free.append((math.prod(spec.shape), index, (kind, spec.name)))
-    load = [(in_one_file if rank == 0 else 0, rank) for rank in range(world_size)]
-    heapq.heapify(load)
-    for size, _, key in sorted(free, key=lambda item: (-item[0], item[1])):
-        elements, rank = load[0]
-        placed[key] = rank
-        heapq.heapreplace(load, (elements + size, rank))
-    return placed
+    free.sort(key=lambda item: (-item[0], item[1]))
+    ranks = _balanced([size for size, _, _ in free], [in_one_file] + [0] * (world_size - 1))
+    return placed | {key: rank for (_, _, key), rank in zip(free, ranks, strict=True)}
 
 
 def plan_files(
@@ -72,20 +67,28 @@ def plan_files(
 
 
 def files_by_rank(manifest: Manifest, world_size: int) -> list[list[str]]:
-    """The files that each rank reads, each file on one rank, the largest spread first."""
+    """The files that each rank reads, each file on one rank, balanced by bytes."""
     largest_first = sorted(manifest.files, key=lambda name: (-manifest.files[name].num_bytes, name))
-    return [largest_first[rank::world_size] for rank in range(world_size)]
+    files: list[list[str]] = [[] for _ in range(world_size)]
+    ranks = _balanced([manifest.files[name].num_bytes for name in largest_first], [0] * world_size)
+    for name, rank in zip(largest_first, ranks, strict=True):
+        files[rank].append(name)
+    return files
 
 
 def reading_order(manifest: Manifest, world_size: int) -> list[tuple[int, StateKind, str]]:
-    """(reader, kind, name) of every tensor: each rank goes through its files one by one, and the ranks take turns."""
-    tensors: dict[str, list[TensorKey]] = {name: [] for name in manifest.files}
+    """(reader, kind, name) of every tensor: each rank goes through its files, all at one pace in bytes."""
+    tensors: dict[str, list[tuple[TensorKey, int]]] = {name: [] for name in manifest.files}
     for tensor in manifest.tensors:
         for kind in STATE_KINDS:
-            tensors[tensor.file[kind]].append((kind, tensor.name))
-    queues = [[key for name in files for key in tensors[name]] for files in files_by_rank(manifest, world_size)]
-    turns = zip_longest(*queues)
-    return [(rank, key[0], key[1]) for turn in turns for rank, key in enumerate(turn) if key is not None]
+            tensors[tensor.file[kind]].append(((kind, tensor.name), math.prod(tensor.shape)))
+    turns: list[tuple[int, int, TensorKey]] = []
+    for rank, files in enumerate(files_by_rank(manifest, world_size)):
+        elements_before = 0
+        for key, elements in (one for name in files for one in tensors[name]):
+            turns.append((elements_before, rank, key))
+            elements_before += elements
+    return [(rank, kind, name) for _, rank, (kind, name) in sorted(turns, key=lambda turn: turn[:2])]
 
 
 def model_index(files: Iterable[PlannedFile], specs: Sequence[TensorSpec]) -> bytes:
@@ -94,6 +97,18 @@ def model_index(files: Iterable[PlannedFile], specs: Sequence[TensorSpec]) -> by
     total = sum(math.prod(spec.shape) for spec in specs)
     metadata = {"total_parameters": total, "total_size": 4 * total}
     return canonical_json({"metadata": metadata, "weight_map": weight_map})
+
+
+def _balanced(sizes: Iterable[int], loads: Sequence[int]) -> list[int]:
+    """The rank of each size, largest first: greedily that with the least load so far, beginning with `loads`."""
+    heap = [(load, rank) for rank, load in enumerate(loads)]
+    heapq.heapify(heap)
+    ranks = []
+    for size in sizes:
+        load, rank = heap[0]
+        ranks.append(rank)
+        heapq.heapreplace(heap, (load + size, rank))
+    return ranks
 
 
 def _numbered(stem: str, by_rank: dict[int, dict[str, TensorKey]]) -> list[PlannedFile]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Mapping
 from concurrent.futures import Future, wait
@@ -29,6 +30,8 @@ from dist_cpt.storage import PatientFile
 
 _ITEM_BYTES = 4  # every tensor of a checkpoint is fp32
 _STREAMS = 4  # of one file, each a thread: one stream has a fraction of a parallel file system's bandwidth
+_PIECE_BYTES = 2**18  # of a tensor that is read by several of them: a thread costs less
+_PARTS = 8  # of a file that is written: each is forced to the disk and read back while the next ones are written
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
@@ -58,21 +61,32 @@ class FileScan:
 
 
 class StreamWriter:
-    """Writes the header for known shapes first, then the tensors in any order."""
+    """Writes the header for known shapes first, then the tensors in any order, several at the same time.
+
+    `read_back`, on a thread of its own, follows the writes.
+    """
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         header, self._entries = _layout(shapes)
         self._path = path
         self._missing = set(shapes)
+        self._in_order = list(self._entries.values())
+        self._num_bytes = self._in_order[-1].stop
+        self._written: set[Entry] = set()
+        self._num_leading = 0  # entries up to the first one that is not written
+        self._on_disk = 0  # the bytes up to here are, and not in the page cache
+        self._change = threading.Condition()
+        self._forcing = threading.Lock()
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
+            os.ftruncate(self._fd, self._num_bytes)  # the size that the header describes, for who reads behind
             _write_all(self._fd, memoryview(header), 0)
         except BaseException:
             self.close()
             raise
 
     def write(self, key: str, values: torch.Tensor) -> str:
-        """Write one tensor (fp32, CPU) and return the sha256 of its bytes.
+        """Write one tensor (fp32, CPU) and return the sha256 of its bytes. Thread-safe.
 
         Raises:
             NumericsError: a value is not finite.
@@ -84,16 +98,32 @@ class StreamWriter:
                 f"{key}: expected fp32 {list(entry.shape)} on the CPU, got {values.dtype} "
                 f"{list(values.shape)} on {values.device}"
             )
-        if key not in self._missing:
-            raise CheckpointError(f"{key} was exported twice")
         if not is_finite(values):
             raise NumericsError(f"{key} has values that are not finite: it is not saved")
+        with self._change:
+            if key not in self._missing:
+                raise CheckpointError(f"{key} was exported twice")
+            self._missing.remove(key)
         data = _bytes_of(values.detach().contiguous().view(-1))
-        written = _in_pieces(partial(_write_all, self._fd), data, entry.start)
+        written = _in_pieces(partial(_write_all, self._fd), data, entry.start, CHUNK_BYTES)
         sha256 = hashlib.sha256(data).hexdigest()
         _finish(written)
-        self._missing.remove(key)
+        with self._change:
+            self._written.add(entry)
+            while self._num_leading < len(self._in_order) and self._in_order[self._num_leading] in self._written:
+                self._num_leading += 1
+            self._change.notify_all()
         return sha256
+
+    def read_back(self) -> FileScan:
+        """Read every part of the file once it is on the disk; ends after `finish`.
+
+        Raises:
+            CheckpointError: as `scan`; or the file was closed before it was finished.
+            StorageError, OSError: the file system does not answer, or does not write.
+        """
+        self._wait_for_disk(self._in_order[0].stop)  # the header too
+        return scan(self._path, self._wait_for_disk)
 
     def finish(self) -> None:
         """Force everything to the disk and close.
@@ -103,17 +133,51 @@ class StreamWriter:
         """
         if self._missing:
             raise CheckpointError(f"{self._path.name}: {min(self._missing)} was not exported")
-        os.fsync(self._fd)
-        if hasattr(os, "posix_fadvise"):
-            # So that reading back reads the disk, not the page cache.
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        with self._forcing:
+            os.fsync(self._fd)
+            self._leave_cache(self._num_bytes)
         self.close()
 
     def close(self) -> None:
         """Close the file as it is; safe to call twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        with self._forcing, self._change:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+            self._change.notify_all()
+
+    def _wait_for_disk(self, stop: int) -> None:
+        """Return once the bytes before `stop` are on the disk; force a part there as soon as it is written."""
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._on_disk >= stop or self._fd < 0 or self._part_is_written())
+                if self._on_disk >= stop:
+                    return
+            with self._forcing:
+                if self._fd < 0:
+                    if self._on_disk < stop:
+                        raise CheckpointError(f"{self._path.name} was closed before it was written")
+                elif self._part_is_written():
+                    edge = self._edge()
+                    os.fsync(self._fd)
+                    self._leave_cache(edge - edge % os.sysconf("SC_PAGE_SIZE"))  # the rest of a page is written later
+
+    def _part_is_written(self) -> bool:
+        """Whether there is enough to be forced; the end of the file is left to `finish`."""
+        size = max(CHUNK_BYTES, self._num_bytes // _PARTS)
+        return self._on_disk + size <= self._edge() < self._num_bytes
+
+    def _edge(self) -> int:
+        """All bytes before it are written."""
+        return self._in_order[self._num_leading - 1].stop if self._num_leading else self._in_order[0].start
+
+    def _leave_cache(self, edge: int) -> None:
+        """So that reading back reads the disk, not the page cache."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, self._on_disk, edge - self._on_disk, os.POSIX_FADV_DONTNEED)
+        with self._change:
+            self._on_disk = edge
+            self._change.notify_all()
 
 
 class TensorFile:
@@ -147,7 +211,7 @@ class TensorFile:
         if stop == start:
             return values
         begin = entry.start + start * _ITEM_BYTES
-        _finish(_in_pieces(partial(_read_all, self._file, self._path), _bytes_of(values), begin))
+        _finish(_in_pieces(partial(_read_all, self._file, self._path), _bytes_of(values), begin, _PIECE_BYTES))
         return values
 
     def close(self) -> None:
@@ -155,8 +219,10 @@ class TensorFile:
         self._file.close()
 
 
-def scan(path: Path) -> FileScan:
+def scan(path: Path, wait_until_readable: Callable[[int], object] = lambda stop: None) -> FileScan:
     """Read a file once, in order: hash it and every tensor in it, and check that values are finite.
+
+    `wait_until_readable(stop)` is called, on any thread, before bytes up to `stop` are read.
 
     Raises:
         CheckpointError: not a regular file, or not a valid safetensors file of fp32 tensors.
@@ -170,7 +236,8 @@ def scan(path: Path) -> FileScan:
         unread = iter(entries)
         key, entry = next(unread)
         digest, finite = hashlib.sha256(), True
-        with closing(_chunks_ahead(file, path, data_start, data_stop)) as chunks:
+        chunks_ahead = _chunks_ahead(file, path, (data_start, data_stop), wait_until_readable)
+        with closing(chunks_ahead) as chunks:
             for start, chunk in chunks:
                 hashed = started(partial(whole.update, _bytes_of(chunk)))  # beside the hash of the tensor
                 stop = start + chunk.nbytes
@@ -251,13 +318,17 @@ def _entry(field: Any, begin: int) -> Entry:
     return Entry(shape, begin + start, begin + stop)
 
 
-def _chunks_ahead(file: PatientFile, path: Path, start: int, stop: int) -> Generator[tuple[int, torch.Tensor]]:
+def _chunks_ahead(
+    file: PatientFile, path: Path, between: tuple[int, int], wait_until_readable: Callable[[int], object]
+) -> Generator[tuple[int, torch.Tensor]]:
     """(offset, fp32 values) of one chunk after the other, each valid until the next; those are being read meanwhile."""
+    start, stop = between
     buffers = [torch.empty(CHUNK_BYTES // _ITEM_BYTES, dtype=torch.float32) for _ in range(_STREAMS + 1)]
 
     def read(offset: int) -> tuple[int, torch.Tensor]:
         number = (offset - start) // CHUNK_BYTES
         chunk = buffers[number % len(buffers)][: min(CHUNK_BYTES, stop - offset) // _ITEM_BYTES]
+        wait_until_readable(offset + chunk.nbytes)
         _read_all(file, path, _bytes_of(chunk), offset)
         return offset, chunk
 
@@ -273,12 +344,14 @@ def _chunks_ahead(file: PatientFile, path: Path, start: int, stop: int) -> Gener
         wait(under_way)  # the file is closed next
 
 
-def _in_pieces(transfer: Callable[[memoryview, int], None], data: memoryview, offset: int) -> list[Future[None]]:
-    """Transfer `data` at `offset` of a file: now if it is small, else start several pieces at the same time."""
-    if len(data) <= CHUNK_BYTES:
+def _in_pieces(
+    transfer: Callable[[memoryview, int], None], data: memoryview, offset: int, at_least: int
+) -> list[Future[None]]:
+    """Transfer `data` at `offset` of a file: now if it is `at_least` bytes or fewer, else start several pieces."""
+    if len(data) <= at_least:
         transfer(data, offset)
         return []
-    size = max(CHUNK_BYTES, -(-len(data) // _STREAMS))
+    size = max(at_least, -(-len(data) // _STREAMS))
     return [
         started(partial(transfer, data[start : start + size], offset + start)) for start in range(0, len(data), size)
     ]

@@ -1,7 +1,7 @@
 """Save a checkpoint so that a crash at any point leaves the earlier ones intact.
 
-Stage in a new folder, write, sync, read back, agree, write the manifest last, rename, sync the parent, and only
-then remove old checkpoints.
+Stage in a new folder, write, sync and read back in parts, agree, write the manifest last, rename, sync the parent,
+and only then remove old checkpoints.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dist_cpt.checkpoint.byte_check import file_sha256
-from dist_cpt.checkpoint.plan_files import PlannedFile, model_index, owners, plan_files
+from dist_cpt.checkpoint.plan_files import model_index, owners, plan_files
 from dist_cpt.checkpoint.quick_check import quick_check
 from dist_cpt.checkpoint.retention import LOGGER, prune, remove_folder, remove_staging, set_aside
-from dist_cpt.checkpoint.safetensors_stream import StreamWriter, scan
+from dist_cpt.checkpoint.tensor_files import TensorFiles
 from dist_cpt.checkpoint.verify import verify_checkpoint
 from dist_cpt.errors import CheckpointError, DistCptError, StorageError, Superseded, WriteError
 from dist_cpt.run_folder.checkpoints import (
@@ -43,7 +45,7 @@ from dist_cpt.run_folder.train_state import TrainState, state_to_bytes
 from dist_cpt.runtime.collectives import agree, barrier, broadcast_json, gather_json_to_rank_zero, rank, world_size
 from dist_cpt.runtime.versions import package_versions
 from dist_cpt.storage import os_error
-from dist_cpt.training_state import STATE_KINDS, ExportedTensor, ExportState, TensorKey, TensorSpec
+from dist_cpt.training_state import STATE_KINDS, ExportState, TensorKey, TensorSpec
 
 # Where a save can be interrupted: `fault` is called with these names, in this order; the others on rank 0 only, and
 # "aside" only where another checkpoint of the same step is moved away.
@@ -102,19 +104,20 @@ def save(run: RunCheckpoints, export: ExportState, state: TrainState, *, trial: 
     begun = time.perf_counter()
     running = _Save(run, state, "trial" if trial else "save")
     running.make_staging_folder()
-    hashes, error = running.write_tensors(export)
     files: dict[str, tuple[int, str]] = {}
-    if error is None:
-        try:
-            files = running.write_sidecars() if rank() == 0 else {}
-            running.fault("sidecars")
-            files |= running.read_back(hashes)
-            running.fault("reread")
-        except Exception as caught:  # a sidecar may raise anything; the other ranks must learn of it
-            error = caught
+    with closing(running.tensor_files) as tensor_files:
+        error = running.write_tensors(export)
+        if error is None:
+            try:
+                files = running.write_sidecars() if rank() == 0 else {}
+                running.fault("sidecars")
+                files |= tensor_files.read_back()
+                running.fault("reread")
+            except Exception as caught:  # a sidecar may raise anything; the other ranks must learn of it
+                error = caught
     running.agree_or_clean(error)
     running.fault("agreed")
-    shares = gather_json_to_rank_zero([files, hashes])
+    shares = gather_json_to_rank_zero([files, running.tensor_files.hashes])
     manifest = None if shares is None else running.manifest(shares)
     num_bytes, state_sha256 = broadcast_json(
         None if manifest is None else [manifest.num_bytes(), manifest.state_sha256]
@@ -129,16 +132,17 @@ def save(run: RunCheckpoints, export: ExportState, state: TrainState, *, trial: 
 
 
 class _Save:
-    """One save in progress on this rank. Every method but `fault` and `read_back` is collective or for rank 0."""
+    """One save in progress on this rank. Every method but `fault` is collective or for rank 0."""
 
     def __init__(self, run: RunCheckpoints, state: TrainState, kind: str) -> None:
         self._run, self._state, self._kind = run, state, kind
         self._owners = owners(run.specs, world_size(), run.adapter)
         self._files = plan_files(run.specs, run.aliases, self._owners, run.adapter)
-        self._mine = [file for file in self._files if file.owner == rank()]
-        self._shapes = {spec.name: spec.shape for spec in run.specs}
         name = broadcast_json(staging_name(state.step, state.attempt))
         self.staging = checkpoints_folder(run.folder) / name
+        mine = [file for file in self._files if file.owner == rank()]
+        shapes = {spec.name: spec.shape for spec in run.specs}
+        self.tensor_files = TensorFiles(self.staging, mine, shapes, partial(self.fault, "tensor"))
 
     def fault(self, point: str) -> None:
         """A point of the protocol has been reached."""
@@ -165,46 +169,24 @@ class _Save:
         agree(error, "save")
         self.fault("staged")
 
-    def write_tensors(self, export: ExportState) -> tuple[dict[str, str], Exception | None]:
-        """Stream this rank's tensors into its files; returns sha256 by `kind.name` and the first error.
+    def write_tensors(self, export: ExportState) -> Exception | None:
+        """Stream this rank's tensors into its files, to the disk; returns the first error.
 
         The export is collective, so it is drained to its end after an error here too. An error of the export
         itself is raised at once: the other ranks are inside its collectives and learn of it there.
         """
-        targets: dict[TensorKey, list[tuple[StreamWriter, str]]] = {}
-        writers: list[StreamWriter] = []
-        hashes: dict[str, str] = {}
         exported: set[TensorKey] = set()
-        error: Exception | None = None
-        try:
-            try:
-                for file in self._mine:
-                    writers.append(self._open(file))
-                    for key, tensor in file.tensors.items():
-                        targets.setdefault(tensor, []).append((writers[-1], key))
-            except (OSError, DistCptError) as caught:
-                error = caught
-            for tensor in export(lambda kind, name: self._owners[kind, name]):
-                exported.add((tensor.kind, tensor.name))
-                if error is not None or (tensor.kind, tensor.name) not in targets:
-                    continue
-                try:
-                    hashes[f"{tensor.kind}.{tensor.name}"] = _write_tensor(tensor, targets[tensor.kind, tensor.name])
-                    self.fault("tensor")
-                except (OSError, DistCptError) as caught:
-                    error = caught
-            if error is None:
-                try:
-                    self._require_declared(exported)
-                    for writer in writers:
-                        writer.finish()
-                    self.fault("written")
-                except (OSError, DistCptError) as caught:
-                    error = caught
-        finally:
-            for writer in writers:
-                writer.close()
-        return hashes, error
+        error = _error_of(self.tensor_files.open)
+        for tensor in export(lambda kind, name: self._owners[kind, name]):
+            exported.add((tensor.kind, tensor.name))
+            error = error or _error_of(partial(self.tensor_files.write, tensor))
+        return error or _error_of(lambda: self._finish(exported))
+
+    def _finish(self, exported: set[TensorKey]) -> None:
+        self.tensor_files.finish_writes()
+        self._require_declared(exported)
+        self.fault("written")
+        self.tensor_files.finish()
 
     def write_sidecars(self) -> dict[str, tuple[int, str]]:
         """Write the small files, on rank 0; returns (bytes, sha256) of each as read from the disk."""
@@ -220,26 +202,6 @@ class _Save:
         for folder in {(self.staging / name).parent for name in names} - {self.staging}:
             fsync_path(folder)
         return {name: file_sha256(self.staging / name) for name in names}
-
-    def read_back(self, hashes: Mapping[str, str]) -> dict[str, tuple[int, str]]:
-        """Read this rank's tensor files again; returns (bytes, sha256) of each.
-
-        Raises:
-            WriteError: the disk returned something other than what was written.
-        """
-        files = {}
-        for file in self._mine:
-            content = scan(self.staging / file.name)
-            files[file.name] = (content.num_bytes, content.sha256)
-            for key, (kind, name) in file.tensors.items():
-                tensor = content.tensors.get(key)
-                expected = (self._shapes[name], hashes[f"{kind}.{name}"], True)
-                if tensor is None or (tensor.shape, tensor.sha256, tensor.finite) != expected:
-                    raise WriteError(
-                        f"{self.staging / file.name}: {key} reads back differently than it was written",
-                        remedy="the disk or its driver loses data; the earlier checkpoints are kept",
-                    )
-        return files
 
     def agree_or_clean(self, error: Exception | None) -> None:
         """Raise on all ranks if any failed, after this save's staging folder is removed."""
@@ -322,11 +284,6 @@ class _Save:
         fsync_path(final.parent)
         self.fault("published")
 
-    def _open(self, file: PlannedFile) -> StreamWriter:
-        return StreamWriter(
-            self.staging / file.name, {key: self._shapes[name] for key, (_, name) in file.tensors.items()}
-        )
-
     def _require_declared(self, exported: set[TensorKey]) -> None:
         differing = exported.symmetric_difference((kind, spec.name) for spec in self._run.specs for kind in STATE_KINDS)
         if differing:
@@ -340,13 +297,12 @@ class _Save:
         return error
 
 
-def _write_tensor(tensor: ExportedTensor, targets: Sequence[tuple[StreamWriter, str]]) -> str:
-    if tensor.values is None:
-        raise CheckpointError(f"{tensor.kind}.{tensor.name} did not arrive at its owner, rank {rank()}")
-    sha256 = ""
-    for writer, key in targets:  # several where a tied matrix has two keys
-        sha256 = writer.write(key, tensor.values)
-    return sha256
+def _error_of(step: Callable[[], object]) -> Exception | None:
+    try:
+        step()
+    except (OSError, DistCptError) as error:
+        return error
+    return None
 
 
 def _prune(run: RunCheckpoints, newest: Path) -> None:

@@ -192,7 +192,8 @@ class EmbeddingsConfig(Frozen):
     kind: Literal["full", "lora"] = "full"
     """Train these matrices in `full`, or by low-rank updates of the adapter's rank (`lora`)."""
     new_tokens: str | None = None
-    """A folder or hub id of a tokenizer that extends the base's, as `dist-cpt tokenizer extend` writes it."""
+    """A folder or hub id (`ORG/NAME@REVISION`) of a tokenizer that extends the base's, as `dist-cpt tokenizer extend`
+    writes it."""
     init: Literal["mean_of_subtokens", "focus"] = "mean_of_subtokens"
     """How the row of a new token starts: as the mean of its old tokens' rows, or as a FOCUS mixture of old rows."""
     rows: Literal["all", "new"] = "all"
@@ -300,7 +301,7 @@ class DataConfig(Frozen):
     chat_template: str | None = None
     """A jinja template or the path of one; null means the tokenizer's own."""
     tokenizer: str | None = None
-    """A tokenizer's folder or hub id; null means `embeddings.new_tokens`, else `model.path`."""
+    """A tokenizer's folder or hub id (`ORG/NAME@REVISION`); null means `embeddings.new_tokens`, else `model.path`."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether a document begins with the BOS token; with `auto` it does if the tokenizer begins texts with it."""
     on_bad_record: Literal["error", "skip", "quarantine"] = "error"

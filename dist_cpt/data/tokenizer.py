@@ -18,8 +18,41 @@ if TYPE_CHECKING:
     from dist_cpt.adapters.vocabulary import NewVocabulary
 
 
+_FILES = ("*.json", "*.txt", "*.jinja", "tokenizer.model")
+
+
+def pinned(path: str) -> str:
+    """ORG/NAME@COMMIT for a hub id with or without a revision, ORG/NAME@REVISION; a folder as it is.
+
+    Raises:
+        DataError: the hub has no such repository or revision, or does not answer, and nothing is cached.
+    """
+    if _is_folder(path):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from dist_cpt.runtime.progress_bars import PieceBar
+
+    repository, _, revision = path.partition("@")
+    try:
+        snapshot = snapshot_download(
+            repository, revision=revision or None, allow_patterns=[*_FILES], tqdm_class=PieceBar
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise DataError(
+            f"tokenizer: {path} is not a folder and cannot be downloaded from the hub: {' '.join(str(error).split())}",
+            remedy="give a local folder, or check the name and the network",
+        ) from error
+    return f"{repository}@{Path(snapshot).name}"
+
+
+def _is_folder(path: str) -> bool:
+    return path.startswith("/") or Path(path).is_dir()
+
+
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerFast:
-    """Load the fast tokenizer of a folder or hub id; no remote code runs.
+    """Load the fast tokenizer of a folder or hub id, ORG/NAME or ORG/NAME@REVISION; no remote code runs.
 
     Raises:
         DataError: it cannot be loaded, is not a fast tokenizer, or has no EOS token.
@@ -28,9 +61,12 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
 
     if path.startswith("/") and not Path(path).is_dir():
         raise DataError(f"tokenizer: {path} is not a folder", remedy="set data.tokenizer or model.path")
+    place = path
+    if "@" in path and not _is_folder(path):
+        place, _, revision = path.partition("@")
     try:
         tokenizer = patiently(
-            path, lambda: AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+            path, lambda: AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
         )
     except StorageError:
         raise

@@ -11,7 +11,8 @@ exported from another thread while training continues.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,6 +25,7 @@ from dist_cpt.errors import CheckpointError, DistCptError
 from dist_cpt.runtime.collectives import agree, current_group, gather_json, rank, world_size
 from dist_cpt.runtime.liveness import made_progress
 from dist_cpt.runtime.mesh import host_group
+from dist_cpt.runtime.threads import enough_under_way, one_ahead
 from dist_cpt.training_state import (
     STATE_KINDS,
     ExportedTensor,
@@ -34,8 +36,11 @@ from dist_cpt.training_state import (
     StateKind,
 )
 
-TENSORS_PER_RANK = 4  # under way in all: tensors differ in size, and a rank with a large one must not hold up others
-WHOLE_TENSORS = 2  # under way at one rank: one arrives, or leaves, while another one is written or read
+# Under way at a time, or four times as many while they are small (`enough_under_way`).
+TENSORS_PER_RANK = 4  # in all: tensors differ in size, and a rank with a large one must not hold up others
+WHOLE_TENSORS = 2  # at one rank: one arrives, or leaves, while another one is written or read
+
+_ITEM_BYTES = 4  # the state travels as fp32
 
 Read = Callable[[StateKind, str], torch.Tensor]  # fp32 [stop - start]: this rank's elements, live or a copy
 Write = Callable[[StateKind, str, torch.Tensor], None]  # replaces them by fp32 CPU values [stop - start]
@@ -146,18 +151,19 @@ class SlicedState:
             except Exception as raised:
                 error = raised
 
-        for reader, kind, name in order:
-            while _is_full(under_way, reader):
-                write_oldest()
-            whole: torch.Tensor | None = None
-            if reader == rank():
-                elements = self.shapes[name].numel()
-                try:
-                    whole = None if error else _checked(read, kind, name, 0, elements)
-                except Exception as raised:
-                    error = raised
-                whole = torch.zeros(elements) if whole is None else whole
-            under_way.append(self._scatter(kind, name, whole, reader))
+        mine = [(kind, name, 0, self.shapes[name].numel()) for reader, kind, name in order if reader == rank()]
+        with closing(one_ahead(partial(_checked, read, *what) for what in mine)) as reads:
+            for reader, kind, name in order:
+                while _is_full(under_way, reader):
+                    write_oldest()
+                whole: torch.Tensor | None = None
+                if reader == rank():
+                    try:
+                        whole = None if error else next(reads).result()
+                    except Exception as raised:
+                        error = raised
+                    whole = torch.zeros(self.shapes[name].numel()) if whole is None else whole
+                under_way.append(self._scatter(kind, name, whole, reader))
         while under_way:
             write_oldest()
         return error
@@ -184,7 +190,7 @@ class SlicedState:
         """Send this rank's part of a tensor to its owner, or receive all of them there."""
         me, group = rank(), current_group() or self._host_group
         whole = torch.empty(self.shapes[name].numel(), dtype=torch.float32) if me == owner else None
-        tensor = _UnderWay(kind, name, owner, whole)
+        tensor = _UnderWay(kind, name, owner, self.shapes[name].numel() * _ITEM_BYTES, whole)
         for sender, start, stop in self._senders[name]:
             if whole is not None and sender == owner:
                 whole[start:stop].copy_(read(kind, name))
@@ -198,7 +204,7 @@ class SlicedState:
     def _scatter(self, kind: StateKind, name: str, whole: torch.Tensor | None, reader: int) -> _UnderWay:
         """Send each rank its part of a tensor from the reader, or receive it from there."""
         me, group = rank(), current_group() or self._host_group
-        tensor = _UnderWay(kind, name, reader, None, whole)
+        tensor = _UnderWay(kind, name, reader, self.shapes[name].numel() * _ITEM_BYTES, None, whole)
         for holder, start, stop in self._holders[name]:
             if whole is not None and holder == reader:
                 tensor.result = whole[start:stop]
@@ -217,6 +223,7 @@ class _UnderWay:
     kind: StateKind
     name: str
     at: int  # that rank
+    num_bytes: int  # whole
     result: torch.Tensor | None  # here, after `wait`: whole or a part
     source: torch.Tensor | None = None  # must live until it has left
     works: list[dist.Work | None] = field(default_factory=list)
@@ -229,10 +236,11 @@ class _UnderWay:
         return self.result
 
 
-def _is_full(under_way: Collection[_UnderWay], at: int) -> bool:
+def _is_full(under_way: Iterable[_UnderWay], at: int) -> bool:
     """Whether the oldest tensor must arrive before another one, whole on rank `at`, may start."""
-    whole_here = sum(other.at == rank() for other in under_way)
-    return len(under_way) >= TENSORS_PER_RANK * world_size() or (at == rank() and whole_here >= WHOLE_TENSORS)
+    if at == rank() and enough_under_way([other.num_bytes for other in under_way if other.at == at], WHOLE_TENSORS):
+        return True
+    return enough_under_way([other.num_bytes for other in under_way], TENSORS_PER_RANK * world_size())
 
 
 def _checked(read: ReadState, kind: StateKind, name: str, start: int, stop: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from dist_cpt.model.architectures import TESTED
 from dist_cpt.model.attention import install
 from dist_cpt.model.base_weights import UnreadBase
 from dist_cpt.model.loss import CausalLMForLoss
+from dist_cpt.runtime.liveness import made_progress
 
 SIZES = (19, 13)  # tokens of the two documents
 # Relative to a vector's length. Two bf16 runs that round differently are a few hundredths apart after 80 layers; a
@@ -72,6 +73,7 @@ def self_check_fusion(module: CausalLMForLoss, swapped: Sequence[tuple[nn.Module
     what = f"model.kernels: the fused modules fail on {_device_name(module)}"
     with config_error_on_failure(what, "use model.kernels: reference"):
         wrong = _wrong_kernels(module, dtype)
+        made_progress()
         with _frozen(module, dtype):
             fused = _hidden_and_gradient(module)
             with _original_classes(swapped):
@@ -221,6 +223,7 @@ def _hidden_and_gradient(module: CausalLMForLoss) -> tuple[torch.Tensor, torch.T
         hook.remove()
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden)
     (grad,) = torch.autograd.grad((hidden * weights).sum(), inputs)
+    made_progress()  # the first run compiles kernels
     return hidden.detach().float(), grad.float()
 
 

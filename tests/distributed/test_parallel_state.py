@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from dist_cpt.checkpoint.load import LoadedCheckpoint, load, newest_valid
-from dist_cpt.checkpoint.plan_files import files_by_rank
+from dist_cpt.checkpoint.plan_files import files_by_rank, reading_order
 from dist_cpt.engines.slices import SlicedState
 from dist_cpt.errors import CheckpointError
+from dist_cpt.run_folder.checkpoints import read_manifest
 from dist_cpt.runtime.collectives import rank, world_size
 from dist_cpt.training_state import STATE_KINDS, StateKind, TensorSpec
 from tests.checkpoint_state import expected, save_step
@@ -184,16 +185,16 @@ def test_a_rank_that_cannot_read_leaves_no_other_waiting(tmp_path: Path, four: R
 
 
 def held_case(folder: str, import_too: bool) -> int:
-    """Rank 1 handles its first tensor only when rank 0 has handled its second; returns how many each got."""
+    """Rank 1 handles its first tensor only when rank 0 has handled all of its six; returns how many each got."""
     shards = Shards()
     shards.fill(3)
-    signal = Path(folder) / f"rank-0-has-two-{import_too}"
+    signal = Path(folder) / f"rank-0-has-all-{import_too}"
     handled = 0
 
     def handle() -> None:
         nonlocal handled
         handled += 1
-        if (rank(), handled) == (0, 2):
+        if (rank(), handled) == (0, 6):
             signal.touch()
         deadline = time.monotonic() + 20
         while (rank(), handled) == (1, 1) and not signal.exists():
@@ -240,6 +241,22 @@ def messages_case() -> tuple[dict[str, int], int]:
         )
     held = sum(start < stop for start, stop in shards.ranges.values()) * len(STATE_KINDS)
     return calls, held - owned
+
+
+def test_ranks_read_at_one_pace_in_bytes(tmp_path: Path, four: RankPool) -> None:
+    four.run(f"{HERE}:save_case", folder=str(tmp_path))
+    manifest = read_manifest(tmp_path / "checkpoints/step-00000001")
+    bytes_of = {tensor.name: 4 * tensor.shape[0] * tensor.shape[1] for tensor in manifest.tensors}
+    for ranks in (1, 2, 3, 4):
+        order = reading_order(manifest, ranks)
+        assert sorted((kind, name) for _, kind, name in order) == sorted((k, n) for n in bytes_of for k in STATE_KINDS)
+        read = [0] * ranks
+        for number, (reader, _, name) in enumerate(order):
+            waiting = {rank for rank, _, _ in order[number:]}
+            assert read[reader] == min(read[rank] for rank in waiting)
+            read[reader] += bytes_of[name]
+        largest = max(manifest.files[name].num_bytes for name in manifest.files)
+        assert max(read) - min(read) <= largest
 
 
 def test_a_tensor_costs_one_message_of_each_rank_and_no_collective(four: RankPool) -> None:

@@ -139,3 +139,46 @@ def test_a_cache_without_the_commit_is_refused_on_all(made, caches, tmp_path):
     ended = run_with_caches(two_ranks(made, tmp_path, model={"path": "org/tiny"}), *caches)
     assert [code for code, _ in ended] == [64, 64], ended
     assert "rank 1" in ended[0][1]
+
+
+def with_more_tokens(base: Path, target: Path) -> Path:
+    """A copy of a base whose tokenizer has one token more."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(base, target)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert tokenizer.add_tokens(["court"]) == 1
+    tokenizer.save_pretrained(target)
+    return target
+
+
+@pytest.fixture
+def tokenizers(made, tmp_path) -> tuple[Path, Path]:
+    """Two caches with the same two commits of a tokenizer, whose branches main differ."""
+    commits = {"a" * 40: made[0], "b" * 40: with_more_tokens(made[0], tmp_path / "longer")}
+    return tuple(hub_cache(tmp_path / f"cache-{main}", main * 40, commits) for main in "ab")
+
+
+def test_a_tokenizers_hub_id_stands_for_one_commit(tokenizers, made, monkeypatch):
+    from huggingface_hub import constants
+
+    from dist_cpt.data.tokenizer import load_tokenizer, pinned
+    from dist_cpt.errors import DataError
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tokenizers[1]))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert pinned("org/tiny") == f"org/tiny@{'b' * 40}"
+    assert pinned(f"org/tiny@{'a' * 40}") == f"org/tiny@{'a' * 40}"
+    assert pinned(str(made[0])) == str(made[0])
+    with pytest.raises(DataError, match="org/none"):
+        pinned("org/none")
+    assert "court" not in load_tokenizer(f"org/tiny@{'a' * 40}").get_vocab()
+    assert "court" in load_tokenizer("org/tiny").get_vocab()
+
+
+@pytest.mark.matrix
+def test_a_tokenizers_hub_id_is_one_commit_for_all_ranks(made, tokenizers, tmp_path):
+    values = tiny.recipe(*made, tmp_path)
+    recipe = two_ranks(made, tmp_path, data=values["data"] | {"tokenizer": "org/tiny"})
+    ended = run_with_caches(recipe, *tokenizers)
+    assert [code for code, _ in ended] == [0, 0], ended

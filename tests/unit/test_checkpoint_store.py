@@ -8,6 +8,7 @@ import pickletools
 import resource
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 
 from dist_cpt.checkpoint.load import load, newest_valid, require_fit
 from dist_cpt.checkpoint.retention import prune, remove_staging, set_aside_after
+from dist_cpt.checkpoint.safetensors_stream import StreamWriter
 from dist_cpt.checkpoint.save import SAVE_POINTS
 from dist_cpt.checkpoint.verify import verify_checkpoint
 from dist_cpt.errors import CheckpointError, NumericsError, WriteError
@@ -286,6 +288,20 @@ def test_quota_and_disk_errors_are_write_errors(tmp_path: Path, code: int, monke
     monkeypatch.undo()
     assert leftovers(tmp_path) == []
     assert newest_valid(tmp_path)[0] == tmp_path / "checkpoints" / "step-00000010"
+
+
+def test_a_tensor_is_written_while_another_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, second, real = [], threading.Event(), StreamWriter.write
+
+    def write(writer: StreamWriter, key: str, values: torch.Tensor) -> str:
+        begun.append(key)
+        if len(begun) == 2:
+            second.set()
+        assert second.wait(20), "the second tensor waits for the first one"
+        return real(writer, key, values)
+
+    monkeypatch.setattr(StreamWriter, "write", write)
+    assert verify_checkpoint(save_step(tmp_path, 10).path) == []
 
 
 def test_bytes_that_read_back_differently_are_not_published(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dist_cpt.checkpoint import safetensors_stream
 from dist_cpt.checkpoint.safetensors_stream import StreamWriter, TensorFile, scan, tensor_sha256
 from dist_cpt.errors import CheckpointError, NumericsError
+from dist_cpt.runtime.threads import started
 
 TENSORS = {"b": torch.randn(5, 7), "a": torch.randn(3), "scalar": torch.tensor(2.5), "é": torch.randn(1, 2, 3)}
 
@@ -63,6 +66,74 @@ def test_scan_hashes_across_chunk_borders(tmp_path: Path, monkeypatch: pytest.Mo
     assert (content.num_bytes, content.sha256) == (len(raw), hashlib.sha256(raw).hexdigest())
     assert {key: tensor.sha256 for key, tensor in content.tensors.items()} == hashes
     assert all(tensor.finite for tensor in content.tensors.values())
+
+
+BIG = {f"layers.{i}": torch.randn(64, 64 + i) for i in range(16)}  # more than a page each
+
+
+def written_behind(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[StreamWriter, threading.Event]:
+    """A writer of BIG in small parts, and what is set once a part of its data has been read."""
+    monkeypatch.setattr(safetensors_stream, "CHUNK_BYTES", 4096)
+    data_was_read, real = threading.Event(), safetensors_stream._read_all
+
+    def read_all(file: object, path: object, data: memoryview, offset: int) -> None:
+        real(file, path, data, offset)
+        if offset > 4096:
+            data_was_read.set()
+
+    monkeypatch.setattr(safetensors_stream, "_read_all", read_all)
+    return StreamWriter(path, {key: tuple(value.shape) for key, value in BIG.items()}), data_was_read
+
+
+def test_a_part_is_read_back_before_the_last_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, data_was_read = written_behind(tmp_path / "x.safetensors", monkeypatch)
+    reading = started(writer.read_back)
+    *first, last = BIG
+    hashes = {key: writer.write(key, BIG[key]) for key in first}
+    assert data_was_read.wait(20)
+    assert not reading.done()
+    hashes[last] = writer.write(last, BIG[last])
+    writer.finish()
+    content = reading.result()
+    assert {key: tensor.sha256 for key, tensor in content.tensors.items()} == hashes
+    assert content == scan(tmp_path / "x.safetensors")
+
+
+def test_nothing_is_read_back_that_was_not_forced_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, data_was_read = written_behind(tmp_path / "x.safetensors", monkeypatch)
+    may_force, real = threading.Event(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (may_force.wait(20), real(fd)))
+    reading = started(writer.read_back)
+    for key, values in BIG.items():
+        writer.write(key, values)
+    assert not data_was_read.wait(0.2)
+    may_force.set()
+    writer.finish()
+    assert reading.result().num_bytes == (tmp_path / "x.safetensors").stat().st_size
+
+
+def test_a_part_that_the_disk_refuses_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, _ = written_behind(tmp_path / "x.safetensors", monkeypatch)
+    refuse = OSError(5, "Input/output error")
+
+    def fails(_: int) -> None:
+        raise refuse
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        reading = started(writer.read_back)
+        for key, values in BIG.items():
+            writer.write(key, values)
+        assert reading.exception(20) is refuse
+    writer.finish()  # the kernel reports such an error once
+
+
+def test_a_file_that_is_never_finished_is_not_read_for_ever(tmp_path: Path) -> None:
+    writer = StreamWriter(tmp_path / "x.safetensors", {"a": (2, 2), "b": (1,)})
+    reading = started(writer.read_back)
+    writer.write("a", torch.zeros(2, 2))
+    writer.close()
+    assert isinstance(reading.exception(20), CheckpointError)
 
 
 def test_a_file_truncated_while_open_is_an_error(tmp_path: Path) -> None:
