@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 _FILES = ("*.json", "*.txt", "*.jinja", "tokenizer.model")
 
 
-def pinned(path: str) -> str:
-    """ORG/NAME@COMMIT for a hub id with or without a revision, ORG/NAME@REVISION; a folder as it is.
+def tokenizer_commit(path: str) -> str | None:
+    """The commit that a hub id stands for now, with or without a revision (ORG/NAME@REVISION); None for a folder.
 
     Raises:
         DataError: the hub has no such repository or revision, or does not answer, and nothing is cached.
     """
     if _is_folder(path):
-        return path
+        return None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -44,7 +44,12 @@ def pinned(path: str) -> str:
             f"tokenizer: {path} is not a folder and cannot be downloaded from the hub: {' '.join(str(error).split())}",
             remedy="give a local folder, or check the name and the network",
         ) from error
-    return f"{repository}@{Path(snapshot).name}"
+    return Path(snapshot).name
+
+
+def at_commit(path: str, commit: str | None) -> str:
+    """ORG/NAME@COMMIT for a hub id; a folder as it is."""
+    return path if commit is None or _is_folder(path) else f"{path.partition('@')[0]}@{commit}"
 
 
 def _is_folder(path: str) -> bool:

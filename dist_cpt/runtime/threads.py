@@ -8,7 +8,7 @@ from concurrent.futures import Future, wait
 from typing import TypeVar
 
 T = TypeVar("T")
-_SMALL_BYTES = 16 * 2**20
+_SMALL_BYTES = 4 * 2**20
 
 
 def started(function: Callable[[], T], name: str = "") -> Future[T]:
@@ -43,5 +43,5 @@ def one_ahead(works: Iterable[Callable[[], T]]) -> Generator[Future[T]]:
 
 
 def enough_under_way(num_bytes: Sequence[int], few: int) -> bool:
-    """Whether no further piece may start beside those: `few`, or up to four times as many of less than 16 MiB."""
+    """Whether no further piece may start beside those: `few`, or up to four times as many of less than 4 MiB."""
     return len(num_bytes) >= few and (len(num_bytes) >= 4 * few or sum(num_bytes) >= few * _SMALL_BYTES)

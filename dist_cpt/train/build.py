@@ -33,7 +33,7 @@ from dist_cpt.data.progress_line import LOG_SECONDS, ProgressLine
 from dist_cpt.data.store import check_chunks
 from dist_cpt.data.stream_loader import Loader
 from dist_cpt.data.text_bytes import TextBytes
-from dist_cpt.data.tokenizer import load_new_vocabulary, load_run_tokenizer, pinned, tokenizer_hash
+from dist_cpt.data.tokenizer import at_commit, load_new_vocabulary, load_run_tokenizer, tokenizer_commit, tokenizer_hash
 from dist_cpt.engines.build import build_engine, kind_of
 from dist_cpt.engines.engine import InspectableEngine
 from dist_cpt.errors import ConfigError, Stopped
@@ -173,11 +173,10 @@ def agree_on_recipe(context: RunContext) -> RunContext:
     recipe = {f"recipe: {key}": value for key, value in settings(config).items() if not differs_by_host(key)}
     require_equal(recipe | {f"version of {name}": version for name, version in package_versions().items()})
     config = with_revisions(config, on_rank_zero("data.sources", partial(commits, config)))
-    named = [config.embeddings.new_tokens, config.data.tokenizer]
-    elsewhere = [path and path != config.model.path for path in named]  # else model.revision is its commit
-    new_tokens, tokenizer = on_rank_zero(
-        "tokenizer", lambda: [pinned(str(path)) if own else path for path, own in zip(named, elsewhere, strict=True)]
-    )
+    named = (config.embeddings.new_tokens, config.data.tokenizer)
+    elsewhere = [path if path != config.model.path else None for path in named]  # else model.revision says which
+    commits_of = on_rank_zero("tokenizer", lambda: [path and tokenizer_commit(path) for path in elsewhere])
+    new_tokens, tokenizer = (path and at_commit(path, commit) for path, commit in zip(named, commits_of, strict=True))
     embeddings = config.embeddings.model_copy(update={"new_tokens": new_tokens})
     data = config.data.model_copy(update={"tokenizer": tokenizer})
     config = config.model_copy(update={"embeddings": embeddings, "data": data})

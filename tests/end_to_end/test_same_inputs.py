@@ -162,17 +162,20 @@ def tokenizers(made, tmp_path) -> tuple[Path, Path]:
 def test_a_tokenizers_hub_id_stands_for_one_commit(tokenizers, made, monkeypatch):
     from huggingface_hub import constants
 
-    from dist_cpt.data.tokenizer import load_tokenizer, pinned
+    from dist_cpt.data.tokenizer import at_commit, load_tokenizer, tokenizer_commit
     from dist_cpt.errors import DataError
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tokenizers[1]))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert pinned("org/tiny") == f"org/tiny@{'b' * 40}"
-    assert pinned(f"org/tiny@{'a' * 40}") == f"org/tiny@{'a' * 40}"
-    assert pinned(str(made[0])) == str(made[0])
+    old, new = "a" * 40, "b" * 40
+    assert tokenizer_commit("org/tiny") == new
+    assert tokenizer_commit(f"org/tiny@{old}") == old
+    assert tokenizer_commit(str(made[0])) is None
     with pytest.raises(DataError, match="org/none"):
-        pinned("org/none")
-    assert "court" not in load_tokenizer(f"org/tiny@{'a' * 40}").get_vocab()
+        tokenizer_commit("org/none")
+    assert at_commit("org/tiny@main", old) == at_commit("org/tiny", old) == f"org/tiny@{old}"
+    assert at_commit(str(made[0]), old) == str(made[0])  # a host may have its own copy
+    assert "court" not in load_tokenizer(f"org/tiny@{old}").get_vocab()
     assert "court" in load_tokenizer("org/tiny").get_vocab()
 
 
