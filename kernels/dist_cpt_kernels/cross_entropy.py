@@ -54,7 +54,7 @@ def cross_entropy_kernel(
     kept = label != ignore_index
     inside = (label >= 0) & (label < vocab)
     x_true = tl.load(logits_ptr + label, mask=inside, other=float("nan")).to(tl.float32)
-    z_true, _ = _capped(x_true, softcap, inverse_softcap, SOFTCAP)
+    z_true, slope_true = _capped(x_true, softcap, inverse_softcap, SOFTCAP)
     label = tl.where(inside, label, -1).to(tl.int32)
     length = tl.where(kept, vocab, 0)  # an ignored row is not read
     top, others = _row_sums(logits_ptr, label, z_true, vocab, length, softcap, inverse_softcap, SOFTCAP, BLOCK)
@@ -64,18 +64,23 @@ def cross_entropy_kernel(
     tl.store(losses_ptr + row, tl.where(kept, loss, 0.0))
 
     if WANT_GRAD:
-        p_true = tl.div_rn(e_true, total)
-        # p - 1, using the form that rounds less
-        d_true = tl.where(p_true < 0.5, p_true - 1.0, -tl.div_rn(others, total))
         p_factor = tl.div_rn(1.0, total)
         for start in range(0, vocab, BLOCK):
             index = start + tl.arange(0, BLOCK)
             x = tl.load(logits_ptr + index, mask=index < length, other=0.0).to(tl.float32)
             z, slope = _capped(x, softcap, inverse_softcap, SOFTCAP)
-            d = tl.where(index == label, d_true, tl.exp(z - top) * p_factor) * slope * scale
+            d = tl.exp(z - top) * p_factor * slope * scale
             # where, not a product: an ignored row may contain NaN
             d = rounded(tl.where(kept, d, 0.0), logits_ptr.dtype.element_ty)
             tl.store(logits_ptr + index, d, mask=index < vocab)
+        p_true = tl.div_rn(e_true, total)
+        # p - 1, using the form that rounds less
+        d_true = tl.where(p_true < 0.5, p_true - 1.0, -tl.div_rn(others, total))
+        if SOFTCAP:  # near zero 1 - tanh^2 rounds less, which shows where p - 1 is large
+            t_true = z_true * inverse_softcap
+            d_true *= tl.where(tl.abs(t_true) < 0.5, 1.0 - t_true * t_true, slope_true)
+        tl.debug_barrier()  # the warp that has this class in its block has stored p there
+        tl.store(logits_ptr + label, rounded(d_true * scale, logits_ptr.dtype.element_ty), mask=kept & (label >= 0))
 
 
 @jit
@@ -102,8 +107,8 @@ def _row_sums(
 def _capped(x, softcap, inverse_softcap, SOFTCAP: tl.constexpr):
     """(softcap * tanh(x / softcap), its derivative), or (x, 1).
 
-    A polynomial near zero; elsewhere e = exp(-2 |u|), since there 4 e / (1 + e)^2 keeps the precision that
-    1 - tanh(u)^2 loses.
+    A polynomial near zero; elsewhere and for the derivative e = exp(-2 |u|), since 4 e / (1 + e)^2 keeps its
+    precision where 1 - tanh(u)^2 loses it.
     Source: the coefficients are those of tanhf in the Cephes library.
     """
     slope = 1.0
@@ -119,7 +124,7 @@ def _capped(x, softcap, inverse_softcap, SOFTCAP: tl.constexpr):
         poly = poly * w - 3.33332819422e-1
         near = u + u * w * poly
         x = softcap * tl.where(size < 0.625, near, tl.where(u < 0.0, -far, far))
-        slope = tl.where(size < 0.625, 1.0 - near * near, 4.0 * e / ((1.0 + e) * (1.0 + e)))
+        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
     return x, slope
 
 

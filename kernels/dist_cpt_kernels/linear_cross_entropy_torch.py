@@ -25,14 +25,9 @@ class Softmax:
         self.p_RV = logits_CV.new_empty((self.rows, vocab), dtype=wide)
 
     def __call__(
-        self,
-        logits_CV: torch.Tensor,
-        labels_C: torch.Tensor,
-        losses_C: torch.Tensor,
-        scale: float,
-        softcap: float | None,
-        want_grad: bool,
-    ) -> None:
+        self, logits_CV: torch.Tensor, labels_C: torch.Tensor, losses_C: torch.Tensor,
+        scale: float, softcap: float | None, want_grad: bool,
+    ) -> None:  # fmt: skip
         """As `cross_entropy_in_place`: dz = p, at the true class expm1(log p), dlogits = dz (1 - (z / softcap)^2)."""
         for start in range(0, logits_CV.shape[0], self.rows):
             z_RV, labels_R = logits_CV[start : start + self.rows], labels_C[start : start + self.rows]
