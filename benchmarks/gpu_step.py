@@ -79,18 +79,19 @@ TINY = LLAMA_8B | {
 class Case:
     seq_len: int
     vocabulary: bool = False  # trains both of its matrices as well
-    nf4: bool = False
+    weights: str = "bf16"
 
 
 CASES = {
     "lora_4096": Case(4096),
     "lora_8192": Case(8192),
     "lora_embed_head_4096": Case(4096, vocabulary=True),
-    "qlora_4096": Case(4096, nf4=True),
+    "qlora_4096": Case(4096, weights="nf4"),
+    "fp8_4096": Case(4096, weights="fp8"),  # beside lora_4096; no peer stores its base so
 }
 NEEDS = {"dist_cpt": (), "hf_peft": (), "hf_liger": ("liger_kernel",), "unsloth": ("unsloth",)}
 SIDES = {
-    "dist_cpt": "the single engine, as the training loop calls it: base bf16 or NF4, LoRA and vocabulary matrices "
+    "dist_cpt": "the single engine, as the training loop calls it: base bf16, NF4 or fp8, LoRA and vocabulary matrices "
     "bf16 with fp32 masters and moments, model.kernels auto",
     "hf_peft": "transformers (sdpa) + PEFT under bf16 autocast, fused AdamW; base bf16 or NF4, adapters fp32",
     "hf_liger": "the same with Liger-Kernel's patches for Llama",
@@ -126,11 +127,11 @@ def everything(arguments: argparse.Namespace) -> dict[str, Any]:
     deadline = time.monotonic() + arguments.seconds
     absent = {side: f"not installed: {name}" for side, names in NEEDS.items() for name in names if not found(name)}
     sides = [side for side in arguments.sides if side not in absent]
-    plain = [name for name in arguments.cases if not CASES[name].nf4]
-    packed = [name for name in arguments.cases if CASES[name].nf4]
-    if packed and not found("bitsandbytes"):
+    plain = [name for name in arguments.cases if CASES[name].weights == "bf16"]
+    packed = [name for name in arguments.cases if CASES[name].weights != "bf16"]
+    if any(CASES[name].weights == "nf4" for name in packed) and not found("bitsandbytes"):
         absent["qlora"] = "not installed: bitsandbytes"
-        packed = []
+        packed = [name for name in packed if CASES[name].weights != "nf4"]
     results: dict[str, dict[str, Any]] = {name: {} for name in arguments.cases}
     report: dict[str, Any] = {
         "what": "one training step of the Llama 3.1 8B architecture with random weights on one GPU",
@@ -164,6 +165,7 @@ def everything(arguments: argparse.Namespace) -> dict[str, Any]:
             written = in_a_process("folder", [], folder, deadline, arguments)
             for side in sides:
                 names = packed if side != "unsloth" else [*plain, *packed]
+                names = [name for name in names if side == "dist_cpt" or CASES[name].weights != "fp8"]
                 if "failed" in written:
                     take(results, side, written, names, rate)
                 else:
@@ -409,7 +411,7 @@ def dist_cpt(run: Run) -> tuple[Any, int]:
         # a recipe refuses an adapter on random weights, and 16 GB from a disk would take longer than all steps
         return random_model(dict(run.values), run.device), {"path": None, "revision": None, "sha256": "random"}
 
-    with mock.patch.object(load, "load_base", load.load_base if run.case.nf4 else random_base):
+    with mock.patch.object(load, "load_base", load.load_base if run.case.weights != "bf16" else random_base):
         model = load.load_model(config, device=run.device)
     groups = param_groups(model.trainable, config.optim, adapter=True)
     engine = build_engine(model.module, model.trainable, groups, model.layers, config, run.device)
@@ -443,7 +445,7 @@ def model_flops(run: Run) -> int:
 def recipe(run: Run) -> dict[str, Any]:
     return {
         "name": "bench",
-        "model": {"path": str(run.folder), "weights": "nf4" if run.case.nf4 else "bf16"},
+        "model": {"path": str(run.folder), "weights": run.case.weights},
         "adapter": {"rank": RANK, "alpha": ALPHA, "rslora": False, "targets": TARGETS},
         "embeddings": {"train": VOCABULARY_MATRICES if run.case.vocabulary else ()},
         "data": {"seq_len": run.seq_len, "sources": [{"path": "none"}]},
@@ -479,7 +481,7 @@ def peer(side: str, run: Run) -> tuple[Any, int]:
 def by_transformers(run: Run) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    if run.case.nf4:
+    if run.case.weights == "nf4":
         import torch
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -519,7 +521,7 @@ def by_unsloth(run: Run) -> Any:
     from unsloth import FastLanguageModel  # type: ignore[import-not-found]
 
     model, _ = FastLanguageModel.from_pretrained(
-        str(run.folder), max_seq_length=run.seq_len, dtype=torch.bfloat16, load_in_4bit=run.case.nf4
+        str(run.folder), max_seq_length=run.seq_len, dtype=torch.bfloat16, load_in_4bit=run.case.weights == "nf4"
     )
     return FastLanguageModel.get_peft_model(
         model,

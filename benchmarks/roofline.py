@@ -120,6 +120,7 @@ def by_part(accumulation: int = 8) -> dict[str, dict[str, StepTime]]:
         "selective": (recipe_of("llama", 64), "selective"),
         "full": (recipe_of("llama", 64), "full"),
         "NF4": (recipe_of("llama", 64, "nf4"), "none"),
+        "fp8": (recipe_of("llama", 64, "fp8"), "none"),
         "+ embeddings, head": (recipe_of("llama", 64, **both), "none"),
     }
     return {

@@ -1,8 +1,10 @@
-"""NF4 and int8: the linear layers of a frozen base in 4 or 8 bits; the only module that uses bitsandbytes for weights.
+"""NF4, int8 and fp8: the linear layers of a frozen base in 4 or 8 bits; the only module that uses bitsandbytes for
+weights.
 
 NF4: a layer [out, in] becomes codes uint8 [out * in / 2, 1], one 8-bit scale per 64 elements and one fp32 scale per
-256 of those: 4.127 bits per element. int8: codes int8 [out, in] and one fp32 scale per row. The head, the embeddings,
-norms and biases stay bf16. Engines move and shard the codes like any frozen parameter; the scales are replicated.
+256 of those: 4.127 bits per element. int8: codes int8 [out, in] and one fp32 scale per row. fp8: `fp8_linear`. The
+head, the embeddings, norms and biases stay bf16. Engines move and shard the codes like any frozen parameter; the scales
+are replicated.
 Source: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, section 3; LLM.int8(), section 2.1.
 """
 
@@ -12,14 +14,15 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from dist_cpt_kernels import NestedScales, Nf4Scales, dequantize_nf4
+from dist_cpt_kernels import NestedScales, Nf4Scales, RowScales, dequantize_nf4
 from dist_cpt_kernels.dispatch import available
 from torch import nn
 
+from dist_cpt.adapters.fp8_linear import Fp8Format, name_plain_layers
 from dist_cpt.adapters.language_model import auto_class
 from dist_cpt.adapters.lora import import_peft
 from dist_cpt.adapters.placeholders import placeholder
@@ -30,7 +33,6 @@ from dist_cpt.storage import read_bytes
 
 BLOCKSIZE = 64  # elements that share a scale; fixed by transformers for weights it quantises while loading
 NESTED_BLOCKSIZE = 256  # of those scales share one of the second kind
-QUANTISED = ("nf4", "int8")
 _DEQUANTISED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}  # quant_method -> transformers' settings
 
 
@@ -65,8 +67,8 @@ def load_quantised(
         output_loading_info=True,
     )
     model = require_complete(folder, *loaded)
-    for name, layer in _quantised_layers(model):
-        _settle(folder, name, layer)
+    for name, layer, form in _quantised_layers(model):
+        form.settle(folder, name, layer)
     _require_quantised(folder, model, weights)
     return model
 
@@ -75,34 +77,27 @@ def loading_options(weights: str, device: torch.device, stored: str | None) -> d
     """Arguments of from_pretrained for a base in `weights`; `stored` so already, or not."""
     if weights not in QUANTISED:
         return {}
-    require_bitsandbytes(weights)
-    chosen = {} if stored is not None else {"quantization_config": _quantization_config(weights)}  # None overrides
+    require_format(weights, device)
+    chosen = {} if stored is not None else {"quantization_config": FORMATS[weights].settings()}  # None overrides
     return chosen | {"device_map": {"": device}}
 
 
 def set_placeholders(folder: Path, model: Any, weights: str, device: torch.device) -> None:
     """Give the quantised layers of a model whose weights are not read yet placeholders for their codes, and scales and
     tables on `device` that are to be overwritten."""
-    for _, layer in _quantised_layers(model):
-        shape = (layer.out_features, layer.in_features)
-        if type(layer).__name__ == "Linear4bit":
-            _set_nf4_placeholder(layer, torch.Size(shape), device)
-            layer.forward = partial(nf4_linear, layer)
-        else:
-            layer.weight = nn.Parameter(placeholder(shape, torch.int8), requires_grad=False)
-            layer.row_absmax = torch.zeros(layer.out_features, device=device)
-            layer.forward = partial(int8_linear, layer)
+    for _, layer, form in _quantised_layers(model):
+        form.set_placeholder(layer, device)
     _require_quantised(folder, model, weights)
 
 
 def take_scales(folder: Path, model: Any) -> list[tuple[str, torch.Tensor]]:
     """`quantisation_state` of the layers that have been read into a model on the meta device; it forgets them."""
-    read = [(name, layer) for name, layer in _quantised_layers(model) if not layer.weight.is_meta]
-    for name, layer in read:
-        _settle(folder, name, layer)
+    read = [entry for entry in _quantised_layers(model) if not entry[1].weight.is_meta]
+    for name, layer, form in read:
+        form.settle(folder, name, layer)
     scales = list(quantisation_state(model))
-    for _, layer in read:
-        layer.quant_state = layer.row_absmax = None
+    for _, layer, form in read:
+        setattr(layer, form.attribute, None)
     return scales
 
 
@@ -209,27 +204,24 @@ def _forget_quantisation(model: Any) -> None:
 
 def identity_of(model: Any, weights: str, stored: bool) -> dict[str, Any]:
     """How the weights are quantised: what a resume must match besides the sha256 of the files."""
-    state = next((_state(m) for m in model.modules() if _state(m) is not None), None)
-    method = {"row_wise": True} if state is None else {"blocksize": state.blocksize, "double_quant": state.nested}
+    method = next(form.identity(layer) for layer in model.modules() if (form := format_of(layer)) is not None)
     return {"weights": weights, "weights_quantisation": method | ({"stored": True} if stored else {})}
 
 
 def is_quantised(module: Any) -> bool:
-    """Whether `module` is a linear layer in NF4 or int8."""
-    return _state(module) is not None or getattr(module, "row_absmax", None) is not None
+    """Whether `module` is a linear layer in one of FORMATS."""
+    return format_of(module) is not None
 
 
-def require_bitsandbytes(weights: str) -> None:
-    """Import bitsandbytes.
+def require_format(weights: str, device: torch.device) -> None:
+    """Check that `device` can train over a base in `weights`.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: bitsandbytes is needed and not installed.
+        ConfigError: the device cannot multiply such matrices.
     """
     import_peft()  # first: it silences bitsandbytes' warnings
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise MissingExtraError(f"model.weights: {weights}", "qlora") from None
+    FORMATS[weights].require(device)
 
 
 def quantisation_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -237,55 +229,32 @@ def quantisation_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
     NF4: `<layer>.weight.absmax` uint8 [blocks], `.nested_absmax` [blocks / 256], `.offset` [1] and two tables of code
     values [16] and [256], fp32; without double quantisation `.absmax` fp32 and one table. int8: `.row_absmax` fp32
-    [out]. Not copies.
+    [out]; fp8: `.row_scales` fp32 [out]. Not copies.
     """
     for name, layer in module.named_modules():
-        if isinstance(scales := getattr(layer, "row_absmax", None), torch.Tensor):
-            yield f"{name}.weight.row_absmax", scales
-        state = _state(layer)
-        if state is None:
-            continue
-        yield f"{name}.weight.absmax", state.absmax
-        yield f"{name}.weight.quant_map", state.code
-        if state.nested:
-            yield f"{name}.weight.offset", state.offset.view(1)
-            yield f"{name}.weight.nested_absmax", state.state2.absmax
-            yield f"{name}.weight.nested_quant_map", state.state2.code
+        if (form := format_of(layer)) is not None:
+            for key, tensor in form.state(layer):
+                yield f"{name}.weight.{key}", tensor
 
 
-def nf4_scales(layer: Any) -> Nf4Scales:
-    """The scales that dequantise a layer's codes to its weight [out, in] in bf16; views, not copies."""
-    state = layer.quant_state
-    nested = None
-    if state.nested:
-        nested = NestedScales(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
-    return Nf4Scales(state.absmax, tuple(state.shape), nested)
+def kernel_scales(layer: Any) -> Nf4Scales | RowScales | None:
+    """With what the fused functions multiply by a layer's codes, views and not copies; None if they do not."""
+    form = format_of(layer)
+    return None if form is None else form.kernel_scales(layer)
 
 
 def read_weight(layer: Any) -> torch.Tensor:
-    """A linear layer's weight as fp32 [out, in], stored plain, transposed, as NF4 or as int8."""
-    if _state(layer) is not None:
-        return _dequantised(layer, torch.float32)
-    if hasattr(layer, "row_absmax"):
-        return layer.weight.data.float() * (layer.row_absmax / 127.0)[:, None]
+    """A linear layer's weight as fp32 [out, in], stored plain, transposed, or in one of FORMATS."""
+    if (form := format_of(layer)) is not None:
+        return form.read(layer)
     weight = layer.weight.data.float()
     return weight if isinstance(layer, nn.Linear) else weight.T
 
 
 def write_weight(layer: Any, weight: torch.Tensor) -> None:
     """Set a linear layer's weight to fp32 [out, in], rounded or quantised as the layer stores it; in place."""
-    if (state := _state(layer)) is not None:
-        from bitsandbytes.functional import quantize_4bit
-
-        codes, new = quantize_4bit(weight, blocksize=BLOCKSIZE, compress_statistics=state.nested, quant_type="nf4")
-        new.dtype = state.dtype
-        layer.weight.data.copy_(codes)
-        layer.weight.quant_state = layer.quant_state = new
-    elif hasattr(layer, "row_absmax"):
-        absmax = weight.abs().amax(1)
-        codes = weight * (127.0 / absmax.clamp_min(torch.finfo(torch.float32).tiny))[:, None]
-        layer.weight.data.copy_(codes.round_().clamp_(-127, 127))
-        layer.row_absmax.copy_(absmax)
+    if (form := format_of(layer)) is not None:
+        form.write(layer, weight)
     else:
         layer.weight.data.copy_(weight if isinstance(layer, nn.Linear) else weight.T)
 
@@ -308,45 +277,162 @@ def dequantise(model: Any) -> Any:
     return model.float()
 
 
-def _quantization_config(weights: str) -> Any:
-    from transformers import BitsAndBytesConfig
+class Format(Protocol):
+    """How linear layers are stored in 4 or 8 bits."""
 
-    if weights == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    # Engines that cast floating-point weights would corrupt codes stored in a float dtype.
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_quant_storage=torch.uint8,
-    )
+    attribute: str  # of a layer: what dequantises it, None until it is read
+    layer_class: str
 
-
-def _quantised_layers(model: Any) -> list[tuple[str, Any]]:
-    """(name, layer) of the layers that bitsandbytes made."""
-    return [(n, m) for n, m in model.named_modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")]
+    def require(self, device: torch.device) -> None: ...
+    def settings(self) -> Any: ...
+    def settle(self, folder: Path, name: str, layer: Any) -> None: ...
+    def set_placeholder(self, layer: Any, device: torch.device) -> None: ...
+    def state(self, layer: Any) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def identity(self, layer: Any) -> dict[str, Any]: ...
+    def kernel_scales(self, layer: Any) -> Nf4Scales | RowScales | None: ...
+    def read(self, layer: Any) -> torch.Tensor: ...
+    def write(self, layer: Any, weight: torch.Tensor) -> None: ...
 
 
-def _settle(folder: Path, name: str, layer: Any) -> None:
-    """Let a layer that has been read keep its codes and scales as `quantisation_state` lists them."""
-    if type(layer).__name__ == "Linear4bit":
-        _require_nf4_format(folder, name, layer)
-        layer.forward = partial(nf4_linear, layer)
-        return
-    layer.row_absmax = layer.weight.SCB.float()
-    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
-    layer.forward = partial(int8_linear, layer)
+def format_of(layer: Any) -> Format | None:
+    """The format of a layer that has been read, or has placeholders; None for a plain module."""
+    return next((form for form in FORMATS.values() if getattr(layer, form.attribute, None) is not None), None)
+
+
+def _quantised_layers(model: Any) -> Iterator[tuple[str, Any, Format]]:
+    """(name, layer, its format) of the layers that transformers has made to be quantised, read or not."""
+    formats = {form.layer_class: form for form in FORMATS.values()}
+    for name, layer in model.named_modules():
+        if (form := formats.get(type(layer).__name__)) is not None:
+            yield name, layer, form
 
 
 def _require_quantised(folder: Path, model: Any, weights: str) -> None:
-    if not any(is_quantised(layer) for _, layer in _quantised_layers(model)):
+    if not any(is_quantised(layer) for _, layer, _ in _quantised_layers(model)):
         raise ConfigError(
             f"model type {model.config.model_type}: no linear layer beside the head for model.weights: {weights}",
             remedy="use model.weights: bf16",
         )
     if is_quantised(model.get_output_embeddings()):
         raise ConfigError(f"{folder} has a quantised output head", remedy="give a copy whose head is in 16 bits")
+    if weights == "fp8":
+        name_plain_layers(model)
+
+
+class _Nf4:
+    attribute, layer_class = "quant_state", "Linear4bit"
+
+    def require(self, device: torch.device) -> None:
+        _require_bitsandbytes("nf4")
+
+    def settings(self) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        # Engines that cast floating-point weights would corrupt codes stored in a float dtype.
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_quant_storage=torch.uint8,
+        )
+
+    def settle(self, folder: Path, name: str, layer: Any) -> None:
+        state = layer.quant_state
+        stored = (state.quant_type, state.blocksize, str(layer.weight.dtype))
+        if stored != ("nf4", BLOCKSIZE, "torch.uint8"):
+            raise ConfigError(
+                f"{folder}: {name} is {stored[0]} in blocks of {stored[1]}, stored as {stored[2]}",
+                remedy=f"only nf4 in blocks of {BLOCKSIZE}, stored as uint8, is supported",
+            )
+        layer.forward = partial(nf4_linear, layer)
+
+    def set_placeholder(self, layer: Any, device: torch.device) -> None:
+        _set_nf4_placeholder(layer, torch.Size((layer.out_features, layer.in_features)), device)
+        layer.forward = partial(nf4_linear, layer)
+
+    def state(self, layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        state = layer.quant_state
+        yield "absmax", state.absmax
+        yield "quant_map", state.code
+        if state.nested:
+            yield "offset", state.offset.view(1)
+            yield "nested_absmax", state.state2.absmax
+            yield "nested_quant_map", state.state2.code
+
+    def identity(self, layer: Any) -> dict[str, Any]:
+        return {"blocksize": layer.quant_state.blocksize, "double_quant": layer.quant_state.nested}
+
+    def kernel_scales(self, layer: Any) -> Nf4Scales:
+        state = layer.quant_state
+        nested = None
+        if state.nested:
+            nested = NestedScales(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
+        return Nf4Scales(state.absmax, tuple(state.shape), nested)
+
+    def read(self, layer: Any) -> torch.Tensor:
+        return _dequantised(layer, torch.float32)
+
+    def write(self, layer: Any, weight: torch.Tensor) -> None:
+        from bitsandbytes.functional import quantize_4bit
+
+        state = layer.quant_state
+        codes, new = quantize_4bit(weight, blocksize=BLOCKSIZE, compress_statistics=state.nested, quant_type="nf4")
+        new.dtype = state.dtype
+        layer.weight.data.copy_(codes)
+        layer.weight.quant_state = layer.quant_state = new
+
+
+class _Int8:
+    attribute, layer_class = "row_absmax", "Linear8bitLt"
+
+    def require(self, device: torch.device) -> None:
+        _require_bitsandbytes("int8")
+
+    def settings(self) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(load_in_8bit=True)
+
+    def settle(self, folder: Path, name: str, layer: Any) -> None:
+        layer.row_absmax = layer.weight.SCB.float()
+        layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+        layer.forward = partial(int8_linear, layer)
+
+    def set_placeholder(self, layer: Any, device: torch.device) -> None:
+        shape = (layer.out_features, layer.in_features)
+        layer.weight = nn.Parameter(placeholder(shape, torch.int8), requires_grad=False)
+        layer.row_absmax = torch.zeros(layer.out_features, device=device)
+        layer.forward = partial(int8_linear, layer)
+
+    def state(self, layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "row_absmax", layer.row_absmax
+
+    def identity(self, layer: Any) -> dict[str, Any]:
+        return {"row_wise": True}
+
+    def kernel_scales(self, layer: Any) -> None:
+        return None
+
+    def read(self, layer: Any) -> torch.Tensor:
+        return layer.weight.data.float() * (layer.row_absmax / 127.0)[:, None]
+
+    def write(self, layer: Any, weight: torch.Tensor) -> None:
+        absmax = weight.abs().amax(1)
+        codes = weight * (127.0 / absmax.clamp_min(torch.finfo(torch.float32).tiny))[:, None]
+        layer.weight.data.copy_(codes.round_().clamp_(-127, 127))
+        layer.row_absmax.copy_(absmax)
+
+
+FORMATS: dict[str, Format] = {"nf4": _Nf4(), "int8": _Int8(), "fp8": Fp8Format()}  # by `model.weights`
+QUANTISED = tuple(FORMATS)
+
+
+def _require_bitsandbytes(weights: str) -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise MissingExtraError(f"model.weights: {weights}", "qlora") from None
 
 
 def _set_nf4_placeholder(layer: Any, shape: torch.Size, device: torch.device) -> None:
@@ -378,20 +464,6 @@ def _set_nf4_placeholder(layer: Any, shape: torch.Size, device: torch.device) ->
         module=layer,
         bnb_quantized=True,
     )
-
-
-def _require_nf4_format(folder: Path, name: str, layer: Any) -> None:
-    state = layer.quant_state
-    stored = (state.quant_type, state.blocksize, str(layer.weight.dtype))
-    if stored != ("nf4", BLOCKSIZE, "torch.uint8"):
-        raise ConfigError(
-            f"{folder}: {name} is {stored[0]} in blocks of {stored[1]}, stored as {stored[2]}",
-            remedy=f"only nf4 in blocks of {BLOCKSIZE}, stored as uint8, is supported",
-        )
-
-
-def _state(module: Any) -> Any:
-    return getattr(module, "quant_state", None)
 
 
 class _Nf4Product(torch.autograd.Function):
@@ -446,7 +518,8 @@ def _dequantised(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     """The weight [out, in] of the codes that are in the layer now: an engine may just have gathered them."""
     state, codes = layer.quant_state, layer.weight.data
     if available(codes):  # one kernel instead of three, bit-identical
-        scales = nf4_scales(layer)
+        scales = FORMATS["nf4"].kernel_scales(layer)
+        assert isinstance(scales, Nf4Scales)
         weight = dequantize_nf4(codes, scales.absmax, scales.shape, torch.bfloat16, nested=scales.nested)
         return weight.to(dtype)
     from bitsandbytes.functional import dequantize_blockwise

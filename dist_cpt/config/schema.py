@@ -107,7 +107,7 @@ class ModelConfig(Frozen):
     """Branch, tag or commit of the hub id; null means the default branch."""
     config: dict[str, Any] | None = None
     """A transformers config, with its `model_type`, for a model with random weights drawn from `seed`."""
-    weights: Literal["fp32", "bf16", "nf4", "int8"] = "bf16"
+    weights: Literal["fp32", "bf16", "fp8", "nf4", "int8"] = "bf16"
     """Storage type of the frozen weights; trainable tensors always have fp32 master weights."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Which operations are fused: `auto` fuses what it can, with `triton` anything left unfused is an error, and

@@ -16,6 +16,7 @@ import torch
 from dist_cpt_kernels.dispatch import available
 from torch import nn
 
+from dist_cpt.adapters.quantize import kernel_scales
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import FUSABLE, Fusable, Parts
 from dist_cpt.model.fused_modules import FusedAttention, FusedEmbedding, FusedLayer, FusedMlp, FusedNorm, FusedRotary
@@ -176,8 +177,7 @@ def _why_not_linear(modules: Iterable[Any]) -> str | None:
 
 def _why_not_one_linear(module: Any) -> str | None:
     base = getattr(module, "base_layer", module)
-    packed = getattr(base, "quant_state", None) is not None
-    if not packed and type(base) is not nn.Linear:
+    if kernel_scales(base) is None and type(base) is not nn.Linear:
         return f"a projection is a {type(base).__name__}"
     if base is module:
         return None

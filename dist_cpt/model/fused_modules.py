@@ -20,7 +20,7 @@ from dist_cpt_kernels.projection import Projection
 from torch import nn
 from transformers import AttentionInterface
 
-from dist_cpt.adapters.quantize import nf4_scales
+from dist_cpt.adapters.quantize import kernel_scales
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,9 @@ class FusedLayer(nn.Module):
 
 
 def projection(module: Any) -> Projection:
-    """The current matrices of a linear layer: dense or NF4, with or without LoRA."""
+    """The current matrices of a linear layer: dense, NF4 or fp8, with or without LoRA."""
     base = getattr(module, "base_layer", module)
-    scales = nf4_scales(base) if getattr(base, "quant_state", None) is not None else None
+    scales = kernel_scales(base)
     if base is module or module.disable_adapters or module.merged:
         return Projection(base.weight, base.bias, scales=scales)
     (name,) = module.active_adapters

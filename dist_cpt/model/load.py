@@ -35,6 +35,7 @@ from dist_cpt.model.self_check import (
     kinds_of_layers,
     one_layer,
     self_check_attention,
+    self_check_fp8,
     self_check_fusion,
     self_check_packing,
 )
@@ -166,6 +167,8 @@ def _self_check(
     on_gpu = next(module.parameters()).device.type == "cuda"
     if not (on_gpu or fusion.swapped):
         return
+    if on_gpu:
+        self_check_fp8(module)
     layers = [None] if unread is None else kinds_of_layers(module.hf_model.config)
     for number in layers:
         with nullcontext() if number is None or unread is None else one_layer(module, parts.layers, number, unread):

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from dist_cpt_kernels.self_test import ALLOWED as ALLOWED_FOR_KERNELS
-from dist_cpt_kernels.self_test import self_test
+from dist_cpt_kernels.self_test import self_test, self_test_fp8
 from torch import nn
 
+from dist_cpt.adapters.fp8_linear import Fp8Linear
 from dist_cpt.adapters.quantize import quantisation_state
 from dist_cpt.errors import ConfigError, config_error_on_failure
 from dist_cpt.model.architectures import TESTED
@@ -117,6 +118,21 @@ def self_check_attention(module: CausalLMForLoss, dtype: torch.dtype) -> None:
         f"model.attention: on {_device_name(module)} {attention} differs from the dense mask",
         "use model.attention: mask",
     )
+
+
+def self_check_fp8(module: CausalLMForLoss) -> None:
+    """Compare the products of an fp8 base with their specification.
+
+    Raises:
+        ConfigError: they do not run on this device, or codes, scales or results differ.
+    """
+    if not any(isinstance(layer, Fp8Linear) for layer in module.modules()):
+        return
+    what, remedy = f"model.weights: fp8: e4m3 products fail on {_device_name(module)}", "use model.weights: bf16 or nf4"
+    with config_error_on_failure(what, remedy):
+        error = self_test_fp8(next(module.parameters()).device)
+    if not error <= ALLOWED_FOR_KERNELS[torch.bfloat16]:
+        raise ConfigError(f"{what}: relative error {error:.1e} against the specification", remedy=remedy)
 
 
 def kinds_of_layers(hf_config: Any) -> list[int]:

@@ -121,10 +121,13 @@ def _loss(training: Training, tokens: int) -> int:
 
 
 def _dequantised(training: Training, tokens: int) -> int:
-    """The largest weight in 16 bits; int8 scales its product in fp32 besides."""
+    """The largest weight in 16 bits; int8 scales its product in fp32 besides; fp8: its codes transposed, and those of
+    its input."""
     if not training.num_quantised:
         return 0
     largest = max(training.shapes.of("linear"), key=lambda weight: weight.elements)
+    if training.weights == "fp8":
+        return largest.elements + tokens * max(largest.inputs, largest.outputs)
     return 2 * largest.elements + (4 * tokens * largest.outputs if training.weights == "int8" else 0)
 
 

@@ -91,7 +91,7 @@ def as_text(check: ModelCheck) -> Iterator[str]:
     yield f"embeddings.train: {pair} of {rows}"
     linear = [part for part in check.trained if ".experts." not in f".{part.name}"]
     whole = "; experts stay in bf16" if len(linear) < len(check.trained) else ""
-    yield f"nf4 and int8 store the linear maps: {_listed(linear)}{whole}"
+    yield f"nf4, int8 and fp8 store the linear maps: {_listed(linear)}{whole}"
     yield "fused on a GPU: " + ("layers, embeddings and loss" if shapes.fused else "embeddings and loss; no layers")
     windows = sorted({window for window in shapes.windows if window is not None})
     sliding = sum(window is not None for window in shapes.windows)

@@ -86,6 +86,10 @@ def make_plan(config: RunConfig, values: Mapping[str, Any], machine: Machine) ->
     shapes = shapes_of(values)
     for line in unsupported(values):
         raise ConfigError(f"model type {shapes.model_type}: {line}", remedy="dist-cpt model-check shows the rest")
+    if config.model.weights == "fp8" and not machine.device.e4m3:
+        raise ConfigError(
+            f"model.weights: fp8: {machine.device.name} has no e4m3 products", remedy="use bf16, nf4 or int8"
+        )
     own = training_of(config, shapes)
     candidates = [way for variant in _variants(config, values, machine) for way in _ways(variant, shapes, machine)]
     useful = [way for way, is_useful in candidates if is_useful]

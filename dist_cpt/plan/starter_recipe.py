@@ -120,7 +120,7 @@ name: {named(config.name)}
 output_dir: runs
 model:
   path: {named(config.model.path)}
-  weights: {way.weights}  # storage of the frozen base: bf16 | nf4 | int8; what trains has fp32 masters
+  weights: {way.weights}  # storage of the frozen base: bf16 | fp8 | nf4 | int8; what trains has fp32 masters
 adapter: {{kind: lora, rank: 64, alpha: 64}}  # kind: none trains every parameter
 # For a new language or many new terms, train the vocabulary as well:
 # embeddings: {{train: [embed_tokens, lm_head]}}

@@ -136,7 +136,7 @@ def step_time(
     lora_backward = max(work.lora_bytes_backward / skinny, work.lora * 2 / 3 / device.gemm)
     attention = work.attention_forward / device.attention_forward + work.attention_backward / device.attention_backward
     per_token = {
-        "gemm": (work.gemm_forward + work.gemm_backward) / device.gemm,
+        "gemm": (work.gemm_forward + work.gemm_backward) / _gemm_rate(training, device),
         "attention": attention + work.attention_bytes / moved,
         "lora": lora_forward + lora_backward,
         "elementwise": (work.elementwise_forward + work.elementwise_backward) / moved,
@@ -146,7 +146,7 @@ def step_time(
     parts = {name: seconds * tokens for name, seconds in per_token.items()}
     again = [recomputation.again(layer, training, step.recompute) for layer in training.widths]
     repeated = sum(layer.gemm for layer in again) / work.gemm_forward
-    parts["dequantise"] = _dequantise(training, device, 2 + repeated, assumed) * accumulation
+    parts["dequantise"] = _dequantise(training, device, step, repeated, assumed) * accumulation
     parts["gradients"] = _gradients(training, accumulation, assumed) / moved
     compute = sum(parts.values()) / accumulation
     forwards = 2 if any(layer.attention for layer in again) else 1
@@ -198,14 +198,27 @@ def _recomputation(training: Training, step: RankStep, device: Device, work: Tok
     elementwise = passes * sum(layer.elementwise for layer in layers) / (device.copy * assumed.elementwise_fraction)
     attention = work.attention_forward / device.attention_forward if any(layer.attention for layer in layers) else 0.0
     lora = max(skinny, sum(layer.lora for layer in layers) / device.gemm)
-    return sum(layer.gemm for layer in layers) / device.gemm + attention + lora + elementwise
+    return sum(layer.gemm for layer in layers) / _gemm_rate(training, device) + attention + lora + elementwise
 
 
-def _dequantise(training: Training, device: Device, times: float, assumed: Assumptions) -> float:
-    """Seconds per micro-batch to make 16-bit weights `times`: in forward, backward and recomputation."""
-    elements = times * training.num_quantised
+def _gemm_rate(training: Training, device: Device) -> float:
+    """FLOP/s of the maps' products, of which those with e4m3 weights are faster."""
+    if training.weights != "fp8":
+        return device.gemm
+    share = min(1.0, training.num_quantised / sum(layer.parameters for layer in training.widths))
+    return device.gemm / (1.0 - share + share / device.e4m3)
+
+
+def _dequantise(training: Training, device: Device, step: RankStep, repeated: float, assumed: Assumptions) -> float:
+    """Seconds per micro-batch to make 16-bit weights in forward, backward and recomputation; fp8: to quantise what they
+    multiply, bf16 read and codes written, and to transpose codes in backward."""
+    elements = (2 + repeated) * training.num_quantised
+    moved = device.copy * assumed.elementwise_fraction
+    if training.weights == "fp8":
+        rows = sum((1 + repeated) * layer.adapted_inputs + layer.adapted_outputs for layer in training.widths)
+        return (3.0 * rows * step.micro_batch_tokens + 2.0 * training.num_quantised) / moved
     if training.weights == "int8":  # codes read, bf16 written
-        return 3.0 * elements / (device.copy * assumed.elementwise_fraction)
+        return 3.0 * elements / moved
     return elements / (assumed.nf4_elements_per_second * min(1.0, device.copy / assumed.nf4_copy))
 
 

@@ -22,6 +22,7 @@ EIGHT_BIT_GROUPS = ("adapter", "weights")  # optim/groups.py; `adapter` includes
 BYTES = {"fp32": 4, "bf16": 2}
 _NF4_BLOCK, _NF4_NESTED = 64, 256  # elements that share a scale, scales that share one
 _NF4_TABLES = 4 * (16 + 256 + 1)  # of each layer: two maps and an offset
+_FP8_MULTIPLE = 16  # dist_cpt_kernels.fp8.MULTIPLE, which needs torch
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Training:
     frozen: tuple[Frozen, ...]
     adapted: tuple[Weight, ...]  # the maps that carry LoRA
     rank: int  # of the adapter; 0 without one
-    weights: Literal["fp32", "bf16", "nf4", "int8"]
+    weights: Literal["fp32", "bf16", "fp8", "nf4", "int8"]
     eight_bit: bool  # moments of matrices
     trains_head: bool  # the matrix that the loss reads, in full
     trains_embedding: bool
@@ -94,8 +95,7 @@ class Training:
     @cached_property
     def num_quantised(self) -> int:
         """Elements of the quantised weights."""
-        linear = self.shapes.of("linear") if self.weights in ("nf4", "int8") else ()
-        return sum(weight.elements for weight in linear)
+        return sum(weight.elements for weight in self.shapes.weights if _is_quantised(weight, self.weights))
 
 
 def training_of(config: RunConfig, shapes: ModelShapes) -> Training:
@@ -180,14 +180,20 @@ def _adapter_tensors(
 
 
 def _stored(weight: Weight, weights: str) -> Iterator[Frozen]:
-    """Source: bitsandbytes' NF4 with double quantisation, and int8 rows (adapters/quantize.py)."""
-    if weight.role != "linear" or weights not in ("nf4", "int8"):
+    """Source: bitsandbytes' NF4 with double quantisation, int8 and e4m3 rows (adapters/quantize.py)."""
+    if not _is_quantised(weight, weights):
         yield Frozen(weight.shape, BYTES.get(weights, 2), weight.layer, weight.role)
         return
-    if weights == "int8":
+    if weights in ("int8", "fp8"):
         yield Frozen((weight.outputs, weight.inputs), 1, weight.layer)
         yield Frozen((weight.outputs,), 4, weight.layer, scales=True)
         return
     blocks = -(-weight.elements // _NF4_BLOCK)
     yield Frozen((-(-weight.elements // 2), 1), 1, weight.layer)
     yield Frozen((blocks + 4 * -(-blocks // _NF4_NESTED) + _NF4_TABLES,), 1, weight.layer, scales=True)
+
+
+def _is_quantised(weight: Weight, weights: str) -> bool:
+    if weight.role != "linear" or weights not in ("nf4", "int8", "fp8"):
+        return False
+    return weights != "fp8" or weight.outputs % _FP8_MULTIPLE == 0 == weight.inputs % _FP8_MULTIPLE

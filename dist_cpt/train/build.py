@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from dist_cpt.adapters.pissa import PISSA, copy_initial, init_pissa
 from dist_cpt.adapters.prior_adapter import open_prior_adapter
-from dist_cpt.adapters.quantize import QUANTISED, require_bitsandbytes
+from dist_cpt.adapters.quantize import QUANTISED, require_format
 from dist_cpt.adapters.vocabulary import NewVocabulary
 from dist_cpt.checkpoint.save import RunCheckpoints
 from dist_cpt.config.resolve import settings, step_shape, with_tokens
@@ -195,7 +195,7 @@ def check_before_hours_of_work(context: RunContext) -> StartingPoint:
     config = context.config
     base_sha256, base = base_sha256s(config.model) if config.model.path is not None else (None, {})
     if config.model.weights in QUANTISED:
-        on_every_rank("model.weights", lambda: require_bitsandbytes(config.model.weights))
+        on_every_rank("model.weights", lambda: require_format(config.model.weights, context.device))
     if config.optim.state == "8bit":
         on_every_rank("optim.state", lambda: dynamic_map(True))
     vocabulary = on_every_rank("embeddings.new_tokens", lambda: load_new_vocabulary(config))

@@ -36,7 +36,7 @@ from dist_cpt.train.progress import Progress, Windows, progress_of
 from dist_cpt.training_state import StateKind
 
 # The replayed loss is the same forward pass in another summation order: rounding of one token's loss, averaged.
-REPLAY_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "nf4": 2e-3, "int8": 2e-3}
+REPLAY_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "nf4": 2e-3, "int8": 2e-3, "fp8": 2e-3}
 
 
 def restore(run: Run) -> Progress | None:

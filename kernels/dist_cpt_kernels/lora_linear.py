@@ -8,7 +8,8 @@ group whose A are concatenated to [S, I], with one GEMM for x A^T and one for it
 to y in place; and the scaling is part of a GEMM, where it causes no rounding.
 
 Saved for the backward pass: the parameters themselves (a sharding engine refills them), x, drop(x) A^T (S columns, a
-hundredth of x), and a dropout mask of one byte per element. An NF4 W is decoded for each product and never saved.
+hundredth of x), and a dropout mask of one byte per element. An NF4 W is decoded for each product and never saved; with
+an e4m3 W the other factor is quantised for each group of products (`fp8`).
 
 `output_unread` is for a checkpoint that runs the forward pass again for what it saves alone: the output then stays
 uninitialised, and the products that only it needs are left out.
@@ -24,9 +25,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from dist_cpt_kernels import fp8
 from dist_cpt_kernels.gated import ACTIVATIONS, Activation, gated, gated_gradients
 from dist_cpt_kernels.nf4 import dequantize_nf4
-from dist_cpt_kernels.projection import Nf4Scales, Projection
+from dist_cpt_kernels.projection import Nf4Scales, Projection, QuantisedRows, RowScales
 
 
 def lora_linear(
@@ -187,7 +189,7 @@ class _Setting:
     rank: int  # 0: no adapter
     scaling: float
     dropout: float  # 0 in evaluation
-    scales: Nf4Scales | None
+    scales: Nf4Scales | RowScales | None
 
 
 @dataclass(frozen=True)
@@ -274,12 +276,18 @@ def _project_again(x: torch.Tensor, layers: Sequence[_Layer], kept: Sequence[Any
 
 def _base_products(x: torch.Tensor, layers: Sequence[_Layer], unread: bool = False) -> list[torch.Tensor]:
     """x W^T + b [..., O] of each layer."""
-    x_TI = _rows(x)
+    x_TI, quantised = _rows(x), None
     outs: list[torch.Tensor] = []
     for layer in layers:
         num_outputs = layer.weight.shape[0] if layer.setting.scales is None else layer.setting.scales.shape[0]
         outs.append(x.new_empty((*x.shape[:-1], num_outputs)))  # not a view: a caller may modify it in place
         if unread:
+            continue
+        if (weight := _in_rows(layer)) is not None:
+            quantised = quantised or fp8.quantize_rows(x_TI)
+            fp8.scaled_product(quantised, weight, _rows(outs[-1]))
+            if layer.bias is not None:
+                outs[-1].add_(layer.bias)
             continue
         weight_OI = _dense(layer, x.dtype)
         if layer.bias is None:
@@ -340,7 +348,10 @@ def _input_gradient(
     for grad_TO, layer in zip(grads, layers, strict=True):
         if grad_TO is None:
             continue
-        if dx is None:
+        if (weight := _in_rows(layer)) is not None:
+            part = fp8.fp8_input_gradient(grad_TO, weight)
+            dx = part if dx is None else dx.add_(part)
+        elif dx is None:
             dx = grad_TO @ _dense(layer, grad_TO.dtype)
         else:
             dx.addmm_(grad_TO, _dense(layer, grad_TO.dtype))
@@ -393,11 +404,18 @@ def _dropout_scale(layer: _Layer) -> float:
     return 0.0 if layer.setting.dropout == 1.0 else 1.0 / (1.0 - layer.setting.dropout)
 
 
+def _in_rows(layer: _Layer) -> QuantisedRows | None:
+    """W in e4m3, if it is stored so."""
+    scales = layer.setting.scales
+    return QuantisedRows(layer.weight, scales.scales) if isinstance(scales, RowScales) else None
+
+
 def _dense(layer: _Layer, dtype: torch.dtype) -> torch.Tensor:
-    """W [O, I] in `dtype`."""
+    """W [O, I] in `dtype`, not of e4m3."""
     scales = layer.setting.scales
     if scales is None:
         return layer.weight
+    assert isinstance(scales, Nf4Scales)
     return dequantize_nf4(layer.weight, scales.absmax, scales.shape, torch.bfloat16, nested=scales.nested).to(dtype)
 
 

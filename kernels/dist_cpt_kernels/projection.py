@@ -1,4 +1,4 @@
-"""One linear layer as the kernels take it: a dense or NF4 weight, and its adapter."""
+"""One linear layer as the kernels take it: a dense, NF4 or e4m3 weight, and its adapter."""
 
 from __future__ import annotations
 
@@ -26,17 +26,32 @@ class Nf4Scales:
     nested: NestedScales | None = None
 
 
+class QuantisedRows(NamedTuple):
+    """A matrix [N, K] in e4m3."""
+
+    codes: torch.Tensor  # uint8 [N, K]: what engines and collectives neither cast nor refuse
+    scales: torch.Tensor  # fp32 [N]
+
+
+@dataclass(frozen=True)
+class RowScales:
+    """The scales of an e4m3 weight of `shape`."""
+
+    scales: torch.Tensor  # fp32 [O]
+    shape: tuple[int, int]  # [O, I]
+
+
 @dataclass(frozen=True)
 class Projection:
     """The matrices of one linear layer, unsharded, at the moment of the call."""
 
-    weight: torch.Tensor  # [O, I], or with `scales` uint8 NF4 codes, two per byte
+    weight: torch.Tensor  # [O, I], or with `scales` uint8 codes: of NF4 two per byte, of e4m3 [O, I]
     bias: torch.Tensor | None = None  # [O]
     lora_A: torch.Tensor | None = None  # [R, I]; None: no adapter
     lora_B: torch.Tensor | None = None  # [O, R]
     scaling: float = 1.0  # alpha / R, or alpha / sqrt(R) if rank-stabilised
     dropout: float = 0.0  # of the adapter's input only
-    scales: Nf4Scales | None = None
+    scales: Nf4Scales | RowScales | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from dist_cpt_kernels.projection import Projection
+from dist_cpt_kernels.projection import Projection, QuantisedRows, RowScales
 
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float, *, casting: str = "llama") -> torch.Tensor:
@@ -134,6 +135,64 @@ def dequantize_nf4(
     return (levels * absmax.repeat_interleave(64)[:num_elements]).to(dtype).view(*shape)
 
 
+E4M3_MAX = 448.0
+SMALLEST_ROW_SCALE = 2.0**-126  # fp32's smallest normal number; a row of zeros has this scale
+
+
+def quantize_rows(x_TK: torch.Tensor, factor_K: torch.Tensor | None = None) -> QuantisedRows:
+    """scale = max(absmax / 448, 2^-126) of each row of x * factor, code = e4m3(x * factor / scale), to nearest even.
+
+    Each step in fp32. A row with a NaN or an infinity has an infinite scale, and its products are NaN.
+    """
+    x_TK = x_TK.float() if factor_K is None else x_TK.float() * factor_K
+    largest_T = x_TK.abs().nan_to_num(nan=math.inf, posinf=math.inf).amax(1)
+    scales_T = (largest_T / E4M3_MAX).clamp_min(SMALLEST_ROW_SCALE)
+    codes_TK = (x_TK / scales_T[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return QuantisedRows(codes_TK.view(torch.uint8), scales_T)
+
+
+def scaled_product(a: QuantisedRows, b: QuantisedRows, out_TO: torch.Tensor) -> torch.Tensor:
+    """`out` = a b^T: the codes' product, exact terms summed in fp32, times a's scale, then b's; rounded."""
+    a_TK, b_OK = (x.codes.view(torch.float8_e4m3fn).float() for x in (a, b))
+    return out_TO.copy_((a_TK @ b_OK.T) * a.scales[:, None] * b.scales)
+
+
+def fp8_input_gradient(grad_TO: torch.Tensor, weight: QuantisedRows) -> torch.Tensor:
+    """dy W [T, I]: W's scales multiply dy, which is quantised then; the product is with W's codes."""
+    ones_I = torch.ones(weight.codes.shape[1], device=grad_TO.device)
+    turned = QuantisedRows(weight.codes.T.contiguous(), ones_I)
+    return scaled_product(quantize_rows(grad_TO, weight.scales), turned, grad_TO.new_empty(len(grad_TO), len(ones_I)))
+
+
+class _Fp8Product(torch.autograd.Function):
+    """Saves the weight itself: a sharding engine refills it."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.Tensor, how: Any) -> torch.Tensor:
+        quantize, product, ctx.input_gradient = how
+        ctx.save_for_backward(codes_OI, scales_O)
+        weight = QuantisedRows(codes_OI, scales_O)
+        return product(quantize(x_TI), weight, x_TI.new_empty(len(x_TI), len(codes_OI)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.input_gradient(grads[0], QuantisedRows(*ctx.saved_tensors)), None, None, None
+
+
+def fp8_linear(
+    x: torch.Tensor,
+    codes_OI: torch.Tensor,
+    scales_O: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    operations: tuple[Any, Any, Any] = (quantize_rows, scaled_product, fp8_input_gradient),
+) -> torch.Tensor:
+    """x W^T + b [..., O] of a frozen weight in e4m3 by `operations`; only x has a gradient."""
+    y_TO = _Fp8Product.apply(x.reshape(-1, x.shape[-1]), codes_OI, scales_O, operations)
+    y = y_TO.view(*x.shape[:-1], len(scales_O))
+    return y if bias is None else y + bias.to(y.dtype)
+
+
 def lora_linear(x: torch.Tensor, *projections: Projection, training: bool = True) -> tuple[torch.Tensor, ...]:
     """x W^T + b + scaling (dropout(x) A^T) B^T [..., O] for each projection; each product and sum is rounded.
 
@@ -141,10 +200,13 @@ def lora_linear(x: torch.Tensor, *projections: Projection, training: bool = True
     """
     outs: list[torch.Tensor] = []
     for p in projections:
-        weight = p.weight
-        if p.scales is not None:
-            weight = dequantize_nf4(weight, p.scales.absmax, p.shape, torch.bfloat16, nested=p.scales.nested)
-        out = F.linear(x, weight.to(x.dtype), p.bias)
+        if isinstance(p.scales, RowScales):
+            out = fp8_linear(x, p.weight, p.scales.scales, p.bias)
+        else:
+            weight = p.weight
+            if p.scales is not None:
+                weight = dequantize_nf4(weight, p.scales.absmax, p.scales.shape, torch.bfloat16, nested=p.scales.nested)
+            out = F.linear(x, weight.to(x.dtype), p.bias)
         if p.lora_A is not None and p.lora_B is not None:
             out = out + F.linear(F.linear(F.dropout(x, p.dropout, training), p.lora_A), p.lora_B) * p.scaling
         outs.append(out)

@@ -15,6 +15,7 @@ import torch
 from dist_cpt_kernels import reference
 from dist_cpt_kernels.adamw import adamw_, bias_corrections
 from dist_cpt_kernels.embedding import embedding
+from dist_cpt_kernels.fp8 import fp8_linear, quantize_rows
 from dist_cpt_kernels.gated import ACTIVATIONS, gated
 from dist_cpt_kernels.linear_cross_entropy import linear_cross_entropy
 from dist_cpt_kernels.rms_norm import add_rms_norm, rms_norm
@@ -96,6 +97,27 @@ def self_test_adamw(device: torch.device) -> float:
     pairs = [(ours, spec) for i in (0, 2, 3) for ours, spec in zip(lists[i], exact[i], strict=True)]
     rounded_right = all(bool(torch.equal(a, b.bfloat16())) for a, b in zip(copies, lists[0], strict=True))
     return max(_relative(ours, spec) for ours, spec in pairs) if rounded_right else math.inf
+
+
+def self_test_fp8(device: torch.device) -> float:
+    """The relative error of a product with an e4m3 weight and of its input gradient, in bf16.
+
+    Compared with the specification on a CPU; infinite if one of its codes or scales differs; expected below
+    `ALLOWED[torch.bfloat16]`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = (TOKENS, 256), (320, 256), (TOKENS, 320)
+    x, weight, grad = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+    weight[0, 0], x[1] = 1e4, 0.0
+    spec, rows = reference.quantize_rows(weight), quantize_rows(weight.to(device))
+    if not all(torch.equal(a, b.cpu()) for a, b in zip(spec, rows, strict=True)):
+        return math.inf
+    results = []
+    for linear, place, stored in ((fp8_linear, device, rows), (reference.fp8_linear, torch.device("cpu"), spec)):
+        leaf = x.detach().to(place).requires_grad_()
+        out = linear(leaf, *stored)
+        results.append((out.detach().cpu(), torch.autograd.grad(out, leaf, grad.to(place))[0].cpu()))
+    return max(_relative(ours, expected.double()) for ours, expected in zip(*results, strict=True))
 
 
 def _error(function: Function, spec: Function, inputs: Sequence[torch.Tensor]) -> float:

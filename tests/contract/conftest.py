@@ -10,6 +10,12 @@ import pytest
 
 from tests.ranks import RankPool
 
+FP8_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+}  # multiples of 16, each layer in e4m3
+
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Callable[[int], RankPool]]:
@@ -26,7 +32,8 @@ def base(pool: Callable[[int], RankPool], tmp_path_factory: pytest.TempPathFacto
     root: Path = tmp_path_factory.mktemp("bases")
 
     def folder(variant: str, **sizes: Any) -> str:
-        sizes["tie_word_embeddings"] = variant == "lora-tied"
+        sizes = sizes or (FP8_SIZES if variant == "fp8" else {})
+        sizes = sizes | {"tie_word_embeddings": variant == "lora-tied"}
         name = "-".join(f"{key}={value}" for key, value in sorted(sizes.items()))
         pool(1).run("tests.contract.model:save_base", folder=str(root / name), sizes=sizes)
         return str(root / name)

@@ -43,7 +43,7 @@ def save_base(folder: str, sizes: dict[str, Any]) -> None:
 
 def recipe(base: str, engine: dict[str, Any], variant: str, weights: str, **model: Any) -> RunConfig:
     """A recipe around the base folder; the optimizer's numbers make clipping and every group matter."""
-    weights = variant if variant in ("nf4", "int8") else weights  # these variants are LoRA over a quantised base
+    weights = variant if variant in ("nf4", "int8", "fp8") else weights  # these variants are LoRA over a quantised base
     state = "8bit" if variant == "8bit" else "fp32"  # the variant trains every parameter
     adapter: dict[str, Any] = {"adapter": {"kind": "none"}}
     if variant not in FULL:

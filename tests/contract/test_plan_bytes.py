@@ -17,9 +17,9 @@ from tests.contract.model import BLOCKS_PER_STEP, recipe
 
 # Large enough that what every rank has beside its shards, and the padding of these, are below the tolerance.
 SIZES = {"hidden_size": 192, "intermediate_size": 320, "vocab_size": 640, "num_attention_heads": 6}
-VARIANTS = ("lora", "lora-only", "lora-tied", "full", "8bit", "nf4", "int8")
+VARIANTS = ("lora", "lora-only", "lora-tied", "full", "8bit", "nf4", "int8", "fp8")
 TOLERANCE = 0.02
-FAST = [("single", 1, "nf4"), ("fsdp-full", 2, "lora"), ("zero-3", 2, "lora")]
+FAST = [("single", 1, "nf4"), ("fsdp-full", 2, "fp8"), ("fsdp-full", 2, "lora"), ("zero-3", 2, "lora")]
 
 
 @pytest.mark.parametrize(("engine", "ranks", "variant"), grid(*FAST, variants=VARIANTS))

@@ -9,7 +9,7 @@ import pytest
 from tests.contract.engines import ENGINES
 
 SLICED = ("fsdp-full", "zero-3")
-QUICK = {("fsdp-full", 2, "lora-tied"), ("zero-3", 2, "nf4"), ("zero-3", 2, "full")}
+QUICK = {("fsdp-full", 2, "lora-tied"), ("zero-3", 2, "nf4"), ("zero-3", 2, "full"), ("fsdp-full", 2, "fp8")}
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ QUICK = {("fsdp-full", 2, "lora-tied"), ("zero-3", 2, "nf4"), ("zero-3", 2, "ful
             (engine, ranks, variant)
             for engine in SLICED
             for ranks in (1, 2, 4)
-            for variant in ("lora", "lora-tied", "full", "nf4", "int8")
+            for variant in ("lora", "lora-tied", "full", "nf4", "int8", "fp8")
         )
     ],
 )

@@ -23,7 +23,7 @@ MORE_CHAINS = [
     ("chain", "variant"),
     [
         pytest.param(CHAIN, "lora", id="lora", marks=pytest.mark.matrix),
-        *(pytest.param(NF4_CHAIN, kind, id=kind, marks=pytest.mark.matrix) for kind in ("nf4", "int8")),
+        *(pytest.param(NF4_CHAIN, kind, id=kind, marks=pytest.mark.matrix) for kind in ("nf4", "int8", "fp8")),
         *(
             pytest.param(chain, variant, id=f"{i}-{variant}", marks=pytest.mark.matrix)
             for i, chain in enumerate([CHAIN, *MORE_CHAINS])
@@ -76,7 +76,7 @@ FAST = (("single", 1, "lora"), ("fsdp-full", 2, "lora"), ("zero-3", 2, "lora"))
 
 @pytest.mark.parametrize(
     ("engine", "ranks", "variant"),
-    grid(*FAST, ("fsdp-full", 2, "8bit"), variants=("lora", "nf4", "int8", "8bit")),
+    grid(*FAST, ("fsdp-full", 2, "8bit"), variants=("lora", "nf4", "int8", "fp8", "8bit")),
 )
 def test_resume_is_bit_exact(engine: str, ranks: int, variant: str, pool: Any, base: Any) -> None:
     """5 + export + import + 5 = 10 steps, into a fresh engine and into one that has trained on meanwhile."""

@@ -84,6 +84,7 @@ def test_two_ranks_hold_half_each(engine: str, pool: Any, base: Any) -> None:
         *((e, "lora") for e in FROZEN_SHARE),
         *(pytest.param(e, "nf4", marks=() if e == "fsdp-full" else pytest.mark.matrix) for e in FROZEN_SHARE),
         *(pytest.param(e, "int8", marks=() if e == "zero-3" else pytest.mark.matrix) for e in FROZEN_SHARE),
+        *(pytest.param(e, "fp8", marks=pytest.mark.matrix) for e in FROZEN_SHARE),
     ],
 )
 def test_the_frozen_base_is_halved_or_whole(engine: str, variant: str, pool: Any, base: Any) -> None:
@@ -95,10 +96,11 @@ def test_the_frozen_base_is_halved_or_whole(engine: str, variant: str, pool: Any
     elements = 4 * 512 * 512 + 3 * 512 * 1024
     norms = 3 * 512 * 2  # bytes, which may stay gathered
     # Beside the codes: a byte per block, an fp32 per 256 of them, and per layer an offset and two tables.
-    # int8: an fp32 per row.
+    # int8 and fp8: an fp32 per row.
     nested = elements // 64 + elements // 64 // 256 * 4 + 7 * 4 * (1 + 16 + 256)
-    scales = {"lora": 0, "nf4": nested, "int8": 4 * (5 * 512 + 2 * 1024)}[variant]
-    codes = {"lora": elements * 2, "nf4": elements // 2, "int8": elements}[variant]
+    rows = 4 * (5 * 512 + 2 * 1024)
+    scales = {"lora": 0, "nf4": nested, "int8": rows, "fp8": rows}[variant]
+    codes = {"lora": elements * 2, "nf4": elements // 2, "int8": elements, "fp8": elements}[variant]
     assert alone["frozen"] == codes + scales + norms
     for mine in both:
         assert abs(mine["frozen"] - scales - (alone["frozen"] - scales) / FROZEN_SHARE[engine]) <= norms
@@ -108,16 +110,19 @@ def test_the_frozen_base_is_halved_or_whole(engine: str, variant: str, pool: Any
     ("engine", "weights"),
     [
         pytest.param(e, w, marks=() if w == "bf16" or (e, w) in UNTOUCHED_FAST else pytest.mark.matrix)
-        for w in ("bf16", "nf4", "int8")
+        for w in ("bf16", "nf4", "int8", "fp8")
         for e in ("single", "fsdp-full", "fsdp-trainable", "zero-2", "zero-3")
     ],
 )
 def test_the_frozen_base_stays_as_it_was(engine: str, weights: str, pool: Any, base: Any) -> None:
     ranks = 1 if engine == "single" else 2
     # Seven matrices and two norms in each of two layers, and the last norm; to each quantised matrix five tensors.
-    tensors = 2 * 9 + 1 + 2 * 7 * {"bf16": 0, "nf4": 5, "int8": 1}[weights]
+    tensors = 2 * 9 + 1 + 2 * 7 * {"bf16": 0, "nf4": 5, "int8": 1, "fp8": 1}[weights]
     for count, changed in pool(ranks).run(
-        "tests.contract.cases:frozen_is_untouched", base=base("lora"), engine=ENGINES[engine], weights=weights
+        "tests.contract.cases:frozen_is_untouched",
+        base=base("fp8" if weights == "fp8" else "lora"),
+        engine=ENGINES[engine],
+        weights=weights,
     ):
         assert count == tensors
         assert changed == []

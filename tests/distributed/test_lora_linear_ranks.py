@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from dist_cpt_kernels import Projection, lora_linear, lora_mlp, reference
+from dist_cpt_kernels import Projection, lora_linear, lora_mlp, quantize_rows, reference
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -37,11 +37,15 @@ def pool() -> Iterator[RankPool]:
 class Adapted(nn.Module):
     """A frozen linear, of 16 bits or packed, and its adapter; its parents read the parameters."""
 
-    def __init__(self, width: int, out: int, packed: bool, trains: bool = False) -> None:
+    def __init__(self, width: int, out: int, weights: str, trains: bool = False) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.randn(out), requires_grad=trains)
         self.weight: Any = nn.Parameter(torch.randn(out, width) / width**0.5, requires_grad=trains)
-        if packed:
+        self.in_features, self.out_features = width, out
+        if weights == "fp8":
+            codes, self.row_scales = quantize_rows(self.weight.detach())
+            self.weight = nn.Parameter(codes, requires_grad=False)
+        if weights == "nf4":
             from bitsandbytes.functional import quantize_4bit
 
             how = {"blocksize": 64, "compress_statistics": True, "quant_type": "nf4"}
@@ -51,18 +55,18 @@ class Adapted(nn.Module):
         self.B = nn.Parameter(torch.randn(out, RANK) / RANK**0.5)
 
     def projection(self) -> Projection:
-        from dist_cpt.adapters.quantize import nf4_scales
+        from dist_cpt.adapters.quantize import kernel_scales
 
-        scales = nf4_scales(self) if hasattr(self, "quant_state") else None
+        scales = kernel_scales(self)
         return Projection(self.weight, self.bias, self.A, self.B, 2.0, scales=scales)
 
 
 class Block(nn.Module):
-    def __init__(self, packed: bool) -> None:
+    def __init__(self, weights: str) -> None:
         super().__init__()
-        self.q, self.k, self.v = (Adapted(WIDTH, out, packed) for out in (WIDTH, WIDTH, WIDTH))
-        self.gate, self.up = (Adapted(WIDTH, FFN, packed, trains=not packed) for _ in range(2))
-        self.down = Adapted(FFN, WIDTH, packed)
+        self.q, self.k, self.v = (Adapted(WIDTH, out, weights) for out in (WIDTH, WIDTH, WIDTH))
+        self.gate, self.up = (Adapted(WIDTH, FFN, weights, trains=weights == "plain") for _ in range(2))
+        self.down = Adapted(FFN, WIDTH, weights)
         self.ops: Any = (lora_linear, lora_mlp)
         self.holds = True
         self.gathered: list[tuple[Any, StorageWeakRef]] = []  # of each parameter that the forward pass read
@@ -77,9 +81,9 @@ class Block(nn.Module):
         return x + mlp(x, *(layer.projection() for layer in (self.gate, self.up, self.down)))
 
 
-def _model(packed: bool) -> nn.Sequential:
+def _model(weights: str) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, WIDTH), Block(packed), Block(packed))
+    return nn.Sequential(nn.Linear(5, WIDTH), Block(weights), Block(weights))
 
 
 def _inputs() -> torch.Tensor:
@@ -90,9 +94,9 @@ def _loss(model: Any, x: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(model(x), torch.ones(()).expand(*x.shape[:-1], WIDTH))
 
 
-def _assert_equal(found: dict[str, torch.Tensor], packed: bool) -> None:
+def _assert_equal(found: dict[str, torch.Tensor], weights: str) -> None:
     """Against the mean over the ranks of the eager composition, in one process."""
-    model = _model(packed)
+    model = _model(weights)
     for block in list(model)[1:]:
         block.ops = (reference.lora_linear, reference.lora_mlp)
     torch.stack([_loss(model, x) for x in _inputs()]).mean().backward()
@@ -104,11 +108,11 @@ def _assert_equal(found: dict[str, torch.Tensor], packed: bool) -> None:
         torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()), msg=name)
 
 
-def fsdp2_case(packed: bool) -> None:
+def fsdp2_case(weights: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = _model(packed)
+    model = _model(weights)
     blocks: list[Any] = list(model)[1:]
     mesh = init_device_mesh("cpu", (2,))
     for block in blocks:
@@ -118,17 +122,17 @@ def fsdp2_case(packed: bool) -> None:
     assert all(storage.size() == 0 for block in blocks for storage, _ in block.gathered)
     loss.backward()
     grads: dict[str, Any] = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    _assert_equal({name: grad.full_tensor() for name, grad in grads.items()}, packed)
+    _assert_equal({name: grad.full_tensor() for name, grad in grads.items()}, weights)
 
 
-def zero3_case(packed: bool) -> None:
+def zero3_case(weights: str) -> None:
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
     import deepspeed
     from deepspeed.utils import safe_get_full_grad, set_z3_leaf_modules
 
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    model = _model(packed)
+    model = _model(weights)
     blocks: list[Any] = list(model)[1:]
     set_z3_leaf_modules(model, [Block])
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -149,10 +153,10 @@ def zero3_case(packed: bool) -> None:
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = {name: safe_get_full_grad(p) for name, p in named.items()}
     engine.destroy()
-    _assert_equal(found, packed)
+    _assert_equal(found, weights)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "nf4"])
+@pytest.mark.parametrize("weights", ["plain", "nf4", "fp8"])
 @pytest.mark.parametrize("case", ["fsdp2", "zero3"])
-def test_gradients_are_those_of_one_process(pool: RankPool, case: str, packed: bool) -> None:
-    pool.run(f"{HERE}:{case}_case", packed=packed)
+def test_gradients_are_those_of_one_process(pool: RankPool, case: str, weights: str) -> None:
+    pool.run(f"{HERE}:{case}_case", weights=weights)

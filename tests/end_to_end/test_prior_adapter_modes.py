@@ -117,7 +117,7 @@ def check_export(folder: Path, base: Path, prior: Path, out: Path) -> None:
 @pytest.mark.parametrize(
     ("mode", "weights"),
     [("fold", "nf4"), ("stack", "bf16"),
-     *(pytest.param(m, w, marks=MATRIX) for m in ("fold", "stack") for w in ("fp32", "bf16", "nf4", "int8")
+     *(pytest.param(m, w, marks=MATRIX) for m in ("fold", "stack") for w in ("fp32", "bf16", "nf4", "int8", "fp8")
        if (m, w) not in (("fold", "nf4"), ("stack", "bf16")))],
 )  # fmt: skip
 def test_a_run_on_top_of_a_prior_adapter(
@@ -137,7 +137,7 @@ def test_a_run_on_top_of_a_prior_adapter(
     assert (folder / "continued.json").read_bytes() == first
     check_export(folder, base, prior, tmp_path)
     gap = quantisation_gap(sorted((folder / "checkpoints").iterdir())[-1])
-    assert (gap is not None) == (weights in ("nf4", "int8"))
+    assert (gap is not None) == (weights in ("nf4", "int8", "fp8"))
     assert gap is None or 0 < gap < 10
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 from bitsandbytes.functional import quantize_4bit
-from dist_cpt_kernels import NestedScales, Nf4Scales, Projection
+from dist_cpt_kernels import NestedScales, Nf4Scales, Projection, RowScales, quantize_rows
 
 from tests.kernels.error_rule import assert_right
 
@@ -17,13 +17,16 @@ def random(seed, *shape, size=1.0, dtype=torch.float32):
     return (size * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
-def projection_of(out, width, dtype, *, rank=8, bias=False, nf4=False, seed=0, **settings):
+def projection_of(out, width, dtype, *, rank=8, bias=False, nf4=False, fp8=False, seed=0, **settings):
     """A layer with the magnitudes of a trained one: outputs near 1, a tenth of them from the adapter."""
     weight, scales = random(seed, out, width, size=width**-0.5, dtype=dtype), None
     if nf4:
         weight, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
         nested = NestedScales(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
         scales = Nf4Scales(state.absmax, (out, width), nested)
+    if fp8:
+        weight, rows = quantize_rows(weight)
+        scales = RowScales(rows, (out, width))
     return Projection(
         weight,
         random(seed + 1, out, dtype=dtype) if bias else None,
@@ -36,7 +39,9 @@ def projection_of(out, width, dtype, *, rank=8, bias=False, nf4=False, seed=0, *
 def moved(projection, device):
     """The projection on `device`, for the tests on a GPU."""
     changed = {f: t.to(device) for f in FIELDS if (t := getattr(projection, f)) is not None}
-    if (scales := projection.scales) is not None:
+    if isinstance(scales := projection.scales, RowScales):
+        changed["scales"] = replace(scales, scales=scales.scales.to(device))
+    elif scales is not None:
         nested = NestedScales(*(t.to(device) for t in scales.nested[:3]), scales.nested.block)
         changed["scales"] = replace(scales, absmax=scales.absmax.to(device), nested=nested)
     return replace(projection, **changed)

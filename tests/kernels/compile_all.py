@@ -26,6 +26,7 @@ REPRESENTATIVE = (
     "linear_cross_entropy_bf16_bf16_softcap cross_entropy_kernel",
     "linear_cross_entropy_bf16_bf16 scale_kernel",
     "nf4_bf16 dequantize_nf4_kernel",
+    "fp8_bf16 quantize_rows_kernel",
     "embedding_bf16_fp32 sum_runs_kernel",
     "embedding_bf16_fp32 join_runs_kernel",
     "adamw_bf16 adamw_kernel",

@@ -85,6 +85,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield from _gated(dtype, name)
         yield f"nf4_{name}", partial(_nf4, dtype, nested=True)
         yield f"nf4_{name}_plain_scales", partial(_nf4, dtype, nested=False)
+        yield f"fp8_{name}", partial(_fp8, dtype)
         for shape in HEADS:
             yield f"rope_{shape}_{name}", partial(_rope, dtype, *HEADS[shape])
         for master in dict.fromkeys((dtype, FP32)):
@@ -164,6 +165,12 @@ def _nf4(dtype: torch.dtype, nested: bool) -> None:
     scales = kernels.NestedScales(torch.zeros(256), torch.zeros(16), torch.zeros(())) if nested else None
     absmax = torch.zeros(size // 64, dtype=torch.uint8 if nested else FP32)
     kernels.dequantize_nf4(torch.zeros(size // 2, dtype=torch.uint8), absmax, (size,), dtype, nested=scales)
+
+
+def _fp8(dtype: torch.dtype) -> None:
+    x = torch.zeros(T, 4096, dtype=dtype)
+    for factor in (None, torch.zeros(4096)):
+        kernels.quantize_rows(x, factor)
 
 
 def _rope(dtype: torch.dtype, heads: int, kv_heads: int, half: int, head_dim: int) -> None:

@@ -57,7 +57,7 @@ def test_a_layer_of_bitsandbytes_yields_its_scales(monkeypatch, out, width):
     how = {"blocksize": 64, "compress_statistics": True, "quant_type": "nf4"}
     codes, layer.quant_state = quantize_4bit(layer.weight.data, **how)
     layer.weight = torch.nn.Parameter(codes, requires_grad=False)
-    projection = Projection(layer.weight, layer.bias, scales=quantize.nf4_scales(layer))
+    projection = Projection(layer.weight, layer.bias, scales=quantize.kernel_scales(layer))
     assert projection.shape == (out, width)
     for dtype in DTYPES:
         weights = []

@@ -33,9 +33,10 @@ def test_the_benchmark_of_a_step_on_a_gpu_runs_on_a_cpu(tmp_path):
     sides = ["dist_cpt", "hf_peft"]
     benchmark("gpu_step.py", "--tiny", "--sides", *sides, "--out", str(tmp_path / "out.json"))
     cases: dict[str, Any] = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert len(cases) == 4
+    assert len(cases) == 5
     for name, measured in cases.items():
-        assert all(measured[side].get("flops_per_step", 0) > 0 for side in sides), (name, measured)
+        here = sides if name != "fp8_4096" else sides[:1]  # no peer has it
+        assert all(measured[side].get("flops_per_step", 0) > 0 for side in here), (name, measured)
 
 
 @pytest.fixture(scope="module")

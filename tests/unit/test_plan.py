@@ -104,6 +104,17 @@ def test_weights_that_cannot_train_are_no_way(tmp_path):
     assert {way.weights for way in (*plan.ways, *plan.too_large)} == {"nf4"}
 
 
+def test_fp8_is_a_way_where_the_recipe_asks_for_it_and_the_device_has_it(tmp_path):
+    _, plan = planned(tmp_path)
+    assert "fp8" not in {way.weights for way in (*plan.ways, *plan.too_large)}
+    _, plan = planned(tmp_path, weights="fp8")
+    assert plan.own is not None
+    assert plan.own.weights == plan.ways[0].weights == "fp8"
+    with pytest.raises(ConfigError, match=r"model\.weights: fp8: A100") as refused:
+        planned(tmp_path, machine=machine_of("a100", 1, 8, "50GBps"), weights="fp8")
+    assert refused.value.exit_code == 64
+
+
 def test_what_does_not_fit_is_said(tmp_path):
     config, plan = planned(tmp_path, LLAMA_70B, machine_of("l40s", 1, 1, "50GBps"), adapter={"kind": "none"})
     assert plan.ways == ()

@@ -25,12 +25,12 @@ from dist_cpt.adapters.quantize import (
     read_weight,
     write_weight,
 )
-from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError, MissingExtraError
 from dist_cpt.export.checkpoint_model import load_fp32, plain_model
 from dist_cpt.export.merge import quantisation_gap
 from dist_cpt.model.load import load_model
 from tests.frozen import FrozenCopy
+from tests.quantised_base import recipe, save, source
 from tests.tiny import llama
 
 CPU = torch.device("cpu")
@@ -38,37 +38,10 @@ SIZES = {"hidden_size": 96, "intermediate_size": 144}  # rows of 16 n elements, 
 LINEAR = 2 * 7
 
 
-def recipe(base: Path, weights: str = "nf4", **sections: Any) -> RunConfig:
-    values: dict[str, Any] = {
-        "name": "nf4",
-        "model": {"path": str(base), "weights": weights},
-        "adapter": {"rank": 4, "alpha": 4},
-        "embeddings": {"train": ["embed_tokens", "lm_head"]},
-        "data": {"seq_len": 64, "sources": [{"path": "none.jsonl"}]},
-        "batch": {"global_tokens": 64},
-        "train": {"tokens": 64},
-    }
-    return RunConfig.model_validate(values | sections)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama in fp32."""
     return save(tmp_path_factory.mktemp("nf4") / "base", **llama(**SIZES))
-
-
-def save(folder: Path, **values: Any) -> Path:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values)).save_pretrained(folder)
-    return folder
-
-
-def source(base: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(base / "model.safetensors")
 
 
 def unpack(codes: torch.Tensor, state: Any) -> torch.Tensor:
@@ -232,7 +205,7 @@ def test_a_merge_says_how_far_it_is_from_the_trainer(base: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("sections", "why"),
     [
-        ({"model": {"path": "x", "weights": "fp4"}}, "'fp32', 'bf16', 'nf4' or 'int8'"),
+        ({"model": {"path": "x", "weights": "fp4"}}, "'fp32', 'bf16', 'fp8', 'nf4' or 'int8'"),
         ({"adapter": {"kind": "none"}, "embeddings": {}}, r"model\.weights: nf4, adapter\.kind: none"),
         (
             {"model": {"path": "x", "weights": "int8"}, "adapter": {"kind": "none"}, "embeddings": {}},

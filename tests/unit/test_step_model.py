@@ -111,6 +111,20 @@ def test_rates_of_a_long_step(options, recompute, thousands):
         assert fastest - 0.3 <= micros <= slowest + 0.3, (gpu, micros)
 
 
+def test_fp8_multiplies_faster_and_quantises_what_it_multiplies():
+    """By hand: bf16 read and codes written, of the inputs of each product and of the gradients of its outputs; codes
+    transposed once."""
+    step = RankStep(SEQ_LEN, 2, 4)
+    plain, fp8 = (vars(predicted(training(weights), "h200", step)) for weights in ("bf16", "fp8"))
+    assert fp8["gemm"] == pytest.approx(plain["gemm"] / DEVICES["h200"].e4m3)
+    inputs, outputs = 4096 + 4096 + 4096 + 14336, 4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096
+    maps = LAYERS * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    moved = 4 * (3 * 2 * SEQ_LEN * LAYERS * (inputs + outputs) + 2 * maps)
+    assert fp8["dequantise"] == pytest.approx(moved / (0.85 * DEVICES["h200"].copy))
+    same = plain.keys() - {"gemm", "dequantise"}
+    assert {key: fp8[key] for key in same} == {key: plain[key] for key in same}
+
+
 @pytest.mark.parametrize(
     ("sections", "recompute", "gpu", "thousands"),
     [
