@@ -31,6 +31,12 @@ def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def routers_of(model: nn.Module) -> list[tuple[str, Any]]:
+    """(name, module) of every router of transformers: it returns logits [T, E], then weights and indices of the chosen
+    experts."""
+    return [(name, m) for name, m in model.named_modules() if type(m).__name__.lower().endswith("topkrouter")]
+
+
 def expert_parameters(model: nn.Module) -> list[str]:
     """The full names of all experts' matrices."""
     return [

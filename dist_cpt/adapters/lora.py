@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_cpt.adapters.experts import expert_parameters, install_expert_lora
+from dist_cpt.adapters.experts import expert_parameters, install_expert_lora, routers_of
 from dist_cpt.adapters.language_model import decoder_of
 from dist_cpt.adapters.placeholders import converted
 from dist_cpt.config.schema import AdapterConfig, RunConfig
@@ -33,7 +33,7 @@ def apply_lora(
     model: Any, config: RunConfig, *, head: nn.Linear, embeddings: nn.Embedding
 ) -> tuple[nn.Module, dict[str, Any]]:
     """(a PeftModel around `model`, its adapter_config.json): LoRA on the recipe's targets, the rest frozen except for
-    its vocabulary matrices.
+    its vocabulary matrices and, if the recipe says so, its routers.
 
     The head of a classifier always trains. Under `embeddings.kind: lora` the vocabulary matrices stay frozen and are
     targets too. A is drawn from the recipe's seed, the same on every rank. Trainable tensors become fp32.
@@ -73,6 +73,7 @@ def apply_lora(
     )
     if classifies:
         trained[next(name for name, module in model.named_modules() if module is head)] = head
+    routers = routers_of(decoder_of(model)) if config.model.router == "train" else []
     renamed = _renamed_by_peft(peft, model, targets)
     with torch.random.fork_rng(devices=[]), without_peft_deprecations(), _targets_as_given():
         torch.manual_seed(config.seed)
@@ -80,6 +81,8 @@ def apply_lora(
     install_expert_lora(peft_model)
     for module in trained.values():
         module.weight.requires_grad_(True)
+    for _, router in routers:  # with a bias, where it has one: PEFT reads a saved module whole
+        router.requires_grad_(True)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = converted(parameter.data, torch.float32)
@@ -94,7 +97,8 @@ def apply_lora(
         "base_model_name_or_path": config.model.path,
         "revision": config.model.revision,
         "inference_mode": True,
-        "modules_to_save": sorted(trained) or None,
+        # Not by the last component alone: Qwen2-MoE's shared_expert_gate ends with gate.
+        "modules_to_save": sorted({*trained, *(_within_layer(name) for name, _ in routers)}) or None,
         "ensure_weight_tying": bool(tied and trained),
         "task_type": "SEQ_CLS" if classifies else adapter_config["task_type"],
     }
@@ -195,7 +199,11 @@ def target_experts(model: Any, adapter: AdapterConfig) -> list[str]:
     ]
     if adapter.expert_rank is not None and not wanted:
         raise ConfigError(f"adapter.expert_rank: {adapter.expert_rank}: no expert is adapted", remedy="leave it out")
-    return sorted({re.sub(r"^.*\.\d+\.", "", name) for name in wanted})
+    return sorted({_within_layer(name) for name in wanted})
+
+
+def _within_layer(name: str) -> str:
+    return re.sub(r"^.*\.\d+\.", "", name)
 
 
 def expert_rank(model: Any, adapter: AdapterConfig) -> int:

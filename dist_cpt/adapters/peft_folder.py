@@ -39,7 +39,7 @@ def canonical_key(key: str) -> str | None:
     """The canonical name of a key of an adapter file, in any PEFT spelling; None for a frozen original."""
     if ".original_module." in key or (".base_layer." in key and ".lora_" not in key):  # experts are wrapped twice
         return None
-    key = re.sub(r"\.modules_to_save(\.[^.]+)?\.weight$", ".weight", key)
+    key = re.sub(r"\.modules_to_save(\.[^.]+)?\.(weight|bias)$", r".\2", key)
     key = re.sub(r"(\.lora_magnitude_vector)(\.[^.]+)*$", r"\1", key)
     return re.sub(r"(\.lora_[A-Za-z_]+)\.[^.]+\.weight$", r"\1.weight", key)
 

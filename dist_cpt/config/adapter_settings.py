@@ -54,7 +54,12 @@ def settings_of_adapter(config: RunConfig) -> dict[str, dict[str, Any]]:
         embeddings["train"] = [name for name in embeddings.get("train", []) if name != "lm_head"]
     elif not tied:
         embeddings["tie"] = "untie"
-    sections = {"adapter": (adapter, config.adapter), "embeddings": (embeddings, config.embeddings)}
+    sections: dict[str, tuple[dict[str, Any], Any]] = {
+        "adapter": (adapter, config.adapter),
+        "embeddings": (embeddings, config.embeddings),
+    }
+    if prior.mode == "train" and any(re.search(r"\.(gate|router)\.weight$", key) for key in tensors):
+        sections["model"] = ({"router": "train"}, config.model)
     return {
         name: {key: value for key, value in values.items() if key not in given.model_fields_set}
         for name, (values, given) in sections.items()

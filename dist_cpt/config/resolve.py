@@ -73,6 +73,8 @@ def resolve_paths(config: RunConfig) -> RunConfig:
     values["data"]["tokenizer"] = _folder_or_hub_id(new_tokens or config.data.tokenizer or config.model.path)
     if values["optim"]["embedding_lr"] is None:
         values["optim"]["embedding_lr"] = config.optim.lr / (1 if config.embeddings.kind == "lora" else 10)
+    if config.model.router == "train" and config.adapter.kind == "lora":
+        values["optim"]["router_lr"] = config.optim.router_lr or config.optim.lr / 10
     if config.task == "classify":
         values["optim"]["head_lr"] = config.optim.head_lr or config.optim.lr
     template = config.data.chat_template

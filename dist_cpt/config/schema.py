@@ -114,6 +114,11 @@ class ModelConfig(Frozen):
     `reference` fuses nothing."""
     attention: Literal["auto", "flash_attention_2", "varlen", "flex", "mask", "documents"] = "auto"
     """How attention keeps packed documents apart; `auto` takes the fastest way that can run this model here."""
+    router: Literal["frozen", "train"] | None = None
+    """Train the routers of a mixture of experts, with the balancing loss of its config; null means `train` with
+    `adapter.kind: none` and `frozen` under an adapter."""
+    router_z_loss: float = Field(default=0.0, ge=0.0)
+    """The coefficient of the mean square of the routers' log-sum-exp (z-loss), in addition to the balancing loss."""
     rope_scaling: RopeScalingConfig | None = None
     trust_remote_code: bool = False
     """Run the Python code in the model's folder, for an architecture that transformers does not have."""
@@ -402,8 +407,10 @@ class OptimConfig(Frozen):
     """Peak learning rate of `embeddings.train`; null means `lr` / 10, or `lr` with `embeddings.kind: lora`."""
     head_lr: PositiveFloat | None = None
     """Peak learning rate of the classification head; null means `lr`."""
+    router_lr: PositiveFloat | None = None
+    """Peak learning rate of routers that train beside an adapter; null means `lr` / 10."""
     weight_decay: float = Field(default=0.01, ge=0.0)
-    """Decoupled weight decay of matrices; norms and biases have none."""
+    """Decoupled weight decay of matrices; norms and biases have none, nor have routers beside an adapter."""
     embedding_weight_decay: float = Field(default=0.0, ge=0.0)
     """Decoupled weight decay of the vocabulary matrices."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -471,13 +478,13 @@ class ScheduleConfig(ScheduleShape):
     start_step: int = Field(default=0, ge=0)
     """Step after which the schedule begins, warm-up included: where a branch with another schedule left its source."""
     per_group: dict[str, ScheduleShape] = {}
-    """Another schedule for a group: adapter, adapter_b (LoRA+; by default that of adapter), embeddings, weights,
-    no_decay or head."""
+    """Another schedule for a group: adapter, adapter_b (LoRA+; by default that of adapter), embeddings, router,
+    weights, no_decay or head."""
 
     @field_validator("per_group")
     @classmethod
     def _known_groups(cls, value: dict[str, ScheduleShape]) -> dict[str, ScheduleShape]:
-        known = {"adapter", "adapter_b", "embeddings", "weights", "no_decay", "head"}
+        known = {"adapter", "adapter_b", "embeddings", "router", "weights", "no_decay", "head"}
         for name in value:
             if name not in known:
                 raise ValueError(f"unknown group {name!r}; groups are {', '.join(sorted(known))}")

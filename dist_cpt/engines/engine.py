@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from dist_cpt.data.batch import Batch
+from dist_cpt.engines.gradients import StepMeans
 from dist_cpt.runtime.late_read import LateRead
 from dist_cpt.training_state import (
     STATE_KINDS,
@@ -33,19 +34,21 @@ class StepStats:
     loss: float  # mean over its target tokens, nats
     grad_norm: float  # before clipping
     skipped: bool  # not finite, or over the spike limit: masters, moments and step counter are unchanged
+    routing: tuple[float, ...] = ()  # of a mixture of experts, as `Routing.summary`
 
 
 class LateStats:
     """A step's statistics on their way from the device, [] each."""
 
-    def __init__(self, loss: torch.Tensor, grad_norm: torch.Tensor, skipped: torch.Tensor) -> None:
-        self._copy = LateRead(torch.stack([value.double() for value in (loss, grad_norm, skipped)]))
+    def __init__(self, means: StepMeans, grad_norm: torch.Tensor, skipped: torch.Tensor) -> None:
+        values = torch.stack([value.double() for value in (means.loss, grad_norm, skipped)])
+        self._copy = LateRead(values if means.routing is None else torch.cat([values, means.routing]))
         self.arrived = self._copy.arrived  # the end of the step
 
     def read(self) -> StepStats:
         """Wait for the step to end, if it has not."""
-        loss, grad_norm, skipped = self._copy.read()
-        return StepStats(loss, grad_norm, bool(skipped))
+        loss, grad_norm, skipped, *routing = self._copy.read()
+        return StepStats(loss, grad_norm, bool(skipped), tuple(routing))
 
 
 class Engine(Protocol):

@@ -36,6 +36,7 @@ from dist_cpt.engines.gradients import StepLoss, judge, probe
 from dist_cpt.engines.slices import SlicedState, frozen_tensors, storage_bytes
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.base_weights import UnreadBase
+from dist_cpt.model.loss import CausalLMForLoss
 from dist_cpt.optim.groups import ParamGroup, eight_bit_names
 from dist_cpt.optim.optimizer import AdamW, Part
 from dist_cpt.runtime.collectives import gather_json
@@ -48,7 +49,7 @@ class Fsdp2Engine:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: CausalLMForLoss,
         trainable: Mapping[str, nn.Parameter],
         groups: Sequence[ParamGroup],
         layers: Sequence[nn.Module],
@@ -88,7 +89,7 @@ class Fsdp2Engine:
         )
         self.export_state = self._state.export
         self.snapshot = self._state.snapshot
-        self._loss = StepLoss()
+        self._loss = StepLoss(module.routing)
         self._forward = Forward(self._module, device, after_inference=self._reshard)
         self.evaluate = self._forward.evaluate
         self.logits = self._forward.logits
@@ -107,7 +108,7 @@ class Fsdp2Engine:
         grads = {name: self._grad(name) for name in self._parameters}
         present = [grad for grad in grads.values() if grad is not None]
         limits = {"max_norm": self._max_norm, "spike_limit": spike_limit}
-        loss, norm, clip = judge(self._loss, present, **limits, replicas=self._replicas)
+        means, norm, clip = judge(self._loss, present, **limits, replicas=self._replicas)
         masters = self._adam.masters
         parts = [
             Part(
@@ -121,7 +122,7 @@ class Fsdp2Engine:
         self._adam.update(parts, clip)
         self._adam.steps += 1 - clip.skip
         self._drop_gradients()
-        return LateStats(loss, norm, clip.skip)
+        return LateStats(means, norm, clip.skip)
 
     def import_state(self, read: ReadState, step: int, order: ReadingOrder | None = None) -> None:
         self._state.import_(read, order)

@@ -6,12 +6,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from dist_cpt_kernels import clip, sum_of_squares
 from dist_cpt_kernels.dispatch import available
 
+from dist_cpt.model.routing import Routing
 from dist_cpt.optim.optimizer import Clip
 from dist_cpt.runtime.collectives import world_size
 
@@ -19,9 +21,10 @@ NORM_ELEMENTS = 1 << 16  # of one fp32 sum of squares
 
 
 class StepLoss:
-    """The loss of one optimizer step on this rank, added up on the device."""
+    """The loss of one optimizer step on this rank, added up on the device, and with it where its tokens went."""
 
-    def __init__(self) -> None:
+    def __init__(self, routing: Routing | None = None) -> None:
+        self._routing = routing
         self._sum: torch.Tensor | None = None
         self._num_tokens = 0
 
@@ -30,28 +33,42 @@ class StepLoss:
         self._sum = loss_sum if self._sum is None else self._sum + loss_sum
         self._num_tokens = num_tokens
 
-    def take(self) -> tuple[torch.Tensor, int]:
-        """(this rank's loss sum, fp64 []; the step's targets); the next step begins with nothing."""
+    def take(self) -> torch.Tensor:
+        """This rank's sums, fp64 [N], to be summed over ranks; the next step begins with nothing."""
         assert self._sum is not None, "a step without a micro-batch"
-        loss_sum, self._sum = self._sum.double(), None
-        return loss_sum, self._num_tokens
+        loss_sum, self._sum = self._sum.double().view(1), None
+        return loss_sum if self._routing is None else torch.cat([loss_sum, self._routing.take()])
+
+    def means(self, sums: torch.Tensor) -> StepMeans:
+        """What the sums over all ranks say of the step."""
+        routing = None if self._routing is None else self._routing.summary(sums[1:], self._num_tokens)
+        return StepMeans(sums[0] / self._num_tokens, routing)
+
+
+@dataclass(frozen=True)
+class StepMeans:
+    """Of one step over all ranks, on the device."""
+
+    loss: torch.Tensor  # over its targets, fp64 []
+    routing: torch.Tensor | None  # as `Routing.summary`
 
 
 def judge(
     step_loss: StepLoss, grads: Sequence[torch.Tensor], *, max_norm: float, spike_limit: float, replicas: int = 1
-) -> tuple[torch.Tensor, torch.Tensor, Clip]:
-    """(mean loss, fp64 []; Euclidean norm of the gradients, fp32 []; how the step clips), all on the device.
+) -> tuple[StepMeans, torch.Tensor, Clip]:
+    """(the step's means; Euclidean norm of the gradients, fp32 []; how the step clips), all on the device.
 
     Over all tensors and ranks, with one collective and no host sync. Each tensor is counted `replicas` times. The step
     is skipped on every rank if loss or norm is not finite, or the loss above `spike_limit`.
     """
-    loss_sum, num_tokens = step_loss.take()
-    sums = torch.stack([loss_sum, _sum_of_squares(grads) if grads else torch.zeros_like(loss_sum)])
+    own = step_loss.take()
+    squares = _sum_of_squares(grads).view(1) if grads else torch.zeros_like(own[:1])
+    sums = torch.cat([squares, own])
     if world_size() > 1:
         dist.all_reduce(sums)
-    loss = sums[0] / num_tokens
-    norm, factor, skip = clip(sums[1] / replicas, max_norm)
-    return loss, norm, Clip(factor, torch.where(is_bad(loss, spike_limit), 1.0, skip))
+    means = step_loss.means(sums[1:])
+    norm, factor, skip = clip(sums[0] / replicas, max_norm)
+    return means, norm, Clip(factor, torch.where(is_bad(means.loss, spike_limit), 1.0, skip))
 
 
 def is_bad(loss: torch.Tensor, spike_limit: float) -> torch.Tensor:

@@ -20,6 +20,7 @@ from dist_cpt.engines.forward import Forward
 from dist_cpt.engines.gradients import StepLoss, judge, probe
 from dist_cpt.engines.slices import SlicedState, frozen_tensors, storage_bytes
 from dist_cpt.errors import ConfigError
+from dist_cpt.model.loss import CausalLMForLoss
 from dist_cpt.optim.groups import ParamGroup, eight_bit_names
 from dist_cpt.optim.optimizer import AdamW, Part
 from dist_cpt.runtime.collectives import world_size
@@ -33,7 +34,7 @@ class SingleEngine:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: CausalLMForLoss,
         trainable: Mapping[str, nn.Parameter],
         groups: Sequence[ParamGroup],
         config: RunConfig,
@@ -55,7 +56,7 @@ class SingleEngine:
                 parameter.data = parameter.data.to(torch.bfloat16)
             self._copies = {name: parameter.data for name, parameter in self._parameters.items()}
         self._grads: dict[str, torch.Tensor] = {}
-        self._loss = StepLoss()
+        self._loss = StepLoss(module.routing)
         self._hooks = [p.register_post_accumulate_grad_hook(self._keep(n)) for n, p in self._parameters.items()]
         self._state = SlicedState(
             {name: p.shape for name, p in self._parameters.items()},
@@ -77,7 +78,7 @@ class SingleEngine:
 
     def step(self, lrs: Mapping[str, float], spike_limit: float = math.inf) -> LateStats:
         grads = list(self._grads.values())
-        loss, norm, clip = judge(self._loss, grads, max_norm=self._max_norm, spike_limit=spike_limit)
+        means, norm, clip = judge(self._loss, grads, max_norm=self._max_norm, spike_limit=spike_limit)
         parts = [
             Part(group.names, [self._gradient(name) for name in group.names], lrs[group.name], group.weight_decay)
             for group in self._groups
@@ -85,7 +86,7 @@ class SingleEngine:
         self._adam.update(parts, clip, self._copies)
         self._adam.steps += 1 - clip.skip
         self._grads.clear()
-        return LateStats(loss, norm, clip.skip)
+        return LateStats(means, norm, clip.skip)
 
     def import_state(self, read: ReadState, step: int, order: ReadingOrder | None = None) -> None:
         self._state.import_(read, order)

@@ -39,6 +39,7 @@ from dist_cpt.engines.gradients import StepLoss, is_bad
 from dist_cpt.engines.slices import SlicedState, frozen_tensors, storage_bytes
 from dist_cpt.errors import ConfigError, MissingExtraError
 from dist_cpt.model.base_weights import UnreadBase
+from dist_cpt.model.loss import CausalLMForLoss
 from dist_cpt.optim.groups import ParamGroup, eight_bit_names
 from dist_cpt.optim.optimizer import AdamW, FlatAdamW
 from dist_cpt.training_state import ReadingOrder, ReadState, StateKind
@@ -53,7 +54,7 @@ class ZeroEngine:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: CausalLMForLoss,
         trainable: Mapping[str, nn.Parameter],
         groups: Sequence[ParamGroup],
         config: RunConfig,
@@ -98,7 +99,7 @@ class ZeroEngine:
             self._layout.refresh()
         self.export_state = self._state.export
         self.snapshot = self._state.snapshot
-        self._loss = StepLoss()
+        self._loss = StepLoss(module.routing)
         self._forward = Forward(self._engine, device)
         self.evaluate = self._forward.evaluate
         self.logits = self._forward.logits
@@ -144,9 +145,10 @@ class ZeroEngine:
     def step(self, lrs: Mapping[str, float], spike_limit: float = math.inf) -> LateStats:
         for group, name in zip(self._adam.param_groups, self._lr_order, strict=True):
             group["lr"] = lrs[name]
-        loss_sum, num_tokens = self._loss.take()
-        dist.all_reduce(loss_sum)
-        loss = loss_sum / num_tokens
+        sums = self._loss.take()
+        dist.all_reduce(sums)
+        means = self._loss.means(sums)
+        loss = means.loss
         if dist.get_rank() == 0:  # whose part of the first tensor has no padding, in which a NaN would remain
             # A non-finite gradient is deepspeed's own way to drop a step, its bookkeeping included.
             first = self._layout.first_gradient().view(-1)[:1]
@@ -157,7 +159,7 @@ class ZeroEngine:
             self._named.steps += not skipped
         norm = math.nan if skipped else self._zero._global_grad_norm
         norm = norm if isinstance(norm, torch.Tensor) else torch.full_like(loss, norm)
-        return LateStats(loss, norm.reshape(()).to(loss.device), torch.full_like(loss, skipped))
+        return LateStats(means, norm.reshape(()).to(loss.device), torch.full_like(loss, skipped))
 
     def import_state(self, read: ReadState, step: int, order: ReadingOrder | None = None) -> None:
         self._state.import_(read, order)

@@ -31,6 +31,7 @@ from dist_cpt.model.continue_from import PriorInUse, ProbeBlock, use_prior_adapt
 from dist_cpt.model.fuse import Fusion, fuse
 from dist_cpt.model.loss import CausalLMForLoss, install_loss_head, install_low_rank_head
 from dist_cpt.model.rope import require_length, require_plain_rope, rope_record
+from dist_cpt.model.routing import watch_routers
 from dist_cpt.model.self_check import (
     kinds_of_layers,
     one_layer,
@@ -116,6 +117,7 @@ def load_model(
     parts, changed = _prepare_base(config, model, vocabulary)
     identity |= changed
     sources = {} if weights is None else _sources(model, parts, vocabulary, weights)
+    routing = watch_routers(model, config)
     dtype = WEIGHTS_DTYPE[config.model.compute_dtype]
     context_parallel = config.engine.context_parallel
     check_context_parallel(model.config.get_text_config(), context_parallel)
@@ -143,6 +145,7 @@ def load_model(
     module._apply(lambda tensor: moved(tensor, device))
     unread = None if weights is None else UnreadBase(weights, _by_path(module, sources))
     _self_check(module, parts, fusion, dtype, unread)
+    module.routing = routing
     prefix = BASE_PREFIX if adapter_config is not None else ""
     tied = parts.head.weight is parts.embeddings.weight
     return TrainableModel(

@@ -6,6 +6,7 @@ B batch, L sequence, T = B * L tokens, D model, V vocab.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,8 @@ from dist_cpt.adapters.language_model import decoder_of
 from dist_cpt.model.architectures import logit_scale
 from dist_cpt.model.attention import Choice, packing_arguments
 from dist_cpt.model.context_parallel import HeadExchange
+from dist_cpt.model.routing import IGNORE_INDEX, Routing
 
-IGNORE_INDEX = -100
 FIRST_BIN = 64  # positions; each further bin ends at four times the position
 
 
@@ -96,6 +97,7 @@ class CausalLMForLoss(nn.Module):
         self.causal_lm = causal_lm
         self.attention: Choice = attention
         self.exchange: HeadExchange | None = None  # among the ranks that each block may be cut over
+        self.routing: Routing | None = None  # of a mixture of experts
 
     @property
     def hf_model(self) -> Any:
@@ -126,15 +128,23 @@ class CausalLMForLoss(nn.Module):
     ) -> Any:
         """(scale * loss_sum, loss_sum), fp32, for `labels` int64 [B, L]; without, fp32 logits [B, V] of the last token.
 
+        In training the first of the two includes the losses of routers that train.
+
         `input_ids`, `position_ids` [B, L], `cu_seqlens`, `max_seqlen` and `num_parts` as in Batch. `scale` is a Python
         number, since an engine may cast floating-point tensor arguments to bf16.
         """
-        hidden_BLD = self.hidden(input_ids, position_ids, cu_seqlens, max_seqlen, num_parts)
+        watches = labels is not None and self.training and torch.is_grad_enabled()
+        routing = self.routing if watches else None
+        with nullcontext() if routing is None or labels is None else routing.watching(labels.flatten()):
+            hidden_BLD = self.hidden(input_ids, position_ids, cu_seqlens, max_seqlen, num_parts)
         if labels is None:
             return self.head(hidden_BLD[:, -1]).float()
         if (positions := self.loss_head.positions) is not None:
             positions.place(position_ids)
-        return self.head(hidden_BLD.flatten(0, 1), labels.flatten(), scale)
+        scaled, loss_sum = self.head(hidden_BLD.flatten(0, 1), labels.flatten(), scale)
+        if routing is not None and (router_loss := routing.loss()) is not None:
+            scaled = scaled + scale * router_loss
+        return scaled, loss_sum
 
     def hidden(
         self,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 EIGHT_BIT_GROUPS = ("adapter", "adapter_b", "weights")  # embeddings, head, norms and biases have fp32 moments
 _VOCABULARY = re.compile(rf"(^|\.)({'|'.join(VOCABULARY_NAMES)})\.(weight$|lora_)")
 DORA_MAGNITUDES = ".lora_magnitude_vector"
+_ROUTER = re.compile(r"\.(gate|router)\.(weight|bias)$")
 CLASS_HEAD_NAMES = ("score.weight", "base_model.model.score.weight")
 
 
@@ -23,7 +24,7 @@ CLASS_HEAD_NAMES = ("score.weight", "base_model.model.score.weight")
 class ParamGroup:
     """Trainable tensors that share a learning rate and a decay, by canonical name, in a fixed order."""
 
-    name: str  # adapter | adapter_b | weights | embeddings | no_decay | head
+    name: str  # adapter | adapter_b | weights | embeddings | no_decay | head | router
     names: tuple[str, ...]
     peak_lr: float
     weight_decay: float
@@ -40,13 +41,13 @@ def param_groups(
     """Sort trainable tensors into groups with their peak rates and decays.
 
     With an adapter: the vocabulary matrices are `embeddings`, DoRA's magnitudes `no_decay`, under LoRA+ the B matrices
-    `adapter_b` at `lora_plus_ratio` x `lr`, everything else `adapter`. In full: matrices are `weights`, vocabulary
-    matrices `embeddings` at `lr`, vectors `no_decay`. A classification head is `head`. In the first `freeze_rest_steps`
-    only `embeddings` move.
+    `adapter_b` at `lora_plus_ratio` x `lr`, routers `router`, everything else `adapter`. In full: matrices are
+    `weights`, vocabulary matrices `embeddings` at `lr`, vectors `no_decay`. A classification head is `head`. In the
+    first `freeze_rest_steps` only `embeddings` move.
     Source: Hayou et al. 2024, LoRA+: Efficient Low Rank Adaptation of Large Models (arXiv 2402.12354).
     """
     members: dict[str, list[str]] = {
-        key: [] for key in ("adapter", "adapter_b", "weights", "embeddings", "no_decay", "head")
+        key: [] for key in ("adapter", "adapter_b", "weights", "embeddings", "no_decay", "head", "router")
     }
     for name, tensor in trainable.items():
         if name in CLASS_HEAD_NAMES:
@@ -57,6 +58,8 @@ def param_groups(
             members["weights" if tensor.ndim > 1 else "no_decay"].append(name)
         elif name.endswith(DORA_MAGNITUDES):
             members["no_decay"].append(name)
+        elif _ROUTER.search(name):
+            members["router"].append(name)
         else:
             members["adapter_b" if lora_plus_ratio is not None and ".lora_B." in name else "adapter"].append(name)
     return [
@@ -76,6 +79,7 @@ def expected_groups(config: RunConfig) -> list[ParamGroup]:
         "embeddings": not lora or bool(config.embeddings.train),
         "no_decay": not lora or config.adapter.dora,
         "head": config.task == "classify",
+        "router": lora and config.model.router == "train",
     }
     settings = (lora, config.embeddings.freeze_rest_steps, config.adapter.lora_plus_ratio)
     return [_group(key, (), config.optim, settings) for key, trains in trained.items() if trains]
@@ -87,8 +91,8 @@ def _group(
     adapter, freeze_rest_steps, lora_plus_ratio = settings
     embedding_lr = optim.embedding_lr if adapter and optim.embedding_lr is not None else optim.lr
     lr = {"adapter_b": optim.lr * (lora_plus_ratio or 1.0), "embeddings": embedding_lr}
-    lr["head"] = optim.head_lr or optim.lr
-    decay = {"embeddings": optim.embedding_weight_decay, "no_decay": 0.0}
+    lr |= {"head": optim.head_lr or optim.lr, "router": optim.router_lr or optim.lr / 10}
+    decay = {"embeddings": optim.embedding_weight_decay, "no_decay": 0.0, "router": 0.0}
     return ParamGroup(
         key,
         names,

@@ -11,7 +11,7 @@ from dist_cpt.errors import printable
 from dist_cpt.plan.shapes import ModelShapes, Weight, shapes_of, text_config
 
 # config keys that change the loss in a way that is not implemented, with their neutral values
-NEUTRAL = {"logits_soft_cap": None, "output_router_logits": False}
+NEUTRAL = {"logits_soft_cap": None}
 LAYER_TYPES = ("full_attention", "sliding_attention")  # that can keep packed documents apart
 
 
@@ -85,7 +85,7 @@ def as_text(check: ModelCheck) -> Iterator[str]:
     yield f"{shapes.model_type}: {count(shapes.num_parameters)} parameters{active}, {shapes.num_layers} layers"
     yield f"LoRA on all-linear trains: {_listed(check.trained)}"
     if check.not_trained:
-        yield f"LoRA leaves out: {_listed(check.not_trained)}; adapter.kind: none trains them"
+        yield f"LoRA leaves out: {_listed(check.not_trained)}; adapter.kind: none trains them, or model.router: train"
     pair = "one tied matrix" if shapes.tied else "two matrices"
     rows = f"{shapes.vocab_size:,} x {shapes.hidden_size:,}, {count(shapes.head_elements)} each"
     yield f"embeddings.train: {pair} of {rows}"

@@ -17,7 +17,7 @@ from dist_cpt.plan.families import Role
 from dist_cpt.plan.shapes import ModelShapes, Weight
 from dist_cpt.plan.widths import LayerWidths, layer_widths
 
-Group = Literal["adapter", "weights", "embeddings", "no_decay", "head"]
+Group = Literal["adapter", "weights", "embeddings", "no_decay", "head", "router"]
 EIGHT_BIT_GROUPS = ("adapter", "weights")  # optim/groups.py; `adapter` includes LoRA+'s B
 BYTES = {"fp32": 4, "bf16": 2}
 _NF4_BLOCK, _NF4_NESTED = 64, 256  # elements that share a scale, scales that share one
@@ -109,8 +109,9 @@ def training_of(config: RunConfig, shapes: ModelShapes) -> Training:
     trained_names = _trained_vocabulary(config, shapes)
     low_rank = config.embeddings.kind == "lora"
     adapted = () if full else tuple(_adapted(config, shapes))
-    is_whole = {w.name for w in weights if full or (w.role in trained_names and not low_rank)}
-    trained = [Trained(w.shape, _group(w), w.layer, w.role) for w in weights if w.name in is_whole]
+    whole_roles = (set() if low_rank else trained_names) | ({"router"} if config.model.router == "train" else set())
+    is_whole = {w.name for w in weights if full or w.role in whole_roles}
+    trained = [Trained(w.shape, _group(w, full), w.layer, w.role) for w in weights if w.name in is_whole]
     if not full:
         low_rank_vocabulary = [w for w in weights if w.role in trained_names and low_rank]
         trained += _adapter_tensors(config, shapes, adapted, low_rank_vocabulary)
@@ -137,9 +138,11 @@ def _trained_vocabulary(config: RunConfig, shapes: ModelShapes) -> set[str]:
     return {"embedding"} if roles and shapes.tied else roles
 
 
-def _group(weight: Weight) -> Group:
+def _group(weight: Weight, full: bool) -> Group:
     if weight.role in ("embedding", "head"):
         return "embeddings"
+    if weight.role == "router" and not full:
+        return "router"
     return "weights" if len(weight.shape) > 1 else "no_decay"
 
 

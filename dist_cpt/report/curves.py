@@ -55,6 +55,7 @@ def curves(run: RunFiles, attempts: Sequence[Attempt], held_out: Sequence[HeldOu
         chart("Speed", speed, unit="tokens/s, all ranks", from_zero=True),
         chart("MFU", [Series("MFU", points_of(run.steps, "mfu"), 6)], unit="of the device's peak", from_zero=True),
         chart("Memory", memory, unit="GiB, rank 0", from_zero=True),
+        chart("Busiest expert", _expert_series(run.steps), unit="its tokens over the layer's mean", from_zero=True),
     ]
     return [one for one in drawn if one.drawing is not None]
 
@@ -75,6 +76,20 @@ def _memory_parts(steps: Sequence[dict[str, Any]]) -> list[Series]:
         Series(str(part), [(step, _gib(sizes.get(part))) for step, sizes in rows], number, "dashed")
         for number, part in enumerate(parts)
     ]
+
+
+def _expert_series(steps: Sequence[dict[str, Any]]) -> list[Series]:
+    """The load of the busiest expert, in the layer where it is highest and on average, where rows have it."""
+    rows = [(row["step"], row["experts"]["load"]) for row in steps if _has_load(row)]
+    highest = [(step, real(max(load))) for step, load in rows]
+    mean = [(step, real(sum(load) / len(load))) for step, load in rows]
+    return [Series("highest layer", highest, 3), Series("mean over layers", mean, 4)] if rows else []
+
+
+def _has_load(row: dict[str, Any]) -> bool:
+    load = experts.get("load") if isinstance(experts := row.get("experts"), dict) else None
+    numbers = isinstance(load, list) and load and all(real(value) is not None for value in load)
+    return isinstance(row.get("step"), int) and bool(numbers)
 
 
 def _has_parts(row: dict[str, Any]) -> bool:

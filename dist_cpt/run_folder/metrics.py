@@ -25,7 +25,7 @@ from dist_cpt.run_folder.names import EVALUATIONS, EVENTS, METRICS, rewound_name
 from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 from dist_cpt.storage import is_there, read_bytes
 
-OPTIONAL = ("epochs_by_source", "mfu", "memory_bytes")  # keys of a step that are absent where they are not known
+OPTIONAL = ("epochs_by_source", "mfu", "memory_bytes", "experts")  # keys of a step, absent where they are not known
 
 
 class MetricsFile:

@@ -64,6 +64,15 @@ class StepRecord:
     epochs_by_source: Mapping[str, float] | None = None  # of streamed sources; of others the blocks say it
     mfu: float | None = None  # of the device's dense bf16 peak; None: no known denominator
     memory_bytes: Mapping[str, int] | None = None  # of this rank's device at its peak, by part; None without a GPU
+    experts: Mapping[str, Any] | None = None  # `load` and `unused` by layer, `balance_loss`, `z_loss`; None: no mixture
+
+    def experts_by_chart(self) -> dict[str, float]:
+        """Over all layers: the highest load, the mean fraction of experts without a token; the routers' losses."""
+        if self.experts is None:
+            return {}
+        unused = self.experts["unused"]
+        losses = {f"experts/{key}": self.experts[key] for key in ("balance_loss", "z_loss") if key in self.experts}
+        return {"experts/load": max(self.experts["load"]), "experts/unused": sum(unused) / len(unused), **losses}
 
 
 @dataclass(frozen=True)

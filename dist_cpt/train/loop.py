@@ -201,6 +201,7 @@ def _record(run: Run, before: Progress, progress: Progress, issued: IssuedStep, 
         memory_gib=peak_memory_gib(),
         mfu=run.efficiency.mfu(seconds),
         memory_bytes=run.efficiency.memory_bytes(),
+        experts=None if (routing := run.model.module.routing) is None else routing.as_record(stats.routing),
         attempt=run.context.attempt,
     )
 

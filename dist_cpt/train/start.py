@@ -59,6 +59,7 @@ def open_contract(run: Run) -> Contract:
         "kernels": model.fusion.as_json() | {"attention": attention},
         "expert_rank": (model.adapter_config or {}).get("rank_pattern") or None,
         "left_out": model.left_out,
+        "router_losses": None if (routing := model.module.routing) is None else routing.coefficients,
     }
     return Contract(context, run.engine, run.groups, run.specs, model_facts)
 

@@ -46,6 +46,7 @@ class TensorBoardObserver:
             "train/memory_gib": record.memory_gib,
             **({} if record.mfu is None else {"train/mfu": record.mfu}),
             **{f"memory/{part}": size / 2**30 for part, size in (record.memory_bytes or {}).items()},
+            **record.experts_by_chart(),
             **{f"lr/{group}": rate for group, rate in record.lr.items()},
         }
         self._add(row, record.step)

@@ -150,6 +150,7 @@ class WandbObserver:
             "train/memory_gib": record.memory_gib,
             **({} if record.mfu is None else {"train/mfu": record.mfu}),
             **{f"memory/{part}": size / 2**30 for part, size in (record.memory_bytes or {}).items()},
+            **record.experts_by_chart(),
             **{f"lr/{group}": value for group, value in record.lr.items()},
             **{f"tokens/{source}": value for source, value in record.tokens_by_source.items()},
             **{f"epochs/{source}": value for source, value in epochs.items()},

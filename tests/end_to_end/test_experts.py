@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from dist_cpt.adapters.experts import LowRank, adapted_experts, experts_of, grouped_linear
 from dist_cpt.errors import ConfigError
 from dist_cpt.export.merge import merge
 from tests import tiny
 from tests.run_ranks import run_ranks
+from tests.tiny_mixtures import KINDS, write_moe
 from tests.trained_checkpoint import IDS, plain_logits, trained, trainer_logits, write_checkpoint
 from tests.whole_run import rows, train
 
@@ -24,49 +25,8 @@ pytestmark = [
     # PEFT 0.21.2 looks for the ranks of parameters among modules, and uses them all the same.
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning"),
 ]
-_MOE = tiny.llama() | {"head_dim": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "pad_token_id": 0}
-_LATENT = {
-    "num_key_value_heads": 4,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "head_dim": 8,
-    "n_group": 1,
-    "topk_group": 1,
-    "topk_method": "greedy",
-}
-KINDS: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4},
-    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 24},
-    "qwen3_moe": {"num_experts": 4},
-    "olmoe": {"num_experts": 4},
-    "granitemoe": {"num_local_experts": 4, "logits_scaling": 6.0},
-    "deepseek_v2": _LATENT,
-    "deepseek_v3": _LATENT,
-    "glm4_moe": {
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-    },
-    "gpt_oss": {"num_local_experts": 4, "sliding_window": 8},
-}
 DEFAULT = ("qwen3_moe", "gpt_oss")
 ALL = [pytest.param(kind, marks=() if kind in DEFAULT else pytest.mark.matrix) for kind in KINDS]
-
-
-def write_moe(folder: Path, kind: str) -> Path:
-    known = {**AutoConfig.for_model(kind).to_dict(), **AutoConfig.for_model(kind).attribute_map}
-    values = {key: value for key, value in (_MOE | KINDS[kind]).items() if key in known and key != "model_type"}
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -195,18 +155,25 @@ def test_an_expert_rank_and_experts_by_name(tmp_path):
     }
 
 
-@pytest.mark.parametrize("engine", ["{kind: fsdp, shard: full}", "{kind: zero, stage: 3}"])
+@pytest.mark.parametrize("engine", ["kind: fsdp, shard: full", "kind: zero, stage: 3"])
 def test_two_ranks_train_as_one_and_share_the_experts(engine, single_run, tokenizer, tmp_path):
+    """Routers train as well, and backward runs every layer again."""
     base, corpus, expected = single_run
     path = tiny.write_recipe(tmp_path / "recipe.yaml", _recipe(base, corpus, tmp_path / "runs"))
-    assert run_ranks(path, 2, f"engine={engine}", log=tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()
+    engine = f"engine={{{engine}, activation_checkpointing: full}}"
+    assert run_ranks(path, 2, engine, log=tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()
     run = tmp_path / "runs" / "tiny"
-    losses = [row["loss"] for row in rows(run / "metrics.jsonl")]
-    assert losses == pytest.approx(expected, rel=2e-4)
+    steps = rows(run / "metrics.jsonl")
+    for key in ("balance_loss", "z_loss"):
+        assert [row["experts"][key] for row in steps] == pytest.approx([row["experts"][key] for row in expected], 2e-4)
+    assert [row["loss"] for row in steps] == pytest.approx([row["loss"] for row in expected], rel=2e-4)
+    assert steps[0]["experts"]["load"] == expected[0]["experts"]["load"]  # before anything has moved
     contract = json.loads((run / "contract.json").read_text())
     assert all(check["passed"] for check in contract["checks"]), contract["checks"]
     assert set(contract["expert_rank"].values()) == {2}
-    assert contract["left_out"] == {"mlp.gate": 2 * 4 * 64}
+    assert contract["left_out"] == {}
+    (group,) = [group for group in contract["groups"] if group["name"] == "router"]
+    assert [tensor["shape"] for tensor in group["tensors"]] == 2 * [[4, 64]]
     frozen = contract["frozen"]["num_parameters_per_rank"]
     assert max(frozen) < 0.55 * sum(frozen)  # experts included: nothing is whole on both
     adapter = load_file(run / "checkpoints" / "step-00000004" / "adapter_model.safetensors")
@@ -217,18 +184,19 @@ def test_two_ranks_train_as_one_and_share_the_experts(engine, single_run, tokeni
 
 @pytest.fixture(scope="module")
 def single_run(tokenizer, tmp_path_factory):
-    """(base, corpus, losses of one rank)."""
+    """(base, corpus, rows of one rank)."""
     folder = tmp_path_factory.mktemp("single")
     base = write_moe(folder / "base", "qwen3_moe")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base / name).write_bytes((tokenizer / name).read_bytes())
     corpus = tiny.write_corpus(folder / "corpus")
     assert train(_recipe(base, corpus, folder / "runs")) == 0
-    return base, corpus, [row["loss"] for row in rows(folder / "runs" / "tiny" / "metrics.jsonl")]
+    return base, corpus, rows(folder / "runs" / "tiny" / "metrics.jsonl")
 
 
 def _recipe(base: Path, corpus: Path, output_dir: Path) -> dict[str, Any]:
-    model = {"path": str(base), "weights": "fp32"}
-    values = tiny.recipe(base, corpus, output_dir, model=model, train={"tokens": 4 * 8 * tiny.SEQ_LEN})
+    model = {"path": str(base), "weights": "fp32", "router": "train", "router_z_loss": 0.01}
+    batch = {"global_tokens": 8 * tiny.SEQ_LEN, "micro_batch": 1}  # forwards of the same blocks at any number of ranks
+    values = tiny.recipe(base, corpus, output_dir, model=model, batch=batch, train={"tokens": 4 * 8 * tiny.SEQ_LEN})
     del values["data"]["validation"]
     return values

@@ -86,10 +86,10 @@ def _addmm_flops(self_shape: Any, a_shape: Any, b_shape: Any, out_shape: Any = N
 
 
 def passes(base: str, variant: str, **adapter: Any) -> dict[str, Passed]:
-    """One for each policy, in fp32."""
-    passed = {}
+    """One for each policy, in fp32; routers of experts train, with both of their losses."""
+    passed, model = {}, {"router": "train", "router_z_loss": 0.1} if base.endswith("_moe") else {}
     for policy in ("none", *POLICIES):
-        config = recipe(base, {"kind": "single", "activation_checkpointing": policy}, variant, "fp32")
+        config = recipe(base, {"kind": "single", "activation_checkpointing": policy}, variant, "fp32", **model)
         config = config.model_copy(update={"adapter": config.adapter.model_copy(update=adapter)})
         passed[policy] = Passed(config)
     return passed
@@ -162,6 +162,8 @@ def test_other_architectures_keep_every_bit(
     passed = passes(bases(kind), "lora-only")
     assert_same_gradients(passed)
     assert passed["selective"].flops > passed["none"].flops
+    routers = [name for name in passed["none"].gradients if name.endswith(".mlp.gate.weight")]
+    assert len(routers) == (LAYERS if kind == "qwen2_moe" else 0)
 
 
 @pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.matrix), True])

@@ -111,6 +111,12 @@ EXCLUDED = [  # a recipe for each row of the table, in its order, and what the r
     ({"model.weights": "nf4", "adapter.init": "pissa"}, "model.weights: nf4, adapter.init: pissa"),
     ({"model.weights": "fp8", "adapter.dora": True}, "model.weights: fp8, adapter.dora: true"),
     ({"adapter.kind": "none", "adapter.lora_plus_ratio": 4}, "adapter.kind: none, adapter.lora_plus_ratio: 4.0"),
+    ({"adapter.kind": "none", "model.router": "frozen"}, "adapter.kind: none, model.router: frozen"),
+    ({"adapter.kind": "none", "optim.router_lr": 1e-5}, "adapter.kind: none, optim.router_lr: 1e-05"),
+    (
+        {"model.router": "frozen", "model.router_z_loss": 1e-3},
+        "adapter.kind: lora, model.router: frozen, model.router_z_loss: 0.001",
+    ),
     ({"adapter.experts": "frozen", "adapter.expert_rank": 4}, "adapter.experts: frozen, adapter.expert_rank: 4"),
     ({"adapter.kind": "none", "adapter.continue_from": PRIOR}, "adapter.kind: none, adapter.continue_from: {...}"),
     ({"adapter.dora": True, "adapter.init": "pissa"}, "adapter.dora: true, adapter.init: pissa"),

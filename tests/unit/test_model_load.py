@@ -283,7 +283,7 @@ def test_an_unknown_hub_name_is_one_line():
     ("model_type", "values"),
     [
         ("bart", {}),
-        ("mixtral", {"output_router_logits": True}),
+        ("mixtral", {"logits_soft_cap": 20.0}),
         ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}),
     ],
 )

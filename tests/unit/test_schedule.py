@@ -160,7 +160,8 @@ def test_groups_are_expected_as_they_are_built():
         "base_model.model.q.lora_B.weight": torch.zeros(2, 2),
     }
     trained = lora | {"base_model.model.model.embed_tokens.weight": torch.zeros(4, 2)}
-    config = recipe(20, {}, 3, adapter={"lora_plus_ratio": 4.0})
+    trained["base_model.model.model.layers.0.mlp.gate.weight"] = torch.zeros(4, 2)
+    config = recipe(20, {}, 3, adapter={"lora_plus_ratio": 4.0}, model={"path": "base", "router": "train"})
     built = param_groups(trained, config.optim, True, 3, 4.0)
     plain = [ParamGroup(g.name, (), g.peak_lr, g.weight_decay, g.frozen_steps) for g in built]
     assert sorted(expected_groups(config), key=lambda g: g.name) == sorted(plain, key=lambda g: g.name)
