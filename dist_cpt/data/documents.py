@@ -16,9 +16,9 @@ from dist_cpt.data.megatron import MegatronPair
 from dist_cpt.data.store import BIN, IDX, TOKENIZER, StoreManifest, TokenStore
 from dist_cpt.data.token_ids import unpadded_copy
 from dist_cpt.data.tokenizer import load_tokenizer, tokenizer_hash
-from dist_cpt.errors import ConfigError, DataError, WriteError
-from dist_cpt.run_folder.json_files import fsync_path
+from dist_cpt.errors import ConfigError, DataError
 from dist_cpt.run_folder.names import MANIFEST
+from dist_cpt.run_folder.staging import new_output
 from dist_cpt.storage import is_there
 
 _CHUNK = 1 << 20  # documents
@@ -164,19 +164,10 @@ def write_rows(rows: Iterator[str], out: Path) -> int:
     """
     if os.path.lexists(out):
         raise ConfigError(f"--out {out} exists", remedy="name a new file")
-    work = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with work.open("x", encoding="utf-8", newline="\n") as file:
-            number = 0
-            for number, row in enumerate(rows, start=1):  # noqa: B007
-                file.write(row)
-            file.flush()
-            os.fsync(file.fileno())
-        work.rename(out)
-        fsync_path(out.parent)
-    except OSError as error:
-        raise WriteError(f"{out} cannot be written: {error.strerror or error}", remedy="free space") from error
-    finally:  # also on Ctrl-C; after the rename there is nothing left to remove
-        work.unlink(missing_ok=True)
+    number = 0
+    with new_output(out) as work, work.open("x", encoding="utf-8", newline="\n") as file:
+        for number, row in enumerate(rows, start=1):  # noqa: B007
+            file.write(row)
+        file.flush()
+        os.fsync(file.fileno())
     return number

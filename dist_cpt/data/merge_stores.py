@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -13,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from dist_cpt.data.store import QUARANTINE, TOKENIZER, StoreManifest, StoreWriter, TokenStore
-from dist_cpt.errors import ConfigError, DataError, WriteError
-from dist_cpt.run_folder.json_files import fsync_path
+from dist_cpt.errors import ConfigError, DataError
+from dist_cpt.run_folder.staging import new_output
 from dist_cpt.runtime.liveness import made_progress
 
 _DOCUMENTS = 1 << 16  # copied at a time; their tokens are mapped, not read into memory
@@ -45,17 +44,9 @@ def merge_stores(folders: Sequence[Path], out: Path) -> TokenStore:
         raise ConfigError(f"--out {out} exists", remedy="name a new folder")
     stores = [TokenStore.open(folder) for folder in folders]
     _require_alike(stores)
-    work = out.with_name(f"{out.name}.tmp-{os.getpid()}-{secrets.token_hex(3)}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with new_output(out) as work:
         work.mkdir()
         _write(stores, work, out.name)
-        work.rename(out)
-        fsync_path(out.parent)
-    except OSError as error:
-        raise WriteError(f"cannot write {out}: {error.strerror or error}", remedy="free space") from error
-    finally:  # also on Ctrl-C; after the rename there is nothing left to remove
-        shutil.rmtree(work, ignore_errors=True)
     return TokenStore.open(out)
 
 

@@ -27,8 +27,9 @@ import numpy as np
 from dist_cpt.data.focus import Focus, require_gensim, write_focus
 from dist_cpt.data.token_ids import batch_ids, unpadded_copy
 from dist_cpt.data.tokenizer import load_tokenizer, tokenizer_hash, vocabulary_size
-from dist_cpt.data.tokenizer_train import Fertility, fertility, new_folder, require_new
+from dist_cpt.data.tokenizer_train import Fertility, fertility
 from dist_cpt.errors import ConfigError, DataError
+from dist_cpt.run_folder.staging import new_output, require_new
 from dist_cpt.storage import read_bytes
 
 if TYPE_CHECKING:
@@ -336,7 +337,8 @@ def _compare(base: Any, extended: Any, texts: Texts) -> tuple[Fertility, Fertili
 
 def _write(base: Any, extended: Tokenizer, texts: Texts, out: Path, usage: np.ndarray | None) -> Focus | None:
     """Write the base's folder with the new tokenizer.json, check it by loading it; with `usage`, write mixtures too."""
-    with new_folder(out) as folder:
+    with new_output(out) as folder:
+        folder.mkdir()
         base.save_pretrained(folder)
         for name in _STALE:
             (folder / name).unlink(missing_ok=True)

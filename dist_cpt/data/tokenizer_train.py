@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +13,8 @@ import numpy as np
 
 from dist_cpt.data.sources import RecordTally, find_files, read_records, text_parser
 from dist_cpt.data.token_ids import batch_ids
-from dist_cpt.errors import ConfigError, DataError, WriteError
+from dist_cpt.errors import ConfigError, DataError
+from dist_cpt.run_folder.staging import new_output, require_new
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -80,7 +78,8 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(**options) if kind == "bpe" else trainers.UnigramTrainer(**options)
     tokenizer.train_from_iterator(_not_empty(texts), trainer)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD}
-    with new_folder(out) as folder:
+    with new_output(out) as folder:
+        folder.mkdir()
         tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     return tokenizer
@@ -104,34 +103,6 @@ def fertility(tokenizer: Tokenizer, texts: Iterable[str], usage: np.ndarray | No
             if usage is not None:
                 np.add.at(usage, ids, 1)
     return Fertility(*map(int, sums))
-
-
-def require_new(out: Path) -> None:
-    """Refuse a path in use.
-
-    Raises:
-        ConfigError: `out` is a file or a folder that is not empty.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists", remedy="name a new folder")
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, renamed to `out` at the end and removed after a failure.
-
-    Raises:
-        WriteError: `out` cannot be written.
-    """
-    staging = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        os.replace(staging, out)
-    except OSError as error:
-        raise WriteError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _not_empty(texts: Iterable[str]) -> Iterator[str]:

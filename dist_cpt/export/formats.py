@@ -35,9 +35,10 @@ from dist_cpt.export.checkpoint_model import (
     require_same_logits,
 )
 from dist_cpt.export.merge import merge
-from dist_cpt.export.model_folder import copy_tokenizer, require_new, round_to, staged, write_model
+from dist_cpt.export.model_folder import copy_tokenizer, require_dtype, round_to, write_model
 from dist_cpt.model.classify import LABELS, is_classifier, read_labels
 from dist_cpt.run_folder.names import ADAPTER_WEIGHTS, INITIAL_ADAPTER
+from dist_cpt.run_folder.staging import new_output, require_new
 
 CONVERTER = "convert_hf_to_gguf.py"
 _GGUF_TYPES = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
@@ -57,7 +58,7 @@ def export_peft(checkpoint: str | Path, out: str | Path, *, base: str | None = N
         WriteError: `out` cannot be written.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    require_new(out, "fp32")
+    require_new(out)
     base_folder, config = _adapter(checkpoint, base)
     if config.get(PRIOR_KEY) is not None:
         raise ConfigError(
@@ -70,7 +71,7 @@ def export_peft(checkpoint: str | Path, out: str | Path, *, base: str | None = N
             remedy="use --format vllm, which writes the rescaled base, or dist-cpt merge",
         )
     expected = probe_logits(load_fp32(checkpoint, base_folder))
-    with staged(out) as folder:
+    with new_output(out) as folder:
         folder.mkdir()
         _write_plain_lora(checkpoint, folder, str(config.get("base_model_name_or_path")), vocabulary=True)
         copy_tokenizer([checkpoint, base_folder], folder)
@@ -92,7 +93,8 @@ def export_vllm(checkpoint: str | Path, out: str | Path, dtype: str = "bf16", *,
         WriteError: `out` cannot be written.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    require_new(out, dtype)
+    require_dtype(dtype)
+    require_new(out)
     base_folder, config = _adapter(checkpoint, base)
     if config.get("use_dora"):
         raise ConfigError(f"{checkpoint} is DoRA, which vLLM does not read", remedy=_SERVE_MERGED)
@@ -104,7 +106,7 @@ def export_vllm(checkpoint: str | Path, out: str | Path, dtype: str = "bf16", *,
     if rank > _VLLM_RANKS[-1]:
         raise ConfigError(f"{checkpoint}: rank {rank}, vLLM supports up to {_VLLM_RANKS[-1]}", remedy=_SERVE_MERGED)
     expected = probe_logits(load_fp32(checkpoint, base_folder))
-    with staged(out) as folder:
+    with new_output(out) as folder:
         model = round_to(base_model(checkpoint, base_folder, with_vocabulary=True), dtype, base_folder)
         adapter = folder / "adapter"
         adapter.mkdir(parents=True)
@@ -140,7 +142,7 @@ def export_gguf(
     if dtype not in _GGUF_TYPES:
         raise ConfigError(f"dtype must be one of {', '.join(_GGUF_TYPES)}, not {dtype!r}")
     converter = require_converter(llama_cpp)
-    with staged(out) as file:
+    with new_output(out) as file:
         model = file.with_name("model")
         merge(checkpoint, model, dtype, base=base)
         command = [sys.executable, str(converter), str(model), "--outfile", str(file), "--outtype", _GGUF_TYPES[dtype]]

@@ -29,10 +29,11 @@ from dist_cpt.export.checkpoint_model import (
     verified_base,
     with_class_head,
 )
-from dist_cpt.export.model_folder import require_new, round_to, staged, write_model
+from dist_cpt.export.model_folder import require_dtype, round_to, write_model
 from dist_cpt.model.architectures import parts_of
 from dist_cpt.model.classify import HEAD
 from dist_cpt.model.rope import rope_of, scaled_config
+from dist_cpt.run_folder.staging import new_output, require_new
 
 
 def merge(
@@ -62,7 +63,8 @@ def merge(
         WriteError: `out` cannot be written.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    require_new(out, dtype)
+    require_dtype(dtype)
+    require_new(out)
     base_folder = find_base(checkpoint, base)
     if base_only and base_folder is None:
         raise ConfigError(f"{checkpoint} has no adapter", remedy="leave --base-only out")
@@ -77,7 +79,7 @@ def merge(
         Blend(model, untrained_model(checkpoint, base_folder, base), layers).set(scale)
         expected = probe_logits(model)
     round_to(model, dtype, base_folder)
-    with staged(out) as folder:
+    with new_output(out) as folder:
         write_model(model, folder, [checkpoint, *([base_folder] if base_folder else [])])
         logits = probe_logits(plain_model(folder))
         require_same_logits("the written folder", logits, probe_logits(model.float()))

@@ -1,20 +1,17 @@
-"""A Hugging Face model folder: written beside its final name, and renamed once it is complete."""
+"""What a Hugging Face model folder consists of: weights in one dtype, the tokenizer, the generation settings."""
 
 from __future__ import annotations
 
 import copy
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dist_cpt.adapters.language_model import decoder_of, is_multimodal
-from dist_cpt.errors import CheckpointError, ConfigError, WriteError
+from dist_cpt.errors import CheckpointError, ConfigError
 from dist_cpt.model.base_model import WEIGHTS_DTYPE
 from dist_cpt.model.classify import is_classifier
 
@@ -32,32 +29,14 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_p
 DTYPES = WEIGHTS_DTYPE | {"fp16": torch.float16}
 
 
-def require_new(out: Path, dtype: str) -> None:
-    """Refuse an output folder that is in use, and an unknown dtype.
+def require_dtype(dtype: str) -> None:
+    """Refuse an unknown dtype.
 
     Raises:
-        ConfigError: one of them.
+        ConfigError: names those that can be written.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists", remedy="give the name of a new folder")
-
-
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A path inside a temporary folder beside `out`; what the body writes there becomes `out` if it succeeds.
-
-    Raises:
-        WriteError: it cannot be written.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True) as work:
-            yield Path(work) / out.name
-            os.replace(Path(work) / out.name, out)  # an empty folder at `out` is replaced
-    except OSError as error:
-        raise WriteError(f"{out} cannot be written: {error}", remedy="check space and permissions") from error
 
 
 def round_to(model: Any, dtype: str, base_folder: Path | None = None) -> Any:

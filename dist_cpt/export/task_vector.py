@@ -21,9 +21,10 @@ from dist_cpt.adapters.peft_folder import manifest_content
 from dist_cpt.adapters.quantize import quantisation_of
 from dist_cpt.errors import ConfigError
 from dist_cpt.export.merge import merge
-from dist_cpt.export.model_folder import DTYPES, TOKENIZER_FILES, has_tokenizer, require_new, staged
+from dist_cpt.export.model_folder import DTYPES, TOKENIZER_FILES, has_tokenizer, require_dtype
 from dist_cpt.model.base_model import locate_base, weights_sha256
 from dist_cpt.run_folder.names import MODEL_CONFIG, MODEL_INDEX
+from dist_cpt.run_folder.staging import new_output, require_new
 
 # Keys of config.json in which an instruct model differs from its base: it ends a turn with another token.
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -55,9 +56,10 @@ def merge_with_task_vector(
         WriteError: `out` cannot be written.
     """
     out = Path(out)
-    require_new(out, dtype)
+    require_dtype(dtype)
+    require_new(out)
     instruct, origin = _locate(vector.instruct), _locate(vector.base)
-    with staged(out) as folder:
+    with new_output(out) as folder:
         trained = folder.with_name("trained")
         merge(checkpoint, trained, "fp32", base=base, scale=scale)
         _require_one_vocabulary(trained, instruct)

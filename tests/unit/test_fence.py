@@ -42,6 +42,7 @@ OUTSIDE = {
     "run_folder.exit_file.replace_hang": "on any rank's watchdog; compares attempts before",
     "run_folder.exit_file._write_temporary": "a name of its own",
     "run_folder.staging.staged": "a folder beside the run's, under a name of its own until it is complete",
+    "run_folder.staging.new_output": "what a command was asked to write elsewhere",
     "run_folder.staging.remove_abandoned": "one that a process left which was killed: nobody holds its lock",
     "checkpoint.safetensors_stream.StreamWriter.__init__": "a new file in its own staging folder",
     "checkpoint.save._Save.write_sidecars": "its own staging folder",
