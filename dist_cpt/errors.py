@@ -158,6 +158,6 @@ def printable(text: str) -> str:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print one line, to stderr by default; a terminal or pipe that is gone ends nothing."""
+    """Print one line, to stderr by default; a closed terminal or pipe is ignored."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr if stream is None else stream, flush=True)

@@ -197,7 +197,7 @@ def _publish(work: Path, folder: Path) -> None:
     except OSError:
         try:  # another process has made the same plan meanwhile
             read_plan(folder, verify=True)
-        except DataError:  # or a damaged one is there; who has it mapped keeps it
+        except DataError:  # or left a damaged one; processes that have mapped it keep their mapping
             folder.rename(folder.with_name(f"{work.name}-damaged"))
             work.rename(folder)
             shutil.rmtree(folder.with_name(f"{work.name}-damaged"), ignore_errors=True)

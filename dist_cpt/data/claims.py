@@ -1,7 +1,7 @@
 """Claims on pieces of work among processes that share a folder: a file each, created by one of them alone.
 
 A claim decides who does a piece of work, not what is written: every result is renamed into place when it is complete
-and is the same whoever made it, so doing a piece twice only wastes time.
+and does not depend on its maker, so doing a piece twice only wastes time.
 """
 
 from __future__ import annotations

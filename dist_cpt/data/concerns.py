@@ -1,4 +1,4 @@
-"""What a user should know of the data before step 0. None of it ends a run."""
+"""What a user should know about the data before step 0; none of it stops a run."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ from dist_cpt.storage import PatientFile, is_there, patiently
 Fields = dict[str, Any]
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _READ_BYTES = 1 << 20
-# What the formats' libraries raise on bytes that are none of theirs; pyarrow's errors are the built-in ones.
+# What the formats' libraries raise on bytes of another format; pyarrow raises the built-in errors.
 _DAMAGE = (
     *(EOFError, ValueError, LookupError, TypeError, NotImplementedError, RecursionError, OverflowError),
     *(zlib.error, lzma.LZMAError, tarfile.TarError, csv.Error, struct.error),
@@ -362,7 +362,7 @@ def _json(stream: BinaryIO, where: str, limits: Limits) -> Records:
             continue
         number += 1
         text = text[end:]
-        # What is no object is counted as the bad record that a line with it would be.
+        # Anything but an object becomes the bad record that it would be on a line of its own.
         content = value if isinstance(value, dict) else json.dumps(value).encode()
         yield RawRecord(f"{where}:{number}", content)
 

@@ -101,7 +101,7 @@ class TextEncoder:
         return self._documents(np.array(flat, dtype=np.int32), continues=False)
 
     def _documents(self, ids: np.ndarray, *, continues: bool) -> Encoded:
-        """Ids in a row, divided at every EOS; what follows the last is a document that goes on."""
+        """Ids in a row, divided at every EOS; what follows the last is a document to be continued."""
         is_eos = ids == self._eos_id
         doubled = is_eos.copy()
         doubled[1:] &= is_eos[:-1]

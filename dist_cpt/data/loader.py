@@ -48,7 +48,7 @@ class BlockLoader:
 
     def __init__(self, prepared: Prepared, seq_len: int, seed: int, pad_id: int) -> None:
         self.source_names = [source.name for source in prepared.sources]
-        self.first_position = 0  # from which on blocks are at hand
+        self.first_position = 0  # of a block that can be read without reading others
         self._seq_len = seq_len
         self._seed = seed
         self._pad_id = pad_id
@@ -93,13 +93,13 @@ class BlockLoader:
         return {name: count / available for (name, count), available in zip(read, self.available, strict=True)}
 
     def epochs_read(self, position: int) -> None:
-        """The counts of blocks say it."""
+        """None: the counts of blocks tell."""
 
     def marks(self, position: int) -> None:
-        """A resume needs none: every block is at hand."""
+        """None: a resume finds every block by its number."""
 
     def learn(self, marks: Mapping[str, Mark]) -> None:
-        """As `marks`."""
+        """Nothing to record, as `marks`."""
 
     def forget_before(self, position: int) -> None:
         """Nothing is kept."""

@@ -27,7 +27,7 @@ _LONGEST_ESCAPE = 12  # characters of a surrogate pair
 
 
 class LongText:
-    """A text in a file, which is gone with it. `problem` says why it is no valid text."""
+    """A text in a file that is deleted with this object. `problem` says why the text is not valid."""
 
     def __init__(self, file: IO[bytes], num_bytes: int, problem: tuple[str, str] | None, is_blank: bool) -> None:
         self.problem, self._file, self._num_bytes, self._is_blank = problem, file, num_bytes, is_blank

@@ -1,4 +1,4 @@
-"""A .bin/.idx pair of Megatron-LM, whoever wrote it: token ids by document, read as they are asked for.
+"""A .bin/.idx pair in the format of Megatron-LM: token ids by document, read on demand.
 
 Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py (MMIDIDX, version 1).
 """

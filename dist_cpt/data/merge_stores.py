@@ -18,7 +18,7 @@ from dist_cpt.runtime.liveness import made_progress
 
 _DOCUMENTS = 1 << 16  # copied at a time; their tokens are mapped, not read into memory
 
-# What all parts of one store share, by the name that a refusal gives it.
+# What all parts must have in common, by its name in the error message.
 _SAME: dict[str, Callable[[StoreManifest], Any]] = {
     "tokenizer": lambda manifest: manifest.tokenizer_hash[:12],
     "vocabulary": lambda manifest: manifest.vocab_size,

@@ -112,7 +112,7 @@ class StagedMixture:
     def __init__(self, stages: Sequence[Stage], limits: Sequence[int | None]) -> None:
         """`limits` are the most blocks of each source; the source is then dropped, and the others share its part."""
         self.num_sources = len(limits)
-        self.end: int | None = None  # from here on no source is left; the stream goes on as if there were no limits
+        self.end: int | None = None  # where no source is left; the stream continues as if there were no limits
         self.segments: list[Segment] = []
         start, counts = 0, np.zeros(self.num_sources, dtype=np.int64)
         for stage in stages:

@@ -102,7 +102,7 @@ def _missing_stores(config: RunConfig, verify: bool, unit_bytes: int) -> tuple[S
 
 
 def _remove_units(planned: PlannedStore) -> None:
-    """Remove what a process has left that ended after its store had got its name."""
+    """Remove what a process left behind that was killed just after it published its store."""
     with suppress(OSError):
         for folder in planned.folder.parent.glob(f"{planned.folder.name}{UNITS}*"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -204,7 +204,7 @@ def _work_together(
 
 
 def _assemble(planned: PlannedStore, work: SourceWork, plan: StorePlan, config: RunConfig, report: _Report) -> bool:
-    """Finished units become the store; False if another process is at it."""
+    """Finished units become the store; False if another process is assembling them."""
     held = claim(work.folder, _ASSEMBLY)
     if held is None:
         return False
@@ -220,7 +220,7 @@ def _assemble(planned: PlannedStore, work: SourceWork, plan: StorePlan, config: 
             report.finished(work)
             making.rename(planned.folder)
             fsync_path(planned.folder.parent)
-        except OSError:  # whoever took this claim for abandoned has made the same
+        except OSError:  # another process took this claim for abandoned and made the same
             if not is_there(planned.folder / MANIFEST):
                 raise
         finally:  # also on Ctrl-C; after the rename there is nothing left to remove
@@ -250,7 +250,7 @@ def _write_store(
 
 
 def _remove_abandoned(cache: Path) -> None:
-    """Remove what processes that are gone were making and nobody can continue."""
+    """Remove unfinished work of processes that have ended, which no other can continue."""
     for folder in cache.glob(f"*{UNITS}*"):
         with suppress(OSError):
             is_old = time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS

@@ -27,7 +27,7 @@ def shown_progress(stream: TextIO) -> Iterator[ProgressLine]:
 
 
 def rewrite(stream: TextIO, text: str) -> None:
-    """Put `text` where the last line was; a terminal that is gone ends nothing."""
+    """Put `text` where the last line was; a closed terminal is ignored."""
     with contextlib.suppress(OSError, ValueError):
         stream.write(f"\r{text}\x1b[K")
         stream.flush()

@@ -23,7 +23,7 @@ class StoreCheck:
 
 
 def check_store(path: Path) -> StoreCheck:
-    """Compare every byte of a store with its hashes; of another's Megatron-LM pair, that its documents are there.
+    """Compare every byte of a store with its hashes; of a pair without hashes, that its documents can be read.
 
     Raises:
         StorageError: the file system does not answer: neither valid nor damaged.

@@ -55,17 +55,17 @@ class SourceStream:
     def __init__(self, source: StreamedSource, seed: int, quarantine: Path | None = None) -> None:
         """Bad records of its first epoch are kept in the folder `quarantine`, in a file for every shard."""
         self.source = source
-        self.reread_tokens = 0  # of windows that were read for nothing but their number of blocks
+        self.reread_tokens = 0  # of windows read only to count their blocks
         self._seed, self._quarantine = seed, quarantine
         self._lock = threading.Lock()
         self._marks = [BEGINNING]
         self._reader: Generator[PlacedWindow, None, None] | None = None
-        # In a row up to `_next`; replaced as a whole, and read without the lock.
+        # Contiguous, up to block `_next`; replaced as a whole, so that readers need no lock.
         self._windows: tuple[PlacedWindow, ...] = ()
         self._next = self._keep_from = 0
 
     def learn(self, mark: Mark) -> None:
-        """Know where a shard begins without having read those before it."""
+        """Record where a shard begins, so that a resume need not read those before it."""
         with self._lock:
             self._add(mark)
 
@@ -92,11 +92,11 @@ class SourceStream:
         return mark.shard / len(self.source.text.units)
 
     def forget_before(self, number: int) -> None:
-        """Windows that end before a block need not be kept."""
+        """Allow windows that end before a block to be dropped."""
         self._keep_from = number
 
     def close(self) -> None:
-        """Stop reading ahead; the next block begins anew."""
+        """Stop reading ahead; the next request opens the source again."""
         with self._lock:
             self._close()
 
@@ -142,12 +142,12 @@ class SourceStream:
         self._reader = prefetch(lambda _: next(windows), repeat(None), depth=1)
 
     def _read_on(self) -> PlacedWindow:
-        """The next window, which is kept, and others let go."""
+        """Read the next window and keep it; drop those no longer needed."""
         assert self._reader is not None
         try:
             placed = next(self._reader)
         except BaseException:
-            self._close()  # the next call finds the same again
+            self._close()  # the next call starts over and meets the same error
             raise
         self._add(placed.mark)
         kept = (one for one in self._windows if one.end > self._keep_from)

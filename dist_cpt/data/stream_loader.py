@@ -27,7 +27,7 @@ class StreamLoader:
         self.source_names = [source.name for source in prepared.streamed]
         self.mixture = mixture_of(prepared, [(1, 1)] * len(prepared.streamed))
         self.first_position = first_position
-        self.sizes: list[tuple[int, int]] = []  # not known
+        self.sizes: list[tuple[int, int]] = []  # unknown before the text is read
         self.available: list[int] = []
         self._seq_len, self._pad_id = prepared.seq_len, pad_id
         self._by_name = streams
@@ -65,7 +65,7 @@ class StreamLoader:
         return dict(zip(self.source_names, self.mixture.counts_before(num_blocks).tolist(), strict=True))
 
     def epochs(self, num_blocks: int) -> dict[str, float]:
-        """How often a run of that length goes through each source is not known ahead: nothing."""
+        """Empty: how often a run goes through a source is unknown before its text is read."""
         return {}
 
     def epochs_read(self, position: int) -> dict[str, float]:
@@ -79,13 +79,13 @@ class StreamLoader:
         return {name: stream.mark_of(count) for (name, count), stream in zip(counts, self._streams, strict=True)}
 
     def learn(self, marks: Mapping[str, Mark]) -> None:
-        """Know the marks that a checkpoint recorded."""
+        """Take over the marks that a checkpoint recorded."""
         for name, stream in zip(self.source_names, self._streams, strict=True):
             if name in marks:
                 stream.learn(marks[name])
 
     def forget_before(self, position: int) -> None:
-        """No block before a position is asked for, but by a rollback."""
+        """Allow what precedes a position to be dropped: only a rollback asks for it again."""
         for number, stream in zip(self.mixture.counts_before(position).tolist(), self._streams, strict=True):
             stream.forget_before(number)
 

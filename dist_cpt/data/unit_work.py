@@ -95,7 +95,7 @@ def take_units(work: SourceWork, threads: int, on_batch: OnBatch) -> bool:
     """Tokenise every unit that no living process has; whether all of the source are finished then.
 
     Raises:
-        DataError: a bad record under `error`, or a file that is none.
+        DataError: a bad record under `error`, or a file that cannot be read as its format.
         OSError: the folder cannot be written.
     """
     work.folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def take_units(work: SourceWork, threads: int, on_batch: OnBatch) -> bool:
             if held is None:
                 continue
             with held:
-                if is_there(work.store):  # another process was faster, and the folder is anew
+                if is_there(work.store):  # another process finished it, and this folder was made again
                     return True
                 if not is_there(work.path(unit)):
                     _make_unit(work, unit, held, threads, on_batch)
@@ -122,7 +122,7 @@ def _make_unit(work: SourceWork, unit: Unit, held: Claim, threads: int, on_batch
     try:
         _write_unit(making, work, unit, held, threads, on_batch)
         making.rename(target)
-    except OSError:  # whoever took this unit for abandoned has made the same
+    except OSError:  # another process took this unit for abandoned and made the same
         if not is_there(target):
             raise
     finally:  # also on Ctrl-C; after the rename there is nothing left to remove
@@ -160,7 +160,7 @@ def encode_unit(
     to files without a name in `spool`.
 
     Raises:
-        DataError: a bad record under `error`, or a file that is none.
+        DataError: a bad record under `error`, or a file that cannot be read as its format.
         StorageError: the file system does not answer.
     """
     cutter = units.encoder.cutter

@@ -107,12 +107,12 @@ def hash_chunks(chunks: Iterable[tuple[str, int, int]]) -> list[str]:
 
 
 def hash_of_hashes(sha256s: Iterable[str]) -> str:
-    """What stands for a file that is hashed in chunks."""
+    """The hash of a file that is hashed in chunks."""
     return hashlib.sha256("".join(sha256s).encode()).hexdigest()
 
 
 def has_content(file: dict[str, Any], recorded: dict[str, Any]) -> bool:
-    """Whether a file has the content that a manifest's entry, maybe of another path and time, records."""
+    """Whether a file has the content that a manifest's entry records, perhaps under another path and time."""
     if file["bytes"] != recorded["bytes"]:
         return False
     path, size, step = Path(file["path"]), file["bytes"], recorded.get("chunk_bytes")

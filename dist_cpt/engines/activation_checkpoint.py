@@ -1,4 +1,4 @@
-"""What a decoder layer keeps from forward to backward: everything, what is dear to compute, or its input alone.
+"""What a decoder layer keeps from forward to backward: everything, what is expensive to recompute, or its input alone.
 
 selective   gate and up are computed again, within the MLP's function where it is fused; outputs of norms are rebuilt
             from their inputs. What attention needs stays.
@@ -8,8 +8,8 @@ offload     the same, and the input waits in host memory.
 Loss and gradients are bitwise those of `none`. Only `forward` of layers, MLPs and norms is replaced: parameter names do
 not change, and the hooks of a sharding engine run around the recomputation. Dropout draws the same mask again.
 
-A recomputation wants what forward saved, not its result. torch ends it at the last saved tensor, but a map under an
-adapter, or a fused MLP, saves after its product: of the layer's last map that product is left out.
+A recomputation needs what forward saved, not its result. torch ends it at the last saved tensor, but a map under an
+adapter, or a fused MLP, saves after its product: the product of the layer's last map is left out.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Recomputed:
 
 
 class LastProduct:
-    """The product that ends an MLP. As a context it leaves it out, if all that happens to it are additions."""
+    """The product that ends an MLP. As a context manager it skips that product, if it is only added to something."""
 
     def __init__(self, region: nn.Module, mlp: nn.Module | None) -> None:
         self._module = None if mlp is None else _ends_in(mlp)
@@ -136,7 +136,7 @@ class LastProduct:
 
 
 def _ends_in(mlp: Any) -> Any:
-    """What computes the last product and can leave it out: a fused MLP, or the base under a plain adapter."""
+    """The module that computes the last product and can skip it: a fused MLP, or the base under a plain adapter."""
     if isinstance(mlp, FusedMlp) and "mlp" in mlp.fused_projections:
         return mlp
     if not any(kind.__module__.startswith("transformers.models.") for kind in type(mlp).__mro__):
@@ -172,7 +172,7 @@ def _without_rows(base: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class RebuiltNorms:
-    """The outputs of a layer's norms are saved as the inputs that the norms save anyway, and computed again."""
+    """Saves the outputs of a layer's norms as their inputs, which are saved anyway, and recomputes them in backward."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._outputs: list[_NormOutput] = []

@@ -1,4 +1,4 @@
-"""Layer inputs in host memory from forward to backward, copied beside the computation and fetched one layer ahead.
+"""Layer inputs in host memory from forward to backward, copied on a stream of their own and fetched one layer ahead.
 
 At most two inputs are on the device on their way out, and two on their way back. On a CPU the copies are plain ones
 and save nothing.

@@ -78,7 +78,7 @@ class ReplayOptions:
 
 @dataclass(frozen=True)
 class _Sampled:
-    """How far a folder is."""
+    """What a folder contains so far."""
 
     documents: int = 0
     tokens: int = 0
@@ -125,7 +125,7 @@ def replay(
 
 
 class ProgressLine:
-    """Says on stderr how far sampling is: in one line of a terminal, else in a line every `every_seconds`."""
+    """Shows the progress on stderr: one line that is rewritten on a terminal, else one every `every_seconds`."""
 
     def __init__(self, tokens: int, every_seconds: float = 30.0) -> None:
         self._tokens, self._every_seconds = tokens, every_seconds

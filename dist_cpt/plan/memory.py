@@ -1,4 +1,4 @@
-"""Bytes of one rank, by part: what lies there between steps, exactly, and the peak within a step, by the model.
+"""Bytes of one rank, by part: exact between steps, and a model of the peak within a step.
 
 D model, V vocab, F ffn.
 """

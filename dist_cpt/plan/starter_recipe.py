@@ -28,7 +28,7 @@ def starter_recipe(model: str, data: Sequence[str], machine: Machine, out: Path)
     """The text of a recipe that trains LoRA on `data` from `model`, a folder or a hub id in the cache, on `machine`.
 
     Raises:
-        ConfigError: the model is not at hand, nothing matches `data`, or nothing fits the machine.
+        ConfigError: the model is not on this machine, nothing matches `data`, or nothing fits the machine.
     """
     draft: dict[str, Any] = {
         "name": _name(model),

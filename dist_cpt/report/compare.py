@@ -1,4 +1,4 @@
-"""Several runs on one page: what each learned and forgot, their curves, and where two of the same seed part."""
+"""Several runs on one page: what each learned and forgot, their curves, and where two of the same seed diverge."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Compared:
 
     @property
     def style(self) -> str:
-        """Lines of later runs have gaps: equal ones are seen both."""
+        """Later runs are dashed, so that both of two equal lines show."""
         return "dashed" if self.color else "line"
 
     @property

@@ -54,7 +54,7 @@ def gauge(runs: Sequence[tuple[str, Sequence[HeldOutSet]]]) -> Chart | None:
 
 
 def summary(held_out: Sequence[HeldOutSet]) -> str:
-    """`gained 0.81, lost 0.02 nats per token`; empty where it cannot be told."""
+    """`gained 0.81, lost 0.02 nats per token`; empty if unknown."""
     path = readings(held_out)
     if not path:
         return ""

@@ -11,7 +11,7 @@ from dist_cpt.run_folder.lineage import inherited_step
 
 @dataclass(frozen=True)
 class Goodput:
-    """Where the wall time went, in seconds; the rest is starting, evaluating, queueing and idling."""
+    """Where the wall time went, in seconds."""
 
     productive: float  # applied steps
     redone: float  # steps before a resume that were trained again

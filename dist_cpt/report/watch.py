@@ -1,4 +1,4 @@
-"""A page served on the loopback interface while its runs go on, made again when their files have changed."""
+"""A page served on the loopback interface during a run, rendered again when the run's files have changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def page_server(folders: Sequence[Path], make: Callable[[], str], port: int = 0)
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             named = self.headers.get("Host", "").partition(":")[0]
-            if named not in (LOOPBACK, "localhost"):  # another site's name that was made to point here
+            if named not in (LOOPBACK, "localhost"):  # DNS rebinding: another site's name for this address
                 self.send_error(403)
             elif self.path != "/":
                 self.send_error(404)
@@ -39,7 +39,7 @@ def page_server(folders: Sequence[Path], make: Callable[[], str], port: int = 0)
                 self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Requests are no news."""
+            """Requests are not logged."""
 
     try:
         return ThreadingHTTPServer((LOOPBACK, port), Handler)
@@ -48,7 +48,7 @@ def page_server(folders: Sequence[Path], make: Callable[[], str], port: int = 0)
 
 
 class _Page:
-    """The page as it was last made; several browsers make it once."""
+    """The page as it was last rendered, once for all browsers."""
 
     def __init__(self, folders: Sequence[Path], make: Callable[[], str]) -> None:
         self._folders, self._make, self._lock = folders, make, threading.Lock()
@@ -61,7 +61,7 @@ class _Page:
             if state != self._state:
                 try:
                     self._html = self._make()
-                except DistCptError as error:  # a file system that comes back
+                except DistCptError as error:  # the file system may come back
                     return error.message
                 self._state = state
             return self._html

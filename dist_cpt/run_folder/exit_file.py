@@ -91,7 +91,7 @@ def hang_reason(run_folder: Path, attempt: int) -> str | None:
 
 
 def _write_temporary(run_folder: Path, hang: Hang, rank: int) -> Path:
-    """Not forced to the disk: a sync may block, as whatever hangs may."""
+    """Not forced to the disk: a sync may be what hangs."""
     path = run_folder / f"{EXIT}.rank-{rank}.tmp"
     content = {"code": EXIT_HANG, "reason": hang.reason, "step": hang.step, "attempt": hang.attempt}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

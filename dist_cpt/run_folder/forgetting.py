@@ -31,7 +31,7 @@ def over_limit(rows: Rows, step: int, loss_rise: float) -> dict[str, float]:
 
 def best_step(rows: Rows, loss_rise: float) -> int | None:
     """The step with the lowest mean loss over the domain sets, of those where no retention set is over the limit; if
-    all are, the step where the largest rise is least. Step 0 is none."""
+    all are, the step where the largest rise is least. Step 0 does not count."""
     within, beyond = {}, {}
     for step in sorted({row["step"] for row in rows if isinstance(row.get("step"), int) and row["step"] > 0}):
         losses = [_real(row.get("loss")) for row in rows if row.get("step") == step]

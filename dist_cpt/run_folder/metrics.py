@@ -136,7 +136,7 @@ class MetricsFile:
         self._waiting.popleft()
 
     def _descriptor(self, name: str) -> int:
-        """The open file of that name; where an overtaken attempt has replaced it, this one's comes back first."""
+        """The open file of that name; if an overtaken attempt has replaced it, this attempt's is put back first."""
         path, descriptor = self._claim.folder / name, self._open.get(name)
         if descriptor is not None and not _or_write_error(path, lambda: _is_still_at(descriptor, path)):
             with contextlib.suppress(OSError), open(descriptor, "rb", closefd=False) as file:

@@ -1,4 +1,4 @@
-"""`dist-cpt branch`: a new run folder that continues from a checkpoint of another run, which it leaves as it is."""
+"""`dist-cpt branch`: a new run folder that continues from a checkpoint of another run and leaves that run unchanged."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def branch(run: Path, step: int, name: str, overrides: Sequence[str] = ()) -> Br
 
 
 def branch_lines(made: Branched) -> list[str]:
-    """What was made, what changed, and how the rates go on."""
+    """What was made, what changed, and how the learning rates continue."""
     step, total = made.lineage.step, num_steps(made.config)
     before, after = rates_at(made.source, step), rates_at(made.config, step + 1) if total else {}
     rates = [f"{name} {before.get(name, 0.0):.3g} -> {rate:.3g}" for name, rate in after.items()]
@@ -121,14 +121,14 @@ def _checkpoint(run: Path, step: int) -> Path:
 
 
 def settled(recipe: RunConfig, state: TrainState) -> RunConfig:
-    """A run's recipe with its length in tokens, which of `train.epochs` its checkpoints know."""
+    """A run's recipe with its length in tokens; for `train.epochs` the checkpoints record it."""
     if recipe.train.tokens is not None:
         return recipe
     return with_tokens(recipe, int(state.schedule["num_steps"]) * recipe.batch.global_tokens)
 
 
 def _branched_recipe(run: Path, state: TrainState, name: str, overrides: Sequence[str]) -> RunConfig:
-    """The run's recipe with the overrides, under which what has passed stays as it was."""
+    """The run's recipe with the overrides; what has been trained stays as it was."""
     recipe = settled(recipe_of(run), state)
     values = recipe.model_dump(mode="json")
     changed = apply_overrides(values, overrides)
@@ -170,7 +170,7 @@ def _set_mixture(recipe: RunConfig, num_blocks: int, data: dict[str, Any]) -> No
         return
     following = stages if stages != old["stages"] else [{"weights": weights}]
     data["stages"] = [*_stages_until(recipe.data, num_blocks), *following]
-    if stages == old["stages"] or weights == _weights(old["sources"]):  # else it is said twice, which is refused
+    if stages == old["stages"] or weights == _weights(old["sources"]):  # else both are given, which is refused
         for source in data["sources"]:
             source["weight"] = SourceConfig.model_fields["weight"].default
 

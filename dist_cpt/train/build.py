@@ -77,7 +77,7 @@ from dist_cpt.train.progress import Progress, step_positions, step_starts
 from dist_cpt.train.saver import Saver
 from dist_cpt.training_state import TensorSpec
 
-PREPARE_SECONDS = 1.0  # between two meetings of the ranks while the corpus is prepared
+PREPARE_SECONDS = 1.0  # between two collectives while the corpus is prepared
 
 
 @dataclass(frozen=True)

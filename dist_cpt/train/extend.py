@@ -42,7 +42,7 @@ class Extended:
 
 
 def extend(run: Path, tokens: int) -> Extended:
-    """Set a larger `train.tokens` for a run that is not training; a resume continues it, as if it had been so at first.
+    """Set a larger `train.tokens` for a run that is not training; a resume continues as if it had begun with it.
 
     Where the decay has begun, what came after the newest checkpoint before it is moved aside.
 

@@ -19,7 +19,7 @@ from dist_cpt.train.attempt import RunContext
 
 
 def open_stream(context: RunContext, prepared: Prepared, pad_id: int) -> StreamLoader:
-    """The stream, ready to begin where the newest checkpoint stands. Collective.
+    """The stream, ready to begin at the position of the newest checkpoint. Collective.
 
     Raises:
         DataError: a file has other content than when the run began.
@@ -50,7 +50,7 @@ def _newest(folder: Path) -> tuple[int, dict[str, Any]]:
 
 
 def _compare_files(context: RunContext, prepared: Prepared) -> None:
-    """The files of all sources against those that the run began with, which are written down at its beginning."""
+    """Compare the files of all sources with those at the start of the run, which its folder records."""
     recorded = read_object(context.folder / STREAM) if published(context.folder) else {}
     for source in prepared.streamed:
         if source.name in recorded:

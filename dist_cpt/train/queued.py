@@ -1,4 +1,4 @@
-"""An observer behind a bounded queue, on a thread of its own: what it waits for costs a step nothing."""
+"""An observer behind a bounded queue, on a thread of its own: its waiting delays no step."""
 
 from __future__ import annotations
 

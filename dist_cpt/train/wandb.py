@@ -203,7 +203,7 @@ class WandbObserver:
         _close_service()
 
     def abandon(self) -> None:
-        """Kill wandb's own process, in which some other thread has waited in vain; what follows from it is no news."""
+        """Kill wandb's own process, for which a thread has waited too long; later errors are not reported."""
         self._report = lambda text: None
         _kill_service()
         _close_service()

@@ -1,6 +1,6 @@
 """What a run needs of a file system, tried in a folder: `python -m dist_cpt_launch.folder_check FOLDER`.
 
-A process of its own, since a file system that hangs also holds whoever asks it. It prints one JSON object.
+A process of its own, since a file system that hangs also blocks the process that asks it. It prints one JSON object.
 """
 
 from __future__ import annotations
