@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_cpt.config.resolve import is_template_text
-from dist_cpt.data.containers import BadRecord, Fields, RawRecord
 from dist_cpt.data.cut_text import Cutter
 from dist_cpt.data.encode import Encoded, Rejected, Source, gather
+from dist_cpt.data.records import BadRecord, Fields, RawRecord
 from dist_cpt.data.sources import Parse, Record, field_of, string_field, valid_text
 from dist_cpt.data.store import LabelKind
 from dist_cpt.data.token_ids import batch_ids, unpadded_copy

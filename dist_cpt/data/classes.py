@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dist_cpt.config.schema import ClassifyConfig
-from dist_cpt.data.containers import BadRecord, RawRecord
 from dist_cpt.data.cut_text import Cutter
 from dist_cpt.data.encode import Encoded, Rejected, Source, gather
+from dist_cpt.data.records import BadRecord, RawRecord
 from dist_cpt.data.sources import Parse, Record, field_of, text_of
 from dist_cpt.data.store import LabelKind
 from dist_cpt.data.token_ids import batch_ids, unpadded_copy

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from dist_cpt.config.schema import SourceConfig, ValidationConfig
-from dist_cpt.data.containers import BadRecord, RawRecord
 from dist_cpt.data.cut_text import Cutter, Piece
 from dist_cpt.data.long_text import LongText
+from dist_cpt.data.records import BadRecord, RawRecord
 from dist_cpt.data.sources import Parse, Record, text_parser
 from dist_cpt.data.store import LabelKind
 from dist_cpt.data.token_ids import batch_ids, unpadded_copy

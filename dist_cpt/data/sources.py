@@ -15,21 +15,12 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TextIO, TypeVar
 
 from dist_cpt.config.schema import MAX_RECORD_BYTES, TextConfig
-from dist_cpt.data.containers import (
-    FORMATS,
-    BadRecord,
-    Fields,
-    Limits,
-    Part,
-    RawRecord,
-    is_dataset_folder,
-    is_ignored,
-    read_container,
-    suffix_of,
-)
+from dist_cpt.data.columnar import is_dataset_folder
+from dist_cpt.data.containers import FORMATS, Part, is_ignored, read_container, suffix_of
 from dist_cpt.data.filters import keeps
 from dist_cpt.data.hub import HubDataset, dataset_of, is_on_hub
 from dist_cpt.data.long_text import LongText
+from dist_cpt.data.records import BadRecord, Fields, Limits, RawRecord
 from dist_cpt.errors import DataError, StorageError
 from dist_cpt.storage import ANSWERS, patiently
 

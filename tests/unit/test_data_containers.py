@@ -17,9 +17,10 @@ import pytest
 from dist_cpt.config.resolve import resolve_paths
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.chat import ConversationEncoder
-from dist_cpt.data.containers import BadRecord, Part, RawRecord, read_container, suffix_of
+from dist_cpt.data.containers import Part, read_container, suffix_of
 from dist_cpt.data.prepare import prepare
 from dist_cpt.data.prepared import Prepared
+from dist_cpt.data.records import BadRecord, RawRecord
 from dist_cpt.data.sources import RecordTally, SourceFiles, find_files, read_records, text_of, text_parser
 from dist_cpt.data.store import BIN, IDX
 from dist_cpt.errors import ConfigError, DataError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from dist_cpt.data import containers, long_text
+from dist_cpt.data import containers, long_text, text_formats
 from dist_cpt.data.cut_text import Cutter, Piece
 from dist_cpt.data.long_text import LongText
 from dist_cpt.data.prepare import prepare
@@ -151,9 +151,10 @@ def test_a_text_without_a_safe_cut_comes_whole(why: str) -> None:
 @pytest.fixture
 def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines and strings are long from a few characters on, and reads are small."""
-    for module, names in ((containers, ("LONG_BYTES", "_READ_BYTES")), (long_text, ("_LONG_STRING_BYTES",))):
-        for name in names:
-            monkeypatch.setattr(module, name, 16)
+    for module in (containers, text_formats):
+        monkeypatch.setattr(module, "READ_BYTES", 16)
+    monkeypatch.setattr(text_formats, "LONG_BYTES", 16)
+    monkeypatch.setattr(long_text, "_LONG_STRING_BYTES", 16)
     monkeypatch.setattr(long_text, "_READ_BYTES", 7)
 
 

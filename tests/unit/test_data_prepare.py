@@ -15,11 +15,11 @@ import pytest
 from dist_cpt.config.resolve import resolve_paths
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data import unit_work
-from dist_cpt.data.containers import RawRecord
 from dist_cpt.data.data_report import data_report, preview, report_lines
 from dist_cpt.data.encode import TextEncoder
 from dist_cpt.data.prepare import Progress, prepare
 from dist_cpt.data.prepared import check_vocabulary, open_prepared
+from dist_cpt.data.records import RawRecord
 from dist_cpt.data.sources import Record
 from dist_cpt.data.store import TokenStore
 from dist_cpt.data.tokenizer import adds_bos, load_run_tokenizer, load_tokenizer, tokenizer_hash, vocabulary_size
