@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from dist_cpt.run_folder.names import EXIT, log_file
 from dist_cpt.run_folder.records import RunEnd
 from dist_cpt.runtime.collectives import on_every_rank, on_rank_zero
 from dist_cpt.runtime.env import ProcessEnv, process_env
-from dist_cpt.runtime.faults import VARIABLE, Faults, planned_faults
+from dist_cpt.runtime.faults import VARIABLE, Fault, Faults, planned_faults
 from dist_cpt.runtime.log import LOGGER, close_log, open_log
 from dist_cpt.runtime.mesh import init_distributed, shutdown
 from dist_cpt.runtime.node_address import with_address
@@ -100,8 +101,7 @@ def run_attempt(
     owns_group = not torch.distributed.is_initialized()
     joined, superseded = False, False
     own_claim: Claim | None = None
-    watchdog: Watchdog | None = None
-    observers = Observers(None)
+    context: RunContext | None = None
     code, reason = EXIT_INTERNAL, ""
     try:
         env = with_address(env)
@@ -115,35 +115,8 @@ def run_attempt(
             code = EXIT_DONE
             return code, None
         own_claim = _claim(folder, config)
-        require_shared(folder, "output_dir", remedy=SHARED_FOLDER)
-        open_log(log_file(folder, env.rank), env.rank)
-        fault = Faults(faults, env.rank, own_claim.attempt)
-        if fault:
-            LOGGER.warning("%s is set: this run will be disturbed on purpose", VARIABLE)
-        with Watchdog(
-            folder,
-            env,
-            own_claim.attempt,
-            config.health.hang,
-            lambda reason: save_flight_record(folder, env.rank),
-            stop,
-        ) as watchdog:
-            own_claim = replace(own_claim, reached=_planned(fault, watchdog))
-            observers = Observers(own_claim)
-            context = RunContext(
-                config=config,
-                env=env,
-                folder=folder,
-                shape=shape,
-                device=device,
-                claim=own_claim,
-                stop=stop,
-                fault=fault,
-                watchdog=watchdog,
-                observers=observers,
-            )
-            with deterministic(config.train.deterministic):
-                code, reason = body(context)
+        with _watched(config, (env, shape, device), own_claim, stop, faults) as context:
+            code, reason = body(context)
     except BaseException as raised:
         error = _cause(raised, own_claim)
         superseded = isinstance(error, Superseded)
@@ -153,12 +126,35 @@ def run_attempt(
     finally:
         if own_claim is not None:
             if env.rank == 0 and not superseded:
-                code = _record_end(observers, own_claim, RunEnd(code, reason, 0 if watchdog is None else watchdog.step))
+                code = _record_end(own_claim, context, code, reason)
             own_claim.close()
         close_log()
         if owns_group and code in (EXIT_DONE, EXIT_STOPPED):
             shutdown()  # after a failure another rank may be inside a collective: leave by the end of the process
     return code, folder if env.rank == 0 and own_claim is not None and own_claim.is_current() else None
+
+
+@contextlib.contextmanager
+def _watched(
+    config: RunConfig,
+    placed: tuple[ProcessEnv, StepShape, torch.device],
+    own_claim: Claim,
+    stop: StopRequest,
+    faults: Sequence[Fault],
+) -> Iterator[RunContext]:
+    """The context of an attempt that has its folder, while the log is open and the watchdog watches. Collective."""
+    (env, shape, device), folder = placed, own_claim.folder
+    require_shared(folder, "output_dir", remedy=SHARED_FOLDER)
+    open_log(log_file(folder, env.rank), env.rank)
+    fault = Faults(faults, env.rank, own_claim.attempt)
+    if fault:
+        LOGGER.warning("%s is set: this run will be disturbed on purpose", VARIABLE)
+    watchdog = Watchdog(
+        folder, env, own_claim.attempt, config.health.hang, lambda reason: save_flight_record(folder, env.rank), stop
+    )
+    with watchdog, deterministic(config.train.deterministic):
+        reached = replace(own_claim, reached=_planned(fault, watchdog))
+        yield RunContext(config, env, folder, shape, device, reached, stop, fault, watchdog, Observers(reached))
 
 
 def _cause(error: BaseException, own_claim: Claim | None) -> BaseException:
@@ -204,16 +200,19 @@ def _claim(folder: Path, config: RunConfig) -> Claim:
     return taken[0] if taken else Claim(folder, attempt, run_id, token)
 
 
-def _record_end(observers: Observers, own_claim: Claim, end: RunEnd) -> int:
+def _record_end(own_claim: Claim, context: RunContext | None, code: int, reason: str) -> int:
     """Write exit.json, then tell the observers: a display may take a minute to end, and the scheduler kill first.
 
     Returns the exit code, which is another if a later attempt has the folder by now.
     """
+    end = RunEnd(code, reason, 0 if context is None else context.watchdog.step)
     try:
+        own_claim = own_claim if context is None else context.claim
         own_claim.write(EXIT, {"code": end.exit_code, "reason": end.reason, "step": end.step})
     except DistCptError as error:
         say(f"dist-cpt: {error}")
         if isinstance(error, Superseded):
             return error.exit_code
-    observers.on_end(end)
+    if context is not None:
+        context.observers.on_end(end)
     return end.exit_code
