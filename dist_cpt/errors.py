@@ -157,6 +157,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def brief(error: BaseException) -> str:
+    """What an exception of another library says, on one line; its type if it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
 def say(text: str, stream: TextIO | None = None) -> None:
     """Print one line, to stderr by default; a closed terminal or pipe is ignored."""
     with contextlib.suppress(OSError, ValueError):

@@ -40,8 +40,8 @@ def recipe(folder: Path, cache: Path, **data: Any) -> RunConfig:
     return resolve_paths(RunConfig.model_validate(values))
 
 
-def write_input(folder: Path, num_records: int = 120) -> None:
-    """Some lines are bad, one is longer than several units."""
+def write_input(folder: Path, num_records: int = 120) -> Path:
+    """`folder` with input: some lines are bad, one is longer than several units."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -55,6 +55,7 @@ def write_input(folder: Path, num_records: int = 120) -> None:
     (folder / "texts").mkdir()
     for number, text in enumerate(texts[:40]):
         (folder / "texts" / f"{number:03}.txt").write_text(text)
+    return folder
 
 
 def content(cache: Path) -> dict[str, bytes]:

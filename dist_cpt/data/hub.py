@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_cpt.config.schema import HUB_PREFIX, RunConfig, TextConfig
-from dist_cpt.errors import DataError, StorageError
+from dist_cpt.errors import DataError, StorageError, brief
 from dist_cpt.run_folder.json_files import read_object, write_object
 
 REVISIONS = "hub_revisions.json"  # path@revision -> commit
@@ -104,14 +104,14 @@ def _commit(source: TextConfig) -> str:
         commit = HfApi().dataset_info(source.path.removeprefix(HUB_PREFIX), revision=source.revision).sha
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise DataError(
-            f"{place} is not on the hub, or not for this user: {_one_line(error)}",
+            f"{place} is not on the hub, or not for this user: {brief(error)}",
             remedy="check the name, or log in with hf auth login",
         ) from error
     except Exception as error:
         if not is_network_error(error):
             raise
         raise DataError(
-            f"{place}: the hub does not answer: {_one_line(error)}",
+            f"{place}: the hub does not answer: {brief(error)}",
             remedy="run dist-cpt prepare where there is a network, with the same data.cache_dir, or set revision to a "
             "commit that is prepared there",
         ) from error
@@ -150,7 +150,7 @@ def open_stream(dataset: HubDataset) -> Any:
         if not isinstance(error, OSError | ValueError | DatasetsError):
             raise
         raise DataError(
-            f"{dataset} cannot be opened: {_one_line(error)}", remedy="check the source's path, revision and subset"
+            f"{dataset} cannot be opened: {brief(error)}", remedy="check the source's path, revision and subset"
         ) from error
     split = dataset.split or (next(iter(splits)) if len(splits) == 1 else None)
     if split not in splits:
@@ -173,7 +173,7 @@ def rows(dataset: HubDataset, stream: Any, shard: int) -> Iterator[tuple[str, di
         for number, row in enumerate(stream.shard(stream.num_shards, shard), start=1):
             yield f"{dataset}/{shard}:{number}", dict(row)
     except DatasetsError as error:  # rows that do not fit the columns of those before
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(brief(error)) from error
     except Exception as error:
         if is_network_error(error):
             raise _no_answer(dataset, error) from error
@@ -181,9 +181,4 @@ def rows(dataset: HubDataset, stream: Any, shard: int) -> Iterator[tuple[str, di
 
 
 def _no_answer(dataset: HubDataset, error: Exception) -> StorageError:
-    return StorageError(dataset, OSError(0, f"the hub does not answer: {_one_line(error)}"))
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    return StorageError(dataset, OSError(0, f"the hub does not answer: {brief(error)}"))

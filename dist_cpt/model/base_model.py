@@ -20,7 +20,7 @@ from dist_cpt.adapters import quantize
 from dist_cpt.adapters.language_model import auto_class
 from dist_cpt.adapters.peft_folder import file_sha256
 from dist_cpt.config.schema import ModelConfig, RunConfig
-from dist_cpt.errors import ConfigError
+from dist_cpt.errors import ConfigError, brief
 from dist_cpt.model.architectures import one_line
 from dist_cpt.model.base_weights import BaseWeights, set_placeholders, skeleton
 from dist_cpt.model.rope import scale_rope
@@ -144,7 +144,7 @@ def build_config(values: dict[str, Any]) -> Any:
     try:
         hf_config = AutoConfig.for_model(kind, **given)
     except Exception as error:  # transformers raises its own validation errors here
-        raise ConfigError(f"model.config: {_one_line(error)}") from error
+        raise ConfigError(f"model.config: {brief(error)}") from error
     _switch_off_dropout(hf_config, keep=set(given))
     return hf_config
 
@@ -304,11 +304,6 @@ def _snapshot(repository: str, revision: str | None, own_code: bool) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, tqdm_class=PieceBar))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
-            f"model.path: {repository} is not a folder and cannot be downloaded from the hub: {_one_line(error)}",
+            f"model.path: {repository} is not a folder and cannot be downloaded from the hub: {brief(error)}",
             remedy="give a local model folder, or check the name and the network",
         ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -10,11 +10,12 @@ _PACKAGES = ("dist-cpt", "torch", "transformers", "peft", "deepspeed", "bitsandb
 
 def package_versions() -> dict[str, str]:
     """Version by name, Python's included; `absent` for a package that is not installed."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    return {"python": platform.python_version()} | {name: installed(name) or "absent" for name in _PACKAGES}
 
 
-def _version(package: str) -> str:
+def installed(package: str) -> str | None:
+    """The version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "absent"
+        return None

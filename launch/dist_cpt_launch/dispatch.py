@@ -49,7 +49,6 @@ def launch(
         from dist_cpt_launch.slurm import slurm_plan, submit
 
         _refuse(options, ("tasks",), "that belongs to --prepare")
-
         _refuse(options, ("rdzv",), "the ranks of a Slurm job find each other; only --on local can honour that")
         plan, start = slurm_plan(loaded, overrides, options, folder=Path.cwd()), submit
     else:

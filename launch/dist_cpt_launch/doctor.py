@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from packaging.requirements import Requirement
 
 from dist_cpt.run_folder.json_files import parse_row
+from dist_cpt.runtime.versions import installed
 from dist_cpt_launch.node_checks import gpu_state
 from dist_cpt_launch.preflight_report import Limits
 from dist_cpt_launch.slurm_query import query
@@ -87,7 +88,7 @@ def package_findings() -> list[Finding]:
         fix = "pip install 'dist-cpt' -c constraints.txt, in the environment that runs it"
         core = Finding("packages", "broken", "; ".join(wrong), fix)
     else:
-        shown = ", ".join(f"{name} {_version(name)}" for name in ("dist-cpt", "transformers", "peft", "safetensors"))
+        shown = ", ".join(f"{name} {installed(name)}" for name in ("dist-cpt", "transformers", "peft", "safetensors"))
         core = Finding("packages", "ok", f"{shown} and {len(needed) - 3} others")
     return [python, core, *(extra_finding(name, required) for name in _extras(required))]
 
@@ -106,22 +107,15 @@ def extra_finding(name: str, required: Sequence[Requirement]) -> Finding:
     wrong = [text for one in own if (text := _unmet(one))]
     if wrong:
         return Finding(f"extra {name}", "note", "; ".join(wrong), f"pip install 'dist-cpt[{name}]'")
-    return Finding(f"extra {name}", "ok", ", ".join(f"{one.name} {_version(one.name)}" for one in own))
+    return Finding(f"extra {name}", "ok", ", ".join(f"{one.name} {installed(one.name)}" for one in own))
 
 
 def _unmet(requirement: Requirement) -> str:
-    version = _version(requirement.name)
+    version = installed(requirement.name)
     if version is None:
         return f"{requirement.name} is not installed"
     met = requirement.specifier.contains(version, prereleases=True)
     return "" if met else f"{requirement.name} {version}, not {requirement.specifier}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 # -- devices ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -15,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dist_cpt.runtime.versions import installed
 from dist_cpt_launch.preflight_report import Limits, NodeReport
 
 PACKAGES = ("dist-cpt", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "triton", "safetensors")
@@ -45,11 +45,7 @@ def check_node(report: NodeReport, folder: Path, limits: Limits, num_gpus: int |
 
 def package_versions() -> dict[str, str]:
     """Versions by package name, and Python's; '-' for packages that are not installed."""
-    versions = {"python": platform.python_version()} | dict.fromkeys(PACKAGES, "-")
-    for name in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
+    return {"python": platform.python_version()} | {name: installed(name) or "-" for name in PACKAGES}
 
 
 def write_speed(folder: Path, mib: int) -> tuple[float, float]:

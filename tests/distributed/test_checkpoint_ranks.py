@@ -28,20 +28,6 @@ from tests.ranks import RankError, RankPool
 HERE = "tests.distributed.test_checkpoint_ranks"
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    pool = RankPool(2, timeout_seconds=60)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[RankPool]:
-    pool = RankPool(4, timeout_seconds=60)
-    yield pool
-    pool.close()
-
-
 def _specs(adapter: bool) -> Any:
     return SPECS if adapter else FULL_SPECS
 

@@ -10,7 +10,6 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,13 +24,6 @@ from tests.ranks import RankPool
 
 HERE = "tests.distributed.test_lora_linear_ranks"
 WIDTH, FFN, RANK = 24, 52, 3  # the rows of no matrix but A's divide evenly in all ways
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    pool = RankPool(2, timeout_seconds=60)
-    yield pool
-    pool.close()
 
 
 class Adapted(nn.Module):

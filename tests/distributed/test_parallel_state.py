@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,6 @@ from tests.ranks import RankPool
 
 HERE = "tests.distributed.test_parallel_state"
 SPECS = tuple(TensorSpec(f"layers.{i}.weight", (16 + i, 8), "bfloat16", "weights") for i in range(7))
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[RankPool]:
-    pool = RankPool(4, timeout_seconds=60)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[RankPool]:
-    pool = RankPool(2, timeout_seconds=60)
-    yield pool
-    pool.close()
 
 
 class Shards:
@@ -135,10 +120,10 @@ def _open_files(folder: Path) -> int:
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_each_file_of_a_checkpoint_is_read_by_one_rank(
-    tmp_path: Path, two: RankPool, four: RankPool, ranks: int, replicas: int
+    tmp_path: Path, pool: RankPool, four: RankPool, ranks: int, replicas: int
 ) -> None:
     four.run(f"{HERE}:save_case", folder=str(tmp_path))
-    results = {2: two, 4: four}[ranks].run(f"{HERE}:restore_case", folder=str(tmp_path), replicas=replicas)
+    results = {2: pool, 4: four}[ranks].run(f"{HERE}:restore_case", folder=str(tmp_path), replicas=replicas)
     assert all(result["right"] for result in results)
     for result in results:
         assert sorted(result["verified"]) == sorted(result["imported"]) == result["mine"]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,13 +9,6 @@ from dist_cpt.runtime import collectives
 from tests.ranks import RankPool
 
 HERE = "tests.distributed.test_runtime_ranks"
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    pool = RankPool(2, timeout_seconds=60)
-    yield pool
-    pool.close()
 
 
 def exchange_case() -> list[Any]:

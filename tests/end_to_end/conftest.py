@@ -16,3 +16,9 @@ def made(tmp_path_factory) -> tuple[Path, Path]:
     corpus = tiny.write_corpus(folder / "corpus")
     tokenizer = tiny.write_tokenizer(folder / "tokenizer", corpus)
     return tiny.write_base(folder / "base", tokenizer), corpus
+
+
+@pytest.fixture(scope="session")
+def tokenizer(made) -> Path:
+    """The tokenizer of that base."""
+    return made[0].parent / "tokenizer"

@@ -13,18 +13,12 @@ from safetensors.torch import load_file
 from dist_cpt.errors import CheckpointError, ConfigError
 from dist_cpt.export.generate import generate
 from dist_cpt.export.merge import merge
-from tests.tiny import VOCAB_SIZE, llama, write_base, write_corpus, write_tokenizer
+from tests.tiny import VOCAB_SIZE, llama, write_base
 from tests.trained_checkpoint import IDS, plain_logits, trained, trainer_logits, write_checkpoint
 
 # PEFT 0.21.2 still asks for a property that transformers 5.23 renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("tokenizer")
-    return write_tokenizer(root / "tokenizer", write_corpus(root / "corpus"))
 
 
 @pytest.fixture(scope="module")

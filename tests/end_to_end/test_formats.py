@@ -16,16 +16,10 @@ from dist_cpt.export.formats import CONVERTER, export_peft, export_vllm
 from dist_cpt.export.merge import Blend, merge
 from dist_cpt.export.task_vector import TaskVector, merge_with_task_vector
 from tests.command import command
-from tests.tiny import llama, write_base, write_corpus, write_tokenizer
+from tests.tiny import llama, write_base
 from tests.trained_checkpoint import IDS, plain_logits, trained, trainer_logits, write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("tokenizer")
-    return write_tokenizer(root / "tokenizer", write_corpus(root / "corpus"))
 
 
 @pytest.fixture(scope="module")

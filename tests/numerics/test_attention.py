@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.attention import flex_attention
 
-from dist_cpt.model import attention
 from dist_cpt.model.attention import Packing, packed_attention
 from tests.packed_models import KINDS, LENGTHS, V, blocks, build
 
 CHOICES = ["documents", "mask", "flex"]
 
 
-@pytest.fixture(autouse=True)
-def uncompiled_flex(monkeypatch):
-    """FlexAttention's mathematics; what it compiles to is for a GPU."""
-    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention.flex_attention)
+pytestmark = pytest.mark.usefixtures("uncompiled_flex")
 
 
 @pytest.mark.parametrize("choice", ["documents", "mask"])  # flex has no backward on a CPU

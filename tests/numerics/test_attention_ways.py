@@ -88,12 +88,6 @@ def test_the_description_names_why_better_choices_are_not_used(machine):
     assert describe("mask", CUDA, config(), BF16).endswith("not varlen: the recipe asks for another")
 
 
-@pytest.fixture
-def uncompiled_flex(monkeypatch):
-    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention.flex_attention)
-
-
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 5, 200])
 @pytest.mark.parametrize("documents", ["many", "whole", "odd"])

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks.scaling import LLAMA_8B
 from dist_cpt.config.load import build
 from dist_cpt.plan.recomputation import POLICIES, Policy, again, kept_bytes
 from dist_cpt.plan.shapes import shapes_of
 from dist_cpt.plan.step_model import token_work
 from dist_cpt.plan.tensors import training_of
-from tests.plan_cases import LLAMA_8B, recipe
+from tests.plan_cases import recipe
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,6 +19,7 @@ from dist_cpt.run_folder.train_state import TrainState
 from tests import tiny
 from tests.checkpoint_state import IDENTITY, save_step, train_state
 from tests.command import command
+from tests.whole_run import rows as read
 
 Change = Callable[[Path], None]
 
@@ -39,10 +40,6 @@ def row(step: int, start: int) -> dict[str, Any]:
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def edit(name: str, key: str, value: Any, at: int = -1) -> Change:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+from benchmarks.scaling import LLAMA_8B
 from dist_cpt.plan.calibrate import RATES, calibrated, rates_file
 from dist_cpt.plan.devices import DEVICES, machine_here, machine_of
 from tests.command import command
-from tests.plan_cases import LLAMA_8B, model_folder, recipe
+from tests.plan_cases import model_folder, recipe
 from tests.tiny import write_recipe
 
 

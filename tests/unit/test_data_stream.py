@@ -39,9 +39,7 @@ L, PAD, WINDOW, UNIT_BYTES = 32, 1, 300, 2048
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("input")
-    write_input(folder)
-    return folder
+    return write_input(tmp_path_factory.mktemp("input"))
 
 
 @pytest.fixture(scope="module")

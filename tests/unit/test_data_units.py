@@ -27,9 +27,7 @@ from tests.prepared_by_many import UNIT_BYTES, content, recipe, started, write_i
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("input")
-    write_input(folder)
-    return folder
+    return write_input(tmp_path_factory.mktemp("input"))
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.scaling import LLAMA_8B
 from dist_cpt.config.load import build
 from dist_cpt.plan.devices import DEVICES, known_device
 from dist_cpt.plan.shapes import shapes_of
@@ -15,7 +16,7 @@ from dist_cpt.plan.step_model import token_work
 from dist_cpt.plan.tensors import training_of
 from dist_cpt.train import efficiency
 from dist_cpt.train.efficiency import Efficiency, open_efficiency
-from tests.plan_cases import LLAMA_8B, model_folder, recipe
+from tests.plan_cases import model_folder, recipe
 
 
 def test_a_device_is_known_by_its_drivers_name():

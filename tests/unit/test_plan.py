@@ -11,6 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from benchmarks.scaling import LLAMA_8B, LLAMA_70B
 from dist_cpt.cli import app
 from dist_cpt.config.load import build, load_recipe
 from dist_cpt.config.resolve import fingerprint, step_shape
@@ -21,7 +22,7 @@ from dist_cpt.plan.choose import chosen_engine, is_concrete
 from dist_cpt.plan.devices import DEVICES, machine_here, machine_of
 from dist_cpt.plan.plan import Plan, make_plan, model_config, recipe_patch
 from dist_cpt.plan.plan_text import as_json, as_text, launch_line
-from tests.plan_cases import LLAMA_8B, LLAMA_70B, model_folder, recipe
+from tests.plan_cases import model_folder, recipe
 
 
 def planned(tmp_path: Any, model: dict[str, Any] = LLAMA_8B, machine: Any = None, **values: Any) -> tuple[Any, Plan]:

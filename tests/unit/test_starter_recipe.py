@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.scaling import LLAMA_8B, LLAMA_70B
 from dist_cpt.cli import app
 from dist_cpt.config.load import load_recipe
 from dist_cpt.config.resolve import resolve_paths
@@ -14,7 +15,7 @@ from dist_cpt.errors import ConfigError, WriteError
 from dist_cpt.plan.devices import machine_of
 from dist_cpt.plan.plan import make_plan, model_config, recipe_patch
 from tests import tiny
-from tests.plan_cases import LLAMA_8B, LLAMA_70B, model_folder
+from tests.plan_cases import model_folder
 
 
 def init(tmp_path: Any, *arguments: str, model: dict[str, Any] = LLAMA_8B) -> Any:

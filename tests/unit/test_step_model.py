@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.scaling import LLAMA_8B
 from dist_cpt.config.load import build
 from dist_cpt.plan.devices import DEVICES
 from dist_cpt.plan.memory import (
@@ -26,7 +27,7 @@ from dist_cpt.plan.recomputation import POLICIES
 from dist_cpt.plan.shapes import shapes_of
 from dist_cpt.plan.step_model import Assumptions, StepTime, communication, step_time, token_work
 from dist_cpt.plan.tensors import Training, training_of
-from tests.plan_cases import LLAMA_8B, recipe
+from tests.plan_cases import recipe
 
 LAYERS, SEQ_LEN = 32, 4096
 SINGLE = Placement("single", 1, 1, 1)
