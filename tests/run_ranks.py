@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,19 @@ from tests.ranks import PRELOAD
 
 SLOW_READS = "TEST_SLOW_READS"  # of an attempt: the arguments of SlowReads, as JSON
 MODULES = (*PRELOAD, "dist_cpt.cli", "dist_cpt.train.run", "dist_cpt.engines.zero", "dist_cpt.engines.fsdp2")
+
+JOB = {"SLURM_JOB_ID": "11"}  # every attempt may take over from the one before, as a requeued job does
+
+
+@contextlib.contextmanager
+def with_plan_on_failure(seed: int, plan: Sequence[object], log: Path) -> Iterator[None]:
+    """A failure names the seed, the plan, and the end of the ranks' output."""
+    try:
+        yield
+    except (AssertionError, TimeoutError) as error:
+        planned = "\n".join(f"{number}: {act}" for number, act in enumerate(plan))
+        output = log.read_text()[-3000:] if log.exists() else ""
+        raise AssertionError(f"{error}\nseed {seed}, plan:\n{planned}\n{output}") from error
 
 
 class RunningRanks:

@@ -8,10 +8,10 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
-from dist_cpt.config.schema import RunConfig
 from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, SourceSize, StepRecord
 from dist_cpt.run_folder.train_state import SourceCounts
 from dist_cpt.train.wandb import WandbObserver
+from tests.small_config import config
 
 
 def services() -> list[int]:
@@ -24,17 +24,8 @@ def services() -> list[int]:
 
 
 def start(folder: Path, **changes: object) -> RunStart:
-    config = RunConfig.model_validate(
-        {
-            "name": "run",
-            "model": {"path": "base"},
-            "data": {"seq_len": 64, "sources": [{"path": "a.jsonl"}]},
-            "batch": {"global_tokens": 128},
-            "train": {"tokens": 1280},
-        }
-    )
     values: dict[str, object] = {
-        "config": config,
+        "config": config(),
         "folder": folder,
         "engine": "zero-3",
         "world_size": 2,

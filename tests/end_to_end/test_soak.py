@@ -28,14 +28,13 @@ from dist_cpt.run_folder.audit import record_problems
 from dist_cpt.run_folder.checkpoints import published, read_manifest
 from tests import tiny
 from tests.contract.engines import ENGINES, WORLDS
-from tests.run_ranks import RunningRanks
+from tests.run_ranks import JOB, RunningRanks, with_plan_on_failure
 from tests.whole_run import rows
 
 EVERY, KEEP = 5, 3
 POINTS = tuple(point for point in SAVE_POINTS if point != "aside")  # nobody else publishes here
 AFTER_RENAME = ("renamed", "published", "pruned")
 DAMAGES = ("flip", "cut", "delete", "zero")
-JOB = {"SLURM_JOB_ID": "11"}  # every attempt may take over from the one before, as a requeued job does
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ def soak(made: tuple[Path, Path], folder: Path, seed: int, attempts: list[Attemp
     folder.mkdir()
     path = tiny.write_recipe(folder / "recipe.yaml", recipe(made, folder, num_steps))
     execution = Execution(path, folder / "tiny", folder / "log")
-    try:
+    with with_plan_on_failure(seed, attempts, execution.log):
         with closing(execution.carry_out(attempts)) as happenings:
             for (number, attempt), happened in zip(enumerate(attempts), happenings, strict=True):
                 first_step = None if attempt.fault.startswith("restore") else attempt.begins_at
@@ -238,10 +237,6 @@ def soak(made: tuple[Path, Path], folder: Path, seed: int, attempts: list[Attemp
         assert json.loads((execution.run / "exit.json").read_text())["code"] == 0
         assert set(map(tuple, verify_run(execution.run).values())) == {()}
         assert record_problems(execution.run) == []
-    except (AssertionError, TimeoutError) as error:
-        planned = "\n".join(f"{number}: {attempt}" for number, attempt in enumerate(attempts))
-        output = execution.log.read_text()[-3000:] if execution.log.exists() else ""
-        raise AssertionError(f"{error}\nseed {seed}, plan:\n{planned}\n{output}") from error
     return execution.run
 
 

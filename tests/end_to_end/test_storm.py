@@ -44,12 +44,11 @@ from dist_cpt.run_folder.names import (
     SUPERSEDED,
 )
 from tests import tiny
-from tests.run_ranks import RunningRanks
+from tests.run_ranks import JOB, RunningRanks, with_plan_on_failure
 from tests.whole_run import rows
 
 EVERY, KEEP = 2, 2
 FREEZE_SECONDS = 300.0
-JOB = {"SLURM_JOB_ID": "11"}  # every attempt may take over from the one before, as a requeued job does
 # Reached by runs of other recipes, or where a stranger takes a step's name; elsewhere in this folder and tests/unit.
 ELSEWHERE = {"save.aside", *(f"change.{name}" for name in (CONTINUED, LINEAGE, ROLLBACKS, INITIAL_ADAPTER))}
 # Before the first step.
@@ -253,7 +252,7 @@ def storm(made: tuple[Path, Path], folder: Path, seed: int, attempts: int, ranks
         runs.append(Storm(path, folder / name / "tiny", ranks, folder / name / "log"))
     unbroken, broken = runs
     unbroken.carry_out([])
-    try:
+    with with_plan_on_failure(seed, acts, broken.log):
         broken.carry_out(acts)
         assert set(map(tuple, verify_run(broken.run).values())) == {()}
         assert record_problems(broken.run) == []
@@ -265,10 +264,6 @@ def storm(made: tuple[Path, Path], folder: Path, seed: int, attempts: int, ranks
         evaluated = [[row["step"] for row in rows(run.run / EVALUATIONS)] for run in (broken, unbroken)]
         assert evaluated[0] == evaluated[1]
         assert not list(broken.run.glob("*.tmp"))
-    except (AssertionError, TimeoutError) as error:
-        planned = "\n".join(f"{number}: {act}" for number, act in enumerate(acts))
-        output = broken.log.read_text()[-3000:] if broken.log.exists() else ""
-        raise AssertionError(f"{error}\nseed {seed}, plan:\n{planned}\n{output}") from error
     return acts
 
 

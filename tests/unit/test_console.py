@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from dist_cpt.config.schema import RunConfig
 from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 from dist_cpt.train import console
 from dist_cpt.train.console import Console, duration
+from tests.small_config import config
 
 CONTRACT = {
     "groups": [
@@ -48,16 +48,7 @@ CONTRACT = {
 
 
 def start(num_steps: int = 100, **changes: object) -> RunStart:
-    config = RunConfig.model_validate(
-        {
-            "name": "run",
-            "model": {"path": "base"},
-            "data": {"seq_len": 64, "sources": [{"path": "a.jsonl"}]},
-            "batch": {"global_tokens": 128},
-            "train": {"tokens": 1280},
-        }
-    )
-    first = RunStart(config, Path("runs/run"), "zero-3", 2, "cuda", num_steps, 0, None, "0a1b2c3d", CONTRACT, 0)
+    first = RunStart(config(), Path("runs/run"), "zero-3", 2, "cuda", num_steps, 0, None, "0a1b2c3d", CONTRACT, 0)
     return replace(first, **changes)  # type: ignore[arg-type]
 
 

@@ -14,24 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import DataError, WriteError
 from dist_cpt.run_folder.json_files import read_rows
 from dist_cpt.run_folder.metrics import MetricsFile
 from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 from tests.claimed import claimed, meanwhile
-
-
-def config() -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "name": "run",
-            "model": {"path": "base"},
-            "data": {"seq_len": 64, "sources": [{"path": "a.jsonl"}]},
-            "batch": {"global_tokens": 128},
-            "train": {"tokens": 1280},
-        }
-    )
+from tests.small_config import config
 
 
 def start(folder: Path, **changes: object) -> RunStart:
