@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import DataError, StorageError
@@ -115,6 +115,11 @@ def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the tokenizer begins a text with its BOS token."""
     ids = tokenizer.backend_tokenizer.encode("a").ids
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The id that fills a sequence: the padding token's, else that of EOS."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _set_bos(tokenizer: PreTrainedTokenizerFast, path: str, *, wanted: bool) -> None:

@@ -29,7 +29,7 @@ from dist_cpt.model.base_model import locate_base, weights_sha256
 from dist_cpt.model.classify import as_classifier, is_classifier, read_labels
 from dist_cpt.model.rope import rope_of, scaled_config
 from dist_cpt.model.safety_checks import require_trusted_code
-from dist_cpt.run_folder.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INITIAL_ADAPTER, MANIFEST
+from dist_cpt.run_folder.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INITIAL_ADAPTER, MANIFEST, MODEL_CONFIG
 
 MAX_RELATIVE_DIFFERENCE = 1e-5  # of the largest logit, fp32
 _PROBE_TOKENS = 32
@@ -61,6 +61,24 @@ def find_base(checkpoint: Path, override: str | None = None) -> Path | None:
     if not name:
         raise ConfigError(f"{checkpoint / ADAPTER_CONFIG} names no base model", remedy="name it with --base")
     return locate_base(name, revision)
+
+
+def base_of_language_model(model: Path, override: str | None = None) -> Path | None:
+    """`find_base` for a checkpoint or a PEFT folder, None for a plain model folder.
+
+    Raises:
+        CheckpointError: as `find_base`.
+        ConfigError: as `find_base`; not a model, or a classifier.
+    """
+    is_ours = (model / MANIFEST).is_file() or (model / ADAPTER_CONFIG).is_file()
+    if not is_ours and not (model / MODEL_CONFIG).is_file():
+        raise ConfigError(
+            f"{model} is not a model: it has no {MODEL_CONFIG}", remedy="give a run, a checkpoint or a model folder"
+        )
+    folder = find_base(model, override) if is_ours else None
+    if read_labels(model) is not None or (folder is None and is_classifier(model)):
+        raise ConfigError(f"{model} is a classifier: it gives classes, not text", remedy="give a language model")
+    return folder
 
 
 def verified_base(identity: dict[str, Any], override: str | None) -> Path:

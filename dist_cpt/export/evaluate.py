@@ -15,16 +15,15 @@ from dist_cpt.config.load import build, load_recipe
 from dist_cpt.config.resolve import resolve_paths
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError, say
-from dist_cpt.export.checkpoint_model import find_base, plain_model
+from dist_cpt.export.checkpoint_model import base_of_language_model, plain_model
 from dist_cpt.export.held_out_loss import HeldOutSets, held_out_sets, recipe_of_run, with_loss
 from dist_cpt.export.merge import merged_model, untrained_model
-from dist_cpt.export.model_folder import has_tokenizer
+from dist_cpt.export.model_folder import tokenizer_folder
 from dist_cpt.export.tasks import TaskOptions, task_scores
 from dist_cpt.model.base_model import locate_base
-from dist_cpt.model.classify import is_classifier, read_labels
 from dist_cpt.run_folder.checkpoints import read_state
 from dist_cpt.run_folder.json_files import encode_row
-from dist_cpt.run_folder.names import ADAPTER_CONFIG, EVALUATED, MANIFEST, MODEL_CONFIG, RECIPE, STATE
+from dist_cpt.run_folder.names import EVALUATED, MANIFEST, RECIPE, STATE
 from dist_cpt.run_folder.records import HeldOut
 
 _LONGEST = 2048  # tokens of a sequence where neither a run nor the user says
@@ -53,11 +52,11 @@ def evaluate(
         MissingExtraError: `tasks` without the extra `eval`.
     """
     model = model if model.is_dir() else locate_base(str(model), None)
-    base_folder = _base_of(model, base)
+    base_folder = base_of_language_model(model, base)
     run = model.parent.parent if (model / MANIFEST).is_file() and (model.parent.parent / RECIPE).is_file() else None
     with _sets(model, base_folder, run, text, wanted=bool(text.data) or not tasks.names) as sets:
         loaded = merged_model(model, base_folder)[0] if base_folder is not None else plain_model(model)
-        scores = task_scores(loaded, _tokenizer_folder(model, base_folder), tasks) if tasks.names else {}
+        scores = task_scores(loaded, tokenizer_folder(model, base_folder), tasks) if tasks.names else {}
         losses = sets.losses(with_loss(loaded)) if sets.loaders else {}
         del loaded
         of_base: dict[str, HeldOut] = {}
@@ -96,25 +95,6 @@ def _row(name: str, role: str, result: HeldOut, base: HeldOut | None) -> dict[st
     return {"name": name, "role": role, **measured} | ({} if base is None else {"base_loss": base.loss})
 
 
-def _base_of(model: Path, base: str | None) -> Path | None:
-    is_ours = (model / MANIFEST).is_file() or (model / ADAPTER_CONFIG).is_file()
-    if not is_ours and not (model / MODEL_CONFIG).is_file():
-        raise ConfigError(
-            f"{model} is not a model: it has no {MODEL_CONFIG}", remedy="give a run, a checkpoint or a model folder"
-        )
-    folder = find_base(model, base) if is_ours else None
-    if read_labels(model) is not None or (folder is None and is_classifier(model)):
-        raise ConfigError(f"{model} is a classifier: it gives classes, not text", remedy="give a language model")
-    return folder
-
-
-def _tokenizer_folder(model: Path, base_folder: Path | None) -> Path:
-    for folder in (model, base_folder):
-        if folder is not None and has_tokenizer(folder):
-            return folder
-    raise ConfigError(f"{model} has no tokenizer", remedy="put the tokenizer's files into the folder")
-
-
 @contextmanager
 def _sets(
     model: Path, base_folder: Path | None, run: Path | None, text: TextOptions, *, wanted: bool
@@ -138,7 +118,7 @@ def _recipe_of_text(model: Path, base_folder: Path | None, run: Path | None, tex
     seq_len = text.seq_len
     if seq_len is None:
         seq_len = _positions(base_folder or model) if run is None else load_recipe(run / RECIPE).data.seq_len
-    tokenizer = str(_tokenizer_folder(model, base_folder))
+    tokenizer = str(tokenizer_folder(model, base_folder))
     sources = [{"path": path, "text": text.field} for path in text.data]
     values = {
         "name": "evaluate",

@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 
-from dist_cpt.data.tokenizer import adds_bos
+from dist_cpt.data.tokenizer import adds_bos, padding_id
 from dist_cpt.errors import ConfigError
-from dist_cpt.export.checkpoint_model import find_base, load_fp32
-from dist_cpt.export.model_folder import has_tokenizer, turn_ends
-from dist_cpt.model.classify import is_classifier, read_labels
-from dist_cpt.run_folder.names import ADAPTER_CONFIG, MODEL_CONFIG
+from dist_cpt.export.checkpoint_model import base_of_language_model, load_fp32
+from dist_cpt.export.model_folder import tokenizer_folder, turn_ends
 
 
 def generate(
@@ -41,17 +39,13 @@ def generate(
         )
     if temperature == 0 and (top_k or top_p < 1):
         raise ConfigError("top_k and top_p restrict random sampling", remedy="give a temperature above 0")
+    from transformers import AutoTokenizer
+
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"model folder not found: {folder}", remedy="give a run, a checkpoint or a model folder")
-    base = find_base(folder) if (folder / ADAPTER_CONFIG).is_file() else None
-    if base is None and not (folder / MODEL_CONFIG).is_file():
-        raise ConfigError(
-            f"{folder} is not a model: it has no {MODEL_CONFIG}", remedy="give a run, a checkpoint or a model folder"
-        )
-    if read_labels(folder) is not None or (base is None and is_classifier(folder)):
-        raise ConfigError(f"{folder} is a classifier: it gives classes, not text", remedy="give a language model")
-    tokenizer = _tokenizer(folder, base)
+    base = base_of_language_model(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(folder, base), trust_remote_code=False)
     model = load_fp32(folder, base)
     if torch.cuda.is_available():
         model = model.to(device="cuda", dtype=torch.bfloat16)
@@ -68,7 +62,7 @@ def generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            pad_token_id=padding_id(tokenizer),
             eos_token_id=[end for end in ends if end is not None],
             **sampling,
         )
@@ -85,15 +79,6 @@ def require_positions(model: Any, prompt_tokens: int, new_tokens: int) -> None:
             f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones exceed the model's {rows} positions",
             remedy=f"use max_new_tokens {rows - prompt_tokens}" if rows > prompt_tokens else "use a shorter prompt",
         )
-
-
-def _tokenizer(folder: Path, base: Path | None) -> Any:
-    from transformers import AutoTokenizer
-
-    for source in (folder, base):
-        if source is not None and has_tokenizer(source):
-            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    raise ConfigError(f"{folder} has no tokenizer", remedy="put the tokenizer's files into the folder")
 
 
 def _chat_ids(tokenizer: Any, prompt: str) -> list[int]:

@@ -15,7 +15,7 @@ from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.loader import ValidationLoader
 from dist_cpt.data.prepare import prepare
 from dist_cpt.data.text_bytes import TextBytes
-from dist_cpt.data.tokenizer import load_run_tokenizer
+from dist_cpt.data.tokenizer import load_run_tokenizer, padding_id
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import parts_of
 from dist_cpt.model.attention import choose, install
@@ -58,7 +58,7 @@ def recipe_of_run(checkpoint: Path, asked_by: str) -> RunConfig:
 def held_out_sets(config: RunConfig, *, of_sources: bool = False) -> HeldOutSets:
     """The held-out sets of a recipe, or `of_sources` its sources as such; missing token stores are prepared again."""
     tokenizer: Any = load_run_tokenizer(config)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad_id = padding_id(tokenizer)
     prepared = prepare(config)
     sets = prepared.sources if of_sources else prepared.validation
     loaders = [ValidationLoader(one, config.data.seq_len, pad_id, config.evaluate.max_blocks) for one in sets]

@@ -113,6 +113,18 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
+def tokenizer_folder(*folders: Path | None) -> Path:
+    """The first of the folders that has a tokenizer.
+
+    Raises:
+        ConfigError: none has.
+    """
+    for folder in folders:
+        if folder is not None and has_tokenizer(folder):
+            return folder
+    raise ConfigError(f"{folders[0]} has no tokenizer", remedy="put the tokenizer's files into the folder")
+
+
 def copy_tokenizer(folders: Sequence[Path], out: Path) -> None:
     """Copy the tokenizer's files of the first of `folders` that has any, and the last one's image processor.
 

@@ -33,7 +33,14 @@ from dist_cpt.data.progress_line import LOG_SECONDS, ProgressLine
 from dist_cpt.data.store import check_chunks
 from dist_cpt.data.stream_loader import Loader
 from dist_cpt.data.text_bytes import TextBytes
-from dist_cpt.data.tokenizer import at_commit, load_new_vocabulary, load_run_tokenizer, tokenizer_commit, tokenizer_hash
+from dist_cpt.data.tokenizer import (
+    at_commit,
+    load_new_vocabulary,
+    load_run_tokenizer,
+    padding_id,
+    tokenizer_commit,
+    tokenizer_hash,
+)
 from dist_cpt.engines.build import build_engine, kind_of
 from dist_cpt.engines.engine import InspectableEngine
 from dist_cpt.errors import ConfigError, Stopped
@@ -225,7 +232,7 @@ def open_data(context: RunContext, tokenizer: Any) -> TrainingData:
     facts = {f"token store of {s.name}": s.store.manifest.content_hash for s in prepared.all_sources}
     require_equal(facts | {"identity of the data": prepared.identity})
     _check_stores(prepared)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad_id = padding_id(tokenizer)
     if prepared.streamed:
         loader: Loader = open_stream(context, prepared, pad_id)
     else:
