@@ -60,7 +60,7 @@ def _require_none_published(folder: Path) -> None:
     if names:
         raise CheckpointError(
             f"{names[-1]} was published in {checkpoints_folder(folder)}, where no checkpoint is now",
-            remedy="move or link them back, or begin anew with dist-cpt launch --from-start",
+            remedy="move or link them back, or start over with dist-cpt launch --from-start",
         )
 
 
