@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dist_cpt.commands.arguments import AFTER, Json, require_run_folder
+from dist_cpt.commands.arguments import AFTER, Json, require_run_folder, show
 from dist_cpt.errors import CheckpointError, ConfigError
 from dist_cpt.run_folder.names import ADAPTER_CONFIG, CHECKPOINTS, MANIFEST, MODEL_CONFIG
 
@@ -52,7 +51,7 @@ def evaluate(
     folder = _checkpoint_folder(model) if ours else model
     wanted = TaskOptions(tuple(tasks.split(",")) if tasks else (), tasks_path, limit)
     rows = measure(folder, TextOptions(tuple(data or ()), text, seq_len), wanted, base=base, against_base=against_base)
-    print(*([json.dumps({"model": str(folder), "results": rows}, indent=1)] if json_ else as_lines(rows)), sep="\n")
+    show({"model": str(folder), "results": rows}, as_lines(rows), json_)
 
 
 @app.command(rich_help_panel=AFTER)
@@ -90,6 +89,8 @@ def merge(
         raise ConfigError("--layers belongs to --scale or --sweep")
     if (last > 1 or layer_range is not None) and (base_only or add_residual is not None):
         raise ConfigError("--last and --layers go with --scale and --sweep, not with --base-only or --add-residual")
+    if base_only and add_residual is not None:
+        raise ConfigError("--base-only and --add-residual exclude each other")
     if residual_scale is not None and add_residual is None:
         raise ConfigError("--residual-scale belongs to --add-residual INSTRUCT BASE")
     if out is None and (sweep is None or add_residual is not None or base_only):
@@ -106,8 +107,6 @@ def merge(
     if add_residual is not None:
         from dist_cpt.export.task_vector import TaskVector, merge_with_task_vector
 
-        if base_only:
-            raise ConfigError("--base-only and --add-residual exclude each other")
         vector = TaskVector(*add_residual, 1.0 if residual_scale is None else residual_scale)
         same = merge_with_task_vector(checkpoint, out, vector, dtype, base=base, scale=scale)
         print(f"{out}: with {vector.scale:g} x ({vector.instruct} - {vector.base})")

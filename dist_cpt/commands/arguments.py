@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,6 +45,11 @@ def overrides_of(set_: list[str] | None, accept: str | None, profile: str | None
             raise ConfigError(f"--profile {profile}: give A:B, such as 10:12 for steps 10, 11 and 12")
         given.append(f"track.profile=[{int(first)}, {int(last)}]")
     return given
+
+
+def show(value: object, lines: Iterable[str], as_json: bool) -> None:
+    """Print a result: as one JSON object, or as lines for people."""
+    print(json.dumps(value, indent=1) if as_json else "\n".join(lines))
 
 
 def require_run_folder(path: Path) -> Path:

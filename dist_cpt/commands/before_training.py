@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dist_cpt.commands.arguments import RUN, Json, Overrides, Recipe, load
+from dist_cpt.commands.arguments import RUN, Json, Overrides, Recipe, load, show
 from dist_cpt.errors import WriteError, say
 from dist_cpt.run_folder.names import RECIPE, REPORT
 
@@ -69,7 +68,7 @@ def prepare(
         with contextlib.suppress(WriteError):  # a store given may be on a read-only file system
             write_page(store_page(store_facts(open_documents(folder))), folder / REPORT)
     report = data_report(prepared)
-    print(*([json.dumps(report, indent=1)] if json_ else report_lines(report)), sep="\n")
+    show(report, report_lines(report), json_)
 
 
 @app.command(rich_help_panel=RUN)
@@ -105,7 +104,7 @@ def replay(
         seed_tokens,
     )
     report = sample(config, tokens, out, options, batch, ProgressLine(tokens))
-    print(*([json.dumps(report, indent=1)] if json_ else report_lines(report, out)), sep="\n")
+    show(report, report_lines(report, out), json_)
 
 
 @app.command(rich_help_panel=RUN)
@@ -176,7 +175,4 @@ def plan(
     if gpu == "cpu" or calibrate:
         machine = replace(machine, device=calibrated(machine.device))
     planned = make_plan(config, model_config(config), machine)
-    if json_:
-        print(json.dumps(as_json(config, planned, str(recipe)), indent=1))
-    else:
-        print(*as_text(config, planned, str(recipe)), sep="\n")
+    show(as_json(config, planned, str(recipe)), as_text(config, planned, str(recipe)), json_)

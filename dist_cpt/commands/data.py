@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dist_cpt.commands.arguments import Json
+from dist_cpt.commands.arguments import Json, show
 from dist_cpt.errors import DataError
 
 app = typer.Typer(help="Look at, check, merge and decode token stores.", no_args_is_help=True)
@@ -33,7 +33,7 @@ def data_inspect(
     from dist_cpt.data.store_facts import facts_text, store_facts
 
     facts = store_facts(open_documents(store), tokenizer)
-    print(json.dumps(facts, indent=1) if json_ else facts_text(facts))
+    show(facts, [facts_text(facts)], json_)
     if page is not None:
         from dist_cpt.report.report import write_page
         from dist_cpt.report.store_page import store_page
@@ -77,11 +77,7 @@ def data_merge(
     merged = merge_stores(stores, out)
     counts = {"documents": merged.num_documents, "tokens": merged.num_tokens}
     shown = {"store": str(out), **counts, "content_hash": merged.manifest.content_hash}
-    print(
-        json.dumps(shown, indent=1)
-        if json_
-        else f"{out}: {merged.num_documents:,} documents, {merged.num_tokens:,} tokens"
-    )
+    show(shown, [f"{out}: {merged.num_documents:,} documents, {merged.num_tokens:,} tokens"], json_)
 
 
 @app.command("decode")

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from dist_cpt.commands.arguments import LOOK, Json, require_run_folder
+from dist_cpt.commands.arguments import LOOK, Json, require_run_folder, show
 from dist_cpt.errors import CheckpointError, ConfigError, DataError
 from dist_cpt.run_folder.names import CHECKPOINTS, MANIFEST
 
@@ -70,9 +70,7 @@ def report(
 
 
 @app.command(rich_help_panel=LOOK)
-def verify(
-    path: Checked,
-) -> None:
+def verify(path: Checked) -> None:
     """Check every byte of a checkpoint, or of a run, its record and its token stores; exit code 74, for a store 65."""
     path = Path(os.path.abspath(path))  # `.` has no name
     if not path.is_dir():
@@ -118,6 +116,6 @@ def inspect(
     from dist_cpt.errors import printable
 
     content = inspect_path(Path(os.path.abspath(path)))
-    print(json.dumps(content, indent=1) if json_ else as_text(content))
+    show(content, [as_text(content)], json_)
     if content.get("problem"):  # of one checkpoint; a run shows its newest valid one
         raise CheckpointError(printable(f"{path} is damaged: {content['problem']}"))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dist_cpt.commands.arguments import TOOLS, Json
+from dist_cpt.commands.arguments import TOOLS, Json, show
 from dist_cpt.errors import ConfigError, NodeError
 
 app = typer.Typer()
@@ -58,9 +57,7 @@ def model_check(
         from dist_cpt.model.build_check import check_build
 
         built = check_build(path)
-    if json_:
-        print(json.dumps((check.as_json() if check else {}) | ({"built": vars(built)} if built else {}), indent=1))
-    else:
-        print(*(as_text(check) if check else ()), *(built.as_text() if built else ()), sep="\n")
+    found = (check.as_json() if check else {}) | ({"built": vars(built)} if built else {})
+    show(found, [*(as_text(check) if check else ()), *(built.as_text() if built else ())], json_)
     if check is not None and check.refused:
         raise ConfigError(f"{path} cannot be trained: {check.refused[0]}")
