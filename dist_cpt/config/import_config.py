@@ -1,7 +1,7 @@
 """An Axolotl or LLaMA-Factory YAML as a recipe, with every key that the recipe cannot say named.
 
-A key is a row of a table, or is read by a function that several keys need together; what neither reads is dropped. What
-the other program does where its file is silent is written out, since its defaults are not ours.
+A key is a row of a table, or read by a function where several keys belong together; all others are dropped and named.
+The other program's defaults are written out, since ours differ.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dist_cpt.storage import read_bytes
 
 Values = dict[str, Any]
 
-# The same thing under another name.
+# Their key -> ours; first those that both programs have.
 _BOTH = {
     "trust_remote_code": "model.trust_remote_code",
     "lora_alpha": "adapter.alpha",
@@ -62,7 +62,7 @@ _LLAMA_FACTORY = _BOTH | {
     "per_device_train_batch_size": "batch.micro_batch",
     "num_train_epochs": "train.epochs",
 }
-# What the other program has where its file says nothing.
+# The other program's defaults.
 _AXOLOTL_DEFAULTS = {"optim.weight_decay": 0.0, "optim.betas": [0.9, 0.999], "adapter.rslora": False}
 _LLAMA_FACTORY_DEFAULTS = _AXOLOTL_DEFAULTS | {
     "adapter.rank": 8,
@@ -79,7 +79,7 @@ _SCHEDULES = {
     "constant_with_warmup": {"kind": "constant"},
     "warmup_stable_decay": {"kind": "wsd", "end_fraction": 0.0},
 }
-# Nothing is lost with these.
+# Keys that need no counterpart, and why.
 _ALREADY = {
     "sample_packing": "text is always packed",
     "packing": "text is always packed",
@@ -145,7 +145,7 @@ def import_config(path: Path, gpus: int, name: str | None = None) -> Imported:
     """The recipe of another program's file for `gpus` GPUs, valid as a recipe.
 
     Raises:
-        ConfigError: the file is of neither program, or what it says is no valid recipe.
+        ConfigError: the file belongs to neither program, or its values make no valid recipe.
     """
     try:
         given = parse_yaml(read_bytes(path).decode("utf-8"), str(path))
@@ -309,7 +309,7 @@ def _set_sources(made: Imported, sources: list[Values], kinds: set[str]) -> None
 
 
 def _place(path: str) -> str:
-    """A data set of the hub is ORG/NAME, and nothing of that name is here."""
+    """ORG/NAME is a data set of the hub, unless a local path has that name."""
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists() and not Path(path).suffix
     return HUB_PREFIX + path if on_hub else path
 
@@ -354,7 +354,7 @@ def _engine(made: Imported) -> None:
 
 
 def _evaluate(made: Imported) -> None:
-    """Intervals below 1 are shares of the run there."""
+    """There, an interval below 1 is a fraction of the run."""
     for theirs, ours in (("eval_steps", "evaluate.every_steps"), ("save_steps", "checkpoint.every_steps")):
         value = made.take(theirs)
         if isinstance(value, int) and value >= 1:

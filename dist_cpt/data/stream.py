@@ -1,7 +1,7 @@
 """One source as a stream of blocks, read from its text: shards in a keyed order, windows in theirs, shuffled blocks.
 
-The stream is a function of the text and the recipe. Where a shard begins in it is known once those before it have been
-read: that is a mark, from which the stream can be read on without them.
+The stream is a function of the text and the recipe. Where a shard begins in it is known once the shards before it have
+been read. A mark records that, so that a resume can start reading there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sources that are read from their text while training: their files, what names their content, and its changes."""
+"""Sources that are read from their text while training: their files, and checks that these have not changed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dist_cpt.errors import DataError
 from dist_cpt.storage import LOGGER, patiently
 
 FORMAT_VERSION = 1  # of the order: another one is another stream of the same text
-END_BYTES = 1 << 16  # at a file's beginning and end that tell it from another of its size
+END_BYTES = 1 << 16  # at either end of a file, hashed to tell it from another of the same size
 _CONTENT = ("bytes", "ends")
 
 

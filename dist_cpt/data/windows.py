@@ -1,4 +1,4 @@
-"""The documents of a shard as windows: so many in a row that packing them on their own wastes little.
+"""The documents of a shard as windows: enough consecutive documents that packing them on their own wastes little.
 
 A window ends where a piece of a document ends, as `packing` cuts it: its blocks have the same pieces as if the shard
 were packed as a whole, and a document of any length passes through bounded memory.

@@ -1,7 +1,7 @@
 """Self-generated replay: text sampled from the model that a recipe starts from, as a source for `role: replay`.
 
 FOLDER/documents.jsonl appears when it is complete; until then the documents are in FOLDER/.replay, which no source
-reads. That file alone is the state: documents are numbered, and what follows a kill is their continuation.
+reads. That file is the only state: documents are numbered, and after a kill sampling continues with the next one.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 Point = tuple[float, float | None]  # (step, value); None is a gap
 
-STEP = "step"  # what most charts go over
+STEP = "step"  # the x axis of most charts
 _LABEL_ROWS = 3
 _LABEL_ROW_PX = 13.0
 _LABEL_PX_PER_CHARACTER = 5.9
@@ -39,7 +39,7 @@ class Series:
     color: int
     style: str = "line"  # line | faint | dashed
     dots: bool = False
-    labels: Sequence[str] = ()  # of the points, shown with the values; for charts that do not go over the steps
+    labels: Sequence[str] = ()  # of the points, shown with the values; for charts over something else than steps
 
     @property
     def css(self) -> str:

@@ -24,7 +24,7 @@ from dist_cpt.run_folder.contents import RunFiles, read_run
 class Compared:
     """One of the runs."""
 
-    name: str  # unlike that of the others
+    name: str  # unique among them
     run: RunFiles
     attempts: list[Attempt]
     held_out: list[HeldOutSet]

@@ -1,7 +1,7 @@
 """`dist-cpt doctor`: what this machine has for a run, each part with its state and the remedy.
 
-What may hang (a file system, a GPU's driver, a server) is asked by a process of its own, which is left behind after
-its time. Only what every run needs makes the machine unfit.
+Checks that may hang (a file system, a GPU's driver, a server) run in a process of their own, which is abandoned at its
+time limit. Only what every run needs makes the machine unfit.
 """
 
 from __future__ import annotations
