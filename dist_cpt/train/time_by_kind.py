@@ -64,8 +64,8 @@ def breakdown(events: Iterable[Event], steps: Sequence[tuple[float, float]], *, 
     counted once, as the first of `WORK` among them.
     """
     first, last = steps[0][0], steps[-1][1]
-    known: list[tuple[Event, Kind]] = []
-    known += [(event, kind) for event in events if (kind := kind_of(event.name, on_gpu=on_gpu)) and event.end > first]
+    kinds: list[tuple[Event, Kind | None]] = [(event, kind_of(event.name, on_gpu=on_gpu)) for event in events]
+    known: Sequence[tuple[Event, Kind]] = [(event, kind) for event, kind in kinds if kind and event.end > first]
     if on_gpu:
         last = max([last, *(event.end for event, _ in known)])  # the device is behind the host
     known = [(event, kind) for event, kind in known if event.begin < last]
