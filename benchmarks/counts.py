@@ -248,19 +248,10 @@ class counted_host_copies:
         host_copies.HostCopy = self._before
 
 
-def lora_matrices() -> nn.Module:
-    """The trainable tensors of a LoRA run, by the names that the optimizer's groups know."""
-    module = nn.Module()
-    for layer in range(LAYERS):
-        for place in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
-            parent = nn.Module()
-            module.add_module(f"layers_{layer}_{place}", parent)
-            parent.lora_A, parent.lora_B = nn.Linear(WIDTH, RANK, bias=False), nn.Linear(RANK, WIDTH, bias=False)
-    return module
-
-
 class LoraMatrices(nn.Module):
     """The trainable tensors of a LoRA run, by the names that the optimizer's groups know; their sum is the loss."""
+
+    routing = None  # no mixture of experts
 
     def __init__(self) -> None:
         super().__init__()
