@@ -256,6 +256,7 @@ def _under_adapter(
 ) -> tuple[Any, dict[str, Any] | None]:
     """(what trains: `model` itself or under the recipe's adapter, its adapter_config.json)."""
     if config.adapter.kind == "none":
+        _require_parameters_alone(model)
         causal_lm, adapter_config = model.requires_grad_(True), None
     else:
         causal_lm, adapter_config = apply_lora(model, config, head=parts.head, embeddings=parts.embeddings)
@@ -269,6 +270,17 @@ def _under_adapter(
         matrices = (parts.embeddings,) if config.classify is not None else (parts.embeddings, parts.head)
         train_new_rows_only(matrices, vocabulary.first_row)
     return causal_lm, adapter_config
+
+
+def _require_parameters_alone(model: Any) -> None:
+    saved = model.state_dict()
+    buffers = sorted({name.rpartition(".")[2] for name, _ in model.named_buffers() if name in saved})
+    if buffers:  # transformers would fill them with whatever is in memory
+        raise ConfigError(
+            f"adapter.kind: none: {model.config.model_type} has weights that are no parameters ({', '.join(buffers)}), "
+            "and checkpoints of all parameters would lack them",
+            remedy="use adapter.kind: lora",
+        )
 
 
 def _change_vocabulary(config: RunConfig, model: Any, vocabulary: NewVocabulary | None) -> dict[str, Any]:

@@ -333,6 +333,13 @@ def test_an_architecture_with_other_attention_is_refused():
         load_model(config, device=CPU)
 
 
+def test_weights_that_full_checkpoints_would_lack_are_refused_by_name():
+    """Apertus' xIELU has constants that are buffers: a reader would find whatever is in memory in their place."""
+    config = recipe({"config": UNTESTED | {"model_type": "apertus"}}, adapter={"kind": "none"}, embeddings={})
+    with pytest.raises(ConfigError, match=r"adapter.kind: none: apertus .*beta, eps"):
+        load_model(config, device=CPU)
+
+
 def test_canonical_names():
     prefix = "causal_lm.base_model.model.model.layers.0.self_attn.q_proj"
     assert canonical_name(f"{prefix}.lora_A.default.weight") == f"{prefix[10:]}.lora_A.weight"
