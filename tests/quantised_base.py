@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from dist_cpt.config.schema import RunConfig
+from dist_cpt.model.load import TrainableModel
 
 
 def recipe(base: Path, weights: str = "nf4", **sections: Any) -> RunConfig:
@@ -35,3 +39,15 @@ def source(base: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(base / "model.safetensors")
+
+
+def write_adapter(folder: Path, model: TrainableModel) -> Path:
+    """A folder with what a merge reads of a checkpoint: the model's adapter, its B matrices made random."""
+    folder.mkdir()
+    for name, parameter in model.trainable.items():
+        if "lora_B" in name:
+            nn.init.normal_(parameter.data, std=0.02)
+    save_file({name: p.data for name, p in model.trainable.items()}, folder / "adapter_model.safetensors")
+    model.write_config(folder)
+    (folder / "manifest.json").write_text(json.dumps({"adapter": True, "base": model.identity}))
+    return folder

@@ -46,7 +46,7 @@ def model_check(
     ] = False,
     json_: Json = False,
 ) -> None:
-    """Say what of a model trains, is fused, quantised, sharded or refused (exit 64), from its config.json."""
+    """Show which parts of a model train, are fused, quantised, sharded or refused (exit 64), from its config.json."""
     from dist_cpt.plan.model_check import as_text, check_model
     from dist_cpt.plan.shapes import find_config, is_known
 

@@ -19,7 +19,7 @@ from dist_cpt.export.checkpoint_model import load_fp32
 from dist_cpt.export.merge import quantisation_gap
 from dist_cpt.model.load import load_model
 from tests.frozen import FrozenCopy
-from tests.quantised_base import recipe, save, source
+from tests.quantised_base import recipe, save, source, write_adapter
 from tests.tiny import llama
 
 CPU = torch.device("cpu")
@@ -127,17 +127,8 @@ def test_dequantised_layers_are_plain_ones(base: Path) -> None:
 
 def test_a_merge_says_how_far_it_is_from_the_trainer(base: Path, tmp_path: Path) -> None:
     """The gap of the two bases under one adapter, activations quantised as in training."""
-    from safetensors.torch import save_file
-
     model = load_model(recipe(base, "fp8"), device=CPU)
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    for name, parameter in model.trainable.items():
-        if "lora_B" in name:
-            nn.init.normal_(parameter.data, std=0.02)
-    save_file({name: p.data for name, p in model.trainable.items()}, folder / "adapter_model.safetensors")
-    model.write_config(folder)
-    (folder / "manifest.json").write_text(json.dumps({"adapter": True, "base": model.identity}))
+    folder = write_adapter(tmp_path / "checkpoint", model)
     gap = quantisation_gap(folder)
     trainers = load_fp32(folder, base)
     probe = torch.randint(0, 512, (1, 32), generator=torch.Generator().manual_seed(0))

@@ -30,7 +30,7 @@ from dist_cpt.export.checkpoint_model import load_fp32, plain_model
 from dist_cpt.export.merge import quantisation_gap
 from dist_cpt.model.load import load_model
 from tests.frozen import FrozenCopy
-from tests.quantised_base import recipe, save, source
+from tests.quantised_base import recipe, save, source, write_adapter
 from tests.tiny import llama
 
 CPU = torch.device("cpu")
@@ -170,18 +170,8 @@ def test_gpt2_stores_its_weights_the_other_way_round(tmp_path: Path) -> None:
 
 def test_a_merge_says_how_far_it_is_from_the_trainer(base: Path, tmp_path: Path) -> None:
     """The gap is that of the two bases under one adapter, here computed from the definition of the format."""
-    from safetensors.torch import save_file
-
     model = load_model(recipe(base), device=CPU)
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    for name, parameter in model.trainable.items():
-        if "lora_B" in name:
-            nn.init.normal_(parameter.data, std=0.02)
-    save_file({name: p.data for name, p in model.trainable.items()}, folder / "adapter_model.safetensors")
-    model.write_config(folder)
-    manifest = {"adapter": True, "base": model.identity}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    folder = write_adapter(tmp_path / "checkpoint", model)
     gap = quantisation_gap(folder)
     states = {name.removesuffix(".base_layer"): m.quant_state for name, m in model.module.named_modules()
               if "base_layer" in name}  # fmt: skip
@@ -197,6 +187,7 @@ def test_a_merge_says_how_far_it_is_from_the_trainer(base: Path, tmp_path: Path)
     assert gap is not None
     assert gap == pytest.approx(expected, rel=1e-3)
     assert gap > 1e-3
+    manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["base"]["weights"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert quantisation_gap(folder) is None
