@@ -15,6 +15,7 @@ from tests.whole_run import StopAfter, rows, train
 
 LIMIT_SECONDS = 5.0  # without progress
 FOR_EVER = 3600.0
+SLOW_SECONDS = 0.7  # one read; those of the long corpus together take longer than the limit
 
 
 def recipe(base: Path, corpus: Path, folder: Path) -> dict[str, Any]:
@@ -71,3 +72,10 @@ def test_a_preparation_that_stalls_ends_with_72_and_is_made_later(made, tmp_path
     values = recipe(made[0], long_corpus(tmp_path / "text"), tmp_path)
     ends_as_a_hang(values, "preparing", "prepare", tmp_path / "text", "corpus.jsonl", 3, FOR_EVER)
     assert attempt(values) == 0
+
+
+@pytest.mark.matrix
+def test_a_preparation_that_is_slow_is_no_hang(made, tmp_path):
+    values = recipe(made[0], long_corpus(tmp_path / "text"), tmp_path)
+    layer = (tmp_path / "text", "corpus.jsonl", 0, SLOW_SECONDS)
+    assert attempt(values, *layer) == 0, (tmp_path / "log").read_text()[-2000:]
