@@ -42,10 +42,11 @@ def staged(folder: Path) -> Iterator[Path]:
 
 def remove_abandoned(folder: Path) -> None:
     """Remove what was staged for `folder` by processes that were killed; nothing where that cannot be told."""
-    for staging in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
-        with contextlib.suppress(OSError), (staging / LOCK).open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(staging, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the folder cannot be listed
+        for staging in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+            with contextlib.suppress(OSError), (staging / LOCK).open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(staging, ignore_errors=True)
 
 
 def require_new(out: Path) -> None:

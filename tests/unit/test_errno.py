@@ -27,6 +27,7 @@ from dist_cpt.data.store import TokenStore
 from dist_cpt.errors import EXIT_CANNOT_WRITE, EXIT_STORAGE, StorageError, WriteError
 from dist_cpt.run_folder.claim import claim
 from dist_cpt.run_folder.metrics import MetricsFile
+from dist_cpt.run_folder.staging import remove_abandoned
 from dist_cpt.runtime.collectives import on_rank_zero
 from dist_cpt.train import restore
 from tests import tiny
@@ -248,6 +249,15 @@ def test_a_sample_of_all_calls(config: RunConfig, tmp_path: Path, name: str) -> 
     counts = Counter(sweep(name, config, tmp_path, SAMPLE_EVERY))
     assert sum(counts.values()) > 10
     require_right(counts)
+
+
+@pytest.mark.parametrize("call", ["stat", "scandir"])
+def test_a_folder_of_runs_that_cannot_be_listed_is_left_as_it_is(tmp_path: Path, call: str) -> None:
+    with ErrnoLayer(tmp_path).installed() as counting:
+        remove_abandoned(tmp_path / "run")
+    number = [function for function, _ in counting.calls].index(call)
+    with ErrnoLayer(tmp_path, errno.EIO, number).installed():
+        remove_abandoned(tmp_path / "run")
 
 
 @pytest.mark.matrix
