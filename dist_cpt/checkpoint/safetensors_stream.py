@@ -30,7 +30,7 @@ from dist_cpt.storage import PatientFile
 
 _ITEM_BYTES = 4  # every tensor of a checkpoint is fp32
 _STREAMS = 4  # of one file, each a thread: one stream has a fraction of a parallel file system's bandwidth
-_PIECE_BYTES = 2**18  # of a tensor that is read by several of them: a thread costs less
+_PIECE_BYTES = 2**18  # of a tensor or a small file that several of them transfer: a thread costs less
 _PARTS = 8  # of a file that is written: each is forced to the disk and read back while the next ones are written
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
@@ -105,7 +105,7 @@ class StreamWriter:
                 raise CheckpointError(f"{key} was exported twice")
             self._missing.remove(key)
         data = _bytes_of(values.detach().contiguous().view(-1))
-        written = _in_pieces(partial(_write_all, self._fd), data, entry.start, CHUNK_BYTES)
+        written = _in_pieces(partial(_write_all, self._fd), data, entry.start)
         sha256 = hashlib.sha256(data).hexdigest()
         _finish(written)
         with self._change:
@@ -164,8 +164,7 @@ class StreamWriter:
 
     def _part_is_written(self) -> bool:
         """Whether there is enough to be forced; the end of the file is left to `finish`."""
-        size = max(CHUNK_BYTES, self._num_bytes // _PARTS)
-        return self._on_disk + size <= self._edge() < self._num_bytes
+        return self._on_disk + max(CHUNK_BYTES, self._num_bytes // _PARTS) <= self._edge() < self._num_bytes
 
     def _edge(self) -> int:
         """All bytes before it are written."""
@@ -211,7 +210,7 @@ class TensorFile:
         if stop == start:
             return values
         begin = entry.start + start * _ITEM_BYTES
-        _finish(_in_pieces(partial(_read_all, self._file, self._path), _bytes_of(values), begin, _PIECE_BYTES))
+        _finish(_in_pieces(partial(_read_all, self._file, self._path), _bytes_of(values), begin))
         return values
 
     def close(self) -> None:
@@ -236,8 +235,7 @@ def scan(path: Path, wait_until_readable: Callable[[int], object] = lambda stop:
         unread = iter(entries)
         key, entry = next(unread)
         digest, finite = hashlib.sha256(), True
-        chunks_ahead = _chunks_ahead(file, path, (data_start, data_stop), wait_until_readable)
-        with closing(chunks_ahead) as chunks:
+        with closing(_chunks_ahead(file, path, (data_start, data_stop), wait_until_readable)) as chunks:
             for start, chunk in chunks:
                 hashed = started(partial(whole.update, _bytes_of(chunk)))  # beside the hash of the tensor
                 stop = start + chunk.nbytes
@@ -323,18 +321,19 @@ def _chunks_ahead(
 ) -> Generator[tuple[int, torch.Tensor]]:
     """(offset, fp32 values) of one chunk after the other, each valid until the next; those are being read meanwhile."""
     start, stop = between
-    buffers = [torch.empty(CHUNK_BYTES // _ITEM_BYTES, dtype=torch.float32) for _ in range(_STREAMS + 1)]
+    size = min(CHUNK_BYTES, max(_PIECE_BYTES, (stop - start) // (8 * _STREAMS) // _ITEM_BYTES * _ITEM_BYTES))
+    buffers = [torch.empty(size // _ITEM_BYTES, dtype=torch.float32) for _ in range(_STREAMS + 1)]
 
     def read(offset: int) -> tuple[int, torch.Tensor]:
-        number = (offset - start) // CHUNK_BYTES
-        chunk = buffers[number % len(buffers)][: min(CHUNK_BYTES, stop - offset) // _ITEM_BYTES]
+        number = (offset - start) // size
+        chunk = buffers[number % len(buffers)][: min(size, stop - offset) // _ITEM_BYTES]
         wait_until_readable(offset + chunk.nbytes)
         _read_all(file, path, _bytes_of(chunk), offset)
         return offset, chunk
 
     under_way: deque[Future[tuple[int, torch.Tensor]]] = deque()
     try:
-        for offset in range(start, stop, CHUNK_BYTES):
+        for offset in range(start, stop, size):
             if len(under_way) == _STREAMS:
                 yield under_way.popleft().result()
             under_way.append(started(partial(read, offset)))
@@ -344,14 +343,12 @@ def _chunks_ahead(
         wait(under_way)  # the file is closed next
 
 
-def _in_pieces(
-    transfer: Callable[[memoryview, int], None], data: memoryview, offset: int, at_least: int
-) -> list[Future[None]]:
-    """Transfer `data` at `offset` of a file: now if it is `at_least` bytes or fewer, else start several pieces."""
-    if len(data) <= at_least:
+def _in_pieces(transfer: Callable[[memoryview, int], None], data: memoryview, offset: int) -> list[Future[None]]:
+    """Transfer `data` at `offset` of a file: now if it is small, else start several pieces."""
+    if len(data) <= _PIECE_BYTES:
         transfer(data, offset)
         return []
-    size = max(at_least, -(-len(data) // _STREAMS))
+    size = max(_PIECE_BYTES, -(-len(data) // _STREAMS))
     return [
         started(partial(transfer, data[start : start + size], offset + start)) for start in range(0, len(data), size)
     ]

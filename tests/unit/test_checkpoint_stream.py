@@ -68,6 +68,23 @@ def test_scan_hashes_across_chunk_borders(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(tensor.finite for tensor in content.tensors.values())
 
 
+def test_several_threads_share_small_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tensors of 2 MiB, as in many an adapter: no piece is a large part of the file."""
+    sizes: dict[str, list[int]] = {"_write_all": [], "_read_all": []}
+    for name, at in (("_write_all", 1), ("_read_all", 2)):
+        real = getattr(safetensors_stream, name)
+        counted = sizes[name]
+        monkeypatch.setattr(
+            safetensors_stream, name, lambda *a, real=real, at=at, into=counted: (into.append(len(a[at])), real(*a))[1]
+        )
+    tensors = {"a": torch.randn(512, 1024), "b": torch.randn(512, 1024)}
+    hashes = write(tmp_path / "x.safetensors", tensors)
+    assert max(sizes["_write_all"]) == 2**19
+    content = scan(tmp_path / "x.safetensors")
+    assert max(sizes["_read_all"]) == 2**18
+    assert {key: tensor.sha256 for key, tensor in content.tensors.items()} == hashes
+
+
 BIG = {f"layers.{i}": torch.randn(64, 64 + i) for i in range(16)}  # more than a page each
 
 

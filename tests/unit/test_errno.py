@@ -11,7 +11,7 @@ import errno
 import hashlib
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,45 +210,41 @@ def outcome(made: Path, work: Path, case: Phase, layer: ErrnoLayer) -> str:
     return ended
 
 
-def sweep(name: str, config: RunConfig, tmp_path: Path, every: int) -> Iterator[tuple[str, str]]:
-    """(errno and whether it lasts, outcome) for each chosen call of a phase."""
+def sweep(name: str, config: RunConfig, tmp_path: Path, *, lasts: bool, every: int = 1) -> Counter[str]:
+    """How a phase ends when a call of it fails, for each chosen pair of call and errno."""
     case, made, work = phase(name, config), tmp_path / "made", tmp_path / "work"
     work.mkdir()
     case.make(work)
     shutil.copytree(work, made, symlinks=True)
     counting = ErrnoLayer(work)
     assert outcome(made, work, case, counting) == "in spite of it"
-    pairs = [(number, code) for number in range(len(counting.calls)) for code in CODES]
-    for number, code in pairs[::every]:
-        for lasts in (False, True):
-            layer = ErrnoLayer(work, code, number, for_ever=lasts)
-            try:
-                ended = outcome(made, work, case, layer)
-            except Exception as error:
-                call = layer.calls[number] if number < len(layer.calls) else "not reached"
-                raise AssertionError(
-                    f"{name}, call {number} {call}, {CODES[code]}, lasts: {lasts}: {error!r}"
-                ) from error
-            yield f"{CODES[code]} {'for ever' if lasts else 'once'}", ended
+    counts: Counter[str] = Counter()
+    for number, code in [(number, code) for number in range(len(counting.calls)) for code in CODES][::every]:
+        layer = ErrnoLayer(work, code, number, for_ever=lasts)
+        try:
+            ended = outcome(made, work, case, layer)
+            assert ended in right(code, lasts), ended
+        except Exception as error:
+            call = layer.calls[number] if number < len(layer.calls) else "not reached"
+            raise AssertionError(f"{name}, call {number} {call}, {CODES[code]}, lasts: {lasts}: {error!r}") from error
+        counts[ended] += 1
+    return counts
 
 
-def require_right(counts: Counter[tuple[str, str]]) -> None:
+def right(code: int, lasts: bool) -> set[str]:
     """An errno that passes is survived, unless it says that there is no room; one that lasts has its code."""
-    for (which, ended), count in counts.items():
-        code, lasts = which.partition(" ")[::2]
-        full = code in ("ENOSPC", "EDQUOT", "EROFS")
-        if lasts == "once":
-            allowed = {"in spite of it", "at the next try", *((f"exit code {EXIT_CANNOT_WRITE}",) if full else ())}
-        else:
-            allowed = {"in spite of it", f"exit code {EXIT_STORAGE}", f"exit code {EXIT_CANNOT_WRITE}"}
-        assert ended in allowed, f"{which}: {ended}, {count} times"
+    if lasts:
+        return {"in spite of it", f"exit code {EXIT_STORAGE}", f"exit code {EXIT_CANNOT_WRITE}"}
+    full = code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return {"in spite of it", "at the next try", *((f"exit code {EXIT_CANNOT_WRITE}",) if full else ())}
 
 
 @pytest.mark.parametrize("name", ["claim", "restore", "save", "prepare"])
 def test_a_sample_of_all_calls(config: RunConfig, tmp_path: Path, name: str) -> None:
-    counts = Counter(sweep(name, config, tmp_path, SAMPLE_EVERY))
-    assert sum(counts.values()) > 10
-    require_right(counts)
+    for lasts in (False, True):
+        folder = tmp_path / str(lasts)
+        folder.mkdir()
+        assert sweep(name, config, folder, lasts=lasts, every=SAMPLE_EVERY).total() > 5
 
 
 @pytest.mark.parametrize("call", ["stat", "scandir"])
@@ -261,12 +257,9 @@ def test_a_folder_of_runs_that_cannot_be_listed_is_left_as_it_is(tmp_path: Path,
 
 
 @pytest.mark.matrix
+@pytest.mark.parametrize("lasts", [False, True], ids=["once", "for ever"])
 @pytest.mark.parametrize("name", ["claim", "restore", "save", "prepare"])
-def test_every_call(config: RunConfig, tmp_path: Path, name: str) -> None:
-    counts = Counter(sweep(name, config, tmp_path, 1))
-    require_right(counts)
-    totals: dict[str, Counter[str]] = {}
-    for (which, ended), count in counts.items():
-        totals.setdefault(which.partition(" ")[2], Counter())[ended] += count
-    calls = sum(counts.values()) // (2 * len(CODES))
-    print(f"\n{name}: {calls} calls x {len(CODES)} errnos", *(f"{k}: {dict(v)}" for k, v in totals.items()), sep="\n  ")
+def test_every_call(config: RunConfig, tmp_path: Path, name: str, lasts: bool) -> None:
+    counts = sweep(name, config, tmp_path, lasts=lasts)
+    calls = counts.total() // len(CODES)
+    print(f"\n{name}, {'for ever' if lasts else 'once'}: {calls} calls x {len(CODES)} errnos, {dict(counts)}")
