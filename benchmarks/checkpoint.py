@@ -54,7 +54,7 @@ WAYS = {
     "ours": "checkpoint/save.py: fp32 safetensors, sha256 of every tensor, fsync, read back, manifest, rename",
     "ours_beside": "the same from a snapshot in host memory, on a thread beside training; the stall is the snapshot",
     "dcp": "torch.distributed.checkpoint.save of the same tensors as DTensors",
-    "dcp_threads": "dcp with 8 threads per rank, each with a file of its own, as ours has up to 8 streams",
+    "dcp_threads": "dcp with 8 threads per rank, each with its own file; ours writes 8 tensors or fewer at a time",
     "dcp_async": "torch.distributed.checkpoint.async_save of them; the stall is until it returns",
     "deepspeed": "engine.save_checkpoint of the same state under ZeRO-3",
     "ours_zero": "ours under ZeRO-3",

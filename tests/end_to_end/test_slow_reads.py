@@ -1,4 +1,4 @@
-"""Slow reads of a restore end nothing; reads that never end are a hang, also of a preparation: in whole runs."""
+"""Slow reads of a restore or a preparation end nothing; reads that never end are a hang: in whole runs."""
 
 from __future__ import annotations
 
