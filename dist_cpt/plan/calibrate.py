@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_cpt.errors import NodeError, WriteError
-from dist_cpt.plan.devices import DEVICES, Device
+from dist_cpt.plan.devices import CPU, DEVICES, Device
 
 RATES = ("gemm", "attention_forward", "attention_backward", "copy")
 SECONDS = 300.0
@@ -58,7 +58,7 @@ def calibrated(device: Device, path: Path | None = None) -> Device:
         return device
     if not _is_of(device, str(measured.get("name"))) or min(rates.values()) <= 0:
         return device
-    peak = rates["gemm"] if device.name == "CPU" else device.peak
+    peak = rates["gemm"] if device.name == CPU else device.peak
     return replace(device, **rates, peak=peak, source=f"measured on this machine by plan --calibrate ({target})")
 
 

@@ -60,7 +60,8 @@ DEVICES = {
     "a100": replace(_scaled("A100 SXM 80 GB", 80e9, 312e12, 2.04e12, 300e9, 32e9), e4m3=0.0),
     "l40s": _scaled("L40S 48 GB", 48e9, 362e12, 0.864e12, 32e9, 32e9, "; PCIe 4 between devices"),
 }
-_CPU_CORE = 5e10  # FLOP/s in fp32 or bf16
+CPU = "CPU"  # its name as a device
+_CPU_CORE = 5e10  # FLOP/s in fp32, and in bf16 where it has instructions for it
 _CPU_COPY = 1e10
 NETWORK = 50e9  # bytes/s of one GPU to other nodes, where nothing is said
 
@@ -104,4 +105,4 @@ def _this_cpu() -> Device:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     gemm = _CPU_CORE * (os.cpu_count() or 1)
     source = "a guess of 50 GFLOP/s per core; the memory is this machine's"
-    return Device("CPU", memory, gemm, gemm, gemm / 4, gemm / 4, _CPU_COPY, _CPU_COPY, _CPU_COPY, source, e4m3=0.25)
+    return Device(CPU, memory, gemm, gemm, gemm / 4, gemm / 4, _CPU_COPY, _CPU_COPY, _CPU_COPY, source, e4m3=0.25)

@@ -13,7 +13,7 @@ from typing import Any
 from dist_cpt.config.load import build, parse_yaml
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError, WriteError
-from dist_cpt.plan.devices import Machine
+from dist_cpt.plan.devices import CPU, Machine
 from dist_cpt.plan.plan import Plan, Way, make_plan, model_config, recipe_patch
 from dist_cpt.plan.plan_text import launch_line
 
@@ -30,9 +30,10 @@ def starter_recipe(model: str, data: Sequence[str], machine: Machine, out: Path)
     Raises:
         ConfigError: the model is not on this machine, nothing matches `data`, or nothing fits the machine.
     """
+    weights = "fp32" if machine.device.name == CPU else "bf16"
     draft: dict[str, Any] = {
         "name": _name(model),
-        "model": {"path": model},
+        "model": {"path": model, "weights": weights},
         "adapter": {"rank": 64, "alpha": 64},
         "data": {"seq_len": 1, "sources": [{"path": path} for path in data]},
         "batch": {"global_tokens": 1},
@@ -120,7 +121,7 @@ name: {named(config.name)}
 output_dir: runs
 model:
   path: {named(config.model.path)}
-  weights: {way.weights}  # storage of the frozen base: bf16 | fp8 | nf4 | int8; what trains has fp32 masters
+  weights: {way.weights}  # storage of the frozen base: fp32 | bf16 | fp8 | nf4 | int8; what trains has fp32 masters
 adapter: {{kind: lora, rank: 64, alpha: 64}}  # kind: none trains every parameter
 # For a new language or many new terms, train the vocabulary as well:
 # embeddings: {{train: [embed_tokens, lm_head]}}

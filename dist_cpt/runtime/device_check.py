@@ -23,8 +23,14 @@ def check_devices() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if count else None,
         "devices": [torch.cuda.get_device_name(index) for index in range(count)],
+        "emulates_bf16": emulates_bf16(torch.device("cpu")),
     }
     return found | ({"kernels": _kernels()} if count else {})
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether products in bf16 run on a CPU that has no instructions for them."""
+    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _kernels() -> dict[str, Any]:

@@ -71,6 +71,7 @@ from dist_cpt.runtime.collectives import (
     ranks_that_see,
     require_equal,
 )
+from dist_cpt.runtime.device_check import emulates_bf16
 from dist_cpt.runtime.log import LOGGER
 from dist_cpt.runtime.mesh import host_group
 from dist_cpt.runtime.shared_folder import MARK_SECONDS, first_that_sees
@@ -203,6 +204,11 @@ def check_before_hours_of_work(context: RunContext) -> StartingPoint:
     base_sha256, base = base_sha256s(config.model) if config.model.path is not None else (None, {})
     if config.model.weights in QUANTISED:
         on_every_rank("model.weights", lambda: require_format(config.model.weights, context.device))
+    if config.model.weights != "fp32" and emulates_bf16(context.device):
+        LOGGER.warning(
+            "model.weights: %s: this CPU has no bf16 instructions and emulates them; fp32 is many times faster",
+            config.model.weights,
+        )
     if config.optim.state == "8bit":
         on_every_rank("optim.state", lambda: dynamic_map(True))
     vocabulary = on_every_rank("embeddings.new_tokens", lambda: load_new_vocabulary(config))

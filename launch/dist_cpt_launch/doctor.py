@@ -129,7 +129,9 @@ def device_findings(asked: dict[str, Any]) -> list[Finding]:
         return [Finding("torch", "broken", asked["failed"], fix)]
     torch = Finding("torch", "ok", f"{asked['torch']}, built for CUDA {asked['cuda'] or '- (CPU only)'}")
     if not gpus and not problems and not asked["devices"]:
-        return [torch, Finding("GPU", "note", "none: a run trains on the CPU, with gloo")]
+        text = "none: a run trains on the CPU, with gloo"
+        fix = "model.weights: fp32 is many times faster: this CPU has no bf16 instructions"
+        return [torch, Finding("GPU", "note", text, fix if asked["emulates_bf16"] else "")]
     driver = ", ".join(sorted({gpu["driver"] for gpu in gpus})) or "unknown"
     names = ", ".join(sorted({f"{gpu['name']}" for gpu in gpus}))
     found = [torch, Finding("GPU", "ok", f"{len(gpus)} x {names}, driver {driver}")]

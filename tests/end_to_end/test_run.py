@@ -13,24 +13,28 @@ import threading
 import time
 
 import pytest
+import torch
 import yaml
 
 from dist_cpt.checkpoint.verify import verify_checkpoint, verify_run
 from dist_cpt.errors import StorageError
 from dist_cpt.run_folder.audit import record_problems
 from dist_cpt.run_folder.checkpoints import read_manifest
+from dist_cpt.runtime.device_check import emulates_bf16
 from dist_cpt.runtime.stop import StopRequest
 from tests import tiny
 from tests.errno_layer import ErrnoLayer
 from tests.whole_run import StopAfter, rows, train
 
 
-def test_a_run_leaves_what_it_promises(made, tmp_path):
+def test_a_run_leaves_what_it_promises(made, tmp_path, capfd):
     auto = {"kind": "auto", "activation_checkpointing": "auto"}
-    values = tiny.recipe(*made, tmp_path, evaluate={"every_steps": 6}, engine=auto)
+    bf16 = {"path": str(made[0]), "weights": "bf16"}
+    values = tiny.recipe(*made, tmp_path, model=bf16, evaluate={"every_steps": 6}, engine=auto)
     values["track"] = values["track"] | {"tensorboard": True}
     assert train(values) == 0
     run = tmp_path / "tiny"
+    assert ("no bf16 instructions" in capfd.readouterr().err) == emulates_bf16(torch.device("cpu"))
     metrics = rows(run / "metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, 13))
     assert [row["position"] for row in metrics] == [[8 * i, 8 * i + 8] for i in range(12)]
@@ -70,9 +74,10 @@ def test_ten_and_ten_is_twenty_bit_for_bit(made, tmp_path):
     from dist_cpt.run_folder.checkpoints import read_manifest
 
     twenty = {"tokens": 20 * 8 * tiny.SEQ_LEN}
-    values = tiny.recipe(*made, tmp_path / "unbroken", train=twenty, checkpoint={"every_steps": 10})
+    changes = {"model": {"path": str(made[0]), "weights": "bf16"}, "train": twenty, "checkpoint": {"every_steps": 10}}
+    values = tiny.recipe(*made, tmp_path / "unbroken", **changes)
     assert train(values) == 0
-    broken = tiny.recipe(*made, tmp_path / "broken", train=twenty, checkpoint={"every_steps": 10})
+    broken = tiny.recipe(*made, tmp_path / "broken", **changes)
     run = tmp_path / "broken" / "tiny"
     assert train(broken, StopAfter(10)) == 75
     assert json.loads((run / "exit.json").read_text())["code"] == 75

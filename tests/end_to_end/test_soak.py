@@ -214,7 +214,6 @@ def recipe(made: tuple[Path, Path], folder: Path, num_steps: int) -> dict[str, A
         base,
         corpus,
         folder,
-        model={"path": str(base), "weights": "fp32"},
         train={"tokens": num_steps * 8 * tiny.SEQ_LEN},
         checkpoint={"every_steps": EVERY, "keep": KEEP},
         optim={"lr": 3e-3, "embedding_lr": 3e-4},

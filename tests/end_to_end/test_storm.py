@@ -229,7 +229,6 @@ def recipe(made: tuple[Path, Path], folder: Path, num_steps: int, ranks: int, ev
         base,
         corpus,
         folder,
-        model={"path": str(base), "weights": "fp32"},
         engine="single" if ranks == 1 else {"kind": "fsdp", "shard": "full"},
         batch={"global_tokens": 2 * tiny.SEQ_LEN, "micro_batch": 1},
         train={"tokens": num_steps * 2 * tiny.SEQ_LEN},

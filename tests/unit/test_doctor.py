@@ -93,6 +93,12 @@ def test_gpus_that_torch_does_not_see(path):
     assert "torch sees 0 of 2" in unseen[-1].text
 
 
+@pytest.mark.parametrize("emulated", [True, False])
+def test_a_cpu_without_bf16_is_told_to_use_fp32(path, emulated):
+    _, gpu = device_findings(TORCH | {"devices": [], "emulates_bf16": emulated})
+    assert (gpu.state, "model.weights: fp32" in gpu.fix) == ("note", emulated)
+
+
 def test_slurm_that_is_absent_dead_or_there(path):
     assert "no sbatch here" in slurm_finding(5.0).text
     tool(path, "sbatch", "/bin/sleep 60")

@@ -48,6 +48,7 @@ def test_the_recipe_is_the_fastest_of_its_plan(tmp_path, machine, model):
     assert plan.own is not None
     assert plan.own.fits
     assert recipe_patch(config, plan.ways[0]) == {}
+    assert config.model.weights == ("fp32" if gpu == "cpu" else "bf16")
     assert config.data.seq_len <= model["max_position_embeddings"] if "max_position_embeddings" in model else True
 
 
