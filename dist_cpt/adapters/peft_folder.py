@@ -46,11 +46,17 @@ def canonical_key(key: str) -> str | None:
 
 def whole_matrices(keys: Iterable[str]) -> dict[str, str]:
     """Module of the base -> key of its matrix, for every matrix of an adapter file that was trained in full."""
+    whole = whole_tensors(keys).items()
+    return {name.removesuffix(".weight"): key for name, key in whole if name.endswith(".weight")}
+
+
+def whole_tensors(keys: Iterable[str]) -> dict[str, str]:
+    """Parameter of the base -> key, for every tensor of an adapter file that was trained in full."""
     names = {key: canonical_key(key) for key in sorted(keys)}
     return {
-        name.removeprefix(BASE_PREFIX).removesuffix(".weight"): key
+        name.removeprefix(BASE_PREFIX): key
         for key, name in names.items()
-        if name is not None and ".lora_" not in name and name.endswith(".weight")
+        if name is not None and ".lora_" not in name and name.endswith((".weight", ".bias"))
     }
 
 
@@ -92,12 +98,12 @@ def read_tensor(folder: Path, key: str, device: torch.device | str = "cpu") -> t
 
 
 @torch.no_grad()
-def copy_whole_matrices(folder: Path, model: Any, matrices: Mapping[str, str]) -> None:
-    """Copy matrices trained in full into `model`, in the dtype stored there; a module that it lacks is skipped."""
-    modules: dict[str, Any] = dict(model.named_modules())
-    for name, key in matrices.items():
-        if (module := modules.get(name)) is not None:  # a classifier has no language head
-            module.weight.data.copy_(read_tensor(folder, key, module.weight.device))
+def copy_whole_tensors(folder: Path, model: Any, tensors: Mapping[str, str]) -> None:
+    """Copy `whole_tensors` into `model`, in the dtype stored there; a parameter that it lacks is skipped."""
+    parameters: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    for name, key in tensors.items():
+        if (parameter := parameters.get(name)) is not None:  # a classifier has no language head
+            parameter.data.copy_(read_tensor(folder, key, parameter.device))
 
 
 def file_sha256(path: Path) -> str:

@@ -22,7 +22,7 @@ from dist_cpt.adapters.peft_folder import (
     BASE_PREFIX,
     PRIOR_KEY,
     canonical_key,
-    copy_whole_matrices,
+    copy_whole_tensors,
     file_sha256,
     manifest_content,
     read_adapter_config,
@@ -121,7 +121,7 @@ class PriorAdapter:
 
     def copy_vocabulary(self, model: Any) -> None:
         """Set the embedding and the head to the adapter's, in the dtype stored there."""
-        copy_whole_matrices(self.folder, model, self.vocabulary)
+        copy_whole_tensors(self.folder, model, {f"{name}.weight": key for name, key in self.vocabulary.items()})
 
     @contextlib.contextmanager
     def beside(self, model: Any) -> Iterator[None]:

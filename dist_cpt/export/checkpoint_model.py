@@ -12,11 +12,12 @@ from dist_cpt.adapters.lora import import_peft, without_peft_deprecations
 from dist_cpt.adapters.peft_folder import (
     PRIOR_KEY,
     ROPE_KEY,
-    copy_whole_matrices,
+    copy_whole_tensors,
     manifest_content,
     read_adapter_config,
     tensor_shapes,
     whole_matrices,
+    whole_tensors,
 )
 from dist_cpt.adapters.pissa import subtract_initial
 from dist_cpt.adapters.prior_adapter import PriorAdapter, open_prior_adapter
@@ -112,10 +113,10 @@ def load_fp32(checkpoint: Path, base_folder: Path | None) -> Any:
     return under_adapter(base_model(checkpoint, base_folder), checkpoint)
 
 
-def base_model(checkpoint: Path, base_folder: Path, *, with_vocabulary: bool = False) -> Any:
+def base_model(checkpoint: Path, base_folder: Path, *, with_whole: bool = False) -> Any:
     """The model under an adapter, in fp32: its base with the prior adapter merged in.
 
-    `with_vocabulary` also sets the embedding and the head that the run trained in full.
+    `with_whole` also sets what the run trained in full: embedding, head, routers.
     """
     model = plain_model(base_folder, rope_of(checkpoint))
     if (recorded := prior_adapter(checkpoint)) is not None:
@@ -124,9 +125,9 @@ def base_model(checkpoint: Path, base_folder: Path, *, with_vocabulary: bool = F
         prior.require_fit(model)
         prior.copy_vocabulary(model)
         prior.fold(model)
-    if with_vocabulary:
+    if with_whole:
         fit_vocabulary(model, checkpoint)
-        copy_whole_matrices(checkpoint, model, whole_matrices(tensor_shapes(checkpoint)))
+        copy_whole_tensors(checkpoint, model, whole_tensors(tensor_shapes(checkpoint)))
     return with_class_head(model, checkpoint)
 
 

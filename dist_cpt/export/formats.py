@@ -83,9 +83,9 @@ def export_peft(checkpoint: str | Path, out: str | Path, *, base: str | None = N
 def export_vllm(checkpoint: str | Path, out: str | Path, dtype: str = "bf16", *, base: str | None = None) -> float:
     """Write `base/`, `adapter/` and a README.md with the command for vLLM, which reads LoRA pairs and nothing else.
 
-    `base/` is the run's base in `dtype` with everything that is not a LoRA pair of this run: trained embeddings and
-    head, new rows, a prior adapter. `adapter/` is plain LoRA on it. Together they give the checkpoint's logits but for
-    the rounding of `base/`; the largest absolute difference is returned.
+    `base/` is the run's base in `dtype` with everything that is not a LoRA pair of this run: trained embeddings, head
+    and routers, new rows, a prior adapter. `adapter/` is plain LoRA on it. Together they give the checkpoint's logits
+    but for the rounding of `base/`; the largest absolute difference is returned.
 
     Raises:
         ConfigError: no adapter, DoRA, a classifier, or a rank that vLLM does not support; `out` is in use.
@@ -107,17 +107,17 @@ def export_vllm(checkpoint: str | Path, out: str | Path, dtype: str = "bf16", *,
         raise ConfigError(f"{checkpoint}: rank {rank}, vLLM supports up to {_VLLM_RANKS[-1]}", remedy=_SERVE_MERGED)
     expected = probe_logits(load_fp32(checkpoint, base_folder))
     with new_output(out) as folder:
-        model = round_to(base_model(checkpoint, base_folder, with_vocabulary=True), dtype, base_folder)
         adapter = folder / "adapter"
         adapter.mkdir(parents=True)
-        write_model(model, folder / "base", [checkpoint, base_folder])
         _write_plain_lora(checkpoint, adapter, str(out.resolve() / "base"), vocabulary=False)
+        pieces = _under_plain_lora(base_model(checkpoint, base_folder, with_whole=True), adapter)
+        require_same_logits("base/ and adapter/", probe_logits(pieces), expected)
+        model = round_to(pieces.unload(), dtype, base_folder)
+        write_model(model, folder / "base", [checkpoint, base_folder])
         (folder / "README.md").write_text(_readme(out.name, rank, dtype), encoding="utf-8")
         logits = probe_logits(_under_plain_lora(plain_model(folder / "base"), adapter))
         rounded = probe_logits(_under_plain_lora(model.float(), adapter))
-        require_same_logits("base/ and adapter/", logits, rounded)
-        if dtype == "fp32":
-            require_same_logits("base/ and adapter/", logits, expected)
+        require_same_logits("the written base/ and adapter/", logits, rounded)
         return float((logits - expected).abs().max())
 
 
@@ -219,9 +219,9 @@ def _readme(name: str, rank: int, dtype: str) -> str:
     limit = next(allowed for allowed in _VLLM_RANKS if allowed >= rank)
     return f"""# {name}
 
-`base/` is a whole model in {dtype}: the base of the run with everything that was trained in full (embeddings, head, new
-rows) and with a prior adapter, if the run started from one. `adapter/` holds the run's LoRA pairs (rank {rank}) and
-nothing else; it belongs to this `base/`, not to the model that the run started from.
+`base/` is a whole model in {dtype}: the base of the run with everything that was trained in full (embeddings, head,
+routers, new rows) and with a prior adapter, if the run started from one. `adapter/` holds the run's LoRA pairs (rank
+{rank}) and nothing else; it belongs to this `base/`, not to the model that the run started from.
 
     vllm serve base --enable-lora --max-lora-rank {limit} --lora-modules {name}=adapter
 

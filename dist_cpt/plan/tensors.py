@@ -109,9 +109,16 @@ def training_of(config: RunConfig, shapes: ModelShapes) -> Training:
     trained_names = _trained_vocabulary(config, shapes)
     low_rank = config.embeddings.kind == "lora"
     adapted = () if full else tuple(_adapted(config, shapes))
-    whole_roles = (set() if low_rank else trained_names) | ({"router"} if config.model.router == "train" else set())
-    is_whole = {w.name for w in weights if full or w.role in whole_roles}
-    trained = [Trained(w.shape, _group(w, full), w.layer, w.role) for w in weights if w.name in is_whole]
+    whole_roles = set() if low_rank else trained_names
+    routers: tuple[str, ...] = ()  # beginnings of the names of their matrices and biases
+    if config.model.router == "train" and not full:
+        routers = tuple(w.name.removesuffix("weight") for w in shapes.of("router"))
+    is_whole = {w.name for w in weights if full or w.role in whole_roles or w.name.startswith(routers)}
+    trained = [
+        Trained(w.shape, "router" if w.name.startswith(routers) else _group(w), w.layer, w.role)
+        for w in weights
+        if w.name in is_whole
+    ]
     if not full:
         low_rank_vocabulary = [w for w in weights if w.role in trained_names and low_rank]
         trained += _adapter_tensors(config, shapes, adapted, low_rank_vocabulary)
@@ -138,11 +145,9 @@ def _trained_vocabulary(config: RunConfig, shapes: ModelShapes) -> set[str]:
     return {"embedding"} if roles and shapes.tied else roles
 
 
-def _group(weight: Weight, full: bool) -> Group:
+def _group(weight: Weight) -> Group:
     if weight.role in ("embedding", "head"):
         return "embeddings"
-    if weight.role == "router" and not full:
-        return "router"
     return "weights" if len(weight.shape) > 1 else "no_decay"
 
 

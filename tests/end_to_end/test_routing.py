@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from dist_cpt.adapters.peft_folder import canonical_key
 from dist_cpt.errors import ConfigError
+from dist_cpt.export.formats import export_vllm
 from dist_cpt.model.load import load_model
 from dist_cpt.model.routing import Routing
 from dist_cpt.report.report import write_report
@@ -180,6 +181,17 @@ def test_after_twenty_steps_every_expert_with_tokens_has_moved_and_no_other(toke
         assert by_expert.any(1).tolist() == [True, True, True, False], name
         halves += 1
     assert halves == 2 * 2 * 2  # A and B of two parameters in two layers
+
+
+def test_vllms_base_has_the_bias_of_a_trained_router(tokenizer, tmp_path):
+    base = write_moe(tmp_path / "base", "gpt_oss")
+    frozen = {"rank": 4, "alpha": 4, "experts": "frozen"}
+    model = trained({"path": str(base), "weights": "fp32", "router": "train"}, adapter=frozen, embeddings={})
+    checkpoint = write_checkpoint(tmp_path / "step-1", model, tokenizer)
+    assert export_vllm(checkpoint, tmp_path / "out", "fp32") < 1e-5
+    name = "model.layers.0.mlp.router.bias"
+    written = load_file(tmp_path / "out" / "base" / "model.safetensors")[name]
+    assert torch.equal(written, load_file(checkpoint / "adapter_model.safetensors")[f"base_model.model.{name}"])
 
 
 def test_trackers_get_the_worst_load_and_the_mean_share_without_tokens():

@@ -12,11 +12,14 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from dist_cpt.config.load import build
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import FUSABLE
 from dist_cpt.plan.families import FAMILIES
 from dist_cpt.plan.shapes import ModelShapes, read_config, shapes_of
+from dist_cpt.plan.tensors import training_of
 from tests import tiny
+from tests.plan_cases import recipe
 
 LAYERS = 4
 SIZES = {
@@ -130,6 +133,14 @@ def test_experts_that_a_token_does_not_visit_do_not_count():
     shapes = shapes_of({"model_type": "mixtral"})
     assert {shapes.active_share(weight) for weight in shapes.of("experts")} == {2 / 8}
     assert {shapes.active_share(weight) for weight in shapes.of("linear")} == {1.0}
+
+
+def test_a_trained_router_trains_with_its_bias():
+    model = {"path": "gpt_oss", "weights": "bf16", "router": "train"}
+    config = build(recipe("gpt_oss") | {"model": model}, "r")
+    planned = training_of(config, shapes_of({"model_type": "gpt_oss", "num_hidden_layers": 2}))
+    assert [tensor.shape for tensor in planned.trained if tensor.group == "router"] == 2 * [(128, 2880), (128,)]
+    assert not any(tensor.shape == (128,) for tensor in planned.frozen)
 
 
 def test_a_folder_is_read(tmp_path):
