@@ -42,7 +42,7 @@ def write_checkpoint(folder: Path, model: TrainableModel, tokenizer: Path) -> Pa
     folder.mkdir()
     adapter = model.adapter_config is not None
     tensors = {name: p.detach() for name, p in model.trainable.items()}
-    tensors |= {alias: tensors[name].clone() for alias, name in model.aliases.items()}
+    tensors |= {alias: tensors[name].clone() for alias, name in model.aliases.items()} | dict(model.buffers)
     name = "adapter_model.safetensors" if adapter else "model.safetensors"
     save_file(tensors, folder / name, metadata={"format": "pt"})
     model.write_config(folder)

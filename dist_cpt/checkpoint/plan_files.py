@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dist_cpt.run_folder.json_files import canonical_json
 from dist_cpt.run_folder.manifest import Manifest
-from dist_cpt.run_folder.names import ADAPTER_WEIGHTS
+from dist_cpt.run_folder.names import ADAPTER_WEIGHTS, MODEL_BUFFERS
 from dist_cpt.training_state import STATE_KINDS, StateKind, TensorKey, TensorSpec
 
 Owners = dict[TensorKey, int]
@@ -91,12 +91,12 @@ def reading_order(manifest: Manifest, world_size: int) -> list[tuple[int, StateK
     return [(rank, kind, name) for _, rank, (kind, name) in sorted(turns, key=lambda turn: turn[:2])]
 
 
-def model_index(files: Iterable[PlannedFile], specs: Sequence[TensorSpec]) -> bytes:
-    """model.safetensors.index.json as transformers reads it."""
+def model_index(files: Iterable[PlannedFile], specs: Sequence[TensorSpec], buffers: Mapping[str, int]) -> bytes:
+    """model.safetensors.index.json as transformers reads it; `buffers` has the bytes of those in MODEL_BUFFERS."""
     weight_map = {key: file.name for file in files for key, (kind, _) in file.tensors.items() if kind == "master"}
     total = sum(math.prod(spec.shape) for spec in specs)
-    metadata = {"total_parameters": total, "total_size": 4 * total}
-    return canonical_json({"metadata": metadata, "weight_map": weight_map})
+    metadata = {"total_parameters": total, "total_size": 4 * total + sum(buffers.values())}
+    return canonical_json({"metadata": metadata, "weight_map": weight_map | dict.fromkeys(buffers, MODEL_BUFFERS)})
 
 
 def _balanced(sizes: Iterable[int], loads: Sequence[int]) -> list[int]:

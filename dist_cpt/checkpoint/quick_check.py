@@ -14,10 +14,10 @@ from dist_cpt.run_folder.manifest import Manifest, state_digest
 from dist_cpt.run_folder.names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    INITIAL_ADAPTER,
     MANIFEST,
     MODEL_CONFIG,
     MODEL_INDEX,
+    NOT_TRAINED,
     STATE,
 )
 from dist_cpt.storage import patiently, read_bytes
@@ -79,7 +79,7 @@ def manifest_problems(manifest: Manifest) -> list[str]:
         if name not in names:
             problems.append(f"{MANIFEST}: {alias} is an alias of {name}, which is not listed")
     if len(names) == len(manifest.tensors):
-        with_tensors = {name for tensor in manifest.tensors for name in tensor.file.values()} | {INITIAL_ADAPTER}
+        with_tensors = {name for tensor in manifest.tensors for name in tensor.file.values()} | {*NOT_TRAINED}
         stray = {name for name in manifest.files if name.endswith(".safetensors")} - with_tensors
         problems += [f"{MANIFEST} lists {name} without a tensor in it" for name in sorted(stray)]
     return problems

@@ -15,6 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
 from dist_cpt.checkpoint.byte_check import file_sha256
 from dist_cpt.checkpoint.plan_files import model_index, owners, plan_files
 from dist_cpt.checkpoint.quick_check import quick_check
@@ -40,7 +43,7 @@ from dist_cpt.run_folder.manifest import (
     manifest_to_bytes,
     state_digest,
 )
-from dist_cpt.run_folder.names import MANIFEST, MODEL_INDEX, STATE
+from dist_cpt.run_folder.names import MANIFEST, MODEL_BUFFERS, MODEL_INDEX, STATE
 from dist_cpt.run_folder.train_state import TrainState, state_to_bytes
 from dist_cpt.runtime.collectives import agree, barrier, broadcast_json, gather_json_to_rank_zero, rank, world_size
 from dist_cpt.runtime.versions import package_versions
@@ -69,6 +72,7 @@ class RunCheckpoints:
     adapter: bool
     sidecars: Sequence[Callable[[Path], object]]
     aliases: Mapping[str, str] = field(default_factory=dict)  # second keys of tied matrices in an adapter file
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)  # of a full-parameter model: they never train
     keep: int = 3
     landmark_step: int | None = None  # the newest checkpoint up to it is kept besides: a longer run continues from it
     best_step: Callable[[], int | None] = lambda: None  # the checkpoint of the best evaluation is kept besides
@@ -194,7 +198,11 @@ class _Save:
             write(self.staging)
         (self.staging / STATE).write_bytes(state_to_bytes(self._state))
         if not self._run.adapter:
-            (self.staging / MODEL_INDEX).write_bytes(model_index(self._files, self._run.specs))
+            buffers = dict(self._run.buffers)
+            if buffers:
+                save_file(buffers, self.staging / MODEL_BUFFERS, {"format": "pt"})
+            sizes = {name: buffer.nbytes for name, buffer in buffers.items()}
+            (self.staging / MODEL_INDEX).write_bytes(model_index(self._files, self._run.specs, sizes))
         written = {path.relative_to(self.staging).as_posix() for path in self.staging.rglob("*") if path.is_file()}
         names = sorted(written - {file.name for file in self._files})
         for name in names:

@@ -15,7 +15,7 @@ from dist_cpt.data.store_check import check_store
 from dist_cpt.errors import CheckpointError
 from dist_cpt.run_folder.checkpoints import published, read_manifest
 from dist_cpt.run_folder.manifest import Manifest
-from dist_cpt.run_folder.names import INITIAL_ADAPTER
+from dist_cpt.run_folder.names import NOT_TRAINED
 from dist_cpt.runtime.collectives import gather_json, on_every_rank, on_rank_zero, rank, world_size
 from dist_cpt.training_state import STATE_KINDS
 
@@ -96,7 +96,7 @@ def _file_problems(path: Path, manifest: Manifest, names: Iterable[str]) -> list
     expected_of = _expected_tensors(manifest)
     for name in names:
         try:
-            if not name.endswith(".safetensors") or name == INITIAL_ADAPTER:
+            if not name.endswith(".safetensors") or name in NOT_TRAINED:
                 content = file_sha256(path / name)
             else:
                 scanned = scan(path / name)

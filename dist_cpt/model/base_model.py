@@ -186,7 +186,10 @@ def open_base(
     if options:
         quantize.set_placeholders(folder, model, settings.weights, device)
     set_placeholders(model)
-    return model, _identity(settings, folder, stored, model, base_sha256), BaseWeights(folder, twin)
+    weights = BaseWeights(folder, twin)
+    with _explained(settings):
+        weights.read_buffers(model)
+    return model, _identity(settings, folder, stored, model, base_sha256), weights
 
 
 def model_class(settings: ModelConfig) -> Any | None:

@@ -25,10 +25,12 @@ from dist_cpt.model.architectures import parts_of
 from dist_cpt.runtime.progress_bars import loading_counts
 from dist_cpt.storage import patiently
 
+_BUFFERS = "buffers"  # the unit of all persistent buffers
+
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A transformers model on the meta device whose buffers are real, and how its folder is read."""
+    """A transformers model on the meta device whose computed buffers are real, and how its folder is read."""
 
     model: Any
     files: list[str]
@@ -88,6 +90,7 @@ class BaseWeights:
             self._names[name] = by_parameter[id(parameter)]
         layers = {id(layer) for layer in parts_of(made.model).layers}
         self._layers = [f"{name}." for name, module in made.model.named_modules() if id(module) in layers]
+        self._buffers = [name for name in made.model.state_dict() if name not in self._names]
         self._keys = patiently(folder, self._keys_by_unit)
 
     def stored_name(self, name: str) -> str:
@@ -95,7 +98,9 @@ class BaseWeights:
         return self._names[name][0]
 
     def unit(self, name: str) -> str:
-        """What is read together with parameter `name`: its decoder layer, or that parameter alone."""
+        """What is read together with parameter `name`: its decoder layer, or that parameter alone; all buffers."""
+        if name in self._buffers:
+            return _BUFFERS
         return next((prefix for prefix in self._layers if name.startswith(prefix)), self._names[name][0])
 
     def read(self, unit: str) -> dict[str, torch.Tensor]:
@@ -110,15 +115,37 @@ class BaseWeights:
         except (ValueError, OSError, RuntimeError, KeyError) as error:
             raise ConfigError(f"model.path: {self._folder} cannot be loaded: {error}") from error
 
-    def _read(self, unit: str) -> dict[str, torch.Tensor]:
+    def read_buffers(self, model: nn.Module) -> None:
+        """Set the persistent buffers of `model`: weights that never train, small, and whole on every rank.
+
+        Raises:
+            ConfigError: the folder lacks one of them.
+        """
+        if not self._buffers:
+            return
+        with loading_counts():
+            patiently(self._folder, lambda: self._load(_BUFFERS))
+        read = {name: self._made.model.get_buffer(name) for name in self._buffers}
+        missing = [name for name, buffer in read.items() if buffer.is_meta]
+        quantize.require_complete(self._folder, model, {"missing_keys": missing})
+        for name, buffer in read.items():
+            module, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(module), attribute, buffer)
+
+    def _load(self, unit: str) -> Any:
+        """What transformers says of having read `unit` into the model on the meta device."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
+        with _opened(self._keys.get(unit, [])) as slices:
+            info, _ = convert_and_load_state_dict_in_model(self._made.model, slices, self._made.load_config)
+        return info
+
+    def _read(self, unit: str) -> dict[str, torch.Tensor]:
         model = self._made.model
         wanted = [name for name, _ in model.named_parameters() if self.unit(name) == unit]
         unread = {alias: model.get_parameter(alias) for name in wanted for alias in self._names[name]}
         try:
-            with _opened(self._keys.get(unit, [])) as slices:
-                info, _ = convert_and_load_state_dict_in_model(model, slices, self._made.load_config)
+            info = self._load(unit)
             _require_read(self._folder, info, model, {name: self._names[name] for name in wanted})
             values = {name: _first_read(model, self._names[name]).data for name in wanted}
             return values | dict(quantize.take_scales(self._folder, model))
@@ -144,7 +171,7 @@ class BaseWeights:
                     name, _ = rename_source_key(key, renamings, converters, prefix, known)
                     if name not in known and key in known:
                         name, _ = rename_source_key(key, [], [], prefix, known)
-                    if name in self._names:
+                    if name in self._names or name in self._buffers:
                         keys[self.unit(name)].append((file, key))
         return keys
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class TrainableModel:
     left_out: dict[str, int]  # matrices of the layers that all-linear does not reach -> their parameters
     prior: PriorInUse | None = None  # the prior adapter under the one that trains
     unread: UnreadBase | None = None  # what an engine has to read into the module's placeholders; None: nothing
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)  # persistent ones of a full-parameter model, CPU
 
     @property
     def class_head(self) -> ClassHead | None:
@@ -160,7 +161,14 @@ def load_model(
         left_out=left_out(parts.layers) if adapter_config and config.adapter.targets == "all-linear" else {},
         prior=prior,
         unread=unread,
+        buffers={} if adapter_config is not None else _persistent_buffers(model),
     )
+
+
+def _persistent_buffers(model: Any) -> dict[str, torch.Tensor]:
+    """Copies by name: transformers fills what a checkpoint lacks with whatever is in memory."""
+    saved = model.state_dict()
+    return {name: buffer.cpu().clone() for name, buffer in model.named_buffers() if name in saved}
 
 
 def _self_check(
@@ -256,7 +264,6 @@ def _under_adapter(
 ) -> tuple[Any, dict[str, Any] | None]:
     """(what trains: `model` itself or under the recipe's adapter, its adapter_config.json)."""
     if config.adapter.kind == "none":
-        _require_parameters_alone(model)
         causal_lm, adapter_config = model.requires_grad_(True), None
     else:
         causal_lm, adapter_config = apply_lora(model, config, head=parts.head, embeddings=parts.embeddings)
@@ -270,17 +277,6 @@ def _under_adapter(
         matrices = (parts.embeddings,) if config.classify is not None else (parts.embeddings, parts.head)
         train_new_rows_only(matrices, vocabulary.first_row)
     return causal_lm, adapter_config
-
-
-def _require_parameters_alone(model: Any) -> None:
-    saved = model.state_dict()
-    buffers = sorted({name.rpartition(".")[2] for name, _ in model.named_buffers() if name in saved})
-    if buffers:  # transformers would fill them with whatever is in memory
-        raise ConfigError(
-            f"adapter.kind: none: {model.config.model_type} has weights that are no parameters ({', '.join(buffers)}), "
-            "and checkpoints of all parameters would lack them",
-            remedy="use adapter.kind: lora",
-        )
 
 
 def _change_vocabulary(config: RunConfig, model: Any, vocabulary: NewVocabulary | None) -> dict[str, Any]:

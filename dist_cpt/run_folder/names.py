@@ -40,9 +40,11 @@ MANIFEST = "manifest.json"  # every other file with its bytes and sha256; writte
 STATE = "state.json"  # step, position, tokens, ...: the training state beside its tensors
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-INITIAL_ADAPTER = "initial_adapter.safetensors"  # what PiSSA took out of the base; not part of the training state
+INITIAL_ADAPTER = "initial_adapter.safetensors"  # what PiSSA took out of the base
 MODEL_CONFIG = "config.json"
 MODEL_INDEX = "model.safetensors.index.json"
+MODEL_BUFFERS = "model-buffers.safetensors"  # weights of a full model that never train
+NOT_TRAINED = (INITIAL_ADAPTER, MODEL_BUFFERS)  # tensor files that are no part of the training state
 
 # What an attempt replaces whole, and what it appends to, in the run folder itself.
 APPENDED = (METRICS, EVALUATIONS, EVENTS)

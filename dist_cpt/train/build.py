@@ -345,6 +345,7 @@ def open_run(context: RunContext, data: TrainingData, model: TrainableModel) -> 
         adapter=config.adapter.kind == "lora",
         sidecars=_sidecars(context, data, model),
         aliases=model.aliases,
+        buffers=model.buffers,
         keep=config.checkpoint.keep,
         landmark_step=last_step_before_decay(config, context.shape.num_steps),
         best_step=partial(recorded_best, context.folder, config.evaluate.forgetting),

@@ -51,7 +51,7 @@ def test_files_are_numbered_over_the_ranks_that_own_any() -> None:
     assert [file.name for file in files] == sorted(file.name for file in files)
     written = {tensor for file in files for tensor in file.tensors.values()}
     assert written == {(kind, spec.name) for spec in FULL_SPECS for kind in STATE_KINDS}
-    weight_map = json.loads(model_index(files, FULL_SPECS))["weight_map"]
+    weight_map = json.loads(model_index(files, FULL_SPECS, {}))["weight_map"]
     assert weight_map.keys() == {spec.name for spec in FULL_SPECS}
     assert all(name.startswith("model-0000") and name.endswith(".safetensors") for name in weight_map.values())
 
