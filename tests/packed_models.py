@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dist_cpt.model.architectures import check_config, parts_of
 from dist_cpt.model.attention import choose, install
 from dist_cpt.model.loss import CausalLMForLoss, install_loss_head
+from tests.tiny_hybrids import KINDS as HYBRIDS
 
 V, L = 61, 24
 _LLAMA = {
@@ -59,6 +60,7 @@ KINDS = {
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
     },
+    **{kind: _LLAMA | {"head_dim": 8} | sizes for kind, sizes in HYBRIDS.items()},
 }
 # two blocks: several documents with one of a single token, and one document that fills its block
 LENGTHS = ((7, 1, 11, 5), (24,))

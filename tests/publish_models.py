@@ -31,6 +31,7 @@ from dist_cpt.optim.groups import param_groups
 from dist_cpt.plan.families import FAMILIES
 from tests import tiny
 from tests.contract.model import block
+from tests.tiny_hybrids import KINDS as HYBRIDS
 from tests.tiny_mixtures import KINDS as MIXTURES
 from tests.tiny_multimodal import KINDS as MULTIMODAL
 from tests.tiny_multimodal import write_multimodal
@@ -95,7 +96,9 @@ def _write_base(folder: Path, kind: str, tokenizer: Path) -> Path:
         return write_multimodal(folder, kind, tokenizer)
     config_class: Any = CONFIG_MAPPING[kind]
     known = {**config_class().to_dict(), **config_class().attribute_map}
-    values = {key: value for key, value in (SIZES | MIXTURES.get(kind, {})).items() if key in known}
+    values = {
+        key: value for key, value in (SIZES | MIXTURES.get(kind, {}) | HYBRIDS.get(kind, {})).items() if key in known
+    }
     values = {key: value for key, value in values.items() if key not in ("model_type", "tie_word_embeddings")}
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config_class(**values)).float().save_pretrained(folder)

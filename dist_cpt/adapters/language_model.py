@@ -41,6 +41,11 @@ def decoder_of(model: Any) -> Any:
     return decoder
 
 
+def recurrent_mixers(model: nn.Module) -> list[nn.Module]:
+    """The modules that carry a state from token to token: each has a causal convolution, beside it perhaps a scan."""
+    return [m for m in model.modules() if any(isinstance(child, nn.Conv1d) for child in m.children())]
+
+
 def outside(model: Any) -> list[tuple[nn.Module, str]]:
     """(parent, name of its child) of the towers and projectors beside the language model of a multimodal one."""
     if not is_multimodal(model.config):

@@ -21,11 +21,13 @@ import torch
 from torch import nn
 
 from dist_cpt.adapters.experts import expert_parameters, install_expert_lora, routers_of
-from dist_cpt.adapters.language_model import decoder_of
+from dist_cpt.adapters.language_model import decoder_of, recurrent_mixers
 from dist_cpt.adapters.placeholders import converted
 from dist_cpt.config.schema import AdapterConfig, RunConfig
 from dist_cpt.errors import ConfigError
 
+# Model types whose out_proj PEFT 0.21 refuses: mamba_ssm's training kernel reads its weight past an adapter.
+_WITHOUT_OUT_PROJ = ("falcon_h1", "nemotron_h")
 _CONVERSION = "peft.utils.transformers_weight_conversion"  # of PEFT 0.21
 
 
@@ -165,8 +167,13 @@ def target_modules(model: Any, targets: str | tuple[str, ...], head: nn.Linear) 
         if id(module) in decoder and is_linear(module) and module is not head
     ]
     head_name = next(name for name, module in model.named_modules() if module is head)
+    refused = (
+        {name for name in linear if name.endswith(".out_proj")}
+        if model.config.model_type in _WITHOUT_OUT_PROJ
+        else set()
+    )
     if targets == "all-linear":
-        return _shortest(model, linear)
+        return _shortest(model, [name for name in linear if name not in refused])
     wanted: list[str] = []
     for target in (targets,) if isinstance(targets, str) else targets:
         if head_name == target or head_name.endswith(f".{target}"):
@@ -174,6 +181,11 @@ def target_modules(model: Any, targets: str | tuple[str, ...], head: nn.Linear) 
                 f"adapter.targets: {target} is the output head", remedy="train it in full: embeddings.train: [lm_head]"
             )
         matching = [name for name in linear if name == target or name.endswith(f".{target}")]
+        if refused.intersection(matching):
+            raise ConfigError(
+                f"adapter.targets: {target}: PEFT does not open adapters on it in {model.config.model_type} models",
+                remedy="leave it out, as all-linear does",
+            )
         if not matching and not any(name.endswith(f".{target}") for name in expert_parameters(decoder_of(model))):
             raise ConfigError(f"adapter.targets: no linear layer is called {target!r}", remedy=_nearest(target, linear))
         wanted += matching
@@ -223,11 +235,15 @@ def _unfit_for_experts(adapter: AdapterConfig) -> str | None:
 
 
 def left_out(layers: Iterable[nn.Module]) -> dict[str, int]:
-    """Parameters by name within the layer of all matrices of `layers` that neither train nor are under an adapter."""
+    """Parameters by name within the layer of all that neither train nor are under an adapter: matrices, and what a
+    recurrence has of its own."""
     sizes: dict[str, int] = {}
     for layer in layers:
+        own = {id(p) for mixer in recurrent_mixers(layer) for p in mixer.parameters(recurse=False)}
         for name, parameter in layer.named_parameters():
-            if parameter.requires_grad or parameter.ndim < 2 or ".base_layer." in name or name.endswith("bias"):
+            if parameter.requires_grad or ".base_layer." in name:
+                continue
+            if id(parameter) not in own and (parameter.ndim < 2 or name.endswith("bias")):
                 continue
             short = name.removesuffix(".weight")
             sizes[short] = sizes.get(short, 0) + parameter.numel()

@@ -13,7 +13,7 @@ from dist_cpt.run_folder.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dist_cpt.storage import open_regular, patiently, read_bytes
 
 VOCABULARY_NAMES = {  # what models call their embedding and head -> the recipe's word
-    **dict.fromkeys(("embed_tokens", "wte", "embed_in", "word_embeddings"), "embed_tokens"),
+    **dict.fromkeys(("embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings"), "embed_tokens"),
     **dict.fromkeys(("lm_head", "embed_out"), "lm_head"),
 }
 _CHUNK_BYTES = 1 << 20

@@ -17,7 +17,9 @@ from torch import nn
 
 from dist_cpt.adapters.language_model import decoder_of
 from dist_cpt.errors import ConfigError, DistCptError, printable
-from dist_cpt.plan.model_check import LAYER_TYPES, NEUTRAL
+from dist_cpt.plan.families import FAMILIES
+from dist_cpt.plan.model_check import NEUTRAL
+from dist_cpt.plan.shapes import unpackable_layers
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,11 @@ def check_config(hf_config: Any) -> None:
                 f"model type {kind}: {key} = {value!r} is not implemented by the loss",
                 remedy=f"use a model without it; tested: {', '.join(TESTED)}",
             )
-    others = sorted(set(getattr(hf_config, "layer_types", None) or ()) - set(LAYER_TYPES))
+    others = unpackable_layers(kind, getattr(hf_config, "layer_types", None))
     if others:
         raise ConfigError(
             f"model type {kind}: layers of type {', '.join(others)} cannot separate packed documents",
-            remedy=f"use an attention-only model; tested: {', '.join(TESTED)}",
+            remedy=f"use a model whose layers are known; tested: {', '.join(TESTED)}",
         )
 
 
@@ -122,7 +124,7 @@ def parts_of(model: Any) -> Parts:
     """
     hf_config = model.config.get_text_config()
     kind = hf_config.model_type
-    if not getattr(model, "_supports_attention_backend", False) and kind not in TESTED:
+    if not getattr(model, "_supports_attention_backend", False) and kind not in FAMILIES:
         raise ConfigError(
             f"model type {kind} has its own attention code, which cannot separate packed documents",
             remedy=TRY_ANOTHER,

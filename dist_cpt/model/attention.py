@@ -21,7 +21,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import torch
@@ -34,6 +34,7 @@ from transformers.utils import is_flash_attn_2_available
 from dist_cpt.adapters.language_model import decoder_of
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.context_parallel import HeadExchange
+from dist_cpt.model.recurrence import install_recurrence, recurrent_layers
 
 Choice = Literal["documents", "mask", "flash_attention_2", "varlen", "flex"]
 _REGISTERED_NAME = "dist_cpt_packed"
@@ -56,6 +57,17 @@ class Packing:
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # [B, 1, L, L] by sliding window
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
     exchange: HeadExchange | None = None  # with the ranks that have the other tokens of the blocks
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """Where documents begin in the T flattened tokens, and T; for recurrent layers. Host sync, once per batch."""
+        if self.borders is not None:
+            return self.borders
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens.tolist()
+        assert self.document_BL is not None
+        sizes = self.document_BL.flatten().unique_consecutive(return_counts=True)[1]
+        return [0, *sizes.cumsum(0).tolist()]
 
     def mask(self, sliding_window: int | None) -> torch.Tensor:
         """True where a query attends: same document, not later, within the window. Built once per batch."""
@@ -122,6 +134,8 @@ def _choices(device: torch.device, hf_config: Any, dtype: torch.dtype) -> dict[C
     flash, narrow = sinks or _flash_missing(), _why_not_flash_kernel(device, _head_dim(hf_config), dtype)
     if flash is None and softcap is not None:
         flash = dropped if _flash_caps() else capped
+    if flash is None and recurrent_layers(hf_config):
+        flash = "does not say to recurrent layers where documents begin"
     flex = _why_not_flex(_head_dim(hf_config)) or dropped
     return {
         "flash_attention_2": flash or narrow,
@@ -185,9 +199,11 @@ def _varlen_missing() -> str | None:
 
 
 def install(model: Any, choice: Choice) -> None:
-    """Make a transformers model use the packed attention `choice`."""
+    """Make a transformers model use the packed attention `choice`, and its recurrent layers the same documents."""
     AttentionInterface.register(_REGISTERED_NAME, packed_attention)
-    decoder_of(model).set_attn_implementation(choice if choice == "flash_attention_2" else _REGISTERED_NAME)
+    decoder = decoder_of(model)
+    decoder.set_attn_implementation(choice if choice == "flash_attention_2" else _REGISTERED_NAME)
+    install_recurrence(decoder)
 
 
 def packing_arguments(

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from dist_cpt.errors import ConfigError
+from dist_cpt.model.recurrence import recurrent_layers
 from dist_cpt.plan.exchange import rank_heads
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -85,10 +86,17 @@ def check_context_parallel(hf_config: Any, num_ranks: int) -> None:
     """Refuse a model whose layers need more of a sequence than their attention does.
 
     Raises:
-        ConfigError: fewer heads than ranks, or a rotation by the longest sequence, of which each rank sees a part.
+        ConfigError: recurrent layers, fewer heads than ranks, or a rotation by the longest sequence, of which each rank
+            sees a part.
     """
     if num_ranks == 1:
         return
+    if recurrent := recurrent_layers(hf_config):
+        raise ConfigError(
+            f"engine.context_parallel {num_ranks}: {hf_config.model_type} has layers of type {', '.join(recurrent)}, "
+            "which carry a state from token to token",
+            remedy="use engine.context_parallel: 1",
+        )
     heads = hf_config.num_attention_heads
     if heads < num_ranks:
         raise ConfigError(

@@ -3,16 +3,20 @@
 A row of a layer is a `Part`. Its dimensions are symbols that `shapes.py` takes from config.json; `F+F` is a sum:
 D model, Q query heads x head_dim, K key heads x head_dim, N head_dim, H heads, F ffn, V vocab; of a mixture E experts,
 M ffn of an expert, S ffn of the shared ones; of latent attention A and C its two ranks, P rotary part of a head,
-B all heads' query, U all heads' key and value without position, O all heads' value.
+B all heads' query, U all heads' key and value without position, O all heads' value; of recurrent layers h heads,
+k and v all heads' key and value, n value of a head, i inner features, g all groups' state, t taps of the convolution,
+l inputs of an expert.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Role = Literal["linear", "experts", "router", "norm", "bias", "vector", "embedding", "head", "positions"]
+Role = Literal["linear", "experts", "router", "norm", "bias", "vector", "recurrence", "embedding", "head", "positions"]
+ATTENTION_LAYERS = ("full_attention", "sliding_attention")
+RECURRENT_LAYERS = ("conv", "linear_attention", "hybrid")  # `hybrid` has both
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Part:
     bias: bool | str = False
     when: str = ""  # "!key": while the key is off
     transposed: bool = False  # stored [in, out]
+    adaptable: bool = True  # False: a linear map that PEFT refuses to adapt
 
 
 Parts = tuple[Part, ...]
@@ -42,9 +47,16 @@ def _norms(*names: str, dim: str = "D", bias: bool = False, when: str = "") -> P
     return tuple(Part(f"{name}.weight", (dim,), "norm", bias, when) for name in names)
 
 
-def _attention(bias: bool | str = False, out_bias: bool | str | None = None) -> Parts:
-    inputs = tuple(_linear(f"self_attn.{x}_proj", out, "D", bias) for x, out in (("q", "Q"), ("k", "K"), ("v", "K")))
-    return (*inputs, _linear("self_attn.o_proj", "D", "Q", bias if out_bias is None else out_bias))
+def _attention(
+    bias: bool | str = False,
+    out_bias: bool | str | None = None,
+    *,
+    at: str = "self_attn",
+    query: str = "Q",
+    output: str = "o_proj",
+) -> Parts:
+    inputs = tuple(_linear(f"{at}.{x}_proj", out, "D", bias) for x, out in (("q", query), ("k", "K"), ("v", "K")))
+    return (*inputs, _linear(f"{at}.{output}", "D", "Q", bias if out_bias is None else out_bias))
 
 
 def _gated(ffn: str = "F", at: str = "mlp", bias: bool | str = False) -> Parts:
@@ -52,8 +64,8 @@ def _gated(ffn: str = "F", at: str = "mlp", bias: bool | str = False) -> Parts:
     return (*inputs, _linear(f"{at}.down_proj", "D", ffn, bias))
 
 
-def _plain(up: str, down: str, bias: bool | str = False) -> Parts:
-    return (_linear(f"mlp.{up}", "F", "D", bias), _linear(f"mlp.{down}", "D", "F", bias))
+def _plain(up: str, down: str, bias: bool | str = False, at: str = "mlp") -> Parts:
+    return (_linear(f"{at}.{up}", "F", "D", bias), _linear(f"{at}.{down}", "D", "F", bias))
 
 
 def _experts(ffn: str, at: str = "mlp", router: str = "gate") -> Parts:
@@ -61,6 +73,35 @@ def _experts(ffn: str, at: str = "mlp", router: str = "gate") -> Parts:
         Part(f"{at}.{router}.weight", ("E", "D"), "router"),
         Part(f"{at}.experts.gate_up_proj", ("E", f"{ffn}+{ffn}", "D"), "experts"),
         Part(f"{at}.experts.down_proj", ("E", "D", ffn), "experts"),
+    )
+
+
+def _delta_net(*inputs: tuple[str, str]) -> Parts:
+    """A gated delta net with these input maps and their outputs."""
+    return (
+        *(_linear(f"linear_attn.{name}", outputs, "D") for name, outputs in inputs),
+        Part("linear_attn.conv1d.weight", ("k+k+v", "1", "t"), "recurrence"),
+        Part("linear_attn.dt_bias", ("h",), "recurrence"),
+        Part("linear_attn.A_log", ("h",), "recurrence"),
+        *_norms("linear_attn.norm", dim="n"),
+        _linear("linear_attn.out_proj", "D", "v"),
+    )
+
+
+def _mamba2(
+    at: str = "mamba",
+    bias: str = "mamba_proj_bias",
+    out_bias: str = "mamba_proj_bias",
+    norm: str = "",
+    adaptable: bool = True,
+) -> Parts:
+    """`norm`: a setting without which the gated norm is absent; `adaptable`: whether PEFT adapts the last map."""
+    return (
+        _linear(f"{at}.in_proj", "i+i+g+g+h", "D", bias),
+        Part(f"{at}.conv1d.weight", ("i+g+g", "1", "t"), "recurrence", "mamba_conv_bias"),
+        *(Part(f"{at}.{name}", ("h",), "recurrence") for name in ("dt_bias", "A_log", "D")),
+        *_norms(f"{at}.norm", dim="i", when=norm),
+        Part(f"{at}.out_proj.weight", ("D", "i"), bias=out_bias, adaptable=adaptable),
     )
 
 
@@ -93,14 +134,16 @@ class Family:
 
     layer: Parts  # attention and norms
     defaults: Mapping[str, Any]
+    mixers: Mapping[str, Parts] = field(default_factory=dict)  # by layer type, beside `layer`; the first is the default
     mlp: Parts = _GATED
     sparse: Parts = ()  # in place of `mlp` in the layers that are mixtures of experts
-    sparse_from: Literal["all", "first_k_dense_replace", "decoder_sparse_step"] = "all"
+    sparse_from: Literal["all", "none without", "first_k_dense_replace", "decoder_sparse_step"] = "all"
     stem: str = "model."
     layers: str = "layers"
     embeddings: str = "embed_tokens"
     norm: Parts = _LAST  # after the last layer
     positions: bool = False  # a learned table
+    ties: bool = True  # False: `tie_word_embeddings` has no effect
     fused: bool = False  # its layers run as fused kernels on a GPU
 
 
@@ -122,6 +165,26 @@ _LATENT_SIZES = {
     "qk_nope_head_dim": 128,
     "v_head_dim": 128,
 }
+_DELTA_SIZES = {
+    "full_attention_interval": 4,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+_DELTA_ATTENTION = (*_attention("attention_bias", query="Q+Q"), *_HEAD_NORMS)
+_MAMBA_SIZES = {
+    "mamba_n_heads": 128,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 256,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_conv_bias": True,
+}
+_BEFORE_FFN = _norms("input_layernorm", "pre_ff_layernorm")
+_FEED_FORWARD = _gated(at="feed_forward", bias="mlp_bias")
+_FINAL = _norms("final_layernorm")
 _GLM = (*_attention("attention_bias", False), *_PRE)
 _GLM_SIZES = _sizes(4096, 13696, 40, 32, 2, 128, 151552, attention_bias=True)
 
@@ -287,5 +350,103 @@ FAMILIES: Mapping[str, Family] = {
             Part("mlp.experts.down_proj", ("E", "F", "D"), "experts", transposed=True),
             Part("mlp.experts.down_proj_bias", ("E", "D"), "bias"),
         ),
+    ),
+    "lfm2": Family(
+        _norms("operator_norm", "ffn_norm"),
+        _sizes(2560, 12288, 32, 32, 8, None, 65536, conv_L_cache=3, **_TIED)
+        | {"block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 256},
+        mixers={
+            "full_attention": (
+                *_attention(output="out_proj"),
+                *_norms("self_attn.q_layernorm", "self_attn.k_layernorm", dim="N"),
+            ),
+            "conv": (
+                _linear("conv.in_proj", "D+D+D", "D", "conv_bias"),
+                Part("conv.conv.weight", ("D", "1", "t"), "recurrence", "conv_bias"),
+                _linear("conv.out_proj", "D", "D", "conv_bias"),
+            ),
+        },
+        mlp=(
+            *(_linear(f"feed_forward.{name}", "F", "D") for name in ("w1", "w3")),
+            _linear("feed_forward.w2", "D", "F"),
+        ),
+        norm=_norms("embedding_norm"),
+    ),
+    "qwen3_next": Family(
+        _PRE,
+        _sizes(2048, 5632, 48, 16, 2, 256, 151936, shared_expert_intermediate_size=512)
+        | {"num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512}
+        | _QWEN_MOE
+        | _DELTA_SIZES,
+        mixers={
+            "linear_attention": _delta_net(("in_proj_qkvz", "k+k+v+v"), ("in_proj_ba", "h+h")),
+            "full_attention": _DELTA_ATTENTION,
+        },
+        sparse=(*_experts("M"), *_gated("S", "mlp.shared_expert"), _linear("mlp.shared_expert_gate", "1", "D")),
+        sparse_from="decoder_sparse_step",
+    ),
+    "qwen3_5_text": Family(
+        _PRE,
+        _sizes(4096, 12288, 32, 16, 4, 256, 248320) | _DELTA_SIZES,
+        mixers={
+            "linear_attention": _delta_net(
+                ("in_proj_qkv", "k+k+v"), ("in_proj_z", "v"), ("in_proj_b", "h"), ("in_proj_a", "h")
+            ),
+            "full_attention": _DELTA_ATTENTION,
+        },
+    ),
+    "granitemoehybrid": Family(
+        (*_PRE, _linear("shared_mlp.input_linear", "S+S", "D"), _linear("shared_mlp.output_linear", "D", "S")),
+        _sizes(4096, 11008, 32, 32, None, None, 32000, num_local_experts=8, num_experts_per_tok=2)
+        | {"shared_intermediate_size": 1024}
+        | _MAMBA_SIZES,
+        mixers={"linear_attention": _mamba2(), "full_attention": _attention("attention_bias")},
+        mlp=(),
+        sparse=_experts("F", "block_sparse_moe", "router"),
+        sparse_from="none without",
+    ),
+    "bamba": Family(
+        _BEFORE_FFN,
+        _sizes(4096, 14336, 32, 32, 8, None, 128000) | _MAMBA_SIZES,
+        mixers={"linear_attention": _mamba2(), "full_attention": _attention("attention_bias")},
+        mlp=_FEED_FORWARD,
+        norm=_FINAL,
+    ),
+    "falcon_h1": Family(
+        _BEFORE_FFN,
+        _sizes(4096, 14336, 32, 32, 8, None, 128000, mamba_d_ssm=1024) | _MAMBA_SIZES,
+        mixers={
+            "hybrid": (
+                *_mamba2(out_bias="projectors_bias", norm="mamba_rms_norm", adaptable=False),
+                *_attention("attention_bias"),
+            )
+        },
+        mlp=_FEED_FORWARD,
+        norm=_FINAL,
+    ),
+    "nemotron_h": Family(
+        _norms("norm"),
+        _sizes(4096, 21504, None, 32, 8, 128, 131072, n_routed_experts=8, num_experts_per_tok=2)
+        | {"moe_intermediate_size": 7688, "moe_shared_expert_intermediate_size": 7688}
+        | {"mamba_n_heads": 128, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 8, "mamba_d_conv": 4}
+        | {"mamba_conv_bias": True, "layer_types": ("linear_attention", "moe", "full_attention", "mlp")},
+        mixers={
+            "linear_attention": _mamba2("mixer", "use_bias", "use_bias", adaptable=False),
+            "full_attention": _attention(at="mixer"),
+            "mlp": _plain("up_proj", "down_proj", "mlp_bias", at="mixer"),
+            "moe": (
+                Part("mixer.gate.weight", ("E", "D"), "router"),
+                Part("mixer.experts.up_proj", ("E", "M", "l"), "experts"),
+                Part("mixer.experts.down_proj", ("E", "l", "M"), "experts"),
+                _linear("mixer.shared_experts.up_proj", "S", "D", "mlp_bias"),
+                _linear("mixer.shared_experts.down_proj", "D", "S", "mlp_bias"),
+                _linear("mixer.fc1_latent_proj", "l", "D", "mlp_bias", when="moe_latent_size"),
+                _linear("mixer.fc2_latent_proj", "D", "l", "mlp_bias", when="moe_latent_size"),
+            ),
+        },
+        mlp=(),
+        embeddings="embeddings",
+        norm=_norms("norm_f"),
+        ties=False,
     ),
 }

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_cpt.errors import printable
-from dist_cpt.plan.shapes import ModelShapes, Weight, shapes_of, text_config
+from dist_cpt.plan.families import ATTENTION_LAYERS, RECURRENT_LAYERS, Role
+from dist_cpt.plan.shapes import ModelShapes, Weight, shapes_of, text_config, unpackable_layers
 
 # config keys that change the loss in a way that is not implemented, with their neutral values
 NEUTRAL = {"logits_soft_cap": None}
-LAYER_TYPES = ("full_attention", "sliding_attention")  # that can keep packed documents apart
+_LEFT_OUT: tuple[Role, ...] = ("router", "recurrence")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ModelCheck:
     shapes: ModelShapes
     active_parameters: int  # that a token passes
     trained: tuple[Part, ...]  # by LoRA on all-linear
-    not_trained: tuple[Part, ...]  # matrices of the layers that LoRA leaves out: routers
+    not_trained: tuple[Part, ...]  # matrices of the layers that LoRA leaves out: routers, recurrences
     refused: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -61,8 +62,8 @@ def check_model(config: Mapping[str, Any]) -> ModelCheck:
     return ModelCheck(
         shapes=shapes,
         active_parameters=round(active),
-        trained=tuple(_parts(shapes.of("linear", "experts"))),
-        not_trained=tuple(_parts(shapes.of("router"))),
+        trained=tuple(_parts(shapes.adaptable("linear", "experts"))),
+        not_trained=tuple(_parts(w for w in shapes.of("linear", *_LEFT_OUT) if w.role in _LEFT_OUT or not w.adaptable)),
         refused=tuple(refusals(config)),
     )
 
@@ -74,7 +75,8 @@ def refusals(config: Mapping[str, Any]) -> Iterator[str]:
         value = config.get(key, neutral)
         if value is not None and value != neutral:
             yield printable(f"{key} = {value!r} is not implemented by the loss")
-    if others := sorted(set(map(str, config.get("layer_types") or ())) - set(LAYER_TYPES)):
+    listed = config.get("layer_types") or config.get("layers_block_type")
+    if others := unpackable_layers(str(config.get("model_type")), map(str, listed or ())):
         yield printable(f"layers of type {', '.join(others)} cannot separate packed documents")
 
 
@@ -85,7 +87,8 @@ def as_text(check: ModelCheck) -> Iterator[str]:
     yield f"{shapes.model_type}: {count(shapes.num_parameters)} parameters{active}, {shapes.num_layers} layers"
     yield f"LoRA on all-linear trains: {_listed(check.trained)}"
     if check.not_trained:
-        yield f"LoRA leaves out: {_listed(check.not_trained)}; adapter.kind: none trains them, or model.router: train"
+        router = ", or model.router: train" if any(shapes.of("router")) else ""
+        yield f"LoRA leaves out: {_listed(check.not_trained)}; adapter.kind: none trains them{router}"
     pair = "one tied matrix" if shapes.tied else "two matrices"
     rows = f"{shapes.vocab_size:,} x {shapes.hidden_size:,}, {count(shapes.head_elements)} each"
     yield f"embeddings.train: {pair} of {rows}"
@@ -93,14 +96,24 @@ def as_text(check: ModelCheck) -> Iterator[str]:
     whole = "; experts stay in bf16" if len(linear) < len(check.trained) else ""
     yield f"nf4, int8 and fp8 store the linear maps: {_listed(linear)}{whole}"
     yield "fused on a GPU: " + ("layers, embeddings and loss" if shapes.fused else "embeddings and loss; no layers")
+    attending = sum(kind in (*ATTENTION_LAYERS, "hybrid") for kind in shapes.layer_types)
     windows = sorted({window for window in shapes.windows if window is not None})
     sliding = sum(window is not None for window in shapes.windows)
-    seen = (
-        f"{sliding} of {shapes.num_layers} layers look back {windows[-1]:,} tokens" if windows else "all layers see all"
-    )
+    layers = "all" if attending == shapes.num_layers else f"{attending} of {shapes.num_layers}"
+    back = f"{sliding} of {shapes.num_layers} layers look back {windows[-1]:,} tokens" if windows else ""
+    seen = back or f"{layers} layers see all"
     yield f"attention: {seen}"
+    yield from _recurrence(shapes)
     yield f"sharded by: {shapes.num_layers} decoder layers of {count(_largest_layer(shapes))} parameters"
     yield from (f"refused: {line}" for line in check.refused)
+
+
+def _recurrence(shapes: ModelShapes) -> Iterator[str]:
+    layers = [kind for kind in shapes.layer_types if kind in RECURRENT_LAYERS]
+    if layers:
+        state = f", each with a state of {count(shapes.state_elements)} numbers" if shapes.state_elements else ""
+        kinds = ", ".join(dict.fromkeys(layers))
+        yield f"recurrence: {len(layers)} of {shapes.num_layers} layers ({kinds}){state}, anew in each packed document"
 
 
 def _parts(weights: Iterable[Weight]) -> Iterator[Part]:

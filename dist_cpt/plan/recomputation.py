@@ -36,8 +36,8 @@ def kept_bytes(layer: LayerWidths, training: Training, policy: Policy) -> int:
         return 0
     if policy == "full":
         return layer.hidden * size
-    # both norms' inputs, attention's inputs and output; LoRA's x A; statistics
-    kept = 2 * layer.hidden + layer.query + layer.key + layer.value + layer.output
+    # both norms' inputs, attention's inputs and output, a convolution's and a scan's; LoRA's x A; statistics
+    kept = 2 * layer.hidden + layer.query + layer.key + layer.value + layer.output + 2 * layer.recurrent
     lora, statistics = training.rank * layer.adapted_maps, 4 * (2 + heads)
     if policy == "none":  # and both norms' outputs, the MLP's two halves
         kept += 2 * layer.hidden + layer.up

@@ -166,11 +166,12 @@ def step_time(
 
 
 def _attention(layer: LayerWidths, seq_len: int) -> float:
-    """Forward FLOPs per token: scores and their product with the values, over the keys that causality leaves."""
+    """Forward FLOPs per token: scores and their product with the values, over the keys that causality leaves; of a
+    recurrence three products with its state, which decays, takes up the token and is read."""
     keys = seq_len / 2
     if layer.window is not None and layer.window < seq_len:
         keys = layer.window - layer.window**2 / (2 * seq_len)
-    return 2.0 * keys * (layer.query + layer.output)
+    return 2.0 * keys * (layer.query + layer.output) + 6.0 * layer.state
 
 
 def _elementwise_backward(layer: LayerWidths) -> float:

@@ -156,7 +156,7 @@ def _adapted(config: RunConfig, shapes: ModelShapes) -> Iterator[Weight]:
     targets = config.adapter.targets
     wanted = (targets,) if isinstance(targets, str) else targets
     roles: tuple[Role, ...] = ("linear", "experts") if config.adapter.experts == "lora" else ("linear",)
-    names = {weight.name.removesuffix(".weight"): weight for weight in shapes.of(*roles)}
+    names = {weight.name.removesuffix(".weight"): weight for weight in shapes.adaptable(*roles)}
     for target in wanted if targets != "all-linear" else ():
         if not any(name == target or name.endswith(f".{target}") for name in names):
             leaves = sorted({name.rpartition(".")[2] for name in names})

@@ -6,8 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dist_cpt.plan.shapes import ModelShapes, Weight
+from dist_cpt.plan.families import ATTENTION_LAYERS, RECURRENT_LAYERS
+from dist_cpt.plan.shapes import ATTENTION_MODULES, ModelShapes, Weight
 
+_PRODUCTS = ("linear", "experts", "router")
 _FFN = ("F", "M", "S")  # symbols of the features that a down projection reads
 
 
@@ -31,6 +33,8 @@ class LayerWidths:
     output: int
     up: int  # outputs of the MLP's first maps: gate and up, or one
     ffn: int  # inputs of its last map
+    recurrent: int  # features that a recurrence reads, after its convolution as before
+    state: int  # elements of the state that it carries from token to token
     norms: int  # over the hidden features; at least two
     head_norms: bool  # on queries and keys
     parameters: float  # of the maps that a token passes
@@ -48,7 +52,8 @@ class LayerWidths:
         the gated product."""
         norms = (9 + 2 * (self.norms - 2)) * self.hidden
         rotated = self.query + self.key
-        return norms + 2 * rotated + (2 * rotated if self.head_norms else 0) + self.up + self.ffn
+        recurrence = 4 * self.recurrent  # its convolution and its scan, each in and out
+        return norms + 2 * rotated + (2 * rotated if self.head_norms else 0) + self.up + self.ffn + recurrence
 
 
 def layer_widths(shapes: ModelShapes, adapted: Iterable[Weight]) -> list[LayerWidths]:
@@ -60,10 +65,13 @@ def layer_widths(shapes: ModelShapes, adapted: Iterable[Weight]) -> list[LayerWi
     carriers: dict[int | None, list[Weight]] = defaultdict(list)
     for weight in adapted:
         carriers[weight.layer].append(weight)
-    return [_widths(shapes, by_layer[n], carriers[n], shapes.windows[n]) for n in range(shapes.num_layers)]
+    return [_widths(shapes, by_layer[n], carriers[n], n) for n in range(shapes.num_layers)]
 
 
-def _widths(shapes: ModelShapes, weights: list[Weight], adapted: list[Weight], window: int | None) -> LayerWidths:
+def _widths(shapes: ModelShapes, weights: list[Weight], adapted: list[Weight], layer: int) -> LayerWidths:
+    kind = shapes.layer_types[layer]
+    attends, recurs = kind in (*ATTENTION_LAYERS, "hybrid"), kind in RECURRENT_LAYERS
+    scanned = [w for w in weights if w.in_mixer and w.role == "linear" and w.module not in ATTENTION_MODULES]
     visited = shapes.experts_per_token
     up = ffn = 0
     first: list[Weight] = []
@@ -73,7 +81,7 @@ def _widths(shapes: ModelShapes, weights: list[Weight], adapted: list[Weight], w
         if weight.symbol in _FFN:
             ffn += times * weight.inputs
             last += [weight] if weight.role == "linear" else []
-        elif weight.role in ("linear", "experts") and not weight.in_attention and weight.outputs > 1:
+        elif weight.role in ("linear", "experts") and not weight.in_mixer and weight.outputs > 1:
             up += times * weight.outputs
             first.append(weight)
     # A fused layer reads the input of several maps once.
@@ -82,22 +90,24 @@ def _widths(shapes: ModelShapes, weights: list[Weight], adapted: list[Weight], w
     read = inputs.values() if shapes.fused else [times * weight.inputs for weight, times in carried]
     return LayerWidths(
         hidden=shapes.hidden_size,
-        query=shapes.query_features,
-        key=shapes.key_features,
-        value=shapes.value_features,
-        output=shapes.output_features,
+        query=shapes.query_features if attends else 0,
+        key=shapes.key_features if attends else 0,
+        value=shapes.value_features if attends else 0,
+        output=shapes.output_features if attends else 0,
         up=up,
         ffn=ffn,
-        norms=max(2, sum(w.role == "norm" and not w.in_attention for w in weights)),
+        recurrent=sum(w.outputs for w in scanned if not w.name.endswith("out_proj.weight")) if recurs else 0,
+        state=shapes.state_elements if recurs else 0,
+        norms=max(2, sum(w.role == "norm" and not w.in_mixer for w in weights)),
         head_norms=any(w.role == "norm" and w.name.endswith("q_norm.weight") for w in weights),
-        parameters=_parameters(shapes, [w for w in weights if w.role in ("linear", "experts", "router")]),
+        parameters=_parameters(shapes, [w for w in weights if w.role in _PRODUCTS or len(w.shape) == 3]),
         adapted_maps=len(adapted),
         adapted_inputs=sum(read),
         adapted_map_inputs=sum(times * weight.inputs for weight, times in carried),
         adapted_outputs=sum(times * weight.outputs for weight, times in carried),
         first=_maps(shapes, first, adapted),
         last=_maps(shapes, last if len(last) == 1 else [], adapted),
-        window=window,
+        window=shapes.windows[layer],
     )
 
 

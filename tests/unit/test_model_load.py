@@ -284,7 +284,8 @@ def test_an_unknown_hub_name_is_one_line():
     [
         ("bart", {}),
         ("mixtral", {"logits_soft_cap": 20.0}),
-        ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}),
+        ("kimi_linear", {}),
+        ("jamba", {}),
     ],
 )
 def test_a_config_that_loss_or_packing_would_compute_wrong_is_refused(model_type, values):

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from dist_cpt.adapters.language_model import recurrent_mixers
 from dist_cpt.config.load import build
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import FUSABLE
-from dist_cpt.plan.families import FAMILIES
+from dist_cpt.plan.families import FAMILIES, RECURRENT_LAYERS
 from dist_cpt.plan.shapes import ModelShapes, read_config, shapes_of
 from dist_cpt.plan.tensors import training_of
 from tests import tiny
@@ -50,8 +51,32 @@ SIZES = {
     "n_group": 1,
     "topk_group": 1,
     "pad_token_id": 0,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "full_attention_interval": 2,
+    "full_attn_idxs": [1, 2],
+    "attn_layer_indices": [1],
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+    "mamba_n_heads": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 6,
+    "mamba_d_ssm": 96,
+    "mamba_d_state": 10,
+    "ssm_state_size": 10,
+    "mamba_n_groups": 2,
+    "n_groups": 2,
+    "mamba_d_conv": 3,
+    "conv_L_cache": 5,
+    "shared_intermediate_size": 56,
+    "moe_shared_expert_intermediate_size": 88,
 }
-SWITCHES = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias", "attention_out_bias", "use_qk_norm", "use_post_norm")
+SWITCHES = (
+    *("attention_bias", "mlp_bias", "use_bias", "qkv_bias", "attention_out_bias", "use_qk_norm", "use_post_norm"),
+    *("conv_bias", "mamba_conv_bias", "mamba_proj_bias", "projectors_bias", "mamba_rms_norm", "use_conv_bias"),
+    "block_auto_adjust_ff_dim",
+)
 
 
 def built(kind: str, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -94,10 +119,23 @@ def test_so_they_are_with_every_switch_turned(kind):
     defaults = CONFIG_MAPPING[kind]().to_dict()
     turned = {key: not defaults[key] for key in (*SWITCHES, "tie_word_embeddings") if key in defaults}
     latent = {"q_lora_rank": None} if "q_lora_rank" in defaults else {}
+    latent |= {"moe_latent_size": 44} if "moe_latent_size" in defaults else {}
     derived = {key for key, value in FAMILIES[kind].defaults.items() if value is None}  # left to other sizes
     sizes = {key: value for key, value in SIZES.items() if key not in derived}
     model, config = built(kind, known(kind, sizes) | turned | latent)
     require_equal(shapes_of(config), model)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if family.mixers])
+def test_a_recurrence_is_its_layers_and_its_state(kind):
+    model, config = built(kind, known(kind, SIZES))
+    shapes = shapes_of(config)
+    mixers = recurrent_mixers(model)
+    assert shapes.layer_types == tuple(model.config.layer_types)
+    assert sum(layer in RECURRENT_LAYERS for layer in shapes.layer_types) == len(mixers)
+    state = {"lfm2": 0, "qwen3_next": 4 * 12 * 20, "qwen3_5_text": 4 * 12 * 20, "nemotron_h": 8 * 6 * 10}
+    expected = state.get(kind, (96 if kind == "falcon_h1" else 2 * 64) * 10)
+    assert shapes.state_elements == expected
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
