@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests import tiny
 
 _DELTA_NET = {
     "layer_types": ["linear_attention", "full_attention"],
@@ -37,3 +43,14 @@ KINDS: dict[str, dict[str, Any]] = {
         "chunk_size": 8,
     },
 }
+
+
+def write_hybrid(folder: Path, kind: str) -> Path:
+    """A folder with a random model of two or three layers, fp32."""
+    known = {**AutoConfig.for_model(kind).to_dict(), **AutoConfig.for_model(kind).attribute_map}
+    values = tiny.llama() | {"head_dim": 16, "pad_token_id": 0} | KINDS[kind]
+    named = known.keys() - {"model_type", "tie_word_embeddings"}
+    config = AutoConfig.for_model(kind, **{key: value for key, value in values.items() if key in named})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    return folder

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests import tiny
+from tests.tiny_hybrids import KINDS as HYBRIDS
 
 TEXT = tiny.llama() | {"head_dim": 16, "sliding_window": 8, "pad_token_id": 0}
 VISION = {
@@ -37,6 +38,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
         "visual",
     ),
+    "qwen3_5": ("qwen3_5_text", HYBRIDS["qwen3_5_text"], "visual"),
     "llava": ("llama", {}, "vision_tower"),
     "gemma4": ("gemma4_text", {"tie_word_embeddings": True}, "vision_tower"),
 }

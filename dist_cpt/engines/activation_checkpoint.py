@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from dist_cpt.engines.host_copies import HostCopies
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.fused_modules import FusedMlp, FusedNorm
+from dist_cpt.model.recurrence import ByDocument
 from dist_cpt.plan.recomputation import Policy
 
 SAVE_NOTHING = ("AddBackward", "CloneBackward", "ToCopyBackward")  # nodes of autograd, with a number after the name
@@ -57,11 +58,11 @@ def checkpoint_layers(layers: Sequence[nn.Module], policy: Policy, device: torch
 
 
 def _mlp(layer: nn.Module) -> nn.Module | None:
-    """The layer's MLP or block of experts: its one child beside attention with children of its own."""
+    """The layer's MLP or block of experts: its one child beside attention and recurrence with children of its own."""
     inner = [
         child
         for name, child in layer.named_children()
-        if "att" not in name and any(parameter.ndim > 1 for parameter in child.parameters())
+        if "att" not in name and not isinstance(child, ByDocument) and any(p.ndim > 1 for p in child.parameters())
     ]
     return inner[0] if len(inner) == 1 and list(inner[0].children()) else None
 

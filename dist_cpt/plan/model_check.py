@@ -92,9 +92,8 @@ def as_text(check: ModelCheck) -> Iterator[str]:
     pair = "one tied matrix" if shapes.tied else "two matrices"
     rows = f"{shapes.vocab_size:,} x {shapes.hidden_size:,}, {count(shapes.head_elements)} each"
     yield f"embeddings.train: {pair} of {rows}"
-    linear = [part for part in check.trained if ".experts." not in f".{part.name}"]
-    whole = "; experts stay in bf16" if len(linear) < len(check.trained) else ""
-    yield f"nf4, int8 and fp8 store the linear maps: {_listed(linear)}{whole}"
+    whole = "; experts stay in bf16" if any(shapes.of("experts")) else ""
+    yield f"nf4, int8 and fp8 store the linear maps: {_listed(_parts(shapes.of('linear')))}{whole}"
     yield "fused on a GPU: " + ("layers, embeddings and loss" if shapes.fused else "embeddings and loss; no layers")
     attending = sum(kind in (*ATTENTION_LAYERS, "hybrid") for kind in shapes.layer_types)
     windows = sorted({window for window in shapes.windows if window is not None})

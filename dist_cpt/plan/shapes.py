@@ -173,7 +173,7 @@ def shapes_of(config: Mapping[str, Any]) -> ModelShapes:
         dims = _dimensions(keys)
         types = tuple(_layer_types(family, keys))
         weights = tuple(_weights(family, keys, dims, types))
-        windows = tuple(_windows(keys, len(types)))
+        windows = tuple(_windows(keys, types))
     except (TypeError, KeyError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(printable(f"{MODEL_CONFIG}: the sizes make no {kind} model: {error!r}")) from error
     is_latent = bool(keys.get("kv_lora_rank"))
@@ -221,7 +221,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _unknown(config: Mapping[str, Any]) -> ConfigError:
     kind = str(config.get("model_type"))
-    near = difflib.get_close_matches(kind, FAMILIES, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(kind, FAMILIES, n=1, cutoff=0.85)
     return ConfigError(
         printable(f"model type {kind}: its weights are not in the table of shapes"),
         remedy=f"did you mean {near[0]}?" if near else f"model-check --build tries it; known: {', '.join(FAMILIES)}",
@@ -374,12 +374,12 @@ def _is_sparse(family: Family, keys: Mapping[str, Any], layer: int) -> bool:
     return True
 
 
-def _windows(keys: Mapping[str, Any], layers: int) -> Iterator[int | None]:
+def _windows(keys: Mapping[str, Any], types: tuple[str, ...]) -> Iterator[int | None]:
     """Which layers slide: as `layer_types` says, else all, or all but every n-th."""
-    types, window, every = keys.get("layer_types"), keys.get("sliding_window"), keys.get("sliding_every")
-    for layer in range(layers):
-        if types:
-            slides = types[layer] == "sliding_attention"
+    window, every = keys.get("sliding_window"), keys.get("sliding_every")
+    for layer, kind in enumerate(types):
+        if keys.get("layer_types"):
+            slides = kind == "sliding_attention"
         elif keys.get("use_sliding_window") is False:
             slides = False
         else:

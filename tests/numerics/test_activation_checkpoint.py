@@ -21,6 +21,7 @@ from dist_cpt.model import fuse
 from dist_cpt.model.load import load_model
 from dist_cpt.optim.groups import param_groups
 from tests.contract.model import SEQ_LEN, VOCAB, block, recipe
+from tests.tiny_hybrids import KINDS as HYBRIDS
 
 CPU = torch.device("cpu")
 POLICIES = ("selective", "full", "offload")
@@ -42,6 +43,8 @@ OWN: dict[str, dict[str, Any]] = {
              "embd_pdrop": 0.0},
     "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
                   "shared_expert_intermediate_size": 20, "output_router_logits": False},
+    "lfm2": HYBRIDS["lfm2"],
+    "bamba": HYBRIDS["bamba"],
 }  # fmt: skip
 
 
@@ -152,6 +155,8 @@ def test_a_base_in_codes_or_transposed_leaves_its_last_product_out_too(kind: str
         ("phi3", True),
         pytest.param("gpt2", False, marks=pytest.mark.matrix),
         ("qwen2_moe", False),
+        ("lfm2", False),
+        pytest.param("bamba", False, marks=pytest.mark.matrix),
     ],
 )
 def test_other_architectures_keep_every_bit(

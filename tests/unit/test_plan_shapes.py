@@ -17,9 +17,12 @@ from dist_cpt.config.load import build
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import FUSABLE
 from dist_cpt.plan.families import FAMILIES, RECURRENT_LAYERS
+from dist_cpt.plan.model_check import check_model
 from dist_cpt.plan.shapes import ModelShapes, read_config, shapes_of
+from dist_cpt.plan.step_model import token_work
 from dist_cpt.plan.tensors import training_of
 from tests import tiny
+from tests.contract.model import recipe as contract_recipe
 from tests.plan_cases import recipe
 
 LAYERS = 4
@@ -136,6 +139,36 @@ def test_a_recurrence_is_its_layers_and_its_state(kind):
     state = {"lfm2": 0, "qwen3_next": 4 * 12 * 20, "qwen3_5_text": 4 * 12 * 20, "nemotron_h": 8 * 6 * 10}
     expected = state.get(kind, (96 if kind == "falcon_h1" else 2 * 64) * 10)
     assert shapes.state_elements == expected
+
+
+def test_a_recurrence_costs_three_products_with_its_state_and_attention_those_with_its_keys():
+    shapes = shapes_of({"model_type": "qwen3_next"})
+    training = training_of(contract_recipe("base", {"kind": "single"}, "lora", "bf16"), shapes)
+    state, features, seq_len = 32 * 128 * 128, 16 * 256, 4096
+    expected = 36 * 3 * 2 * state + 12 * 2 * seq_len / 2 * 2 * features
+    assert token_work(training, seq_len).attention_forward == expected
+    assert {(layer.query > 0, layer.recurrent) for layer in training.widths} == {
+        (True, 0),
+        (False, 2 * 16 * 128 + 2 * 32 * 128 + 2 * 32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("granitemoehybrid", {"layer_types": ["mamba", "attention", "mamba"], "num_hidden_layers": 3}),
+        ("nemotron_h", {"hybrid_override_pattern": "M-*E-M*"}),
+        ("lfm2", {"full_attn_idxs": [1], "num_hidden_layers": 3, "block_ff_dim": 300}),
+        ("bamba", {"attn_layer_indices": [2], "num_hidden_layers": 3}),
+        ("qwen3_next", {"full_attention_interval": 3, "num_hidden_layers": 4}),
+    ],
+)
+def test_layer_types_are_read_from_older_files(kind, values):
+    model, _ = built(kind, values)
+    shapes = shapes_of({"model_type": kind} | values)
+    assert shapes.layer_types == tuple(model.config.layer_types)
+    require_equal(shapes, model)
+    assert not check_model({"model_type": kind} | values).refused
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
