@@ -24,6 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "qwen3_next": _DELTA_NET | _MIXTURE | {"shared_expert_intermediate_size": 24},
     "qwen3_5_text": _DELTA_NET,
+    "qwen3_5_moe_text": _DELTA_NET | _MIXTURE | {"shared_expert_intermediate_size": 24},
     "granitemoehybrid": _MAMBA
     | {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4, "num_experts_per_tok": 2}
     | {

@@ -174,6 +174,17 @@ _DELTA_SIZES = {
     "linear_num_value_heads": 32,
 }
 _DELTA_ATTENTION = (*_attention("attention_bias", query="Q+Q"), *_HEAD_NORMS)
+_QWEN35_MIXERS = {
+    "linear_attention": _delta_net(
+        ("in_proj_qkv", "k+k+v"), ("in_proj_z", "v"), ("in_proj_b", "h"), ("in_proj_a", "h")
+    ),
+    "full_attention": _DELTA_ATTENTION,
+}
+_QWEN_EXPERTS = (
+    *_experts("M"),
+    *_gated("S", "mlp.shared_expert"),
+    _linear("mlp.shared_expert_gate", "1", "D"),
+)
 _MAMBA_SIZES = {
     "mamba_n_heads": 128,
     "mamba_n_groups": 1,
@@ -294,7 +305,7 @@ FAMILIES: Mapping[str, Family] = {
         _sizes(2048, 5632, 24, 16, 16, None, 151936, qkv_bias=True, shared_expert_intermediate_size=5632)
         | _QWEN_MOE
         | {"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408},
-        sparse=(*_experts("M"), *_gated("S", "mlp.shared_expert"), _linear("mlp.shared_expert_gate", "1", "D")),
+        sparse=_QWEN_EXPERTS,
         sparse_from="decoder_sparse_step",
     ),
     "qwen3_moe": Family(
@@ -382,18 +393,17 @@ FAMILIES: Mapping[str, Family] = {
             "linear_attention": _delta_net(("in_proj_qkvz", "k+k+v+v"), ("in_proj_ba", "h+h")),
             "full_attention": _DELTA_ATTENTION,
         },
-        sparse=(*_experts("M"), *_gated("S", "mlp.shared_expert"), _linear("mlp.shared_expert_gate", "1", "D")),
+        sparse=_QWEN_EXPERTS,
         sparse_from="decoder_sparse_step",
     ),
-    "qwen3_5_text": Family(
+    "qwen3_5_text": Family(_PRE, _sizes(4096, 12288, 32, 16, 4, 256, 248320) | _DELTA_SIZES, mixers=_QWEN35_MIXERS),
+    "qwen3_5_moe_text": Family(
         _PRE,
-        _sizes(4096, 12288, 32, 16, 4, 256, 248320) | _DELTA_SIZES,
-        mixers={
-            "linear_attention": _delta_net(
-                ("in_proj_qkv", "k+k+v"), ("in_proj_z", "v"), ("in_proj_b", "h"), ("in_proj_a", "h")
-            ),
-            "full_attention": _DELTA_ATTENTION,
-        },
+        _sizes(2048, None, 40, 16, 2, 256, 248320, shared_expert_intermediate_size=512)
+        | {"num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512}
+        | _DELTA_SIZES,
+        mixers=_QWEN35_MIXERS,
+        sparse=_QWEN_EXPERTS,
     ),
     "granitemoehybrid": Family(
         (*_PRE, _linear("shared_mlp.input_linear", "S+S", "D"), _linear("shared_mlp.output_linear", "D", "S")),

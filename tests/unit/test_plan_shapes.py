@@ -136,9 +136,8 @@ def test_a_recurrence_is_its_layers_and_its_state(kind):
     mixers = recurrent_mixers(model)
     assert shapes.layer_types == tuple(model.config.layer_types)
     assert sum(layer in RECURRENT_LAYERS for layer in shapes.layer_types) == len(mixers)
-    state = {"lfm2": 0, "qwen3_next": 4 * 12 * 20, "qwen3_5_text": 4 * 12 * 20, "nemotron_h": 8 * 6 * 10}
-    expected = state.get(kind, (96 if kind == "falcon_h1" else 2 * 64) * 10)
-    assert shapes.state_elements == expected
+    mamba = {"falcon_h1": 96, "nemotron_h": 8 * 6}.get(kind, 2 * 64) * 10
+    assert shapes.state_elements == (4 * 12 * 20 if kind.startswith("qwen3") else 0 if kind == "lfm2" else mamba)
 
 
 def test_a_recurrence_costs_three_products_with_its_state_and_attention_those_with_its_keys():
