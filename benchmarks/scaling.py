@@ -1,17 +1,21 @@
 """Weak and strong scaling from 8 to 4,096 GPUs, with failures and checkpoints: by the model of a step, not measured.
 
-`python benchmarks/scaling.py` prints the tables of docs/scale.md.
+python benchmarks/scaling.py [--write]      print the tables, or write them into docs/scale.md
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from dist_cpt.config.load import build
 from dist_cpt.plan.devices import machine_of
 from dist_cpt.plan.plan import Way, make_plan
 
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
 LLAMA_8B = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -111,5 +115,17 @@ def tables() -> Iterator[str]:
         yield ""
 
 
+def page_with_tables(text: str) -> str:
+    """`text` with the tables between its two marks."""
+    begin, end = "<!-- scaling: benchmarks/scaling.py --write -->\n", "<!-- end -->"
+    body = "\n".join(tables())
+    return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: begin + body + end, text, flags=re.DOTALL)
+
+
 if __name__ == "__main__":
-    print(*tables(), sep="\n")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--write", action="store_true", help="into docs/scale.md")
+    if parser.parse_args().write:
+        PAGE.write_text(page_with_tables(PAGE.read_text()))
+    else:
+        print(*tables(), sep="\n")

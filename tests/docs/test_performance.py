@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md and the headers of recipes are what benchmarks/roofline.py prints now."""
+"""The tables of docs/performance.md and docs/scale.md and the headers of recipes are what the benchmarks print now."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from tests.docs.pages import ROOT
 
 
-def roofline() -> Any:
-    spec = importlib.util.spec_from_file_location("roofline", ROOT / "benchmarks" / "roofline.py")
+def benchmark(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -21,7 +21,7 @@ def roofline() -> Any:
 
 def test_the_page_has_the_models_tables():
     """`python benchmarks/roofline.py --write` brings it up to date."""
-    module = roofline()
+    module = benchmark("roofline")
     text = module.PAGE.read_text()
     assert text.count("benchmarks/roofline.py --write -->") == 4
     assert module.page_with_tables(text) == text
@@ -30,3 +30,11 @@ def test_the_page_has_the_models_tables():
     for path, header in headers.items():
         assert "By the model of a step, not measured: " in header
         assert path.read_text() == header
+
+
+def test_the_tables_of_scale_are_the_models():
+    """`python benchmarks/scaling.py --write` brings them up to date."""
+    module = benchmark("scaling")
+    text = module.PAGE.read_text()
+    assert text.count("<!-- scaling: benchmarks/scaling.py --write -->\nWeak scaling") == 1
+    assert module.page_with_tables(text) == text
