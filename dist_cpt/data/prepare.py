@@ -26,9 +26,10 @@ from dist_cpt.data.token_ids import unpadded_copy
 from dist_cpt.data.unit_work import SourceWork, take_units
 from dist_cpt.data.units import UNIT_BYTES, plan_digest, plan_units
 from dist_cpt.data.workers import POLL_SECONDS, cores, take_with_workers
-from dist_cpt.errors import DataError, WriteError
+from dist_cpt.errors import ConfigError, DataError, Stopped, WriteError
 from dist_cpt.run_folder.json_files import fsync_path
 from dist_cpt.run_folder.names import MANIFEST
+from dist_cpt.runtime.stop import stopped_by_usr1
 from dist_cpt.storage import LOGGER, is_there, patiently
 
 UNITS = ".units-"  # what the folder of a store's units has after the store's name
@@ -82,12 +83,29 @@ def prepare_in_part(config: RunConfig, on_progress: OnProgress | None = None, *,
 
     Raises:
         DistCptError: as `prepare`.
+        Stopped: by SIGUSR1, after at least one unit was finished: started again, it continues with the others.
+        ConfigError: by SIGUSR1 before any was: started again, it would do the same.
     """
     config = with_commits(config)
     plan, todo = _missing_stores(config, False, UNIT_BYTES)
-    if not _make_stores(todo, plan, config, _Report(todo, on_progress), workers, wait=False):
-        return None
+    before = _num_finished(todo)
+    try:
+        with stopped_by_usr1("stopped while data was prepared; finished units are kept"):
+            if not _make_stores(todo, plan, config, _Report(todo, on_progress), workers, wait=False):
+                return None
+    except Stopped:
+        if _num_finished(todo) == before:
+            raise ConfigError(
+                "SIGUSR1: stopped before a unit was finished, and another start would not get further",
+                remedy="allow more time (--time), or give the text in more files",
+            ) from None
+        raise
     return open_stores(plan, config)
+
+
+def _num_finished(todo: Sequence[_Missing]) -> int:
+    """The units that are there, by whomever; those of a store that is finished and the store itself count too."""
+    return sum(len(work.units) + 1 if is_there(work.store) else len(work.finished()) for _, work in todo)
 
 
 def _missing_stores(config: RunConfig, verify: bool, unit_bytes: int) -> tuple[StorePlan, list[_Missing]]:

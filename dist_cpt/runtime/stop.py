@@ -5,10 +5,14 @@ Saving in a signal handler could interrupt a collective or another save.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import signal
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
+
+from dist_cpt.errors import Stopped
 
 # Later ones win if ranks received different signals.
 SIGNALS = ("SIGINT", "SIGHUP", "SIGUSR1", "SIGTERM")
@@ -59,3 +63,20 @@ class StopRequest:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:
             self.requested = signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def stopped_by_usr1(what: str) -> Iterator[None]:
+    """Raise Stopped in the main thread at SIGUSR1, wherever it is, as Ctrl-C raises KeyboardInterrupt.
+
+    For work that leaves nothing half done at any point.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(f"SIGUSR1: {what}")
+
+    earlier = signal.signal(signal.SIGUSR1, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, earlier)

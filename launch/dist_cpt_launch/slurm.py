@@ -21,6 +21,7 @@ from dist_cpt_launch.time_limit import save_before_limit, slurm_seconds
 
 RequeueBy = Literal["requeue", "chain", "exit"]
 DEFAULT_MAX_RESTARTS = 3
+PREPARE_WARNING_SECONDS = 60  # what a task of --prepare needs to end is a second; Slurm signals up to a minute early
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.,:=/@+-]*"  # partitions, accounts, GPU types, gres
 
 
@@ -77,7 +78,9 @@ def prepare_plan(
     logs = Path(config.data.cache_dir) / LOGS
     argv = ["--parsable", f"--job-name={config.name}-prepare", f"--chdir={_one_line(folder, 'the current folder')}"]
     argv += [f"--output={_log_pattern(logs)}/prepare-%A_%a.log", "--open-mode=append", "--export=ALL"]
-    argv += [*_given(options, {"nodes": 1, "ntasks": 1}), "--requeue", *(options.sbatch or [])]
+    argv += _given(options, {"nodes": 1, "ntasks": 1})
+    argv += [f"--signal=B:USR1@{_at_most_half(PREPARE_WARNING_SECONDS, options.time)}", "--requeue"]
+    argv += options.sbatch or []
     argv.append(f"--array=0-{tasks - 1}" + (f"%{options.max_running}" if options.max_running else ""))
     arguments = [f"--python={sys.executable}", _one_line(path.absolute(), "the recipe's path")]
     arguments += [f"--set={item}" for item in overrides]
@@ -145,8 +148,12 @@ def _given(options: LaunchOptions, first: dict[str, str | int | None]) -> list[s
 
 def _save_before_limit(config: RunConfig, options: LaunchOptions) -> int:
     """Seconds before the limit at which Slurm signals; at most half of the time limit, if that is known."""
-    seconds = options.save_before_limit or save_before_limit(run_folder(config))
-    limit = slurm_seconds(options.time or "")
+    return _at_most_half(options.save_before_limit or save_before_limit(run_folder(config)), options.time)
+
+
+def _at_most_half(seconds: int, time: str | None) -> int:
+    """`seconds`, or half of the time limit if that is known and less."""
+    limit = slurm_seconds(time or "")
     return max(1, min(seconds, int(limit / 2))) if limit else seconds
 
 

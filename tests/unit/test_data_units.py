@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,9 @@ import pytest
 from dist_cpt.data import claims
 from dist_cpt.data.claims import claim, is_held
 from dist_cpt.data.containers import Part, read_container
-from dist_cpt.data.prepare import prepare, prepare_in_part
+from dist_cpt.data.prepare import Progress, prepare, prepare_in_part
 from dist_cpt.data.units import lines_before, plan_units
-from dist_cpt.errors import DataError, DistCptError
+from dist_cpt.errors import ConfigError, DataError, DistCptError, Stopped
 from tests.prepared_by_many import UNIT_BYTES, content, recipe, started, write_input
 
 
@@ -172,6 +173,32 @@ def test_what_others_work_on_can_be_left_to_them(folder: Path, tmp_path: Path, w
     done = prepare_in_part(config)
     assert done is not None
     assert (done.sources[0].store.folder / "manifest.json").read_bytes() == text
+
+
+def test_a_task_that_is_warned_of_its_limit_ends_with_what_it_finished(
+    folder: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    config = recipe(folder, tmp_path)
+
+    def warn_at(name: str) -> Callable[[Progress], None]:
+        def warn(progress: Progress) -> None:
+            if progress.source == name:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        return warn
+
+    for workers in (1, 2):
+        with pytest.raises(ConfigError, match=r"before a unit was finished, .* -- allow more time"):
+            prepare_in_part(config, warn_at("lines"), workers=workers)
+    with pytest.raises(Stopped, match="finished units are kept") as stopped:
+        prepare_in_part(config, warn_at("rows"))
+    assert stopped.value.exit_code == 75
+    assert [path for path in tmp_path.glob("**/*") if path.suffix == ".claim"] == []
+    stores = {name: data for name, data in content(tmp_path).items() if name.startswith("lines-")}
+    assert stores
+    assert prepare_in_part(config) is not None
+    assert content(tmp_path) == whole
+    assert {name: whole[name] for name in stores} == stores
 
 
 # Kills.
