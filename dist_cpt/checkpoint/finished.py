@@ -39,7 +39,8 @@ def finished_step(folder: Path, config: RunConfig) -> int | None:
         return None
     try:
         recorded = load_recipe(folder / RECIPE)
-        if differences(recorded, config) or recorded.evaluate.forgetting != config.evaluate.forgetting:  # it may go on
+        then, now = recorded.evaluate, config.evaluate
+        if differences(recorded, config) or (then.forgetting, then.best) != (now.forgetting, now.best):  # it may go on
             return None
     except ConfigError:
         return None

@@ -10,7 +10,7 @@ import typer
 
 from dist_cpt.commands.arguments import AFTER, Json, require_run_folder, show
 from dist_cpt.errors import CheckpointError, ConfigError
-from dist_cpt.run_folder.names import ADAPTER_CONFIG, CHECKPOINTS, MANIFEST, MODEL_CONFIG
+from dist_cpt.run_folder.names import ADAPTER_CONFIG, CHECKPOINTS, MANIFEST, MODEL_CONFIG, RECIPE
 
 app = typer.Typer()
 Trained = Annotated[
@@ -75,6 +75,9 @@ def merge(
     last: Annotated[
         int, typer.Option("--last", min=1, metavar="K", help="Mean of the updates of a run's K newest checkpoints.")
     ] = 1,
+    best: Annotated[
+        bool, typer.Option("--best", help="The checkpoint that a run keeps as its best, by evaluate.best.")
+    ] = False,
     add_residual: Annotated[
         tuple[str, str] | None,
         typer.Option("--add-residual", metavar="INSTRUCT BASE", help="Add instruct - base, tensor by tensor."),
@@ -89,6 +92,8 @@ def merge(
         raise ConfigError("--layers belongs to --scale or --sweep")
     if (last > 1 or layer_range is not None) and (base_only or add_residual is not None):
         raise ConfigError("--last and --layers go with --scale and --sweep, not with --base-only or --add-residual")
+    if best and last > 1:
+        raise ConfigError("--best and --last exclude each other: one is a single checkpoint")
     if base_only and add_residual is not None:
         raise ConfigError("--base-only and --add-residual exclude each other")
     if residual_scale is not None and add_residual is None:
@@ -96,6 +101,9 @@ def merge(
     if out is None and (sweep is None or add_residual is not None or base_only):
         raise ConfigError("merge needs --out; only --sweep alone writes nothing")
     scales = _scales(sweep)
+    if best:
+        path = _best_checkpoint(path)
+        print(f"the best checkpoint is {path.name}", file=sys.stderr)
     checkpoint, *others = [_checkpoint_folder(path, adapters=True)] if last == 1 else _last_checkpoints(path, last)
     if scales:
         from dist_cpt.export.sweep import sweep as losses
@@ -214,6 +222,27 @@ def _last_checkpoints(run: Path, count: int) -> list[Path]:
             f"--last {count}: {run} has {len(valid)} valid checkpoints", remedy="train with a larger checkpoint.keep"
         )
     return valid[:count]
+
+
+def _best_checkpoint(run: Path) -> Path:
+    """The checkpoint of a run's best evaluation."""
+    from dist_cpt.config.load import load_recipe
+    from dist_cpt.run_folder.checkpoints import checkpoints_folder, step_name
+    from dist_cpt.run_folder.evaluations import keeps_best, recorded_best
+
+    config = load_recipe(require_run_folder(run) / RECIPE).evaluate
+    if not keeps_best(config):
+        raise ConfigError(f"--best: {run} keeps no best checkpoint", remedy="train with evaluate.best")
+    step = recorded_best(run, config)
+    if step is None:
+        raise ConfigError(f"--best: {run} has no evaluation after step 0", remedy="train on, or leave --best out")
+    checkpoint = checkpoints_folder(run) / step_name(step)
+    if not checkpoint.is_dir():
+        raise CheckpointError(
+            f"--best: the best evaluation of {run} is that of step {step}, which has no checkpoint",
+            remedy="checkpoints from before evaluate.best was set may be gone; give one of those that are there",
+        )
+    return checkpoint
 
 
 def _checkpoint_folder(path: Path, *, adapters: bool = False) -> Path:

@@ -184,6 +184,11 @@ def _no_retention_set(config: Recipe) -> bool:
     return not any(held_out.role == "retention" for held_out in config.data.validation)
 
 
+def _best_of_nothing(config: Recipe) -> bool:
+    best = config.evaluate.best
+    return best is not None and best.name_and_key[0] not in {held_out.name for held_out in config.data.validation}
+
+
 def _half_a_pair(config: Recipe) -> bool:
     texts = (*config.data.sources, *config.data.validation)
     return any((text.prompt is None) != (text.response is None) for text in texts)
@@ -439,6 +444,11 @@ EXCLUSIONS = (
               "give data.validation a set with role: retention, or leave evaluate.forgetting out"),
     Exclusion((_LIMITED, either(_SCRATCH, _CLASSIFY, is_("evaluate.against", None))),
               "there is no base to compare with", "leave evaluate.forgetting out"),
+    Exclusion((when("`evaluate.best.of` that names no held-out set", ("evaluate.best.of", "data.validation"),
+                    _best_of_nothing),),
+              "there is nothing to compare", "use the name of a held-out set, or NAME/NUMBER such as answers/accuracy"),
+    Exclusion((given("evaluate.best"), absent("evaluate.every_steps")),
+              "only the last step would be evaluated", "give evaluate.every_steps"),
     # schedules; also those of `schedule.per_group`
     *(Exclusion((when(f"`{phase}_steps` and `{phase}_fraction` in one schedule",
                       (f"schedule.{phase}_steps", f"schedule.{phase}_fraction"), _length_twice(phase)),),

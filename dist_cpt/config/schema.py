@@ -598,9 +598,35 @@ class ForgettingConfig(Frozen):
 
     policy: Literal["warn", "stop", "keep_best"] = "warn"
     """`warn` says so once, `stop` also saves and ends the run with exit code 0, and `keep_best` keeps, besides the
-    newest checkpoints, that of the evaluation with the lowest mean loss over the domain sets within the limit."""
+    newest checkpoints, that of the evaluation with the lowest mean loss over the domain sets within the limit, or
+    the best by `evaluate.best`."""
     loss_rise: float = Field(default=0.05, ge=0.0)
     """The limit of every set, in nats per token over the base."""
+
+
+class BestConfig(Frozen):
+    """Which evaluation is the best; its checkpoint is kept besides the newest ones, and `merge --best` takes it."""
+
+    of: str
+    """What is compared: a held-out set (its loss), or `SET/NUMBER` for another number of its rows, such as
+    `answers/accuracy` or `legal/bits_per_byte`."""
+    better: Literal["lower", "higher"] | None = None
+    """Which values are better; null: lower ones of a loss, a perplexity and bits per byte, higher ones of a score."""
+    patience: PositiveInt | None = None
+    """Evaluations in a row without a better value that end the run, saved, with exit code 0; null: none do."""
+
+    @property
+    def name_and_key(self) -> tuple[str, str]:
+        """The `name` of the rows, and the key of their number."""
+        name, _, key = self.of.partition("/")
+        return name, key or "loss"
+
+    @property
+    def less_is_better(self) -> bool:
+        """Whether a lower number is a better one."""
+        if self.better is not None:
+            return self.better == "lower"
+        return self.name_and_key[1] in ("loss", "perplexity", "bits_per_byte")
 
 
 class EvaluateConfig(Frozen):
@@ -614,6 +640,7 @@ class EvaluateConfig(Frozen):
     """What losses are compared with: the weights before this run's own adapter (`base`), computed once; null: with
     nothing. A model from scratch and a new classifier have no base."""
     forgetting: ForgettingConfig | None = ForgettingConfig()
+    best: BestConfig | None = None
 
 
 class WandbConfig(Frozen):

@@ -54,7 +54,7 @@ from dist_cpt.optim.continued_schedule import last_step_before_decay
 from dist_cpt.optim.eight_bit import dynamic_map
 from dist_cpt.optim.groups import ParamGroup, param_groups
 from dist_cpt.run_folder.checkpoints import published
-from dist_cpt.run_folder.forgetting import recorded_best
+from dist_cpt.run_folder.evaluations import recorded_best
 from dist_cpt.run_folder.json_files import read_object
 from dist_cpt.run_folder.manifest import Identity
 from dist_cpt.run_folder.metrics import MetricsFile
@@ -348,7 +348,7 @@ def open_run(context: RunContext, data: TrainingData, model: TrainableModel) -> 
         buffers=model.buffers,
         keep=config.checkpoint.keep,
         landmark_step=last_step_before_decay(config, context.shape.num_steps),
-        best_step=partial(recorded_best, context.folder, config.evaluate.forgetting),
+        best_step=partial(recorded_best, context.folder, config.evaluate),
         fault=context.fault,
     )
     saver = Saver(context, engine, stream, schedule, metrics, checkpoints)

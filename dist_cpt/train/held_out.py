@@ -12,8 +12,17 @@ from typing import Any
 from dist_cpt.data.batch import Batch
 from dist_cpt.data.loader import ValidationLoader
 from dist_cpt.data.prepared import PreparedSource
+from dist_cpt.errors import ConfigError
 from dist_cpt.model.loss import PositionLosses
-from dist_cpt.run_folder.forgetting import best_step, over_limit, previous_step, rises
+from dist_cpt.run_folder.evaluations import (
+    best_step,
+    describe_rise,
+    keeps_best,
+    numbers_of,
+    over_limit,
+    previous_step,
+    reason_to_end,
+)
 from dist_cpt.run_folder.json_files import canonical_json, read_object, rows_or_problem
 from dist_cpt.run_folder.names import BASE_LOSSES, EVALUATIONS
 from dist_cpt.run_folder.records import EvaluationRecord, HeldOut
@@ -80,20 +89,13 @@ def evaluate_all(run: Run, progress: Progress) -> None:
         )
         context.observers.on_evaluation(record)
     if len(done) < len(run.data.held_out):
-        on_rank_zero("forgetting", lambda: _tell(run, progress.step))
+        on_rank_zero("evaluate", lambda: _judge(run, progress.step))
 
 
-def forgotten(run: Run, progress: Progress) -> bool:
-    """Whether `evaluate.forgetting` ends the run after this step, going by its record. Collective."""
-    limit = run.context.config.evaluate.forgetting
-    if limit is None or limit.policy != "stop" or progress.step == 0:
-        return False
-    return on_rank_zero("forgetting", lambda: bool(over_limit(_recorded(run), progress.step, limit.loss_rise)))
-
-
-def ending(run: Run, progress: Progress) -> str:
-    """Why `forgotten` ended the run. Collective."""
-    return on_rank_zero("forgetting", lambda: f"ended early: {_described(run, progress.step)}")
+def why_end_early(run: Run, progress: Progress) -> str | None:
+    """Why the evaluation of this step ends the run, going by its record; None: it goes on. Collective."""
+    config = run.context.config.evaluate
+    return on_rank_zero("evaluate", lambda: reason_to_end(_recorded(run), progress.step, config))
 
 
 def _measure(run: Run, loader: ValidationLoader, step: int) -> HeldOut:
@@ -133,26 +135,29 @@ def _recorded(run: Run) -> list[dict[str, Any]]:
     return rows_or_problem(run.context.folder / EVALUATIONS, [])
 
 
-def _described(run: Run, step: int) -> str:
-    limit = run.context.config.evaluate.forgetting
-    assert limit is not None
-    over = over_limit(_recorded(run), step, limit.loss_rise)
-    shown = ", ".join(f"{name} by {rise:.4f}" for name, rise in over.items())
-    return f"after step {step} the loss is above the base's by more than {limit.loss_rise:g}: {shown}"
+def _judge(run: Run, step: int) -> None:
+    """Say when a set first passes its limit, and have a best state saved.
 
-
-def _tell(run: Run, step: int) -> None:
-    """Say when a set first passes its limit, and have a best state saved."""
-    context, limit = run.context, run.context.config.evaluate.forgetting
+    Raises:
+        ConfigError: the rows lack what `evaluate.best` compares.
+    """
+    context, config = run.context, run.context.config.evaluate
     rows = _recorded(run)
-    if limit is None or not rises(rows, step):
-        return
-    before = previous_step(rows, step)
-    passed = over_limit(rows, step, limit.loss_rise).keys()
-    if passed - (over_limit(rows, before, limit.loss_rise).keys() if before is not None else set()):
-        LOGGER.warning("forgetting: %s", _described(run, step))
-        context.observers.on_message(f"forgetting: {_described(run, step)}")
-    if limit.policy == "keep_best" and step and best_step(rows, limit.loss_rise) == step:
+    if (best := config.best) is not None and step == 0:
+        name, key = best.name_and_key
+        if key not in (numbers := numbers_of(rows, step, best)):
+            raise ConfigError(
+                f"evaluate.best.of: {best.of}: the evaluation of {name} has no finite {key!r}",
+                remedy=f"use one of {', '.join(sorted(numbers))}",
+            )
+    if (limit := config.forgetting) is not None:
+        before = previous_step(rows, step)
+        passed = over_limit(rows, step, limit.loss_rise).keys()
+        if passed - (over_limit(rows, before, limit.loss_rise).keys() if before is not None else set()):
+            text = f"forgetting: {describe_rise(rows, step, limit.loss_rise)}"
+            LOGGER.warning("%s", text)
+            context.observers.on_message(text)
+    if keeps_best(config) and step and best_step(rows, config) == step:
         run.saver.request(step)
         context.observers.on_message(f"the best evaluation so far is that of step {step}, whose checkpoint is kept")
 

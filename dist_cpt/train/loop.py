@@ -27,16 +27,16 @@ from dist_cpt.runtime.late_read import Moment
 from dist_cpt.runtime.seed import seed_step
 from dist_cpt.train.build import Run
 from dist_cpt.train.contract import Contract
-from dist_cpt.train.held_out import evaluate_all, forgotten
+from dist_cpt.train.held_out import evaluate_all, why_end_early
 from dist_cpt.train.progress import Progress, StepResult
 from dist_cpt.train.sample import write_sample
 
-Outcome = Literal["done", "stopped", "rollback", "forgot"]
+Outcome = Literal["done", "stopped", "rollback", "ended early"]
 
 
 def train_loop(run: Run, contract: Contract, progress: Progress) -> tuple[Outcome, Progress]:
     """Train to the last step; `stopped` when saved before it, `rollback` when the spike policy wants to go back,
-    `forgot` when `evaluate.forgetting` ends the run.
+    `ended early` when `evaluate.forgetting` or `evaluate.best` ends the run.
 
     `progress` is what has been read. Before anything that needs the state as it is, every step is.
 
@@ -70,8 +70,8 @@ def train_loop(run: Run, contract: Contract, progress: Progress) -> tuple[Outcom
         if run.evaluation_due(step):
             evaluate_all(run, progress)
             write_sample(run, progress)
-            if forgotten(run, progress):
-                return "forgot", progress
+            if why_end_early(run, progress) is not None:
+                return "ended early", progress
             watchdog.tick("training", progress.step)
     return "done", progress
 

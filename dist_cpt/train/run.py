@@ -17,7 +17,7 @@ from dist_cpt.train.build import (
     open_run,
     settle_length,
 )
-from dist_cpt.train.held_out import ending, evaluate_all, forgotten, with_base_losses
+from dist_cpt.train.held_out import evaluate_all, why_end_early, with_base_losses
 from dist_cpt.train.loop import train_loop
 from dist_cpt.train.prediction import settle_engine, write_prediction
 from dist_cpt.train.restore import restore, roll_back
@@ -53,15 +53,17 @@ def train_attempt(context: RunContext) -> tuple[int, str]:
             evaluate_all(run, progress)
             write_sample(run, progress)
         try:
-            forgot = forgotten(run, progress)  # the attempt before ended here for it
-            outcome, progress = ("forgot", progress) if forgot else train_loop(run, contract, progress)
+            if why_end_early(run, progress) is not None:  # the attempt before ended here for it
+                outcome = "ended early"
+            else:
+                outcome, progress = train_loop(run, contract, progress)
             while outcome == "rollback":
                 outcome, progress = train_loop(run, contract, roll_back(run, progress))
         except NumericsError:  # raised on all ranks; a save still in progress is of a state from before
             with contextlib.suppress(DistCptError):
                 run.saver.finish()
             raise
-        if outcome in ("done", "forgot"):
+        if outcome in ("done", "ended early"):
             context.watchdog.tick("saving", progress.step)
             run.saver.save_now(progress)  # before the last evaluation, which may take long or fail
         context.require_claim()
@@ -75,4 +77,5 @@ def train_attempt(context: RunContext) -> tuple[int, str]:
         context.require_claim()
         write_sample(run, progress)
         write_prediction(run)
-    return EXIT_DONE, ending(run, progress) if outcome == "forgot" else "done"
+        reason = f"ended early: {why_end_early(run, progress)}" if outcome == "ended early" else "done"
+    return EXIT_DONE, reason

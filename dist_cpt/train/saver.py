@@ -13,6 +13,7 @@ from dist_cpt.checkpoint.save import save as save_checkpoint
 from dist_cpt.engines.engine import Engine
 from dist_cpt.errors import DistCptError, NumericsError, WriteError
 from dist_cpt.run_folder.checkpoints import checkpoints_folder, published
+from dist_cpt.run_folder.evaluations import keeps_best
 from dist_cpt.run_folder.metrics import MetricsFile
 from dist_cpt.run_folder.records import CheckpointRecord
 from dist_cpt.run_folder.train_state import Probe, Randomness, TrainState
@@ -251,8 +252,7 @@ class Saver:
 
     def _require_space(self, num_bytes: int) -> None:
         folder = checkpoints_folder(self._context.folder)
-        forgetting = self._context.config.evaluate.forgetting
-        best = forgetting is not None and forgetting.policy == "keep_best"
+        best = keeps_best(self._context.config.evaluate)
         kept = self._config.keep + (self._checkpoints.landmark_step is not None) + best
         places = max(1, kept + 1 - len(published(self._context.folder)))
         stat = os.statvfs(folder)

@@ -14,6 +14,7 @@ from dist_cpt.errors import ConfigError
 from dist_cpt.export.merge import merge
 from dist_cpt.run_folder.audit import record_problems
 from tests import tiny
+from tests.command import command
 from tests.run_ranks import run_ranks
 from tests.whole_run import StopAfter, built, rows, train
 
@@ -131,9 +132,41 @@ def test_a_run_that_forgets_says_so_once_and_keeps_its_best_checkpoint(made, tmp
     assert f"the best evaluation so far is that of step {expected}, whose checkpoint is kept" in messages(run)
 
 
+def test_a_run_ends_once_its_best_is_past_and_merges_that(made, tmp_path):
+    """Best is the least change of text that the run never reads: the first evaluation, as the loss rises from there."""
+    best = {"of": KEPT, "patience": 2}
+    evaluate = {"every_steps": 2, "best": best}
+    values = recipe(made, tmp_path, evaluate=evaluate, checkpoint={"every_steps": 3, "keep": 1})
+    run = tmp_path / "tiny"
+    assert train(values, StopAfter(3)) == 75
+    for _ in range(2):  # the second time it is restored, and ends where it was
+        assert train(values) == 0
+        losses = {row["step"]: row["loss"] for row in rows(run / "evaluations.jsonl") if row["name"] == KEPT}
+        first = min(list(losses)[1:], key=losses.__getitem__)
+        last = max(losses)
+        assert last == first + 4 < 12
+        reason = f"ended early: {KEPT} is best after step {first}, and no better in the 2 evaluations since"
+        assert json.loads((run / "exit.json").read_text())["reason"] == reason
+    names = [f"step-{step:08d}" for step in (first, last)]
+    assert sorted(path.name for path in (run / "checkpoints").glob("step-*")) == names
+
+    ended = command("merge", run, "--best", "--out", tmp_path / "best", "--dtype", "fp32")
+    assert ended.code == 0, ended.err
+    assert f"the best checkpoint is {names[0]}" in ended.err
+    held_out = next(entry["path"] for entry in values["data"]["validation"] if entry["name"] == KEPT)
+    assert loss_and_bytes(tmp_path / "best", Path(held_out))[0] == pytest.approx(losses[first], abs=1e-6)
+
+    values["evaluate"] = evaluate | {"best": best | {"patience": 9}}
+    assert train(values) == 0
+    assert rows(run / "metrics.jsonl")[-1]["step"] == 12
+    assert record_problems(run) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
+        ({"evaluate.best": {"of": "no-set"}, "evaluate.every_steps": 2}, "nothing to compare"),
+        ({"evaluate.best": {"of": KEPT}}, "only the last step would be evaluated"),
         ({"data.validation": []}, "nothing that could be forgotten"),
         ({"evaluate.against": None}, "no base to compare with"),
     ],
@@ -145,6 +178,13 @@ def test_a_limit_without_effect_is_refused(made, tmp_path, changes, problem):
         values[section] = values[section] | {name: value}
     with pytest.raises(ConfigError, match=problem):
         built(values)
+
+
+def test_a_best_by_a_number_that_no_row_has_is_refused_before_the_first_step(made, tmp_path):
+    values = recipe(made, tmp_path, evaluate={"every_steps": 2, "best": {"of": f"{KEPT}/accuracy"}})
+    with pytest.raises(ConfigError, match=r"kept has no finite 'accuracy'.*use one of bits_per_byte, loss, perplexity"):
+        train(values)
+    assert not (tmp_path / "tiny/metrics.jsonl").exists()
 
 
 @pytest.mark.matrix

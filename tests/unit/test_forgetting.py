@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dist_cpt.config.schema import BestConfig, EvaluateConfig, ForgettingConfig
 from dist_cpt.data.batch import IGNORE_INDEX, Batch
 from dist_cpt.data.text_bytes import TextBytes
-from dist_cpt.run_folder.forgetting import best_step, over_limit, previous_step, rises
+from dist_cpt.run_folder.evaluations import best_step, over_limit, previous_step, reason_to_end, rises
 
 TEXTS = ["Straße №5: naïve 日本語, emoji 🙂 and  two spaces\n\tindented", "a plain line", "x = {'ключ': 1}"]
 LEARNED = ["Stra and plain line indented two spaces", "a plain line of plain spaces"] * 20
@@ -78,6 +81,11 @@ def row(step: int, name: str, loss: float | None, base: float | None, role: str 
     return {"step": step, "name": name, "loss": loss, "base_loss": base, "role": role}
 
 
+def within(loss_rise: float, **best: Any) -> EvaluateConfig:
+    limit = ForgettingConfig(policy="keep_best", loss_rise=loss_rise)
+    return EvaluateConfig(forgetting=limit, best=BestConfig(**best) if best else None)
+
+
 def test_the_best_step_learns_most_of_those_within_the_limit():
     rows = [
         *(row(step, "law", loss, 3.0, "domain") for step, loss in ((0, 3.0), (10, 2.5), (20, 2.0), (30, 1.5))),
@@ -86,8 +94,25 @@ def test_the_best_step_learns_most_of_those_within_the_limit():
     ]
     assert rises(rows, 20) == pytest.approx({"news": 0.04, "code": 0.1})
     assert over_limit(rows, 20, 0.05) == pytest.approx({"code": 0.1})
-    assert [best_step(rows, limit) for limit in (0.3, 0.11, 0.05, 0.01)] == [30, 20, 10, 10]
-    assert best_step(rows[:1], 0.05) is None
-    assert best_step([*rows, row(40, "law", None, 3.0, "domain")], 0.3) == 30  # a loss that is not finite
+    assert [best_step(rows, within(limit)) for limit in (0.3, 0.11, 0.05, 0.01)] == [30, 20, 10, 10]
+    assert best_step(rows[:1], within(0.05)) is None
+    assert best_step([*rows, row(40, "law", None, 3.0, "domain")], within(0.3)) == 30  # a loss that is not finite
     assert (previous_step(rows, 20), previous_step(rows, 0)) == (10, None)
     assert rises([row(10, "news", 2.0, None)], 10) == {}
+
+
+def test_the_best_step_by_a_number_of_one_set_is_the_first_with_it():
+    values = [(0, 9.0), (10, 3.0), (20, 5.0), (30, 5.0), (40, 4.0), (50, None)]
+    rows = [row(step, "answers", 2.0, None, "domain") | {"accuracy": value} for step, value in values]
+    accuracy = {"of": "answers/accuracy"}
+    config = EvaluateConfig(best=BestConfig(**accuracy, patience=2))
+    assert best_step(rows, config) == 20
+    assert best_step(rows, EvaluateConfig(best=BestConfig(**accuracy, better="lower"))) == 10
+    assert best_step(rows, EvaluateConfig(best=BestConfig(of="answers"))) == 10  # the loss, the same everywhere
+    assert best_step(rows, EvaluateConfig()) == 10  # the mean loss of the domain sets
+    assert [reason_to_end(rows[: n + 1], 10 * n, config) for n in range(4)] == [None] * 4
+    ended = reason_to_end(rows[:5], 40, config)
+    assert ended == "answers/accuracy is best after step 20, and no better in the 2 evaluations since"
+    assert reason_to_end(rows, 50, EvaluateConfig(best=BestConfig(**accuracy))) is None
+    rising = [row(step, "news", 2.0 + step / 100, 2.0) for step, _ in values]
+    assert best_step([*rows, *rising], within(0.15, **accuracy)) == 10
