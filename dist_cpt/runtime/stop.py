@@ -65,6 +65,10 @@ class StopRequest:
             self.requested = signal.Signals(number).name
 
 
+class _Interrupted(BaseException):
+    """As KeyboardInterrupt: no `except Exception` on the way, such as around a user's function, takes it."""
+
+
 @contextlib.contextmanager
 def stopped_by_usr1(what: str) -> Iterator[None]:
     """Raise Stopped in the main thread at SIGUSR1, wherever it is, as Ctrl-C raises KeyboardInterrupt.
@@ -73,10 +77,12 @@ def stopped_by_usr1(what: str) -> Iterator[None]:
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(f"SIGUSR1: {what}")
+        raise _Interrupted
 
     earlier = signal.signal(signal.SIGUSR1, stop)
     try:
         yield
+    except _Interrupted:
+        raise Stopped(f"SIGUSR1: {what}") from None
     finally:
         signal.signal(signal.SIGUSR1, earlier)
