@@ -1,4 +1,7 @@
-"""Training text that is in a held-out set: n-grams of tokens, hashed once per set and looked up in every source."""
+"""Training text that is in a held-out set: n-grams of tokens, hashed once per set and looked up in every source.
+
+Of conversations only the answers are compared: their template gives all of them the same words in between.
+"""
 
 from __future__ import annotations
 
@@ -112,11 +115,25 @@ def _ngrams(store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _bodies(store: TokenStore, position: np.ndarray, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The document at each ascending position below `stop`, and where its text begins and ends, without BOS and EOS;
-    int64 each."""
+    """The document at each ascending position below `stop`, and where its text, or the answer at that position,
+    begins and ends, without BOS and EOS; int64 each."""
     if not len(position):
         return position, position, position
     first, starts = store.documents_between(int(position[0]), stop)
     document = np.searchsorted(starts, position, side="right") - 1
     has_bos = store.manifest.source.get("bos") is not None
-    return first + document, starts[document] + int(has_bos), starts[document + 1] - 1
+    begin, end = starts[document] + int(has_bos), starts[document + 1] - 1
+    if store.answers is not None:
+        answer_begin, answer_end = _answers(store.answers, position, stop)
+        begin, end = np.maximum(begin, answer_begin), np.minimum(end, answer_end)
+    return first + document, begin, end
+
+
+def _answers(is_answer_T: np.ndarray, position: np.ndarray, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the answer at each position begins and ends, but no further than a passage outside of them; of a position
+    in no answer the begin is behind it. int64 each."""
+    low, high = max(0, int(position[0]) - PASSAGE), min(len(is_answer_T), stop + PASSAGE)
+    is_answer, index = is_answer_T[low:high].astype(bool), np.arange(low, high)
+    begin = np.maximum.accumulate(np.where(is_answer, low, index + 1))
+    end = np.minimum.accumulate(np.where(is_answer, high, index)[::-1])[::-1]
+    return begin[position - low], end[position - low]

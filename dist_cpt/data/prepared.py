@@ -164,9 +164,7 @@ def _examine(
         DataError: no document of a source is left.
     """
     held_out = {source.name: source.store for source in validation}
-    # The template gives every conversation the same words.
-    overlap = bool(held_out) and config.task != "instruct"
-    examined = examine(config.data, [source.store for source in sources], held_out, overlap=overlap)
+    examined = examine(config.data, [source.store for source in sources], held_out)
     for source, quality in zip(sources, examined, strict=True):
         if len(quality.excluded) == source.store.num_documents:
             raise DataError(

@@ -37,11 +37,9 @@ class SourceQuality:
     excluded: np.ndarray  # int64, ascending: documents that get no block
 
 
-def examine(
-    data: DataConfig, sources: Sequence[TokenStore], held_out: dict[str, TokenStore], *, overlap: bool
-) -> list[SourceQuality]:
-    """Compare the training sources with each other and, if `overlap`, with the held-out sets; the result is read where
-    it was found before.
+def examine(data: DataConfig, sources: Sequence[TokenStore], held_out: dict[str, TokenStore]) -> list[SourceQuality]:
+    """Compare the training sources with each other and with the held-out sets; the result is read where it was found
+    before.
 
     Raises:
         MissingExtraError: `deduplicate: near` without its library.
@@ -50,7 +48,6 @@ def examine(
     assert data.cache_dir is not None
     folder = Path(data.cache_dir)
     duplicates = _duplicates(folder, data, sources)
-    held_out = held_out if overlap else {}
     ngrams: list[HeldOutNGrams] = []
 
     def find(store: TokenStore) -> Arrays:

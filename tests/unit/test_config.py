@@ -223,10 +223,6 @@ EXCLUDED = [  # a recipe for each row of the table, in its order, and what the r
         "data.sources.0.filter: m:f, data.sources.1.filter: null",
     ),
     ({"data.decontaminate": "drop"}, "data.decontaminate: drop, data.validation: null"),
-    (
-        {"data.decontaminate": "drop", "task": "instruct", "data.validation": [{"name": "v", "path": "b"}]},
-        "data.decontaminate: drop, task: instruct",
-    ),
     ({"data.overlap": "context"}, "data.packing: best_fit, data.overlap: context"),
     ({"data.packing": "windows", "data.stride": 129}, "data.stride: 129, data.seq_len: 128"),
     ({"batch.global_tokens": 1000}, "batch.global_tokens: 1000, data.seq_len: 128"),

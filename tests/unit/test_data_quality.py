@@ -35,13 +35,19 @@ EOS, PAD = 0, 1
 class Documents(TokenStore):
     """A store in memory: `documents` are ids without EOS."""
 
-    def __init__(self, documents: list[list[int]], bos: int | None = None, classes: list[int] | None = None) -> None:
+    def __init__(
+        self,
+        documents: list[list[int]],
+        bos: int | None = None,
+        classes: list[int] | None = None,
+        answers: list[int] | None = None,
+    ) -> None:
         ends = [[*([] if bos is None else [bos]), *ids, EOS] for ids in documents]
         self.tokens = np.array([token for ids in ends for token in ids], dtype=np.uint16)
         self.lengths = np.array([len(ids) for ids in ends], dtype=np.int32)
         self._pointers = 2 * (np.cumsum(self.lengths, dtype=np.int64) - self.lengths)
         self.num_documents, self.num_tokens = len(ends), len(self.tokens)
-        self.answers = None
+        self.answers = None if answers is None else np.array(answers, dtype=np.uint8)
         self.classes = None if classes is None else np.array(classes, dtype=np.int32)
         self.manifest = StoreManifest(2, 100, "", "uint16", len(ends), self.num_tokens, 99, {}, {"bos": bos}, {}, [])
 
@@ -147,6 +153,39 @@ def test_overlap_is_that_of_a_plain_search(small_chunks: None, bos: int | None) 
     assert found.documents.tolist() == documents
     assert int(found.shared.sum()) == shared
     assert ngrams.counts.tolist() == [188 + 18, 1 + 48]
+
+
+def test_of_conversations_only_the_answers_are_compared(small_chunks: None) -> None:
+    generator = np.random.default_rng(2)
+    template = list(range(60, 85))  # in every conversation, and long enough for n-grams
+
+    def text(length: int) -> list[int]:
+        return generator.integers(1, 60, length).tolist()
+
+    def store(talks: list[list[list[int]]]) -> Documents:
+        talks_ids = [[token for answer in talk for token in (*template, *answer)] for talk in talks]
+        marks = [[mark for answer in talk for mark in (*[0] * len(template), *[1] * len(answer))] for talk in talks]
+        return Documents(talks_ids, answers=[mark for talk in marks for mark in (*talk, 1)])  # EOS is trained on
+
+    held_out = [[text(20), text(120)], [text(14)], [text(5)]]
+    train = [
+        [text(30), text(40)],
+        [text(9), held_out[0][0]],  # a whole answer
+        [[*text(9), *held_out[0][0]], held_out[2][0]],  # and as a part of a longer one; the other is too short
+        [held_out[0][0][:-1]],
+        [[*text(9), *held_out[0][1][30 : 30 + PASSAGE]]],
+        [[*held_out[0][1][30 : 30 + PASSAGE - 1], *text(9)], text(3)],
+        [[*held_out[1][0], *text(2)]],
+    ]
+    flat = [(number, answer) for number, talk in enumerate(train) for answer in talk]
+    found, shared = plain_overlap([answer for _, answer in flat], [answer for talk in held_out for answer in talk])
+    expected = sorted({flat[at][0] for at in found})
+    assert {1, 2, 4, 6} <= set(expected)
+    ngrams = HeldOutNGrams([store(held_out)])
+    overlap = ngrams.overlap(store(train))
+    assert overlap.documents.tolist() == expected
+    assert int(overlap.shared.sum()) == shared
+    assert ngrams.counts.tolist() == [8 + 108 + 2]
 
 
 def test_no_ngram_no_overlap() -> None:
