@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,6 +43,33 @@ def row_groups(path: Path, unit_bytes: int) -> list[tuple[int, int]]:
     return parts
 
 
+def record_batches(path: Path, unit_bytes: int) -> list[tuple[int, int]]:
+    """Ranges [start, end) of an IPC file's record batches, of about `unit_bytes` if these are alike; none of a stream,
+    which has no index."""
+    import pyarrow as pa
+
+    try:
+        with io.BufferedReader(PatientFile(path), _READ_BYTES) as file:
+            num_bytes = file.seek(0, io.SEEK_END)
+            num_batches = pa.ipc.open_file(file).num_record_batches
+    except (pa.ArrowException, OSError, ValueError) as error:  # a stream; reading it says what is wrong with another
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        return []
+    num_parts = min(num_batches, -(-num_bytes // unit_bytes))
+    borders = [num_batches * number // num_parts for number in range(num_parts + 1)] if num_parts else []
+    return list(pairwise(borders))
+
+
+def rows_before(path: Path, batch: int) -> int:
+    """The rows in the record batches of an IPC file before number `batch`, which are read."""
+    import pyarrow as pa
+
+    with io.BufferedReader(PatientFile(path), _READ_BYTES) as file:
+        opened = pa.ipc.open_file(file)
+        return sum(opened.get_batch(number).num_rows for number in range(batch))
+
+
 def read_parquet(stream: BinaryIO, where: str, limits: Limits, start: int = 0, end: int | None = None) -> Records:
     """The rows of row groups [start, end), counted from the file's first."""
     import pyarrow.parquet as parquet
@@ -52,8 +80,9 @@ def read_parquet(stream: BinaryIO, where: str, limits: Limits, start: int = 0, e
     yield from _rows(file.iter_batches(_ROWS, row_groups=groups[start:end]), where, before)
 
 
-def read_arrow(stream: BinaryIO, where: str, limits: Limits) -> Records:
-    """Arrow's IPC format: a file, or a stream such as `datasets` writes."""
+def read_arrow(stream: BinaryIO, where: str, limits: Limits, start: int = 0, end: int | None = None) -> Records:
+    """Arrow's IPC format: a file, of which record batches [start, end) are read and their rows counted from the first
+    of these, or a stream such as `datasets` writes."""
     import pyarrow as pa
 
     seekable = _seekable(stream)
@@ -61,11 +90,11 @@ def read_arrow(stream: BinaryIO, where: str, limits: Limits) -> Records:
     seekable.seek(0)
     if is_file:
         opened = pa.ipc.open_file(seekable)
-        batches = (opened.get_batch(index) for index in range(opened.num_record_batches))
+        batches = (opened.get_batch(index) for index in range(opened.num_record_batches)[start:end])
     else:
         batches = iter(pa.ipc.open_stream(seekable))
     pieces = (
-        batch.slice(start, _ROWS) for batch in map(_checked, batches) for start in range(0, batch.num_rows, _ROWS)
+        batch.slice(first, _ROWS) for batch in map(_checked, batches) for first in range(0, batch.num_rows, _ROWS)
     )
     yield from _rows(pieces, where)
 

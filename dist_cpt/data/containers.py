@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dist_cpt.data.columnar import read_arrow, read_parquet, read_saved_dataset, row_groups
+from dist_cpt.data.columnar import read_arrow, read_parquet, read_saved_dataset, record_batches, row_groups
 from dist_cpt.data.hub import HubDataset, open_stream, rows
 from dist_cpt.data.megatron import MegatronPair
 from dist_cpt.data.records import BadRecord, Limits, RawRecord, Records
@@ -42,8 +42,8 @@ Read = Callable[[BinaryIO, str, Limits], Records]  # (stream, name for messages,
 
 @dataclass(frozen=True)
 class Part:
-    """The range [start, end) of a file to read: lines by the byte they start at, row groups, or shards of a hub data
-    set. Without an end it is the whole file."""
+    """The range [start, end) of a file to read: lines by the byte they start at, row groups, record batches, or shards
+    of a hub data set. Without an end it is the whole file."""
 
     path: Path | HubDataset
     start: int = 0
@@ -73,17 +73,17 @@ def files_of(path: Path | HubDataset) -> list[Path]:
 def cuts(path: Path | HubDataset, num_bytes: int, unit_bytes: int) -> list[tuple[int, int]]:
     """Where a file is divided into parts of about `unit_bytes`, by its size and format alone; [] if it is read whole.
 
-    Lines of jsonl can be found from any byte on, and row groups of parquet. Of a compressed file, an array, rows with
-    quoted line breaks or an archive no part can be read without all before it.
+    Lines of jsonl can be found from any byte on, as can row groups of parquet and record batches of an Arrow file. Of
+    a compressed file, an array, rows with quoted line breaks or an archive no part can be read without all before it.
     """
     if isinstance(path, HubDataset):
         return [(number, number + 1) for number in range(open_stream(path).num_shards)]
-    if num_bytes <= unit_bytes or (suffix := suffix_of(path.name)) not in (".jsonl", ".parquet"):
+    if num_bytes <= unit_bytes or (suffix := suffix_of(path.name)) not in _PARTS:
         return []
     if suffix == ".jsonl":
         starts = range(0, num_bytes, unit_bytes)
         return [(start, min(start + unit_bytes, num_bytes)) for start in starts]
-    return row_groups(path, unit_bytes)
+    return row_groups(path, unit_bytes) if suffix == ".parquet" else record_batches(path, unit_bytes)
 
 
 def read_container(
@@ -108,8 +108,8 @@ def read_container(
     elif stat.S_ISDIR(patiently(path, path.stat).st_mode):
         yield from read_saved_dataset(path, split)
     elif part.end is not None:
-        read = lines_from if path.suffix.lower() == ".jsonl" else read_parquet
         with io.BufferedReader(PatientFile(path), READ_BYTES) as file:
+            read = _PARTS[path.suffix.lower()]
             yield from _until_damage(read(file, str(path), limits, part.start, part.end), str(path))
     elif path.suffix.lower() == ".idx":
         yield from _until_damage(_megatron(path), str(path))
@@ -199,5 +199,6 @@ _READ: dict[str, Read] = {
     ".parquet": read_parquet,
     ".arrow": read_arrow,
 }
+_PARTS = {".jsonl": lines_from, ".parquet": read_parquet, ".arrow": read_arrow}  # that are read in parts too
 _FORMATS = (*_READ, ".tar", ".idx")
 FORMATS = f"{', '.join(_FORMATS)}, each also with {', '.join(_OPEN)}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_cpt.config.schema import HUB_PREFIX
+from dist_cpt.data.columnar import rows_before
 from dist_cpt.data.containers import Part, cuts, files_of
 from dist_cpt.data.hub import HubDataset
 from dist_cpt.data.store import sha256_of
@@ -35,9 +36,9 @@ class Unit:
 
     @property
     def is_later_part(self) -> bool:
-        """Whether its lines are counted from somewhere inside a file."""
+        """Whether its lines, or rows, are counted from somewhere inside a file."""
         part = self.parts[0]
-        return part.start > 0 and isinstance(part.path, Path) and part.path.suffix.lower() == ".jsonl"
+        return part.start > 0 and isinstance(part.path, Path) and part.path.suffix.lower() in (".jsonl", ".arrow")
 
 
 def plan_units(files: Iterable[Path | HubDataset], inputs: Iterable[dict[str, Any]], unit_bytes: int) -> list[Unit]:
@@ -79,16 +80,18 @@ def plan_digest(units: Iterable[Unit]) -> str:
 
 
 def shifted(where: str, num_lines: int) -> str:
-    """`file:line` that many lines later."""
+    """`file:line` that many lines later; the place itself if it is a whole file."""
     file, _, line = where.rpartition(":")
-    return f"{file}:{int(line) + num_lines}"
+    return f"{file}:{int(line) + num_lines}" if line.isdecimal() else where
 
 
 def lines_before(unit: Unit) -> int:
-    """The number of lines of its file that start before those of a later part."""
+    """The number of lines of its file that start before those of a later part, or of rows before its batches."""
     (part,) = unit.parts
     num_lines, last = 0, b"\n"
     assert isinstance(part.path, Path)
+    if part.path.suffix.lower() == ".arrow":
+        return rows_before(part.path, part.start)
     with PatientFile(part.path) as file:
         while block := file.read(min(part.start - file.tell(), _READ_BYTES)):
             num_lines, last = num_lines + block.count(b"\n"), block

@@ -60,6 +60,41 @@ def test_every_line_is_in_exactly_one_part(tmp_path: Path, unit_bytes: int) -> N
         assert sum(size for *_, size in hashed) == path.stat().st_size
 
 
+def test_record_batches_of_an_arrow_file_are_units_and_rows_count_from_its_start(folder: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    texts = [f"row {number}: ".encode() + b"\xff" * (number in (3, 41)) + b"some words " * 9 for number in range(60)]
+    column = pa.array(texts, pa.binary()).view(pa.string())  # two rows have invalid UTF-8
+    table, path = pa.table({"text": column}), tmp_path / "a.arrow"
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+    units = plan_units([path], inputs(path), 2048)
+    assert len(units) == 5
+    assert [part for unit in units for part in range(unit.parts[0].start, unit.parts[0].end or 0)] == list(range(9))
+    assert sum(size for unit in units for *_, size in unit.chunks) == path.stat().st_size
+    stores = []
+    for name, size in (("parts", 2048), ("whole", 2**20)):
+        config = recipe(folder, tmp_path / name, sources=[{"path": str(path)}])
+        (source,) = prepare(config, unit_bytes=size).sources
+        assert source.store.manifest.counts["bad"] == {"invalid_utf8": 2}
+        places = [
+            json.loads(line)["where"] for line in (source.store.folder / "quarantine.jsonl").read_text().splitlines()
+        ]
+        assert places == [f"{path}:4", f"{path}:42"]
+        stores.append(source.store.manifest.content_hash)
+    assert stores[0] == stores[1]
+    config = recipe(folder, tmp_path / "error", sources=[{"path": str(path)}], on_bad_record="error")
+    with pytest.raises(DataError, match=r"a\.arrow:4: invalid UTF-8"):
+        prepare(config, unit_bytes=2048)
+    content_ = bytearray(path.read_bytes())
+    first = content_.index(b"row 0")
+    content_[first - 16 : first - 8] = b"\xff" * 8  # offsets of the first batch
+    path.write_bytes(content_)
+    config = recipe(folder, tmp_path / "damaged", sources=[{"path": str(path)}], bad_record_budget_fraction=0.9)
+    (source,) = prepare(config, unit_bytes=2048).sources
+    assert source.store.manifest.counts["bad"]["damaged_file"] == 1
+
+
 def test_small_files_share_a_unit_and_files_that_cannot_be_cut_are_one(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("a.txt", "b.txt", "c.csv", "d.txt")]
     for path, size in zip(paths, (10, 20, 500, 30), strict=True):
