@@ -45,7 +45,7 @@ def evaluate(
         raise ConfigError("--tasks-path and --limit belong to --tasks")
     from dist_cpt.export.evaluate import TextOptions, as_lines
     from dist_cpt.export.evaluate import evaluate as measure
-    from dist_cpt.export.tasks import TaskOptions
+    from dist_cpt.model.tasks import TaskOptions
 
     ours = (model / CHECKPOINTS).is_dir() or (model / MANIFEST).exists()
     folder = _checkpoint_folder(model) if ours else model

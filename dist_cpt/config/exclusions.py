@@ -186,7 +186,9 @@ def _no_retention_set(config: Recipe) -> bool:
 
 def _best_of_nothing(config: Recipe) -> bool:
     best = config.evaluate.best
-    return best is not None and best.name_and_key[0] not in {held_out.name for held_out in config.data.validation}
+    tasks = config.evaluate.tasks  # lm-eval knows the subtasks of their groups
+    names = {held_out.name for held_out in config.data.validation}
+    return best is not None and tasks is None and best.name_and_key[0] not in names
 
 
 def _half_a_pair(config: Recipe) -> bool:
@@ -429,8 +431,6 @@ EXCLUSIONS = (
               "a finished store is not filtered", "give the text in path"),
     Exclusion((is_("data.decontaminate", "drop"), absent("data.validation")),
               "there is no held-out set to compare with", "give data.validation, or leave it out"),
-    Exclusion((is_("data.decontaminate", "drop"), is_("task", "instruct")),
-              "the template gives every conversation the same words", "leave data.decontaminate out"),
     Exclusion((is_not("data.packing", "windows"), either(given("data.stride"), is_not("data.overlap", "train"))),
               "only windows overlap", "use data.packing: windows, or leave them out"),
     Exclusion((above("data.stride", "data.seq_len"),),
@@ -449,6 +449,9 @@ EXCLUSIONS = (
               "there is nothing to compare", "use the name of a held-out set, or NAME/NUMBER such as answers/accuracy"),
     Exclusion((given("evaluate.best"), absent("evaluate.every_steps")),
               "only the last step would be evaluated", "give evaluate.every_steps"),
+    Exclusion((given("evaluate.tasks"), either(_CLASSIFY, given("engine.context_parallel"))),
+              "questions are answered by a language model that sees them whole",
+              "leave evaluate.tasks out, and use dist-cpt evaluate --tasks afterwards"),
     # schedules; also those of `schedule.per_group`
     *(Exclusion((when(f"`{phase}_steps` and `{phase}_fraction` in one schedule",
                       (f"schedule.{phase}_steps", f"schedule.{phase}_fraction"), _length_twice(phase)),),

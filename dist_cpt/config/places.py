@@ -24,6 +24,7 @@ def require_places(config: RunConfig) -> None:
         "data.tokenizer": config.data.tokenizer,
         "embeddings.new_tokens": config.embeddings.new_tokens,
         "adapter.continue_from": prior and prior.path,
+        "evaluate.tasks.path": config.evaluate.tasks and config.evaluate.tasks.path,
     }
     for key, path in folders.items():
         if path is not None and path.startswith("/") and not is_there(Path(path)):

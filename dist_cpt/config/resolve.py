@@ -63,6 +63,8 @@ def resolve_paths(config: RunConfig) -> RunConfig:
         text["name"] = text["name"] or source_name(text["path"] or text["store"])
         for key in ("path", "store"):
             text[key] = text[key] if (text[key] or "").startswith(HUB_PREFIX) else text[key] and _absolute(text[key])
+    if config.evaluate.tasks is not None and config.evaluate.tasks.path is not None:
+        values["evaluate"]["tasks"]["path"] = _absolute(config.evaluate.tasks.path)
     if config.adapter.continue_from is not None:
         values["adapter"]["continue_from"]["path"] = _absolute(config.adapter.continue_from.path)
     for section, followed in settings_of_adapter(config).items():

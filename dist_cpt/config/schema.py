@@ -608,8 +608,8 @@ class BestConfig(Frozen):
     """Which evaluation is the best; its checkpoint is kept besides the newest ones, and `merge --best` takes it."""
 
     of: str
-    """What is compared: a held-out set (its loss), or `SET/NUMBER` for another number of its rows, such as
-    `answers/accuracy` or `legal/bits_per_byte`."""
+    """What is compared: a held-out set (its loss), or `NAME/NUMBER` for another number of a set or a task, such as
+    `answers/accuracy`, `legal/bits_per_byte` or `hellaswag/acc_norm,none`."""
     better: Literal["lower", "higher"] | None = None
     """Which values are better; null: lower ones of a loss, a perplexity and bits per byte, higher ones of a score."""
     patience: PositiveInt | None = None
@@ -629,6 +629,17 @@ class BestConfig(Frozen):
         return self.name_and_key[1] in ("loss", "perplexity", "bits_per_byte")
 
 
+class TasksConfig(Frozen):
+    """Multiple-choice tasks of lm-eval (extra `eval`), evaluated with the held-out sets."""
+
+    names: tuple[str, ...] = Field(min_length=1)
+    """Tasks or groups by lm-eval's names."""
+    path: str | None = None
+    """A folder with further tasks as lm-eval's YAML."""
+    limit: PositiveInt | None = None
+    """Questions that are read of each task; null means all."""
+
+
 class EvaluateConfig(Frozen):
     """Evaluation on the held-out sets, which always takes place before the first step and after the last."""
 
@@ -641,6 +652,7 @@ class EvaluateConfig(Frozen):
     nothing. A model from scratch and a new classifier have no base."""
     forgetting: ForgettingConfig | None = ForgettingConfig()
     best: BestConfig | None = None
+    tasks: TasksConfig | None = None
 
 
 class WandbConfig(Frozen):

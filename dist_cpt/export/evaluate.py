@@ -19,8 +19,8 @@ from dist_cpt.export.checkpoint_model import base_of_language_model, plain_model
 from dist_cpt.export.held_out_loss import HeldOutSets, held_out_sets, recipe_of_run, with_loss
 from dist_cpt.export.merge import merged_model, untrained_model
 from dist_cpt.export.model_folder import tokenizer_folder
-from dist_cpt.export.tasks import TaskOptions, task_scores
 from dist_cpt.model.base_model import locate_base
+from dist_cpt.model.tasks import TaskOptions, task_scores
 from dist_cpt.run_folder.checkpoints import read_state
 from dist_cpt.run_folder.json_files import encode_row
 from dist_cpt.run_folder.names import EVALUATED, MANIFEST, RECIPE, STATE

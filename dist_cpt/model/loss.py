@@ -24,28 +24,27 @@ from dist_cpt.model.routing import IGNORE_INDEX, Routing
 FIRST_BIN = 64  # positions; each further bin ends at four times the position
 
 
-class PositionLosses:
-    """Loss and targets of an evaluation by position within documents, in bins 0-63, 64-255, 256-1023 and so on."""
+class LossRecorder:
+    """Loss and targets of an evaluation by bins of tokens."""
 
-    def __init__(self, longest: int, device: torch.device) -> None:
-        edges = [FIRST_BIN]
-        while edges[-1] < longest:
-            edges.append(4 * edges[-1])
-        self.starts = [0, *edges[:-1]]
-        self._edges = torch.tensor(edges[:-1], device=device)
+    def __init__(self, num_bins: int) -> None:
+        self.sums = torch.zeros(num_bins, 2, dtype=torch.float64)  # loss, targets
         self._bin_T = torch.empty(0)
-        self.sums = torch.zeros(len(self.starts), 2, dtype=torch.float64)  # loss, targets
 
     def place(self, position_ids: torch.Tensor) -> None:
-        """The positions [B, L] of the tokens whose loss is next."""
-        self._bin_T = torch.bucketize(position_ids.flatten(), self._edges, right=True)
+        """Given the positions [B, L] of the tokens whose loss is next."""
+        self._bin_T = self.bins_of(position_ids.flatten())
+
+    def bins_of(self, position_T: torch.Tensor) -> torch.Tensor:
+        """The bin of each token, int64 [T]."""
+        raise NotImplementedError
 
     def add(
         self, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], input: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
         """The sum of `loss(input, labels)` over the bins, fp32 []; host sync."""
         total = torch.zeros((), dtype=torch.float32, device=input.device)
-        for number in range(len(self.starts)):
+        for number in range(len(self.sums)):
             index = ((self._bin_T == number) & (labels != IGNORE_INDEX)).nonzero()[:, 0]
             if len(index):
                 part = loss(input[index], labels[index])
@@ -54,12 +53,34 @@ class PositionLosses:
         return total
 
 
+class PositionLosses(LossRecorder):
+    """By position within documents, in bins 0-63, 64-255, 256-1023 and so on."""
+
+    def __init__(self, longest: int, device: torch.device) -> None:
+        edges = [FIRST_BIN]
+        while edges[-1] < longest:
+            edges.append(4 * edges[-1])
+        super().__init__(len(edges))
+        self.starts = [0, *edges[:-1]]
+        self._edges = torch.tensor(edges[:-1], device=device)
+
+    def bins_of(self, position_T: torch.Tensor) -> torch.Tensor:
+        return torch.bucketize(position_T, self._edges, right=True)
+
+
+class DocumentLosses(LossRecorder):
+    """By document, in the order of a forward: each begins at position 0."""
+
+    def bins_of(self, position_T: torch.Tensor) -> torch.Tensor:
+        return (position_T == 0).cumsum(0) - 1
+
+
 class LossHead(nn.Linear):
     """An output head that computes the loss: engines gather and free its weight around this module's forward."""
 
     use_reference = False  # the plain torch loss, which materialises the full logits
     softcap: float | None = None  # logits are softcap * tanh(logits / softcap)
-    positions: PositionLosses | None = None  # of the evaluation that is under way
+    recorder: LossRecorder | None = None  # of the evaluation that is under way
     logit_scale: float = 1.0  # of the product, before the softcap
 
     def forward(  # type: ignore[override]
@@ -78,10 +99,10 @@ class LossHead(nn.Linear):
             logits = F.linear(input, weight)
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
         function = reference.linear_cross_entropy if self.use_reference else linear_cross_entropy
-        if self.positions is None or self.training:
+        if self.recorder is None or self.training:
             return function(input, weight, labels, scale=scale, softcap=self.softcap)
         summed = partial(function, scale=1.0, softcap=self.softcap)
-        loss = self.positions.add(lambda x, y: summed(x, weight, y)[1], input, labels)
+        loss = self.recorder.add(lambda x, y: summed(x, weight, y)[1], input, labels)
         return scale * loss, loss
 
 
@@ -139,8 +160,8 @@ class CausalLMForLoss(nn.Module):
             hidden_BLD = self.hidden(input_ids, position_ids, cu_seqlens, max_seqlen, num_parts)
         if labels is None:
             return self.head(hidden_BLD[:, -1]).float()
-        if (positions := self.loss_head.positions) is not None:
-            positions.place(position_ids)
+        if (recorder := self.loss_head.recorder) is not None:
+            recorder.place(position_ids)
         scaled, loss_sum = self.head(hidden_BLD.flatten(0, 1), labels.flatten(), scale)
         if routing is not None and (router_loss := routing.loss()) is not None:
             scaled = scaled + scale * router_loss

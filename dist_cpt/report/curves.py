@@ -30,6 +30,10 @@ def curves(run: RunFiles, attempts: Sequence[Attempt], held_out: Sequence[HeldOu
     scores = [
         Series(s.name, points_of(s.rows, s.measure), i, "dashed" if s.role == "retention" else "line", dots=True)
         for i, s in enumerate(held_out)
+        if s.role != "task"
+    ]
+    tasks = [
+        Series(s.name, points_of(s.rows, s.measure), i, dots=True) for i, s in enumerate(held_out) if s.role == "task"
     ]
     measure = held_out[0].measure if held_out else "perplexity"
     norms = points_of(run.steps, "grad_norm")
@@ -44,6 +48,7 @@ def curves(run: RunFiles, attempts: Sequence[Attempt], held_out: Sequence[HeldOu
             unit="dashed: retention" if any(s.style == "dashed" for s in scores) else "",
             log=measure == "perplexity" and _spread([point for s in scores for point in s.points]) > 4,
         ),
+        chart("Tasks", tasks, from_zero=True),
         chart("Learning rate", _lr_series(run.steps), from_zero=True),
         chart(
             "Gradient norm" + (f", {len(skipped)} skipped ✕" if skipped else ""),

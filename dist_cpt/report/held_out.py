@@ -11,7 +11,7 @@ from dist_cpt.run_folder.contents import RunFiles
 
 @dataclass(frozen=True)
 class HeldOutSet:
-    """The evaluations of one held-out set, in the order of the steps."""
+    """The evaluations of one held-out set, or of a task (`role` "task"), in the order of the steps."""
 
     name: str
     role: str
@@ -19,7 +19,9 @@ class HeldOutSet:
 
     @property
     def measure(self) -> str:
-        """The score that is compared: accuracy for classes, else perplexity."""
+        """The score that is compared: accuracy for classes, lm-eval's first for a task, else perplexity."""
+        if self.role == "task":
+            return next((key for key in self.rows[0] if "," in key), "")
         return "accuracy" if "accuracy" in self.rows[0] else "perplexity"
 
     @property
@@ -61,7 +63,7 @@ class HeldOutSet:
         first, last = real(self.first), real(self.last)
         if len(self.rows) == 1:
             return "", ""
-        if self.measure == "accuracy":
+        if self.measure != "perplexity":
             if first is None or last is None:
                 return "", ""
             points = 100 * (last - first)

@@ -244,7 +244,8 @@ def _certificate_problems(
     if resumed and not (isinstance(attempt, int) and attempt >= resumed[-1]):
         problems.append(f"{CERTIFICATE} is of attempt {attempt}, the latest resume was attempt {resumed[-1]}")
     known = {one.manifest.state_sha256 for one in (*checkpoints, *aside)} | {one.state.parent for one in checkpoints}
-    pruned = isinstance(step, int) and all(step < one.state.step for one in checkpoints)
+    steps = [one.state.step for one in checkpoints]  # the best one and the landmark may be older than those pruned
+    pruned = isinstance(step, int) and step not in steps and (not steps or step < max(steps))
     if certificate.get("state_sha256") not in known and not pruned:
         problems.append(f"{CERTIFICATE} is of a state at step {step} that is in no checkpoint here")
     return problems

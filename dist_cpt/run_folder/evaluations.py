@@ -104,8 +104,9 @@ def _compared(rows: Rows, best: BestConfig | None) -> Iterator[tuple[int, float]
             if value is not None:
                 yield step, value if best.less_is_better else -value
             continue
-        losses = [_real(row.get("loss")) for row in rows if row.get("step") == step]
-        learned = [_real(row.get("loss")) for row in rows if row.get("step") == step and row["role"] == "domain"]
+        sets = [row for row in rows if row.get("step") == step and row.get("role") != "task"]
+        losses = [_real(row.get("loss")) for row in sets]
+        learned = [_real(row.get("loss")) for row in sets if row["role"] == "domain"]
         if losses and None not in losses:
             values = [loss for loss in learned or losses if loss is not None]
             yield step, math.fsum(values) / len(values)

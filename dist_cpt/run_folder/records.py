@@ -101,12 +101,12 @@ class EvaluationRecord:
 
     step: int
     name: str
-    role: str  # domain | retention
-    loss: float  # nats per token
-    perplexity: float
+    role: str  # domain | retention | task
+    loss: float | None  # nats per token; None of a task, which has scores
+    perplexity: float | None
     num_tokens: int  # targets: tokens, or texts of task classify
     attempt: int
-    scores: dict[str, float] = field(default_factory=dict)  # task classify: accuracy, macro_f1; loss is the log-loss
+    scores: dict[str, float] = field(default_factory=dict)  # of a classifier, whose loss is the log-loss; of a task
     bits_per_byte: float | None = None  # of the targets' text; None where its bytes cannot be told
     base_loss: float | None = None  # of the same targets under the base; None: it was not measured
     loss_by_position: Sequence[Sequence[float]] = ()  # [first position in a document, nats per token, targets] by range
@@ -114,7 +114,7 @@ class EvaluationRecord:
     @property
     def loss_rise(self) -> float | None:
         """Nats per token over the base."""
-        return None if self.base_loss is None else self.loss - self.base_loss
+        return None if self.base_loss is None or self.loss is None else self.loss - self.base_loss
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ from dist_cpt.train.probe import PROBE_BLOCKS, Stream
 from dist_cpt.train.profiling import Profile
 from dist_cpt.train.progress import Progress, step_positions, step_starts
 from dist_cpt.train.saver import Saver
+from dist_cpt.train.tasks import RunTasks, open_tasks
 from dist_cpt.training_state import TensorSpec
 
 PREPARE_SECONDS = 1.0  # between two collectives while the corpus is prepared
@@ -95,6 +96,7 @@ class StartingPoint:
     base_sha256: str | None  # of its weights; None: from scratch
     tokenizer: Any
     vocabulary: NewVocabulary | None
+    tasks: RunTasks | None
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class TrainingData:
     loader: Loader
     held_out: list[ValidationLoader]
     text_bytes: TextBytes | None  # None: the bytes of the targets' text cannot be told
+    tasks: RunTasks | None
 
     @property
     def source_names(self) -> Sequence[str]:
@@ -223,16 +226,16 @@ def check_before_hours_of_work(context: RunContext) -> StartingPoint:
     facts |= {"its chat template": tokenizer.chat_template}
     facts |= {} if vocabulary is None else {"embeddings.new_tokens": vocabulary.content}
     require_equal(facts)
-    return StartingPoint(base_sha256, tokenizer, vocabulary)
+    return StartingPoint(base_sha256, tokenizer, vocabulary, open_tasks(config, tokenizer))
 
 
-def open_data(context: RunContext, tokenizer: Any) -> TrainingData:
+def open_data(context: RunContext, start_point: StartingPoint) -> TrainingData:
     """Prepare the token stores if they are not there yet, and open them. Collective.
 
     Raises:
         Stopped: a rank was sent a stop signal while rank 0 prepared; finished sources are kept.
     """
-    config = context.config
+    config, tokenizer = context.config, start_point.tokenizer
     folders = _prepare(context)  # other ranks need its stores, not the text
     prepared = on_every_rank("open data", lambda: open_prepared(config, folders))
     facts = {f"token store of {s.name}": s.store.manifest.content_hash for s in prepared.all_sources}
@@ -248,7 +251,7 @@ def open_data(context: RunContext, tokenizer: Any) -> TrainingData:
         for source in prepared.validation
     ]
     text_bytes = None if config.task == "classify" else TextBytes.of(tokenizer)
-    return TrainingData(prepared, tokenizer, loader, held_out, text_bytes)
+    return TrainingData(prepared, tokenizer, loader, held_out, text_bytes, start_point.tasks)
 
 
 def settle_length(context: RunContext, data: TrainingData) -> RunContext:

@@ -105,8 +105,11 @@ class Console:
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         role = " [retention]" if record.role == "retention" else ""
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in record.scores.items())
+        if record.loss is None or record.perplexity is None:
+            self._print(f"step {record.step} task {record.name}: {scores}")
+            return
         if record.scores:
-            scores = ", ".join(f"{name} {value:.4f}" for name, value in record.scores.items())
             result = f"{scores}, log-loss {record.loss:.4f} ({record.num_tokens} texts)"
         else:
             first = self._first_loss.setdefault(record.name, record.loss)

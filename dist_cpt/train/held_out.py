@@ -31,6 +31,7 @@ from dist_cpt.runtime.log import LOGGER
 from dist_cpt.train.build import Run
 from dist_cpt.train.evaluate import evaluate
 from dist_cpt.train.progress import Progress
+from dist_cpt.train.tasks import log_likelihoods
 
 
 def with_base_losses(run: Run) -> Run:
@@ -88,7 +89,10 @@ def evaluate_all(run: Run, progress: Progress) -> None:
             loss_by_position=result.by_position,
         )
         context.observers.on_evaluation(record)
-    if len(done) < len(run.data.held_out):
+    task_rows = _task_rows(run, progress.step, done)
+    for record in task_rows:
+        context.observers.on_evaluation(record)
+    if task_rows or any(loader.name not in done for loader in run.data.held_out):
         on_rank_zero("evaluate", lambda: _judge(run, progress.step))
 
 
@@ -98,6 +102,20 @@ def why_end_early(run: Run, progress: Progress) -> str | None:
     return on_rank_zero("evaluate", lambda: reason_to_end(_recorded(run), progress.step, config))
 
 
+def _task_rows(run: Run, step: int, done: Sequence[str | None]) -> list[EvaluationRecord]:
+    """The scores of the run's tasks, but of those that are in its record. Collective."""
+    context, tasks = run.context, run.data.tasks
+    if tasks is None or set(tasks.options.names).issubset(done):
+        return []
+    seq_len, head = context.config.data.seq_len, run.model.module.loss_head
+    found = log_likelihoods(run.engine, head, tasks.answers, seq_len, context.shape.micro_batch * seq_len)
+    return [
+        EvaluationRecord(step, name, "task", None, None, tasks.num_targets, context.attempt, scores)
+        for name, scores in tasks.scores(found).items()
+        if name not in done
+    ]
+
+
 def _measure(run: Run, loader: ValidationLoader, step: int) -> HeldOut:
     def batch_of(indices: Sequence[int]) -> Batch:
         run.context.fault("evaluate", step)
@@ -105,7 +123,7 @@ def _measure(run: Run, loader: ValidationLoader, step: int) -> HeldOut:
 
     head = None if run.model.class_head is not None else run.model.module.loss_head
     if head is not None:
-        head.positions = PositionLosses(run.context.config.data.seq_len, run.context.device)
+        head.recorder = PositionLosses(run.context.config.data.seq_len, run.context.device)
     result = evaluate(
         run.engine,
         batch_of,
@@ -115,9 +133,9 @@ def _measure(run: Run, loader: ValidationLoader, step: int) -> HeldOut:
         micro_batch=run.context.shape.micro_batch,
         text_bytes=run.data.text_bytes,
     )
-    if head is None or (positions := head.positions) is None:
+    if head is None or not isinstance(positions := head.recorder, PositionLosses):
         return result
-    head.positions = None
+    head.recorder = None
     sums = all_reduce_floats(positions.sums.flatten().tolist())
     ranges = zip(positions.starts, sums[::2], sums[1::2], strict=True)
     return replace(result, by_position=[(start, loss / count, int(count)) for start, loss, count in ranges if count])

@@ -39,7 +39,7 @@ def train_attempt(context: RunContext) -> tuple[int, str]:
     """Build, restore or start, train to the end or to a stop, save. (Exit code, reason); collective."""
     context = agree_on_recipe(context)
     start_point = check_before_hours_of_work(context)
-    data = open_data(context, start_point.tokenizer)
+    data = open_data(context, start_point)
     context = settle_length(context, data)
     context = settle_engine(context, data)
     model = build_model(context, start_point, data)

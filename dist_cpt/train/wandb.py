@@ -161,9 +161,9 @@ class WandbObserver:
             self._alert("step dropped", f"step {record.step}: loss {record.loss:.4g}, gradient norm {norm}", "WARN")
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        row = {f"eval/{record.name}/loss": record.loss, f"eval/{record.name}/perplexity": record.perplexity}
-        measured = {"bits_per_byte": record.bits_per_byte, "loss_rise": record.loss_rise}
-        row |= {f"eval/{record.name}/{key}": value for key, value in measured.items() if value is not None}
+        measured = {"loss": record.loss, "perplexity": record.perplexity}
+        measured |= {"bits_per_byte": record.bits_per_byte, "loss_rise": record.loss_rise}
+        row = {f"eval/{record.name}/{key}": value for key, value in measured.items() if value is not None}
         row |= {f"eval/{record.name}/{score}": value for score, value in record.scores.items()}
         self._log(record.step, record.attempt, row)
         rise = record.loss_rise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import shutil
@@ -128,25 +129,66 @@ def test_options_that_would_do_nothing_are_refused(run, made, tmp_path):
         assert named in ended.error_lines[0], arguments
 
 
-@pytest.mark.matrix
-def test_tasks_of_lm_eval_from_local_files(run, made, tmp_path):
-    """A task of this test's own: which of two continuations of a held-out text is the real one."""
-    pytest.importorskip("lm_eval", reason="needs the extra eval, which is not part of dev")
-    texts = [json.loads(line)["text"] for line in made[1].read_text().splitlines()[:12]]
-    rows_ = [{"question": text[:80], "choices": [text[80:120], text[80:120][::-1]], "answer": 0} for text in texts]
-    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_))
-    (tmp_path / "which.yaml").write_text(
+def write_task(folder: Path, corpus: Path) -> tuple[str, Path]:
+    """A task of these tests' own, and its folder: which of two continuations of a text is the real one."""
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()[:12]]
+    rows_ = [{"question": text[:40], "choices": [text[40:60], text[40:60][::-1]], "answer": 0} for text in texts]
+    (folder / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_))
+    (folder / "which.yaml").write_text(
         f"""task: which_continuation
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path / "task.jsonl"}}}}}
+dataset_kwargs: {{data_files: {{test: {folder / "task.jsonl"}}}}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: answer
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}, {{metric: acc_norm}}]
 """
     )
+    return "which_continuation", folder
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_tasks_during_a_run_have_the_scores_of_evaluate(made, tmp_path, ranks):
+    pytest.importorskip("lm_eval", reason="needs the extra eval, which is not part of dev")
+    name, folder = write_task(tmp_path, made[1])
+    tasks = {"names": [name], "path": str(folder)}
+    evaluate = {"every_steps": 4, "tasks": tasks, "best": {"of": f"{name}/acc,none", "patience": 9}}
+    values = tiny.recipe(*made, tmp_path, model={"path": str(made[0]), "weights": "fp32"}, evaluate=evaluate)
+    values["engine"] = "single" if ranks == 1 else {"kind": "fsdp", "shard": "full"}
+    refused = copy.deepcopy(values)
+    refused["evaluate"]["best"]["better"] = "lower"
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", refused)
+    ended = command("launch", recipe, "--procs-per-node", ranks)
+    assert ended.code == EXIT_CONFIG
+    log = "".join(path.read_text() for path in (tmp_path / "tiny/logs").glob("*.log"))
+    assert f"evaluate.best: a higher {name}/acc,none is better" in log
+    tiny.write_recipe(recipe, values)
+    ended = command("launch", recipe, "--procs-per-node", ranks)
+    assert ended.code == 0, ended.err
+    during = {row["step"]: row for row in rows(tmp_path / "tiny/evaluations.jsonl") if row["role"] == "task"}
+    assert list(during) == [0, 4, 8, 12]
+    assert record_problems(tmp_path / "tiny") == []
+    options = ("--tasks", name, "--tasks-path", folder, "--json")
+    for step, model in ((0, made[0]), (12, tmp_path / "tiny")):
+        ended = command("evaluate", model, *options)
+        assert ended.code == 0, ended.err
+        row = next(row for row in json.loads(ended.out[ended.out.index("{") :])["results"] if row.get("task") == name)
+        for key in ("acc,none", "acc_norm,none"):
+            assert during[step][key] == row[key], (step, key)
+    ended = command("merge", tmp_path / "tiny", "--best", "--out", tmp_path / "best", "--dtype", "fp32")
+    assert ended.code == 0, ended.err
+    from dist_cpt.report.report import write_report
+
+    assert "acc,none of which_continuation" in write_report(tmp_path / "tiny").read_text()
+
+
+@pytest.mark.matrix
+def test_tasks_of_lm_eval_from_local_files(run, made, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the extra eval, which is not part of dev")
+    write_task(tmp_path, made[1])
     options = ("--tasks", "which_continuation", "--tasks-path", tmp_path)
     ended = command("evaluate", run, *options, "--json")
     assert ended.code == 0, ended.err

@@ -235,6 +235,18 @@ EXCLUDED = [  # a recipe for each row of the table, in its order, and what the r
         "evaluate.forgetting: {...}, evaluate.against: null",
     ),
     (
+        {"evaluate": {"best": {"of": "legal"}, "every_steps": 5}},
+        "evaluate.best.of: legal, data.validation: []",
+    ),
+    (
+        {"evaluate": {"best": {"of": "v"}}, "data.validation": [{"name": "v", "path": "b"}]},
+        "evaluate.best: {...}, evaluate.every_steps: null",
+    ),
+    (
+        {"evaluate.tasks": {"names": ["arc_easy"]}, "engine": {"kind": "fsdp", "context_parallel": 2}},
+        "evaluate.tasks: {...}, engine.context_parallel: 2",
+    ),
+    (
         {"schedule.warmup_steps": 5, "schedule.warmup_fraction": 0.1},
         "schedule.warmup_steps: 5, schedule.warmup_fraction: 0.1",
     ),

@@ -17,6 +17,7 @@ from dist_cpt.data.prepared import Prepared, PreparedSource
 from dist_cpt.data.store import StoreWriter, TokenStore
 from dist_cpt.model.attention import choose, install
 from dist_cpt.model.loss import CausalLMForLoss, PositionLosses, install_loss_head
+from dist_cpt.train.tasks import log_likelihoods
 
 LONG = 2**20
 V = 512
@@ -89,10 +90,10 @@ def test_the_loss_by_position_is_that_of_each_token(tmp_path: Path) -> None:
     ids, labels = batch.input_ids % V, torch.where(batch.labels == IGNORE_INDEX, IGNORE_INDEX, batch.labels % V)
     inputs = ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
     head = model.loss_head
-    head.positions = positions = PositionLosses(2048, torch.device("cpu"))
+    head.recorder = positions = PositionLosses(2048, torch.device("cpu"))
     with torch.no_grad():
         _, loss = model(*inputs, labels)
-        head.positions = None
+        head.recorder = None
         _, whole = model(*inputs, labels)
         logits = torch.nn.functional.linear(model.hidden(*inputs)[0], head.weight)
     by_token = torch.nn.functional.cross_entropy(logits, labels[0], reduction="none").double()
@@ -117,3 +118,38 @@ def test_no_tensor_of_a_long_block_is_tokens_by_vocabulary(length: int, tmp_path
         scaled.backward()
     assert 5.0 < float(loss) / batch.num_targets < 8.0  # ln V = 6.2
     assert largest.elements <= max(32 * length, 2048 * V)  # F features of every token, or a chunk of logits
+
+
+def test_the_likelihood_of_an_answer_is_that_of_its_tokens_after_the_question() -> None:
+    model = small_model().eval()
+    random = np.random.default_rng(0)
+
+    def ids(length: int) -> list[int]:
+        return random.integers(0, V, length).tolist()
+
+    answers = [(ids(question), ids(answer)) for question, answer in ((5, 1), (30, 4), (1, 9), (60, 3), (2, 2))]
+    sizes: list[int] = []
+
+    class Evaluates:
+        """The part of an engine that is needed."""
+
+        def evaluate(self, batch: Batch) -> torch.Tensor:
+            sizes.append(batch.input_ids.numel())
+            with torch.no_grad():
+                return model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, batch.labels)[1]
+
+    engine: Any = Evaluates()
+    found = log_likelihoods(engine, model.loss_head, answers, longest=40, budget=48)
+    assert len(sizes) == 3
+    assert max(sizes) <= 48
+    assert model.loss_head.recorder is None
+    for (question, answer), value in zip(answers, found, strict=True):
+        text = [*question, *answer][-41:]  # the question of 60 tokens loses its first
+        whole = torch.tensor([text[:-1]])
+        length = whole.shape[1]
+        borders = torch.tensor([0, length], dtype=torch.int32)
+        with torch.no_grad():
+            hidden = model.hidden(whole, torch.arange(length)[None], borders, length)
+            logits = torch.nn.functional.linear(hidden[0], model.loss_head.weight).log_softmax(-1)
+        expected = sum(float(logits[length - len(answer) + n, token]) for n, token in enumerate(answer))
+        assert value == pytest.approx(expected, abs=1e-4)
