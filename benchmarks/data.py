@@ -7,7 +7,10 @@ nothing: no cache of either side is reused. Rounds alternate; medians are report
 
     python benchmarks/data.py [--megabytes 30] [--rounds 5] [--write]
     python benchmarks/data.py --scaling --megabytes 400     one worker on one core, two on two
-    python benchmarks/data.py --memory 10 200 2000          peak memory by input size, and of one document of that size
+    python benchmarks/data.py --memory 10 200 [--words]     peak memory by input size, and of one (at most 1 GiB)
+
+`--words` takes words of 40 letters and a tokenizer that has a token for each: a twelfth of the tokens per byte, for
+sizes that take hours otherwise.
 """
 
 from __future__ import annotations
@@ -24,11 +27,12 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, cycle
 from pathlib import Path
+from random import Random
 from typing import Any
 
 # kernels.py beside this file would shadow Hugging Face's package of that name.
@@ -37,6 +41,7 @@ sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(
 SEQ_LEN = 2048
 VOCABULARY = 16384
 EOS = "<eos>"
+LONGEST_MEGABYTES = 1074.0  # of one document: 1 GiB
 NUM_PROCESSES = len(os.sched_getaffinity(0))
 
 
@@ -47,10 +52,11 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="to benchmarks/results/")
     parser.add_argument("--scaling", action="store_true", help="one and two workers in place of the comparison")
     parser.add_argument("--memory", type=float, nargs="+", metavar="MEGABYTES", help="in place of the comparison")
+    parser.add_argument("--words", action="store_true", help="of --memory: long words with a token each")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="dist-cpt-bench-") as folder:
         if arguments.memory:
-            result = memory(Path(folder), arguments.memory)
+            result = memory(Path(folder), arguments.memory, words=arguments.words)
         elif arguments.scaling:
             result = scaling(Path(folder), arguments.megabytes, arguments.rounds)
         else:
@@ -58,7 +64,8 @@ def main() -> None:
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.write:
-        target = Path(__file__).parent / "results" / f"{date.today().isoformat()}_cpu_data.json"
+        what = "data_memory" if arguments.memory else "data"
+        target = Path(__file__).parent / "results" / f"{date.today().isoformat()}_cpu_{what}.json"
         target.parent.mkdir(exist_ok=True)
         target.write_text(text + "\n")
 
@@ -137,29 +144,56 @@ def scaling(folder: Path, megabytes: float, rounds: int) -> dict[str, Any]:
             "seconds": seconds, "speedup": round(medians[1] / medians[2], 3)}  # fmt: skip
 
 
-def memory(folder: Path, sizes: list[float]) -> dict[str, Any]:
+def memory(folder: Path, sizes: list[float], *, words: bool) -> dict[str, Any]:
     """Peak memory of `prepare`: of many documents, and of one text and one line of JSON of the same size."""
     tokenizer = folder / "tokenizer"
-    train_tokenizer(tokenizer)
+    texts = long_words() if words else standard_library()
+    train_word_tokenizer(tokenizer, texts) if words else train_tokenizer(tokenizer)
     peaks: dict[str, dict[str, float]] = {}
+    seconds: dict[str, dict[str, float]] = {}
     for megabytes in sizes:
-        many = folder / "many.jsonl"
-        write_corpus(many, megabytes)
-        text, line = folder / "one.txt", folder / "one.jsonl"
-        with many.open(encoding="utf-8") as read, text.open("w", encoding="utf-8") as one, line.open("w") as record:
-            record.write('{"text": "')
-            for row in read:
-                part = json.loads(row)["text"]
-                one.write(part)
-                record.write(json.dumps(part)[1:-1])
-            record.write('"}\n')
-        for corpus in (many, text, line):
-            _, peak = by_command(corpus, tokenizer, folder / "work", 1, sorted(os.sched_getaffinity(0)))
-            peaks.setdefault(corpus.name, {})[f"{megabytes:g} MB"] = round(peak)
+        for name in ("many.jsonl", "one.txt", "one.jsonl"):
+            size = megabytes if name == "many.jsonl" else min(megabytes, LONGEST_MEGABYTES)
+            corpus, parts = folder / name, repeated(texts, size)
+            with corpus.open("w", encoding="utf-8") as file:
+                if name == "many.jsonl":
+                    file.writelines(json.dumps({"text": text}) + "\n" for text in parts)
+                elif name == "one.txt":
+                    file.writelines(parts)
+                else:
+                    file.write('{"text": "')
+                    file.writelines(json.dumps(text)[1:-1] for text in parts)
+                    file.write('"}\n')
+            taken, peak = by_command(corpus, tokenizer, folder / "work", 1, sorted(os.sched_getaffinity(0)))
+            peaks.setdefault(name, {})[f"{size:g} MB"] = round(peak)
+            seconds.setdefault(name, {})[f"{size:g} MB"] = round(taken, 1)
+            print(f"{name} of {size:g} MB: {peak:.0f} MiB, {taken:.0f} s", file=sys.stderr, flush=True)
             shutil.rmtree(folder / "work")
             corpus.unlink()
-    largest_to_smallest = {name: round(max(row.values()) / min(row.values()), 3) for name, row in peaks.items()}
-    return {"what": "peak resident MiB of prepare", "peaks": peaks, "largest_to_smallest": largest_to_smallest}
+    return {
+        "what": "peak resident MiB of prepare",
+        "text": "words of 40 letters, a token each" if words else "Python's standard library, byte-level BPE",
+        "peaks": peaks,
+        "seconds": seconds,
+        "largest_to_smallest": {name: round(max(row.values()) / min(row.values()), 3) for name, row in peaks.items()},
+    }
+
+
+def long_words() -> list[str]:
+    """200 texts of 250 words each."""
+    random = Random(0)
+    words = ["".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=40)) for _ in range(5000)]
+    return [" ".join(random.choices(words, k=250)) + "\n" for _ in range(200)]
+
+
+def train_word_tokenizer(folder: Path, texts: list[str]) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({word for text in texts for word in text.split()})
+    backend = Tokenizer(models.WordLevel({EOS: 0} | {word: 1 + n for n, word in enumerate(words)}, unk_token=EOS))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, model_max_length=10**9).save_pretrained(folder)
 
 
 def by_command(corpus: Path, tokenizer: Path, work: Path, workers: int, cores: list[int]) -> tuple[float, float]:
@@ -275,15 +309,23 @@ def standard_library() -> list[str]:
 
 def write_corpus(path: Path, megabytes: float) -> tuple[int, int]:
     """Write the standard library's files, repeated, as jsonl; returns the number of texts and their bytes."""
-    texts = standard_library()
     num_texts = num_bytes = 0
     with path.open("w", encoding="utf-8") as file:
-        while num_bytes < megabytes * 1e6:
-            text = texts[num_texts % len(texts)]
+        for text in repeated(standard_library(), megabytes):
             file.write(json.dumps({"text": text}) + "\n")
             num_texts += 1
             num_bytes += len(text.encode("utf-8"))
     return num_texts, num_bytes
+
+
+def repeated(texts: list[str], megabytes: float) -> Iterator[str]:
+    """The texts over and over, until they are so long."""
+    num_bytes = 0
+    for text in cycle(texts):
+        if num_bytes >= megabytes * 1e6:
+            return
+        yield text
+        num_bytes += len(text.encode("utf-8"))
 
 
 def train_tokenizer(folder: Path) -> None:

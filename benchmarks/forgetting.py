@@ -29,10 +29,10 @@ sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, MARK = ROOT / "docs" / "forgetting.md", "<!-- experiment: benchmarks/forgetting.py --write -->"
-GLOBAL_TOKENS, STEPS, BASE_STEPS = 4096, 36, 120
+GLOBAL_TOKENS, STEPS, BASE_STEPS = 4096, 72, 300
 SCALES = (0.25, 0.5, 0.75)
 LAST = 3
-REPLAY_TOKENS = 16_000
+REPLAY_TOKENS = 30_000
 VARIANTS = {
     "no replay": None,
     "10 % true replay": "corpus/documentation.jsonl",
@@ -92,7 +92,7 @@ def learn_code(work: Path, seed: int, name: str, replay: str | None) -> Path:
         "seed": seed,
         "model": {"path": str(work / "base-model"), "weights": "fp32"},
         "checkpoint": {"every_steps": STEPS // 6, "keep": LAST, "trial": False},
-        "evaluate": {"max_blocks": 32},
+        "evaluate": {"max_blocks": 64},
         "track": {"wandb": {"mode": "disabled"}},
     }
     recipe["data"] = recipe["data"] | {"sources": sources}
