@@ -13,7 +13,7 @@ import torch
 from dist_cpt.data.batch import IGNORE_INDEX, Batch
 from dist_cpt.data.mixture import mixture_of
 from dist_cpt.data.order import FeistelOrder
-from dist_cpt.data.packing import PackingPlan, pack
+from dist_cpt.data.packing import PackingPlan, document_lengths, pack
 from dist_cpt.data.prepared import Prepared, PreparedSource
 from dist_cpt.run_folder.train_state import Mark
 
@@ -72,6 +72,11 @@ class BlockLoader:
         """What names the block at a position of the stream: (source, epoch, block within that source)."""
         return self._locate(position)
 
+    def document_lengths(self, position: int) -> list[int]:
+        """Tokens of each document in the block at a position of the stream; its padding is one more."""
+        source, _, block = self._locate(position)
+        return document_lengths(self._packed[source].plan, block)
+
     def batch(self, positions: Sequence[int]) -> Batch:
         """The blocks at these positions of the global stream, in this order; PADDING yields an empty block."""
         builder = BatchBuilder(len(positions), self._seq_len, self._pad_id, len(self._packed))
@@ -129,6 +134,11 @@ class ValidationLoader:
         # Packing puts long documents first; a sample of max_blocks should not consist of long documents.
         self._order = FeistelOrder(available, 0, source.name)
         self.num_blocks = min(available, max_blocks or available)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The token ids of the whole set, document after document."""
+        return self._packed.store.tokens
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The blocks at these indices; one at or above num_blocks is padding, without any target."""

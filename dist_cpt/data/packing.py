@@ -48,6 +48,13 @@ class PackingPlan:
         return self.pieces[first:last].tolist()
 
 
+def document_lengths(plan: PackingPlan, block: int) -> list[int]:
+    """Tokens of each piece in a block, as attention sees them: padding is one more."""
+    lengths = [length for _, _, length in plan.block(block)]
+    padding = plan.seq_len - sum(lengths)
+    return [*lengths, padding] if padding else lengths
+
+
 def _in_memory(name: str, length: int, dtype: np.dtype) -> np.ndarray:
     return np.zeros(length, dtype)
 

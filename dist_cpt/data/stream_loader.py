@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dist_cpt.data.batch import Batch
 from dist_cpt.data.loader import PADDING, BatchBuilder, BlockLoader, PackedTokens
 from dist_cpt.data.mixture import mixture_of
+from dist_cpt.data.packing import document_lengths
 from dist_cpt.data.prepared import Prepared
 from dist_cpt.data.stream import SourceStream
 from dist_cpt.run_folder.train_state import Mark
@@ -47,6 +48,12 @@ class StreamLoader:
             digest.update(length.to_bytes(8, "little"))
             digest.update(window.tokens[first : first + length].astype("<i4").tobytes())
         return source, placed.mark.epoch, int.from_bytes(digest.digest()[:8], "little") >> (64 - _ID_BITS)
+
+    def document_lengths(self, position: int) -> list[int]:
+        """As `BlockLoader.document_lengths`; errors as `SourceStream.block`."""
+        source, number = self.mixture(position)
+        placed, block = self._streams[source].block(number)
+        return document_lengths(placed.window.plan, block)
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """As `BlockLoader.batch`; errors as `SourceStream.block`."""

@@ -25,7 +25,8 @@ from dist_cpt.run_folder.names import EVALUATIONS, EVENTS, METRICS, rewound_name
 from dist_cpt.run_folder.records import CheckpointRecord, EvaluationRecord, RunEnd, RunStart, StepRecord
 from dist_cpt.storage import is_there, read_bytes
 
-OPTIONAL = ("epochs_by_source", "mfu", "memory_bytes", "experts")  # keys of a step, absent where they are not known
+# keys of a step, absent where they are not known
+OPTIONAL = ("epochs_by_source", "attention_max_over_mean", "mfu", "memory_bytes", "experts")
 
 
 class MetricsFile:

@@ -62,6 +62,7 @@ class StepRecord:
     batch_tokens: int = 0  # since step 0, padding and tokens without a target included
     totals_by_source: Mapping[str, SourceCounts] = field(default_factory=dict)  # [blocks, tokens, targets] since step 0
     epochs_by_source: Mapping[str, float] | None = None  # of streamed sources; of others the blocks say it
+    attention_max_over_mean: float | None = None  # over the groups of ranks, in each forward; None: one group
     mfu: float | None = None  # of the device's dense bf16 peak; None: no known denominator
     memory_bytes: Mapping[str, int] | None = None  # of this rank's device at its peak, by part; None without a GPU
     experts: Mapping[str, Any] | None = None  # `load` and `unused` by layer, `balance_loss`, `z_loss`; None: no mixture

@@ -77,11 +77,12 @@ from dist_cpt.runtime.mesh import host_group
 from dist_cpt.runtime.shared_folder import MARK_SECONDS, first_that_sees
 from dist_cpt.runtime.versions import package_versions
 from dist_cpt.train.attempt import RunContext
+from dist_cpt.train.divide import Division, layer_windows
 from dist_cpt.train.efficiency import Efficiency, open_efficiency
 from dist_cpt.train.open_stream import open_stream
 from dist_cpt.train.probe import PROBE_BLOCKS, Stream
 from dist_cpt.train.profiling import Profile
-from dist_cpt.train.progress import Progress, step_positions, step_starts
+from dist_cpt.train.progress import Progress, step_starts
 from dist_cpt.train.saver import Saver
 from dist_cpt.train.tasks import RunTasks, open_tasks
 from dist_cpt.training_state import TensorSpec
@@ -127,6 +128,7 @@ class Run:
     specs: list[TensorSpec]  # every trainable tensor with its full shape; the engine may shard it
     engine: InspectableEngine
     stream: Stream
+    division: Division
     schedule: dict[str, Any]  # as checkpoints record it
     identity: Identity
     metrics: MetricsFile
@@ -140,12 +142,14 @@ class Run:
 
     def steps(self, progress: Progress) -> Iterator[list[Batch]]:
         """The micro-batches of every remaining step, made ahead on a thread, in pinned memory for a GPU."""
-        shape, rank = self.context.shape, self.context.env.rank
-        share, starts = shape.share(rank), list(step_starts(shape, progress))
-        wanted = (positions for start in starts for positions in step_positions(shape, start, rank))
+        shape = self.context.shape
+        share, starts = shape.share(self.context.env.rank), list(step_starts(shape, progress))
+        wanted = ((start, number) for start in starts for number in range(shape.accumulation))
         on_gpu = self.context.device.type == "cuda"
 
-        def batch_of(positions: Sequence[int]) -> Batch:
+        def batch_of(place: tuple[int, int]) -> Batch:
+            start, number = place
+            positions = self.division.positions(start, share.group)[number]
             batch = self.data.loader.batch(positions).cut(share.part, share.num_parts)
             return batch.pinned() if on_gpu else batch
 
@@ -368,6 +372,7 @@ def open_run(context: RunContext, data: TrainingData, model: TrainableModel) -> 
         specs=specs,
         engine=engine,
         stream=stream,
+        division=Division(data.loader, context.shape, layer_windows(config)),
         schedule=schedule,
         identity=identity,
         metrics=metrics,

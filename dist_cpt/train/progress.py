@@ -98,13 +98,3 @@ def step_starts(shape: StepShape, progress: Progress) -> Iterator[int]:
         position = past_windows(position, progress.skipped_windows)
         yield position
         position += shape.blocks_per_step
-
-
-def step_positions(shape: StepShape, position: int, rank: int) -> list[list[int]]:
-    """Global block positions of each micro-batch of the step that starts at `position`, for one rank."""
-    share = shape.share(rank)
-    per_forward = share.num_groups * shape.micro_batch
-    return [
-        [position + m * per_forward + share.group * shape.micro_batch + i for i in range(shape.micro_batch)]
-        for m in range(shape.accumulation)
-    ]

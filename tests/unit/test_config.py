@@ -28,7 +28,6 @@ from dist_cpt.config.resolve import (
 )
 from dist_cpt.config.resume_changes import RESUME_CHANGES, how_may_change
 from dist_cpt.errors import ConfigError
-from dist_cpt.train.progress import step_positions
 
 
 def recipe(**changes):
@@ -372,7 +371,7 @@ def test_step_shape_divides_or_says_why():
         step_shape(config, 3)
     in_pairs = build(recipe(engine={"context_parallel": 2}), "x")
     assert step_shape(in_pairs, 4) == replace(shape, world_size=4, context_parallel=2)
-    assert [step_positions(step_shape(in_pairs, 4), 8, rank)[1] for rank in range(4)] == [[12, 13]] * 2 + [[14, 15]] * 2
+    assert [step_shape(in_pairs, 4).share(rank).group for rank in range(4)] == [0, 0, 1, 1]
     with pytest.raises(ConfigError, match=r"engine\.context_parallel 2 does not divide 3 ranks"):
         step_shape(in_pairs, 3)
 

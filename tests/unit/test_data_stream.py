@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -153,6 +154,13 @@ def test_one_stream_for_any_number_of_ranks(streamed: list[StreamedSource], worl
             positions = range(first, first + micro_batch)
             assert same(mine.batch(positions), whole.batch(positions))
         assert all(len(stream._windows) <= 3 + 2 * world for stream in mine._streams)
+
+
+def test_a_document_length_is_what_the_batch_says(streamed: list[StreamedSource]) -> None:
+    with closing(loader_of(streamed)) as loader:
+        for position in range(30):
+            borders = loader.batch([position]).cu_seqlens.tolist()
+            assert loader.document_lengths(position) == [stop - start for start, stop in pairwise(borders)]
 
 
 @settings(max_examples=25, deadline=None)
