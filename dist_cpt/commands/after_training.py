@@ -36,21 +36,32 @@ def evaluate(
         str | None, typer.Option("--tasks", metavar="NAME,...", help="Tasks of lm-eval (extra eval).")
     ] = None,
     tasks_path: Annotated[Path | None, typer.Option("--tasks-path", help="A folder with tasks as YAML.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Documents of each task.")] = None,
+    needle: Annotated[
+        str | None,
+        typer.Option("--needle", metavar="TOKENS,...", help="Find a sentence in texts of these lengths."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Documents of each task; texts of each length and depth.")
+    ] = None,
     base: Base = None,
     json_: Json = False,
 ) -> None:
-    """Measure loss, perplexity and bits per byte of any model, and benchmark tasks; a run's go into its record."""
-    if tasks is None and (tasks_path is not None or limit is not None):
-        raise ConfigError("--tasks-path and --limit belong to --tasks")
+    """Measure loss, perplexity, bits per byte, tasks and use of context of any model; a run's go into its record."""
+    if tasks is None and tasks_path is not None:
+        raise ConfigError("--tasks-path belongs to --tasks")
+    if tasks is None and needle is None and limit is not None:
+        raise ConfigError("--limit belongs to --tasks or --needle")
     from dist_cpt.export.evaluate import TextOptions, as_lines
     from dist_cpt.export.evaluate import evaluate as measure
+    from dist_cpt.export.needle import NeedleOptions
     from dist_cpt.model.tasks import TaskOptions
 
     ours = (model / CHECKPOINTS).is_dir() or (model / MANIFEST).exists()
     folder = _checkpoint_folder(model) if ours else model
     wanted = TaskOptions(tuple(tasks.split(",")) if tasks else (), tasks_path, limit)
-    rows = measure(folder, TextOptions(tuple(data or ()), text, seq_len), wanted, base=base, against_base=against_base)
+    lengths = NeedleOptions(_lengths(needle), limit or NeedleOptions.samples)
+    texts = TextOptions(tuple(data or ()), text, seq_len)
+    rows = measure(folder, texts, wanted, lengths, base=base, against_base=against_base)
     show({"model": str(folder), "results": rows}, as_lines(rows), json_)
 
 
@@ -199,6 +210,14 @@ def _scales(given: str | None) -> list[float]:
     if any(not 0.0 <= scale < float("inf") for scale in scales):
         raise ConfigError(f"--sweep {given}: a scale is 0 or more")
     return scales
+
+
+def _lengths(given: str | None) -> tuple[int, ...]:
+    """The lengths of --needle."""
+    parts = given.split(",") if given is not None else []
+    if not all(part.isdigit() for part in parts):
+        raise ConfigError(f"--needle {given}: give lengths in tokens with commas between them, such as 8192,131072")
+    return tuple(map(int, parts))
 
 
 def _layer_range(given: str | None) -> range | None:

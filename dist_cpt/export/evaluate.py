@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dist_cpt.config.load import build, load_recipe
 from dist_cpt.config.resolve import resolve_paths
 from dist_cpt.config.schema import RunConfig
@@ -19,6 +21,7 @@ from dist_cpt.export.checkpoint_model import base_of_language_model, plain_model
 from dist_cpt.export.held_out_loss import HeldOutSets, held_out_sets, recipe_of_run, with_loss
 from dist_cpt.export.merge import merged_model, untrained_model
 from dist_cpt.export.model_folder import tokenizer_folder
+from dist_cpt.export.needle import Haystack, NeedleOptions, haystack, needle_scores
 from dist_cpt.model.base_model import locate_base
 from dist_cpt.model.tasks import TaskOptions, task_scores
 from dist_cpt.run_folder.checkpoints import read_state
@@ -39,14 +42,22 @@ class TextOptions:
 
 
 def evaluate(
-    model: Path, text: TextOptions, tasks: TaskOptions, *, base: str | None = None, against_base: bool = False
+    model: Path,
+    text: TextOptions,
+    tasks: TaskOptions,
+    needle: NeedleOptions,
+    *,
+    base: str | None = None,
+    against_base: bool = False,
 ) -> list[dict[str, Any]]:
-    """A row for each held-out set and task, in fp32; also appended to the record of the run that `model` is part of.
+    """A row for each held-out set, task and length of `needle`, in fp32; also appended to the record of the run that
+    `model` is part of.
 
-    `model` is a checkpoint, a PEFT folder, a model folder or a hub id. With `against_base` sets have a `base_loss`.
+    `model` is a checkpoint, a PEFT folder, a model folder or a hub id. Sets are measured if text is given, or nothing
+    else is asked for; with `against_base` they have a `base_loss`. The needle is hidden in their text.
 
     Raises:
-        ConfigError: no model, a classifier, no text, or no base to compare with.
+        ConfigError: no model, a classifier, no text, or no base to compare with; as `haystack` and `needle_scores`.
         CheckpointError: another base than the run had.
         DataError: a set cannot be read.
         MissingExtraError: `tasks` without the extra `eval`.
@@ -54,10 +65,14 @@ def evaluate(
     model = model if model.is_dir() else locate_base(str(model), None)
     base_folder = base_of_language_model(model, base)
     run = model.parent.parent if (model / MANIFEST).is_file() and (model.parent.parent / RECIPE).is_file() else None
-    with _sets(model, base_folder, run, text, wanted=bool(text.data) or not tasks.names) as sets:
+    alone = not (tasks.names or needle.lengths)
+    with _sets(model, base_folder, run, text, wanted=bool(text.data or needle.lengths) or alone) as sets:
+        tokenizer = tokenizer_folder(model, base_folder)
+        hay = _haystack(tokenizer, sets) if needle.lengths else None
         loaded = merged_model(model, base_folder)[0] if base_folder is not None else plain_model(model)
-        scores = task_scores(loaded, tokenizer_folder(model, base_folder), tasks) if tasks.names else {}
-        losses = sets.losses(with_loss(loaded)) if sets.loaders else {}
+        found = [] if hay is None else list(needle_scores(loaded, hay, needle))
+        scores = task_scores(loaded, tokenizer, tasks) if tasks.names else {}
+        losses = sets.losses(with_loss(loaded)) if sets.loaders and (text.data or alone) else {}
         del loaded
         of_base: dict[str, HeldOut] = {}
         if against_base:
@@ -69,10 +84,17 @@ def evaluate(
     if (model / STATE).is_file():
         about["step"] = read_state(model).step
     rows = [about | _row(name, roles[name], result, of_base.get(name)) for name, result in losses.items()]
-    rows += [about | {"task": name, **values} for name, values in scores.items()]
+    rows += [about | {"task": name, **values} for name, values in scores.items()] + [about | row for row in found]
     if run is not None:
         _record(run / EVALUATED, rows)
     return rows
+
+
+def _haystack(tokenizer: Path, sets: HeldOutSets) -> Haystack:
+    from transformers import AutoTokenizer
+
+    filler = np.concatenate([loader.tokens for loader in sets.loaders])
+    return haystack(AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False), filler)
 
 
 def as_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:

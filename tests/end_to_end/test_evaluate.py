@@ -58,6 +58,22 @@ def test_a_run_is_measured_as_it_measured_itself(run, made):
     assert [one["step"] for one in rows(run / "evaluated.jsonl")] == [12, 8]
 
 
+def test_a_needle_is_looked_for_in_the_runs_own_text(run):
+    before = rows(run / "evaluated.jsonl") if (run / "evaluated.jsonl").exists() else []
+    ended = command("evaluate", run, "--needle", "160,240", "--limit", 2, "--json")
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)["results"]
+    assert [row["task"] for row in found] == ["needle_160", "needle_240"]  # the sets are not measured
+    for row in found:
+        depths = [row[f"depth_{depth}"] for depth in ("0", "0.25", "0.5", "0.75", "1")]
+        assert (row["samples"], row["step"], row["chance"]) == (10, 12, 0.125)
+        assert row["accuracy"] == pytest.approx(sum(depths) / 5)
+        assert row["accuracy"] <= 0.5  # a model of 12 steps finds nothing
+    assert rows(run / "evaluated.jsonl") == before + found
+    again = command("evaluate", run, "--needle", "160", "--limit", 2)
+    assert again.out.startswith(f"needle_160: accuracy {found[0]['accuracy']:.4f}, chance 0.1250, depth_0 ")
+
+
 def dense(checkpoint: Path, module: str) -> torch.Tensor:
     """The update B A of one layer in fp64; rank 4 and alpha 4 under rsLoRA."""
     tensors = load_file(checkpoint / "adapter_model.safetensors")
@@ -109,7 +125,10 @@ def test_a_scale_of_some_layers_leaves_the_others(run, made, tmp_path):
 
 def test_options_that_would_do_nothing_are_refused(run, made, tmp_path):
     for arguments, named in (
-        (("evaluate", run, "--limit", 5), "belong to --tasks"),
+        (("evaluate", run, "--limit", 5), "belongs to --tasks"),
+        (("evaluate", run, "--needle", "8k"), "--needle 8k: give lengths"),
+        (("evaluate", run, "--needle", "20"), "the sentences alone need"),
+        (("evaluate", made[0], "--needle", "200"), "--data"),
         (("evaluate", made[0]), "--data"),
         (("evaluate", run, "--seq-len", 32), "belong to --data"),
         (("evaluate", made[0], "--data", made[1], "--against-base"), "does not record a base"),
