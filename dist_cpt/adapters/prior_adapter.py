@@ -21,6 +21,7 @@ from dist_cpt.adapters.lora import import_peft, is_linear
 from dist_cpt.adapters.peft_folder import (
     BASE_PREFIX,
     PRIOR_KEY,
+    ROPE_KEY,
     canonical_key,
     copy_whole_tensors,
     file_sha256,
@@ -47,6 +48,7 @@ _FREE_KEYS = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("megatron_config", "megatron_core", "qalora_group_size", "fan_in_fan_out", PRIOR_KEY),
+    ROPE_KEY,  # a context grows in stages
 }
 _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change its weights
 
