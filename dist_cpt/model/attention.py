@@ -99,11 +99,6 @@ def choose(
     Raises:
         ConfigError: the wanted implementation cannot compute this model here.
     """
-    if context_parallel > 1 and getattr(hf_config, "model_type", None) in _WITH_SINKS:
-        raise ConfigError(
-            f"engine.context_parallel {context_parallel}: {hf_config.model_type} has sinks of whole heads",
-            remedy="use engine.context_parallel: 1",
-        )
     for choice, why_not in _choices(device, hf_config, dtype).items():
         if choice == "flash_attention_2" and context_parallel > 1:  # transformers calls it with one rank's tokens
             continue
@@ -259,6 +254,8 @@ def packed_attention(
     if packing.exchange is None:
         return _attend_whole((query_BHLN, key_BKLN, value_BKLN), packing, options), None
     heads = packing.exchange.to_heads(query_BHLN, key_BKLN, value_BKLN)
+    if (sinks_H := options.get("s_aux")) is not None:
+        options["s_aux"] = packing.exchange.own_heads(sinks_H)
     return packing.exchange.to_tokens(_attend_whole(heads, packing, options), query_BHLN.shape[1]), None
 
 

@@ -58,6 +58,11 @@ class HeadExchange:
         heads_BMHN = received_PBMW.permute(1, 2, 0, 3).flatten(2).unflatten(-1, (-1, out_BLhN.shape[-1]))
         return heads_BMHN[:, :, :num_heads]
 
+    def own_heads(self, x_H: torch.Tensor) -> torch.Tensor:
+        """Of one number per head those of this rank's heads, [h]."""
+        per_rank = -(-len(x_H) // self.num_ranks)
+        return F.pad(x_H, (0, per_rank * self.num_ranks - len(x_H)))[self._group.rank() * per_rank :][:per_rank]
+
     def _by_rank(self, x_BHMN: torch.Tensor) -> torch.Tensor:
         """[P, B, M, h N]: what each rank gets."""
         x_BMHN = x_BHMN.transpose(1, 2)

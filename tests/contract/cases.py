@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_cpt.data.batch import Batch
+from dist_cpt.engines import activation_checkpoint
 from dist_cpt.engines.build import build_engine, kind_of
 from dist_cpt.engines.engine import InspectableEngine, StepStats
 from dist_cpt.errors import DistCptError
@@ -30,7 +32,7 @@ from dist_cpt.runtime.collectives import over_group
 from dist_cpt.runtime.mesh import context_group
 from tests.contract.compare import State
 from tests.contract.model import VOCAB, batches, block, num_tokens, recipe
-from tests.contract.reference import learning_rates, reference_run
+from tests.contract.reference import gradients_of, learning_rates, reference_run
 from tests.packed_models import LENGTHS, blocks, build
 
 CPU = torch.device("cpu")
@@ -324,6 +326,32 @@ def reductions(base: str, engine: dict[str, Any], variant: str) -> tuple[int, in
         with Count():
             numbers = train(built, groups, 1, 1)
         return count, len(batches(1, dist.get_rank(), dist.get_world_size())), numbers + train(built, groups, 2, 3)
+
+
+def first_moments(base: str, engine: dict[str, Any], variant: str, weights: str = "fp32") -> Any:
+    """By name, after one step."""
+    with running(base, engine, variant, weights) as (built, groups):
+        accumulate(built, 1, num_parts=engine.get("context_parallel", 1))
+        assert not built.step(learning_rates(groups, 1), math.inf).read().skipped
+        return on_rank_0({name: t for name, t in snapshot(built).items() if name.startswith("exp_avg.")})
+
+
+def sums_of_magnitudes(base: str, variant: str) -> dict[str, torch.Tensor]:
+    """By name, the sum of the blocks' |gradient| in the first step: what rounding errors are proportional to."""
+    model = load_model(recipe(base, {"kind": "single"}, variant, "fp32", kernels="reference"), device=CPU)
+    return gradients_of(model.module, model.trainable, 1)[2]
+
+
+def in_tiles(base: str, engine: dict[str, Any], variant: str) -> Any:
+    """(loss sums and gradient norms, state, collectives of a micro-batch by name) of three steps whose MLPs compute
+    whole, and in tiles of 6 tokens."""
+    runs = []
+    for tile in (activation_checkpoint.TILE_TOKENS, 6):
+        with mock.patch.object(activation_checkpoint, "TILE_TOKENS", tile):
+            calls = collectives(base, engine, variant)
+            with running(base, engine, variant, "fp32") as (built, groups):
+                runs.append((train(built, groups, 1, 3), snapshot(built), calls))
+    return on_rank_0(runs)
 
 
 def collectives(base: str, engine: dict[str, Any], variant: str) -> dict[str, int]:

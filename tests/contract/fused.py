@@ -26,7 +26,7 @@ def fused_and_not(base: str, engine: dict[str, Any], variant: str, weights: str)
     if variant == "nf4":
         unpacked = f"{base}-unpacked"
         if dist.get_rank() == 0:
-            save_unpacked(base, unpacked)
+            save_unpacked(base, unpacked, "nf4")
         dist.barrier()
         runs.append(_steps(unpacked, engine, "lora", "fp32", fused=False))
     return cases.on_rank_0(runs)
@@ -38,11 +38,11 @@ def recomputed(base: str, engine: dict[str, Any], policies: Sequence[str]) -> An
     return cases.on_rank_0(runs)
 
 
-def save_unpacked(base: str, folder: str) -> None:
-    """Write the model whose fp32 weights are those of the base's NF4 codes."""
+def save_unpacked(base: str, folder: str, weights: Any) -> None:
+    """Write the model whose fp32 weights are those of the base's codes."""
     from transformers import AutoModelForCausalLM
 
-    packed = load_quantised(Path(base), None, torch.device("cpu"), "nf4")
+    packed = load_quantised(Path(base), None, torch.device("cpu"), weights)
     plain: Any = AutoModelForCausalLM.from_pretrained(base)
     for name, layer in packed.named_modules():
         if is_quantised(layer):

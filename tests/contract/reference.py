@@ -44,7 +44,7 @@ def reference_run(
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in trainable.items()}
     record = []
     for step in range(1, steps + 1):
-        loss_sum, grads, magnitudes = _gradients(module, trainable, step)
+        loss_sum, grads, magnitudes = gradients_of(module, trainable, step)
         lrs = learning_rates(groups, step)
         norms = {name: float(grad.double().norm()) for name, grad in grads.items()}
         norm = math.sqrt(sum(value**2 for value in norms.values()))
@@ -72,7 +72,7 @@ def reference_run(
     return record
 
 
-def _gradients(
+def gradients_of(
     module: nn.Module, trainable: Mapping[str, nn.Parameter], step: int
 ) -> tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Sum of token losses, gradient of (sum / tokens) and sum of |block gradient|, by name."""

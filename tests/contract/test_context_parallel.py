@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from tests.contract.engines import ENGINES
-from tests.contract.model import SEQ_LEN
+from tests.contract.model import BLOCKS_PER_STEP, SEQ_LEN
 from tests.packed_models import KINDS
 
-FAST = ("gemma2", "qwen2-sliding")  # softcap and windows
+U = 2.0**-24  # unit roundoff of fp32
+GRADIENT_ULPS = 2 * (BLOCKS_PER_STEP - 1) + 2 * 8  # as tests/contract/test_reference.py derives it
+FAST = ("gpt_oss", "gemma2", "qwen2-sliding")  # sinks, softcap, windows
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.matrix)])
@@ -41,6 +44,57 @@ def test_what_travels_for_attention(
     ):
         inward, outward = SEQ_LEN * 10 * (heads_of_rank + 2 * kv_of_rank), SEQ_LEN * 10 * heads_of_rank
         assert calls["alltoall_base_"] == [inward, outward] * 2 + [outward, inward] * 2  # two layers
+
+
+MOMENTS = [
+    cell if cell in (("fsdp-full", 2), ("zero-3", 2)) else pytest.param(*cell, marks=pytest.mark.matrix)
+    for cell in ((engine, ranks) for engine in ENGINES if engine != "single" for ranks in (2, 4))
+]
+
+
+@pytest.mark.parametrize(("engine", "ranks"), MOMENTS)
+def test_first_moments_are_those_of_one_rank(engine: str, ranks: int, pool: Any, base: Any) -> None:
+    """Every element, up to what sums in another order may differ by in the tensor's largest, and the norm's rounding.
+
+    Within a block the sum over tokens has another order too, so an element's own magnitude is no bound.
+    """
+    folder, case = base("lora", num_attention_heads=5), "tests.contract.cases:first_moments"
+    [alone] = pool(1).run(case, base=folder, engine={"kind": "single"}, variant="lora")
+    [magnitudes] = pool(1).run("tests.contract.cases:sums_of_magnitudes", base=folder, variant="lora")
+    cut = ENGINES[engine] | {"context_parallel": ranks}
+    moments = pool(ranks).run(case, base=folder, engine=cut, variant="lora")[0]
+    assert moments.keys() == alone.keys() == {f"exp_avg.{name}" for name in magnitudes}
+    for name, expected in alone.items():
+        slack = 0.1 * GRADIENT_ULPS * U * magnitudes[name.removeprefix("exp_avg.")].max() + 1e-6 * expected.abs()
+        assert bool(((moments[name] - expected).abs() <= slack).all()), name
+
+
+QUANTISED = [
+    cell if cell == ("fsdp-full", "nf4") else pytest.param(*cell, marks=pytest.mark.matrix)
+    for cell in ((engine, weights) for engine in ENGINES if engine != "single" for weights in ("nf4", "int8"))
+]
+
+
+@pytest.mark.parametrize(("engine", "weights"), QUANTISED)
+def test_a_quantised_base_cut_over_ranks(engine: str, weights: str, pool: Any, base: Any) -> None:
+    """bf16: at most twice as far as one rank from fp32 arithmetic on the same codes."""
+    folder, case = base(weights), "tests.contract.cases:first_moments"
+    unpacked = f"{folder}-unpacked-{weights}"
+    pool(1).run("tests.contract.fused:save_unpacked", base=folder, folder=unpacked, weights=weights)
+    single = {"engine": {"kind": "single"}}
+    [truth] = pool(1).run(case, base=unpacked, variant="lora", **single)
+    [alone] = pool(1).run(case, base=folder, variant=weights, weights="bf16", **single)
+    cut = ENGINES[engine] | {"context_parallel": 2}
+    moments = pool(2).run(case, base=folder, engine=cut, variant=weights, weights="bf16")[0]
+    assert moments.keys() == alone.keys() == truth.keys()
+    assert 0.0 < _distance(alone, truth) < 0.1
+    assert _distance(moments, truth) <= 2 * _distance(alone, truth)
+
+
+def _distance(moments: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
+    """Of all elements, relative."""
+    squares = sum(float((moments[name] - truth[name]).double().square().sum()) for name in truth)
+    return (squares / sum(float(tensor.double().square().sum()) for tensor in truth.values())) ** 0.5
 
 
 def test_more_ranks_than_heads_are_refused(pool: Any, base: Any) -> None:

@@ -19,6 +19,46 @@ SHORT = (("fsdp-full", 2, 2, 4), ("single", 1, 1, None))
 LONG = (("zero-3", 2, 2, 4), ("single", 1, 1, 7), ("fsdp-hybrid", 4, 4, 10), ("zero-2", 4, 2, None))
 
 
+def test_a_classifier_cut_over_ranks(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """The class of a text is predicted by the rank that has its last token."""
+    words = ("one", "two", "three")
+    texts = [f"Text {n} of {'many words ' * (12 * (n % 2))}is {words[n % 3]}" for n in range(60)]
+    records = [{"text": text, "label": words[n % 3]} for n, text in enumerate(texts)]
+    for name, some in (("train", records[12:]), ("held-out", records[:12])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in some))
+    data = {
+        "seq_len": 4 * tiny.SEQ_LEN,
+        "sources": [{"path": str(tmp_path / "train.jsonl")}],
+        "validation": [{"name": "held-out", "path": str(tmp_path / "held-out.jsonl")}],
+    }
+    changes = {
+        "task": "classify",
+        "classify": {"text_fields": ["text"], "label": "label", "labels": list(words)},
+        "model": {"path": str(made[0]), "weights": "fp32"},
+        "embeddings": {"train": []},
+        "data": data,
+        "batch": {"global_tokens": 16 * tiny.SEQ_LEN, "micro_batch": 1},
+        "train": {"tokens": 6 * 16 * tiny.SEQ_LEN},
+        "optim": {"lr": 1e-2, "head_lr": 3e-2},
+    }
+    assert train(tiny.recipe(*made, tmp_path / "alone", **changes)) == 0
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny.recipe(*made, tmp_path, **changes))
+    placed = ENGINES["fsdp-full"] | {"context_parallel": 2}
+    with RunningRanks(recipe, 2, f"engine={json.dumps(placed)}", log=tmp_path / "log") as running:
+        assert running.finish() == [0, 0], (tmp_path / "log").read_text()[-4000:]
+    ours, alone = (rows(folder / "metrics.jsonl") for folder in (tmp_path / "tiny", tmp_path / "alone/tiny"))
+    assert len(ours) == 6
+    for mine, other in zip(ours, alone, strict=True):
+        assert (mine["step"], mine["num_tokens"]) == (other["step"], other["num_tokens"])
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    for mine, other in zip(
+        rows(tmp_path / "tiny/evaluations.jsonl"), rows(tmp_path / "alone/tiny/evaluations.jsonl"), strict=True
+    ):
+        assert (mine["accuracy"], mine["num_tokens"]) == (other["accuracy"], other["num_tokens"])
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("attempts", [SHORT, pytest.param(LONG, marks=pytest.mark.matrix)], ids=["short", "long"])
 def test_a_run_moves_between_cuts(attempts, made: tuple[Path, Path], tmp_path: Path) -> None:
     model = {"path": str(made[0]), "weights": "fp32"}
