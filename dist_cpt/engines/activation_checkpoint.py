@@ -5,8 +5,10 @@ selective   gate and up are computed again, within the MLP's function where it i
 full        the layer keeps its input, and its forward runs again in backward, up to the last thing that it saves.
 offload     the same, and the input waits in host memory.
 
-Loss and gradients are bitwise those of `none`. Only `forward` of layers, MLPs and norms is replaced: parameter names do
-not change, and the hooks of a sharding engine run around the recomputation. Dropout draws the same mask again.
+Under each of them an MLP of more than TILE_TOKENS tokens computes in tiles (`tiled_mlp`). Up to that length loss and
+gradients are bitwise those of `none`, beyond it up to the order of sums. Only `forward` of layers, MLPs and norms is
+replaced: parameter names do not change, and the hooks of a sharding engine run around the recomputation. Dropout draws
+the same mask again.
 
 A recomputation needs what forward saved, not its result. torch ends it at the last saved tensor, but a map under an
 adapter, or a fused MLP, saves after its product: the product of the layer's last map is left out.
@@ -25,16 +27,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from dist_cpt.engines.host_copies import HostCopies
+from dist_cpt.engines.tiled_mlp import TiledMlp, can_be_tiled
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.fused_modules import FusedMlp, FusedNorm
 from dist_cpt.model.recurrence import ByDocument
-from dist_cpt.plan.recomputation import Policy
+from dist_cpt.plan.recomputation import TILE_TOKENS, Policy
 
 SAVE_NOTHING = ("AddBackward", "CloneBackward", "ToCopyBackward")  # nodes of autograd, with a number after the name
 
 
-def checkpoint_layers(layers: Sequence[nn.Module], policy: Policy, device: torch.device) -> None:
-    """Apply engine.activation_checkpointing to the decoder layers.
+def checkpoint_layers(layers: Sequence[nn.Module], policy: Policy, device: torch.device, tokens: int = 0) -> None:
+    """Apply engine.activation_checkpointing to the decoder layers; `tokens` are those of one forward on this rank.
 
     Raises:
         ConfigError: selective, and a layer has no MLP of its own that could be recomputed.
@@ -43,7 +46,10 @@ def checkpoint_layers(layers: Sequence[nn.Module], policy: Policy, device: torch
         return
     host = HostCopies(device) if policy == "offload" else None
     for number, layer in enumerate(layers):
-        mlp = _mlp(layer)
+        mlp = mlp_of(layer)
+        tiled = mlp is not None and tokens > TILE_TOKENS and can_be_tiled(mlp)
+        if tiled:
+            TiledMlp(mlp, TILE_TOKENS)
         if policy != "selective":
             Recomputed(layer, mlp, host)
         elif mlp is None:
@@ -53,11 +59,12 @@ def checkpoint_layers(layers: Sequence[nn.Module], policy: Policy, device: torch
                 remedy="use full",
             )
         else:
-            _recompute_mlp(mlp)
+            if not tiled:
+                _recompute_mlp(mlp)
             RebuiltNorms(layer)
 
 
-def _mlp(layer: nn.Module) -> nn.Module | None:
+def mlp_of(layer: nn.Module) -> nn.Module | None:
     """The layer's MLP or block of experts: its one child beside attention and recurrence with children of its own."""
     inner = [
         child
@@ -137,8 +144,8 @@ class LastProduct:
 
 
 def _ends_in(mlp: Any) -> Any:
-    """The module that computes the last product and can skip it: a fused MLP, or the base under a plain adapter."""
-    if isinstance(mlp, FusedMlp) and "mlp" in mlp.fused_projections:
+    """The module that computes the last product and can skip it: a fused or tiled MLP, or the base under an adapter."""
+    if isinstance(mlp.forward, TiledMlp) or (isinstance(mlp, FusedMlp) and "mlp" in mlp.fused_projections):
         return mlp
     if not any(kind.__module__.startswith("transformers.models.") for kind in type(mlp).__mro__):
         return None

@@ -43,7 +43,8 @@ def build_engine(
         module.exchange = HeadExchange(context_group(config.engine.context_parallel))
     config = config.model_copy(update={"engine": resolve_auto(config.engine, world_size())})
     if config.engine.activation_checkpointing not in ("none", "auto"):
-        checkpoint_layers(layers, config.engine.activation_checkpointing, device)
+        tokens = config.batch.micro_batch * config.data.seq_len // config.engine.context_parallel
+        checkpoint_layers(layers, config.engine.activation_checkpointing, device, tokens)
     if config.engine.kind == "single":
         from dist_cpt.engines.single import SingleEngine
 

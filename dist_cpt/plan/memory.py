@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from dist_cpt.plan.recomputation import Policy, kept_bytes, working_bytes
+from dist_cpt.plan.recomputation import Policy, kept_bytes, spared_by_tiles, working_bytes
 from dist_cpt.plan.tensors import EIGHT_BIT_GROUPS, Frozen, Trained, Training
 from dist_cpt.plan.widths import LayerWidths
 
@@ -98,7 +98,8 @@ def peak_memory(training: Training, placement: Placement, state: StateBytes, ste
         optimizer=state.optimizer,
         gradients=gradient_bytes(training, placement, step.accumulation),
         gathered=_gathered(training, placement) + _dequantised(training, tokens),
-        activations=tokens * activation_bytes_per_token(training, widths, step.recompute),
+        activations=tokens * activation_bytes_per_token(training, widths, step.recompute)
+        - spared_by_tiles(widths, training, step.recompute, tokens),
         loss=_loss(training, tokens),
     )
 

@@ -15,6 +15,7 @@ from dist_cpt.plan.tensors import Training
 from dist_cpt.plan.widths import LayerWidths, Maps
 
 Policy = Literal["none", "selective", "full", "offload"]
+TILE_TOKENS = 8192  # of an MLP at a time, where it recomputes: products of as many rows run at full speed
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
@@ -58,6 +59,15 @@ def working_bytes(layers: list[LayerWidths], training: Training, policy: Policy)
         return gradients + whole - min(kept_bytes(layer, training, "selective") for layer in layers)
     # offload: two inputs are on their way to the host, or back
     return gradients + whole + (2 * training.shapes.hidden_size * size if policy == "offload" else 0)
+
+
+def spared_by_tiles(layers: list[LayerWidths], training: Training, policy: Policy, tokens: int) -> int:
+    """Bytes of `working_bytes` for a forward of `tokens` that MLPs in tiles never have at once; experts have none."""
+    if policy == "none" or tokens <= TILE_TOKENS or training.shapes.num_experts > 1:
+        return 0
+    inner = 1 if training.shapes.fused else 3  # gradient of the product; unfused also the activation and the product
+    per_token = min(layer.up + inner * layer.ffn for layer in layers) * training.compute_bytes
+    return (tokens - TILE_TOKENS) * per_token
 
 
 def host_bytes(training: Training, policy: Policy) -> int:

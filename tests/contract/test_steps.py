@@ -186,3 +186,29 @@ def test_a_closed_engine_leaves_torch_as_it_was(pool: Any, base: Any) -> None:
     """Stage 3 replaces `torch.nn.functional.linear`, under which another engine's recomputation would fail."""
     modules = pool(2).run("tests.contract.cases:linear_after", base=base("lora"), engine=ENGINES["zero-3"])
     assert modules == ["torch._C._nn"] * 2
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "variant"),
+    grid(("fsdp-full", 2, "lora"), ("zero-3", 2, "lora"), variants=("lora", "full")),
+)
+@pytest.mark.parametrize("policy", ["full", pytest.param("selective", marks=pytest.mark.matrix)])
+def test_mlps_in_tiles_train_as_whole_ones(
+    engine: str, ranks: int, variant: str, policy: str, pool: Any, base: Any
+) -> None:
+    """fp32, up to the order of sums; weights are gathered and gradients reduced once, not once per tile."""
+    (whole, state, calls), (tiled, tiled_state, tiled_calls) = pool(ranks).run(
+        "tests.contract.cases:in_tiles",
+        base=base(variant),
+        engine=ENGINES[engine] | {"activation_checkpointing": policy},
+        variant=variant,
+    )[0]
+    assert tiled == pytest.approx(whole, rel=1e-5)
+    for name, tensor in tiled_state.items():
+        if not name.startswith("exp_avg_sq"):
+            assert torch.linalg.norm(tensor - state[name]) <= 3e-5 * torch.linalg.norm(state[name]), name
+    gathers = [name for name in calls if "allgather" in name]
+    assert sum(tiled_calls[name] for name in gathers) <= sum(calls[name] for name in gathers)
+    assert {name: n for name, n in tiled_calls.items() if name not in gathers} == {
+        name: n for name, n in calls.items() if name not in gathers
+    }

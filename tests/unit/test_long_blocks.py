@@ -15,8 +15,10 @@ from dist_cpt.data.batch import IGNORE_INDEX, Batch
 from dist_cpt.data.loader import BlockLoader
 from dist_cpt.data.prepared import Prepared, PreparedSource
 from dist_cpt.data.store import StoreWriter, TokenStore
+from dist_cpt.engines.activation_checkpoint import checkpoint_layers
 from dist_cpt.model.attention import choose, install
 from dist_cpt.model.loss import CausalLMForLoss, PositionLosses, install_loss_head
+from dist_cpt.plan.recomputation import TILE_TOKENS, Policy
 from dist_cpt.train.tasks import log_likelihoods
 
 LONG = 2**20
@@ -46,9 +48,9 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def small_model() -> CausalLMForLoss:
+def small_model(**changes: int) -> CausalLMForLoss:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1} | changes
     model = LlamaForCausalLM(LlamaConfig(vocab_size=V, num_hidden_layers=1, max_position_embeddings=LONG, **sizes))
     install_loss_head(model.lm_head, model.config, use_reference=False)
     install(model, choice := choose(torch.device("cpu"), model.config))
@@ -153,3 +155,26 @@ def test_the_likelihood_of_an_answer_is_that_of_its_tokens_after_the_question() 
             logits = torch.nn.functional.linear(hidden[0], model.loss_head.weight).log_softmax(-1)
         expected = sum(float(logits[length - len(answer) + n, token]) for n, token in enumerate(answer))
         assert value == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_no_tensor_of_a_long_block_is_tokens_by_ffn(policy: Policy, tmp_path: Path) -> None:
+    """F = 16 D: with MLPs in tiles the largest tensor of forward and backward is one of a tile, or [L, D]."""
+    length, tile, wide = 2**15, TILE_TOKENS, 256
+    batch = block(tmp_path, [1024] * (length // 1024), length)
+    ids, labels = batch.input_ids % V, torch.where(batch.labels == IGNORE_INDEX, IGNORE_INDEX, batch.labels % V)
+    found = {}
+    for tokens in (0, length):
+        model = small_model(intermediate_size=wide)
+        checkpoint_layers(model.hf_model.model.layers, policy, torch.device("cpu"), tokens)
+        with Largest() as largest:
+            scaled, loss = model(
+                ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, labels, 1.0 / batch.num_targets
+            )
+            scaled.backward()
+        found[tokens] = largest.elements, {name: p.grad for name, p in model.named_parameters()}, float(loss)
+    (whole, gradients, loss), (tiled, by_tile, loss_by_tile) = found[0], found[length]
+    assert (whole, tiled) == (length * wide, tile * wide)
+    assert loss_by_tile == pytest.approx(loss, rel=1e-6)
+    for name, expected in gradients.items():
+        assert float((by_tile[name] - expected).abs().max()) <= 1e-5 * float(expected.abs().max()), name

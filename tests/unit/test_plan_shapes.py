@@ -14,8 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from dist_cpt.adapters.language_model import recurrent_mixers
 from dist_cpt.config.load import build
+from dist_cpt.engines.activation_checkpoint import mlp_of
+from dist_cpt.engines.tiled_mlp import can_be_tiled
 from dist_cpt.errors import ConfigError
-from dist_cpt.model.architectures import FUSABLE
+from dist_cpt.model.architectures import FUSABLE, parts_of
 from dist_cpt.plan.families import FAMILIES, RECURRENT_LAYERS
 from dist_cpt.plan.model_check import check_model
 from dist_cpt.plan.shapes import ModelShapes, read_config, shapes_of
@@ -175,6 +177,14 @@ def test_absent_keys_have_transformers_defaults(kind):
     layers = {"n_layer" if "n_layer" in FAMILIES[kind].defaults else "num_hidden_layers": 2}
     model, _ = built(kind, layers)
     require_equal(shapes_of({"model_type": kind} | layers), model)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_the_plan_counts_in_tiles_computes_in_tiles(kind):
+    """Every MLP, and no block of experts, whose tokens share a router."""
+    model, config = built(kind, known(kind, SIZES))
+    mlps = [mlp_of(layer) for layer in parts_of(model).layers]
+    assert all(mlp is not None and can_be_tiled(mlp) for mlp in mlps) == (shapes_of(config).num_experts == 1)
 
 
 def test_the_table_is_wide_and_knows_what_is_fused():

@@ -23,7 +23,7 @@ from dist_cpt.plan.memory import (
     peak_memory,
     state_bytes,
 )
-from dist_cpt.plan.recomputation import POLICIES
+from dist_cpt.plan.recomputation import POLICIES, TILE_TOKENS, spared_by_tiles
 from dist_cpt.plan.shapes import shapes_of
 from dist_cpt.plan.step_model import Assumptions, StepTime, communication, step_time, token_work
 from dist_cpt.plan.tensors import Training, training_of
@@ -165,16 +165,28 @@ def test_activations():
     ],
 )
 def test_tokens_that_80_gb_hold(options, recompute, thousands):
-    """The review states bytes per token, and not what else lies on the card."""
+    """The review states bytes per token, without tiles and without what else lies on the card."""
     trained = training(**options)
     state = state_bytes(trained, SINGLE)
 
     def used(tokens: int) -> int:
-        return peak_memory(trained, SINGLE, state, RankStep(tokens, 1, 8, recompute)).total
+        in_tiles = peak_memory(trained, SINGLE, state, RankStep(tokens, 1, 8, recompute)).total
+        return in_tiles + spared_by_tiles(trained.widths, trained, recompute, tokens)
 
     empty, full = used(50_000), used(150_000)
     tokens = 50_000 + (80e9 - empty) / ((full - empty) / 100_000)
     assert tokens / 1e3 == pytest.approx(thousands, rel=0.06)
+
+
+def test_tiles_spare_gate_up_and_the_gradient_of_their_product_beyond_the_first():
+    trained = training()
+    tokens = TILE_TOKENS + 10_000
+    spared = [spared_by_tiles(trained.widths, trained, policy, tokens) for policy in POLICIES]
+    assert spared == [0, *[10_000 * 3 * 14336 * 2] * 3]
+    assert spared_by_tiles(trained.widths, trained, "full", TILE_TOKENS) == 0
+    whole = tokens * activation_bytes_per_token(trained, trained.widths, "full")
+    in_tiles = peak_memory(trained, SINGLE, state_bytes(trained, SINGLE), RankStep(tokens, 1, 1, "full"))
+    assert in_tiles.activations == whole - spared[2]
 
 
 def test_sharding_only_what_trains_fits_without_recomputation():
