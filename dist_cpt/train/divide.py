@@ -8,6 +8,7 @@ The division is a pure function of the block borders: every rank finds it by its
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -80,13 +81,13 @@ def divide(costs: Sequence[int], num_groups: int, micro_batch: int) -> list[list
     forwards = []
     for first in range(0, len(costs), per_forward):
         blocks: list[list[int]] = [[] for _ in range(num_groups)]
-        here = [0] * num_groups
+        free = sorted((0, total[group], group) for group in range(num_groups))  # (in this forward, in the step, group)
         for number in order[first : first + per_forward]:
-            free = [group for group in range(num_groups) if len(blocks[group]) < micro_batch]
-            group = min(free, key=lambda g: (here[g], total[g], g))
+            here, _, group = heapq.heappop(free)
             blocks[group].append(number)
-            here[group] += costs[number]
             total[group] += costs[number]
+            if len(blocks[group]) < micro_batch:
+                heapq.heappush(free, (here + costs[number], total[group], group))
         forwards.append([sorted(numbers) for numbers in blocks])
     return forwards
 
