@@ -15,7 +15,7 @@ from tests.whole_run import rows, train
 
 STEPS = 12
 # (engine, ranks, ranks per sequence, the step before which the attempt is asked to stop)
-SHORT = (("fsdp-full", 2, 2, 4), ("single", 1, 1, None))
+SHORT = (("fsdp-full", 2, 2, 4), ("zero-2", 2, 1, 8), ("single", 1, 1, None))
 LONG = (("zero-3", 2, 2, 4), ("single", 1, 1, 7), ("fsdp-hybrid", 4, 4, 10), ("zero-2", 4, 2, None))
 
 
@@ -80,6 +80,8 @@ def test_a_run_moves_between_cuts(attempts, made: tuple[Path, Path], tmp_path: P
     ours, alone = (rows(folder / "metrics.jsonl") for folder in (run, tmp_path / "alone/tiny"))
     assert len(ours) == STEPS
     for mine, other in zip(ours, alone, strict=True):
+        _, ranks, parts, _ = attempts[mine["attempt"]]
+        assert (mine.get("attention_max_over_mean", 0.0) >= 1.0) == (ranks > parts)  # blocks shared out over groups
         for exact in ("step", "position", "num_tokens", "tokens_by_source", "lr"):
             assert mine[exact] == other[exact]
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
