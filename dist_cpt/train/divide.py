@@ -17,6 +17,7 @@ from dist_cpt.config.resolve import StepShape
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.data.stream_loader import Loader
 from dist_cpt.errors import ConfigError
+from dist_cpt.plan.families import ATTENTION_LAYERS
 from dist_cpt.plan.plan import model_config
 from dist_cpt.plan.shapes import shapes_of
 
@@ -47,15 +48,17 @@ class Division:
             return divide([0] * len(numbers), 1, self._shape.micro_batch), None
         costs = [attended(self._loader.document_lengths(start + number), self._windows) for number in numbers]
         forwards = divide(costs, self._num_groups, self._shape.micro_batch)
-        return forwards, max_over_mean(costs, forwards)
+        return forwards, max_over_mean(costs, forwards) if any(costs) else None  # no layer attends
 
 
 def layer_windows(config: RunConfig) -> Windows:
     """Of the recipe's model; of one without a table of shapes as if every layer attended to all."""
     try:
-        return Counter(shapes_of(model_config(config)).windows)
+        shapes = shapes_of(model_config(config))
     except ConfigError:
         return {None: 1}
+    layers = zip(shapes.layer_types, shapes.windows, strict=True)
+    return Counter(window for kind, window in layers if kind in (*ATTENTION_LAYERS, "hybrid"))
 
 
 def attended(lengths: Sequence[int], windows: Windows) -> int:

@@ -99,3 +99,8 @@ def test_windows_are_those_of_the_model_and_all_see_all_where_it_is_unknown() ->
     values["data"]["tokenizer"] = "t"
     assert layer_windows(build(values, "x")) == {64: 2, None: 2}
     assert layer_windows(config()) == {None: 1}  # no such folder
+    values["model"]["config"] = gemma | {
+        "model_type": "lfm2",
+        "layer_types": ["conv", "full_attention", "conv", "conv"],
+    }
+    assert layer_windows(build(values, "x")) == {None: 1}  # one of its layers attends

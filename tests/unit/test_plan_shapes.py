@@ -18,11 +18,13 @@ from dist_cpt.engines.activation_checkpoint import mlp_of
 from dist_cpt.engines.tiled_mlp import can_be_tiled
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import FUSABLE, parts_of
+from dist_cpt.model.recurrence import install_recurrence
 from dist_cpt.plan.families import FAMILIES, RECURRENT_LAYERS
 from dist_cpt.plan.model_check import check_model
 from dist_cpt.plan.shapes import ModelShapes, read_config, shapes_of
 from dist_cpt.plan.step_model import token_work
 from dist_cpt.plan.tensors import training_of
+from dist_cpt.plan.widths import layer_widths
 from tests import tiny
 from tests.contract.model import recipe as contract_recipe
 from tests.plan_cases import recipe
@@ -181,10 +183,13 @@ def test_absent_keys_have_transformers_defaults(kind):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_what_the_plan_counts_in_tiles_computes_in_tiles(kind):
-    """Every MLP, and no block of experts, whose tokens share a router."""
+    """Every MLP where each layer has one, and no block of experts, whose tokens share a router."""
     model, config = built(kind, known(kind, SIZES))
+    shapes = shapes_of(config)
+    counted = shapes.num_experts == 1 and all(layer.up for layer in layer_widths(shapes, ()))
+    install_recurrence(parts_of(model).decoder)
     mlps = [mlp_of(layer) for layer in parts_of(model).layers]
-    assert all(mlp is not None and can_be_tiled(mlp) for mlp in mlps) == (shapes_of(config).num_experts == 1)
+    assert all(mlp is not None and can_be_tiled(mlp) for mlp in mlps) == counted
 
 
 def test_the_table_is_wide_and_knows_what_is_fused():
