@@ -22,6 +22,7 @@ _MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size":
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": "auto", "mamba_d_state": 8, "mamba_chunk_size": 8, "mamba_n_groups": 2}
 KINDS: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": _MIXTURE | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "qwen3_next": _DELTA_NET | _MIXTURE | {"shared_expert_intermediate_size": 24},
     "qwen3_5_text": _DELTA_NET,
     "qwen3_5_moe_text": _DELTA_NET | _MIXTURE | {"shared_expert_intermediate_size": 24},
@@ -44,6 +45,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "chunk_size": 8,
     },
 }
+REQUIRED = {"lfm2_moe": {"layer_types": ["conv", "full_attention"]}}  # settings without a default
 
 
 def write_hybrid(folder: Path, kind: str) -> Path:

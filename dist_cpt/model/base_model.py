@@ -220,11 +220,12 @@ def with_vocabulary_size(config: RunConfig, num_token_ids: int) -> RunConfig:
 
 def describe(hf_config: Any) -> dict[str, Any]:
     """The part of a base's identity that its configuration determines."""
+    values = {key: value for key, value in hf_config.to_diff_dict().items() if key != "quantization_config"}
     return {
         "model_type": hf_config.model_type,
         "architectures": list(hf_config.architectures or []),
         "vocab_size": hf_config.get_text_config().vocab_size,
-        "config": {key: value for key, value in hf_config.to_diff_dict().items() if key != "quantization_config"},
+        "config": json.loads(json.dumps(values), parse_constant=str),  # as a manifest has it: inf is a word
     }
 
 

@@ -185,6 +185,19 @@ _QWEN_EXPERTS = (
     *_gated("S", "mlp.shared_expert"),
     _linear("mlp.shared_expert_gate", "1", "D"),
 )
+_LFM2 = _norms("operator_norm", "ffn_norm")
+_LFM2_MLP = (*(_linear(f"feed_forward.{x}", "F", "D") for x in ("w1", "w3")), _linear("feed_forward.w2", "D", "F"))
+_LFM2_MIXERS = {
+    "full_attention": (
+        *_attention(output="out_proj"),
+        *_norms("self_attn.q_layernorm", "self_attn.k_layernorm", dim="N"),
+    ),
+    "conv": (
+        _linear("conv.in_proj", "D+D+D", "D", "conv_bias"),
+        Part("conv.conv.weight", ("D", "1", "t"), "recurrence", "conv_bias"),
+        _linear("conv.out_proj", "D", "D", "conv_bias"),
+    ),
+}
 _MAMBA_SIZES = {
     "mamba_n_heads": 128,
     "mamba_n_groups": 1,
@@ -363,24 +376,21 @@ FAMILIES: Mapping[str, Family] = {
         ),
     ),
     "lfm2": Family(
-        _norms("operator_norm", "ffn_norm"),
+        _LFM2,
         _sizes(2560, 12288, 32, 32, 8, None, 65536, conv_L_cache=3, **_TIED)
         | {"block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 256},
-        mixers={
-            "full_attention": (
-                *_attention(output="out_proj"),
-                *_norms("self_attn.q_layernorm", "self_attn.k_layernorm", dim="N"),
-            ),
-            "conv": (
-                _linear("conv.in_proj", "D+D+D", "D", "conv_bias"),
-                Part("conv.conv.weight", ("D", "1", "t"), "recurrence", "conv_bias"),
-                _linear("conv.out_proj", "D", "D", "conv_bias"),
-            ),
-        },
-        mlp=(
-            *(_linear(f"feed_forward.{name}", "F", "D") for name in ("w1", "w3")),
-            _linear("feed_forward.w2", "D", "F"),
-        ),
+        mixers=_LFM2_MIXERS,
+        mlp=_LFM2_MLP,
+        norm=_norms("embedding_norm"),
+    ),
+    "lfm2_moe": Family(
+        _LFM2,
+        _sizes(2048, 7168, 32, 32, 8, None, 65536, conv_L_cache=3, first_k_dense_replace=2, **_TIED)
+        | {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 1792},
+        mixers=_LFM2_MIXERS,
+        mlp=_LFM2_MLP,
+        sparse=_experts("M", "feed_forward"),
+        sparse_from="first_k_dense_replace",
         norm=_norms("embedding_norm"),
     ),
     "qwen3_next": Family(

@@ -27,6 +27,7 @@ _ALIASES = {  # names of older configurations -> transformers' own
     "n_positions": "max_position_embeddings",
     "layers_block_type": "layer_types",
     "block_ff_dim": "intermediate_size",
+    "num_dense_layers": "first_k_dense_replace",
     "full_attn_idxs": "attn_layer_indices",
     "mamba_num_heads": "mamba_n_heads",
     "mamba_head_dim": "mamba_d_head",

@@ -21,6 +21,7 @@ from dist_cpt.plan.families import FAMILIES
 from dist_cpt.plan.model_check import NEUTRAL, as_text, check_model
 from tests.command import command
 from tests.plan_cases import model_folder
+from tests.tiny_hybrids import REQUIRED
 
 LAYERS = 2
 SMALL = {
@@ -53,7 +54,7 @@ OTHERS = {"logits_soft_cap": 20.0}
 def built(kind: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
     """(transformers' model of two layers on the meta device, its config.json)."""
     layers = {"n_layer" if kind == "gpt2" else "num_hidden_layers": LAYERS}
-    config = CONFIG_MAPPING[kind](**layers, **changes)
+    config = CONFIG_MAPPING[kind](**layers, **REQUIRED.get(kind, {}), **changes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return model, json.loads(config.to_json_string(use_diff=False)) | {"model_type": kind}
@@ -100,7 +101,8 @@ def test_it_refuses_settings_that_a_run_refuses(kind):
 def test_packing_passes_the_check_that_a_run_makes(kind):
     """The check that a run makes of an untested architecture, on a model of a few thousand weights."""
     keys = CONFIG_MAPPING[kind]().to_dict()
-    config = CONFIG_MAPPING[kind](**{key: value for key, value in SMALL.items() if key in keys})
+    sizes = SMALL | REQUIRED.get(kind, {})
+    config = CONFIG_MAPPING[kind](**{key: value for key, value in sizes.items() if key in keys})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     head = parts_of(model).head

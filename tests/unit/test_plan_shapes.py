@@ -28,6 +28,7 @@ from dist_cpt.plan.widths import layer_widths
 from tests import tiny
 from tests.contract.model import recipe as contract_recipe
 from tests.plan_cases import recipe
+from tests.tiny_hybrids import REQUIRED
 
 LAYERS = 4
 SIZES = {
@@ -78,6 +79,7 @@ SIZES = {
     "conv_L_cache": 5,
     "shared_intermediate_size": 56,
     "moe_shared_expert_intermediate_size": 88,
+    "num_dense_layers": 1,
 }
 SWITCHES = (
     *("attention_bias", "mlp_bias", "use_bias", "qkv_bias", "attention_out_bias", "use_qk_norm", "use_post_norm"),
@@ -88,6 +90,7 @@ SWITCHES = (
 
 def built(kind: str, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """(transformers' model on the meta device, the content of the config.json that it would write)."""
+    values = REQUIRED.get(kind, {}) | values
     config = CONFIG_MAPPING[kind](**values)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -97,7 +100,8 @@ def built(kind: str, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 def known(kind: str, values: dict[str, Any]) -> dict[str, Any]:
     """Those of `values` that the configuration of `kind` has."""
     keys = CONFIG_MAPPING[kind]().to_dict()
-    return {key: value for key, value in values.items() if key in keys}
+    layers = {key: value * (LAYERS // 2) for key, value in REQUIRED.get(kind, {}).items()}
+    return layers | {key: value for key, value in values.items() if key in keys}
 
 
 def require_equal(shapes: ModelShapes, model: Any) -> None:
@@ -141,7 +145,7 @@ def test_a_recurrence_is_its_layers_and_its_state(kind):
     assert shapes.layer_types == tuple(model.config.layer_types)
     assert sum(layer in RECURRENT_LAYERS for layer in shapes.layer_types) == len(mixers)
     mamba = {"falcon_h1": 96, "nemotron_h": 8 * 6}.get(kind, 2 * 64) * 10
-    assert shapes.state_elements == (4 * 12 * 20 if kind.startswith("qwen3") else 0 if kind == "lfm2" else mamba)
+    assert shapes.state_elements == (4 * 12 * 20 if kind.startswith("qwen3") else 0 if "lfm2" in kind else mamba)
 
 
 def test_a_recurrence_costs_three_products_with_its_state_and_attention_those_with_its_keys():
@@ -178,7 +182,7 @@ def test_layer_types_are_read_from_older_files(kind, values):
 def test_absent_keys_have_transformers_defaults(kind):
     layers = {"n_layer" if "n_layer" in FAMILIES[kind].defaults else "num_hidden_layers": 2}
     model, _ = built(kind, layers)
-    require_equal(shapes_of({"model_type": kind} | layers), model)
+    require_equal(shapes_of({"model_type": kind} | layers | REQUIRED.get(kind, {})), model)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
