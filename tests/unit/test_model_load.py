@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -11,9 +13,10 @@ from dist_cpt.config.load import build
 from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import check_config
-from dist_cpt.model.base_model import build_config, load_base, with_vocabulary_size
+from dist_cpt.model.base_model import build_config, describe, load_base, with_vocabulary_size
 from dist_cpt.model.load import load_model
 from dist_cpt.model.loss import LossHead
+from dist_cpt.run_folder.json_files import canonical_json
 from dist_cpt.runtime.liveness import listen
 
 CPU = torch.device("cpu")
@@ -293,6 +296,15 @@ def test_a_config_that_loss_or_packing_would_compute_wrong_is_refused(model_type
 
     with pytest.raises(ConfigError, match=f"model type {model_type}: "):
         check_config(AutoConfig.for_model(model_type, **values))
+
+
+@pytest.mark.parametrize("kind", ["bamba", "llama"])
+def test_the_description_of_a_base_is_what_a_manifest_gives_back(kind):
+    """Mamba's time step has an upper limit of infinity, for which JSON has no number."""
+    from transformers import AutoConfig
+
+    described = describe(AutoConfig.for_model(kind, num_labels=3))
+    assert json.loads(canonical_json(described)) == described
 
 
 UNTESTED = {key: value for key, value in LLAMA.items() if key != "model_type"}
