@@ -258,6 +258,7 @@ _STREAMING = is_("data.streaming", True)
 _QUANTISED = is_("model.weights", "fp8", "nf4", "int8")
 _SCRATCH = given("model.config")
 _FULL = is_("adapter.kind", "none")
+_OFFLOADED_BASE = is_("engine.offload", "base", "both")
 _LORA = is_("adapter.kind", "lora")
 _DORA = is_("adapter.dora", True)
 _PISSA = is_("adapter.init", "pissa")
@@ -487,6 +488,17 @@ EXCLUSIONS = (
               "use engine.kind: fsdp, or leave engine.reshard_after_forward out"),
     Exclusion((is_("engine.reduce", "step"), is_not("engine.kind", "fsdp")),
               "only FSDP can put off the sum of gradients", "use engine.kind: fsdp, or leave engine.reduce out"),
+    Exclusion((_OFFLOADED_BASE, _FULL),
+              "nothing is frozen", "use engine.offload: optimizer"),
+    Exclusion((_OFFLOADED_BASE, either(is_("engine.kind", "single"), is_("engine.shard", "trainable"),
+                                       is_("engine.stage", 1, 2))),
+              "this engine keeps the base whole on the device",
+              "use engine: {kind: fsdp, shard: full}, which runs on one rank too, or {kind: zero, stage: 3}"),
+    Exclusion((is_("engine.offload", "optimizer"), is_("engine.stage", 1, 2)),
+              "deepspeed then sums the micro-batches in bf16", "use stage: 3, or engine.kind: fsdp"),
+    Exclusion((_OFFLOADED_BASE, is_("engine.reshard_after_forward", False)),
+              "the whole base would be on the device from forward to backward",
+              "leave engine.reshard_after_forward out"),
     Exclusion((given("engine.context_parallel"), is_("engine.kind", "single")),
               "a single rank has nobody to share a sequence with", "use engine.kind: fsdp or zero"),
     Exclusion((when("`data.seq_len` not a multiple of `engine.context_parallel`",

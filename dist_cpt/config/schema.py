@@ -511,6 +511,9 @@ class EngineConfig(Frozen):
     reduce: Literal["micro_batch", "step"] = "micro_batch"
     """When FSDP sums gradients over the ranks: after each `micro_batch`, or once per `step`, which sends less and keeps
     4 bytes per trainable element on every rank."""
+    offload: Literal["none", "base", "optimizer", "both"] = "none"
+    """What waits in host memory: the frozen `base`, which is fetched layer by layer, the `optimizer` (fp32 masters and
+    moments, updated there), or `both`. `kind: auto` takes it if nothing else fits by the plan."""
     activation_checkpointing: Literal["none", "selective", "full", "offload", "auto"] = "none"
     """What backward computes again instead of keeping it: `selective` the MLP's first maps and the norms, `full` each
     decoder layer from its input, `offload` the same with the inputs in host memory; `auto` takes the fastest that fits
@@ -520,6 +523,10 @@ class EngineConfig(Frozen):
     @classmethod
     def _bare_word(cls, value: Any) -> Any:
         return {"kind": value} if isinstance(value, str) else value
+
+    def offloads(self, part: Literal["base", "optimizer"]) -> bool:
+        """Whether `part` waits in host memory."""
+        return self.offload in (part, "both")
 
 
 class CheckpointConfig(Frozen):

@@ -77,10 +77,10 @@ def send_rows(target: torch.Tensor, rows: Rows, owner: int, value: torch.Tensor 
         assert value is not None
         target.copy_(value)
         return
-    received = torch.empty((rows.per_shard, *rows.shape[1:]), dtype=rows.dtype, device=target.device)
+    received = torch.empty((rows.per_shard, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
     parts = None
     if value is not None:
-        value = value.to(target.device).contiguous()
+        value = value.to(rows.device).contiguous()
         shards = [_padded(part, received) for part in value.split(rows.per_shard)]
         shards += [received] * (max(rows.shard_of_rank) + 1 - len(shards))  # without a row: anything is sent
         parts = [as_bytes(shards[shard]) for shard in rows.shard_of_rank]
@@ -94,6 +94,7 @@ class Rows:
 
     shape: torch.Size
     dtype: torch.dtype  # in which it is sent
+    device: torch.device  # from which, also to a shard in host memory
     shard_of_rank: list[int]
 
     @property

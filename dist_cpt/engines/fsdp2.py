@@ -72,9 +72,10 @@ class Fsdp2Engine:
             _put_on_meta(module)
         self._units = _shard(module, layers, mesh, config, device)
         self._module = module.train()
+        if unread is not None or engine.offload != "none":
+            _place(module, self._units, engine, device)
         if unread is not None:
-            module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
-            fill(unread, module, _receiver(unread, module, mesh))
+            fill(unread, module, _receiver(unread, module, mesh, device))
         # Sharding replaces the parameters, so they are looked up again by path.
         self._parameters = {name: module.get_parameter(path) for name, path in paths.items()}
         shards = {name: _local(parameter) for name, parameter in self._parameters.items()}
@@ -108,8 +109,8 @@ class Fsdp2Engine:
         grads = {name: self._grad(name) for name in self._parameters}
         present = [grad for grad in grads.values() if grad is not None]
         limits = {"max_norm": self._max_norm, "spike_limit": spike_limit}
-        means, norm, clip = judge(self._loss, present, **limits, replicas=self._replicas)
-        masters = self._adam.masters
+        means, norm, judged = judge(self._loss, present, **limits, replicas=self._replicas)
+        masters, clip = self._adam.masters, judged.to(self._adam.steps.device)
         parts = [
             Part(
                 group.names,
@@ -122,7 +123,7 @@ class Fsdp2Engine:
         self._adam.update(parts, clip)
         self._adam.steps += 1 - clip.skip
         self._drop_gradients()
-        return LateStats(means, norm, clip.skip)
+        return LateStats(means, norm, judged.skip)
 
     def import_state(self, read: ReadState, step: int, order: ReadingOrder | None = None) -> None:
         self._state.import_(read, order)
@@ -214,13 +215,37 @@ def _put_on_meta(module: nn.Module) -> None:
                 setattr(part, name, made[parameter])
 
 
-def _receiver(unread: UnreadBase, module: nn.Module, mesh: DeviceMesh) -> Receive:
+def _place(module: nn.Module, units: Sequence[FSDPModule], engine: EngineConfig, device: torch.device) -> None:
+    """Give shards on the meta device memory, and move those that `engine.offload` names to the host.
+
+    torch's CPUOffloadPolicy is for all parameters of a unit; a layer has frozen and trainable ones. Each follows its own
+    copy of the policy's two attributes.
+    """
+    on_host = {part == "optimizer": engine.offloads(part) for part in ("base", "optimizer")}  # by requires_grad
+    for unit in units:
+        for group in unit._get_fsdp_state()._fsdp_param_groups:
+            for parameter in group.fsdp_params:
+                shard = parameter.sharded_param
+                parameter.offload_to_cpu = on_host[shard.requires_grad]
+                parameter.pin_memory = parameter.offload_to_cpu and device.type == "cuda"
+                if parameter.offload_to_cpu and not shard.is_meta:
+                    shard._local_tensor = shard._local_tensor.cpu()
+
+    def with_memory(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_meta:
+            return tensor
+        return torch.empty_like(tensor, device="cpu" if on_host[tensor.requires_grad] else device)
+
+    module._apply(with_memory)  # and each unit pins what is on the host
+
+
+def _receiver(unread: UnreadBase, module: nn.Module, mesh: DeviceMesh, device: torch.device) -> Receive:
     """Fills this rank's shard of a parameter."""
     shard_of_rank = gather_json(mesh.get_local_rank(mesh.ndim - 1))
 
     def receive(path: str, owner: int, value: torch.Tensor | None) -> None:
         parameter = module.get_parameter(path)
-        rows = Rows(parameter.shape, unread.sources[path].dtype, shard_of_rank)
+        rows = Rows(parameter.shape, unread.sources[path].dtype, device, shard_of_rank)
         send_rows(_local(parameter), rows, owner, value)
 
     return receive

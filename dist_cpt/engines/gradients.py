@@ -62,7 +62,7 @@ def judge(
     is skipped on every rank if loss or norm is not finite, or the loss above `spike_limit`.
     """
     own = step_loss.take()
-    squares = _sum_of_squares(grads).view(1) if grads else torch.zeros_like(own[:1])
+    squares = _sum_of_squares(grads).view(1).to(own.device) if grads else torch.zeros_like(own[:1])
     sums = torch.cat([squares, own])
     if world_size() > 1:
         dist.all_reduce(sums)

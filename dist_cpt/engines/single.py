@@ -47,13 +47,16 @@ class SingleEngine:
         self._groups = list(groups)
         self._max_norm = config.optim.max_grad_norm
         self._parameters = {name: trainable[name] for group in groups for name in group.names}
-        # In fp32 the master and the compute copy are the same tensor.
+        # In fp32 the master and the compute copy are the same tensor, unless the master is in host memory.
         masters = {name: p.data for name, p in self._parameters.items()}
+        if config.engine.offloads("optimizer"):
+            masters = {name: torch.empty_like(master, device="cpu").copy_(master) for name, master in masters.items()}
         self._adam = AdamW(masters, config.optim, eight_bit_names(groups, config.optim), config.model.kernels)
         self._copies: dict[str, torch.Tensor] | None = None
-        if config.model.compute_dtype == "bf16":
+        if config.model.compute_dtype == "bf16" or config.engine.offloads("optimizer"):
+            dtype = torch.bfloat16 if config.model.compute_dtype == "bf16" else torch.float32
             for parameter in self._parameters.values():
-                parameter.data = parameter.data.to(torch.bfloat16)
+                parameter.data = parameter.data.to(dtype)
             self._copies = {name: parameter.data for name, parameter in self._parameters.items()}
         self._grads: dict[str, torch.Tensor] = {}
         self._loss = StepLoss(module.routing)
@@ -78,7 +81,8 @@ class SingleEngine:
 
     def step(self, lrs: Mapping[str, float], spike_limit: float = math.inf) -> LateStats:
         grads = list(self._grads.values())
-        means, norm, clip = judge(self._loss, grads, max_norm=self._max_norm, spike_limit=spike_limit)
+        means, norm, judged = judge(self._loss, grads, max_norm=self._max_norm, spike_limit=spike_limit)
+        clip = judged.to(self._adam.steps.device)
         parts = [
             Part(group.names, [self._gradient(name) for name in group.names], lrs[group.name], group.weight_decay)
             for group in self._groups
@@ -86,7 +90,7 @@ class SingleEngine:
         self._adam.update(parts, clip, self._copies)
         self._adam.steps += 1 - clip.skip
         self._grads.clear()
-        return LateStats(means, norm, clip.skip)
+        return LateStats(means, norm, judged.skip)
 
     def import_state(self, read: ReadState, step: int, order: ReadingOrder | None = None) -> None:
         self._state.import_(read, order)

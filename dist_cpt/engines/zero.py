@@ -10,6 +10,7 @@ The private names below are those of deepspeed 0.19.8, which is checked. What ma
 - Stage 1 in bf16 with fp32 accumulation is another class (BF16_Optimizer) with other names.
 - It divides gradients by the ranks, and by the micro-batches if it may: the loss is multiplied by the ranks and passed
   as a new tensor, with that scaling off.
+- Stages 1 and 2 sum micro-batches in bf16 as soon as the optimizer is in host memory, so only stage 3 offloads here.
 - Every class takes one gradient norm over all ranks and reads it on the host: if it is not finite, all skip before the
   optimizer. A step whose loss is bad gets a NaN into its gradient, on the device.
 """
@@ -152,7 +153,7 @@ class ZeroEngine:
         if dist.get_rank() == 0:  # whose part of the first tensor has no padding, in which a NaN would remain
             # A non-finite gradient is deepspeed's own way to drop a step, its bookkeeping included.
             first = self._layout.first_gradient().view(-1)[:1]
-            first.copy_(torch.where(is_bad(loss, spike_limit), math.nan, first))
+            first.copy_(torch.where(is_bad(loss, spike_limit).to(first.device), math.nan, first))
         self._engine.step()
         skipped = bool(self._zero.overflow)  # deepspeed has read it
         if self._named is not None:
@@ -292,7 +293,10 @@ class _Stage3:
             persistent[0].all_gather(persistent)
 
     def first_gradient(self) -> torch.Tensor:
-        """This rank's first part of the gradient that the next step applies."""
+        """This rank's first part of the gradient that the next step applies; of one in host memory deepspeed has
+        taken the norm already, and looks at that."""
+        if self._zero.offload_optimizer:
+            return next(iter(self._zero.norm_for_param_grads.values()))
         return self._zero.averaged_gradients[0][0]
 
 
@@ -382,7 +386,13 @@ def _settings(config: RunConfig, bucket: int = BUCKET_ELEMENTS) -> dict[str, Any
         # The defaults accumulate and reduce in bf16, which costs 1e-3 of the gradient.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-        "zero_optimization": {"stage": config.engine.stage, "reduce_bucket_size": bucket},
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, on the host too
+        "zero_optimization": {
+            "stage": config.engine.stage,
+            "reduce_bucket_size": bucket,
+            "offload_param": {"device": "cpu" if config.engine.offloads("base") else "none"},
+            "offload_optimizer": {"device": "cpu" if config.engine.offloads("optimizer") else "none"},
+        },
     }
 
 

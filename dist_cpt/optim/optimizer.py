@@ -38,6 +38,10 @@ class Clip(NamedTuple):
     factor: torch.Tensor
     skip: torch.Tensor  # 1: the update is not applied
 
+    def to(self, device: torch.device) -> Clip:
+        """Where the update runs; a host sync if that is the host."""
+        return Clip(self.factor.to(device), self.skip.to(device))
+
 
 class AdamW:
     """Named fp32 masters (flat or shaped, whole or one rank's part) with their moments and one step counter.
@@ -45,7 +49,8 @@ class AdamW:
     The counter, fp32 [] on the device, is the same for all tensors, as in every engine. `update` may be called for a
     few tensors at a time. The moments of the tensors in `eight_bit` are stored in 8 bit between updates; the arithmetic
     is the same. On a GPU one kernel updates a whole part and refreshes its compute copies; elsewhere torch's fused
-    AdamW runs over SLICE_ELEMENTS at a time.
+    AdamW runs over SLICE_ELEMENTS at a time. Masters in host memory are updated there: gradients and compute copies may
+    be on another device.
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, algorithm 2, with bias correction.
     """
 
@@ -113,8 +118,11 @@ class AdamW:
             for pieces in self._portions(given):
                 self._update_pieces(pieces, step, part, clip)
             stale |= {name: copies[name] for name in given} if copies is not None else {}
-        if stale:
+        if stale and next(iter(stale.values())).device == self.steps.device:
             torch._foreach_copy_(list(stale.values()), [self.masters[name] for name in stale])
+        else:
+            for name, copy in stale.items():
+                _send(self.masters[name], copy)
 
     def _launch(
         self,
@@ -162,7 +170,7 @@ class AdamW:
         self, pieces: Sequence[tuple[str, slice, torch.Tensor]], step: torch.Tensor, part: Part, clip: Clip | None
     ) -> None:
         """torch's fused AdamW over pieces of flattened tensors; of one with 8-bit moments a piece is whole blocks."""
-        grads = _in_fp32([grad for _, _, grad in pieces])
+        grads = _in_fp32([grad for _, _, grad in pieces], self.steps.device)
         if clip is not None:
             torch._foreach_mul_(grads, clip.factor)
         exp_avgs, exp_avg_sqs = (
@@ -209,17 +217,24 @@ def _require_right_kernel(device: torch.device) -> None:
         )
 
 
-def _in_fp32(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Flat gradients in fp32: those that are, and copies of the others in one buffer."""
-    narrow = [index for index, grad in enumerate(grads) if grad.dtype != torch.float32]
-    whole = list(grads)
-    if narrow:
-        sizes = [grads[index].numel() for index in narrow]
-        buffers = torch.empty(sum(sizes), device=grads[0].device).split(sizes)
-        torch._foreach_copy_(list(buffers), [grads[index] for index in narrow])
-        for index, buffer in zip(narrow, buffers, strict=True):
-            whole[index] = buffer
-    return whole
+def _in_fp32(grads: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Flat gradients in fp32 on `device`: those that are, and copies of the others in one buffer."""
+    others = [index for index, grad in enumerate(grads) if grad.dtype != torch.float32 or grad.device != device]
+    right = list(grads)
+    if others:
+        sizes = [grads[index].numel() for index in others]
+        buffers = torch.empty(sum(sizes), device=device).split(sizes)
+        torch._foreach_copy_(list(buffers), [grads[index] for index in others])
+        for index, buffer in zip(others, buffers, strict=True):
+            right[index] = buffer
+    return right
+
+
+def _send(master: torch.Tensor, copy: torch.Tensor) -> None:
+    """Round a master in host memory into its copy on a GPU, through pinned memory: one slice leaves, one is rounded."""
+    for piece, target in zip(master.view(-1).split(SLICE_ELEMENTS), copy.view(-1).split(SLICE_ELEMENTS), strict=True):
+        rounded = torch.empty(piece.shape, dtype=copy.dtype, pin_memory=True).copy_(piece)
+        target.copy_(rounded, non_blocking=True)
 
 
 class FlatAdamW(torch.optim.Optimizer):

@@ -50,7 +50,8 @@ def plain_engine(engine: EngineConfig, ranks: int) -> EngineConfig:
     """`engine` without `auto` where no plan can be made: everything sharded, nothing recomputed."""
     update: dict[str, Any] = {}
     if engine.kind == AUTO:
-        update = {"kind": "single"} if ranks == 1 else {"kind": "fsdp", "shard": "full"}
+        alone = ranks == 1 and not engine.offloads("base")
+        update = {"kind": "single"} if alone else {"kind": "fsdp", "shard": "full"}
     if engine.activation_checkpointing == AUTO:
         update["activation_checkpointing"] = "none"
     return engine.model_copy(update=update)

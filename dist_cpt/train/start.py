@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from dist_cpt.checkpoint.import_peft import start_from
-from dist_cpt.config.schema import ContinueFromConfig
+from dist_cpt.config.schema import ContinueFromConfig, EngineConfig
 from dist_cpt.data.concerns import concerns
 from dist_cpt.errors import CheckpointError
 from dist_cpt.model.attention import describe
@@ -101,12 +102,19 @@ def announce(run: Run, contract: Contract, progress: Progress) -> None:
         sources=_source_sizes(run),
     )
     on_rank_zero("observers", lambda: context.observers.on_start(record))
-    if context.config.engine.activation_checkpointing == "offload" and context.device.type == "cpu":
-        context.observers.on_message("engine.activation_checkpointing: offload saves no memory on a CPU")
+    for setting in _without_effect(context.config.engine) if context.device.type == "cpu" else ():
+        context.observers.on_message(f"{setting} saves no memory on a CPU")
     if context.env.rank == 0 and progress.resumed_from is None:
         num_blocks = context.shape.num_steps * context.shape.blocks_per_step
         for concern in concerns(run.data.prepared, run.data.loader, num_blocks):
             run.metrics.on_message(concern)  # the terminal has them already
+
+
+def _without_effect(engine: EngineConfig) -> Iterator[str]:
+    if engine.offload != "none":
+        yield f"engine.offload: {engine.offload}"
+    if engine.activation_checkpointing == "offload":
+        yield "engine.activation_checkpointing: offload"
 
 
 def _source_sizes(run: Run) -> tuple[SourceSize, ...]:

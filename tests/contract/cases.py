@@ -462,6 +462,25 @@ def refusal(base: str, engine: dict[str, Any], deepspeed_version: str | None = "
         importlib.metadata.version = real_version
 
 
+def on_host(base: str, engine: dict[str, Any]) -> dict[str, bool]:
+    """Whether the sharding library keeps the frozen base, and what the optimizer has, in host memory."""
+    with running(base, engine, "lora", "bf16") as (built, groups):
+        train(built, groups, 1, 1)
+        if engine["kind"] == "zero":
+            zero: Any = getattr(built, "_zero")  # noqa: B009 - only checks read it
+            assert {flat.device.type for flat in zero.fp32_partitioned_groups_flat} == {"cpu"}
+            return {"base": zero.offload_param, "optimizer": zero.offload_optimizer}
+        units: Any = getattr(built, "_units")  # noqa: B009
+        groups_of_units = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+        found = {
+            (parameter.sharded_param.requires_grad, parameter.offload_to_cpu)
+            for group in groups_of_units
+            for parameter in group.fsdp_params
+        }
+        assert len(found) == 2, found
+        return {{True: "optimizer", False: "base"}[trains]: waits for trains, waits in found}
+
+
 def kind_of_auto(base: str) -> str:
     """The engine that `auto` means at this world size."""
     with running(base, {"kind": "auto"}, "lora", "bf16") as (built, _):

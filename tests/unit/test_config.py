@@ -272,6 +272,16 @@ EXCLUDED = [  # a recipe for each row of the table, in its order, and what the r
     ({"engine.reshard_after_forward": False}, "engine.reshard_after_forward: false, engine.kind: auto"),
     ({"engine": {"kind": "zero", "reduce": "step"}}, "engine.reduce: step, engine.kind: zero"),
     (
+        {"engine.offload": "both", "adapter": {"kind": "none"}, "embeddings.train": []},
+        "engine.offload: both, adapter.kind: none",
+    ),
+    ({"engine": {"kind": "single", "offload": "base"}}, "engine.offload: base, engine.kind: single"),
+    ({"engine": {"kind": "zero", "stage": 2, "offload": "optimizer"}}, "engine.offload: optimizer, engine.stage: 2"),
+    (
+        {"engine": {"kind": "fsdp", "offload": "base", "reshard_after_forward": False}},
+        "engine.offload: base, engine.reshard_after_forward: false",
+    ),
+    (
         {"engine": {"kind": "single", "context_parallel": 2}},
         "engine.context_parallel: 2, engine.kind: single",
     ),
