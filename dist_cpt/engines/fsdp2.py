@@ -218,14 +218,14 @@ def _put_on_meta(module: nn.Module) -> None:
 def _place(module: nn.Module, units: Sequence[FSDPModule], engine: EngineConfig, device: torch.device) -> None:
     """Give shards on the meta device memory, and move those that `engine.offload` names to the host.
 
-    torch's CPUOffloadPolicy is for all parameters of a unit; a layer has frozen and trainable ones. Each follows its own
+    torch's CPUOffloadPolicy is for all parameters of a unit; a layer has frozen and trainable ones. Each has its own
     copy of the policy's two attributes.
     """
     on_host = {part == "optimizer": engine.offloads(part) for part in ("base", "optimizer")}  # by requires_grad
     for unit in units:
         for group in unit._get_fsdp_state()._fsdp_param_groups:
             for parameter in group.fsdp_params:
-                shard = parameter.sharded_param
+                shard: Any = parameter.sharded_param
                 parameter.offload_to_cpu = on_host[shard.requires_grad]
                 parameter.pin_memory = parameter.offload_to_cpu and device.type == "cuda"
                 if parameter.offload_to_cpu and not shard.is_meta:

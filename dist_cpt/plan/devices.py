@@ -34,6 +34,7 @@ class Machine:
     nodes: int
     node_devices: int
     network: float
+    host_bytes: int | None = None  # memory of a node's host; None: not known, 0: it is the devices' own
 
     @property
     def ranks(self) -> int:
@@ -79,7 +80,8 @@ def machine_of(gpu: str, nodes: int, gpus: int | None, network: str) -> Machine:
         raise ConfigError(f"--network {network}: give bytes or bits per second, such as 50GBps or 400Gbps")
     bytes_per_second = float(rate[1]) * 1e9 / (8 if "b" in rate[2] else 1)
     device = _this_cpu() if gpu == "cpu" else DEVICES[gpu]
-    return Machine(device, nodes, gpus or (1 if gpu == "cpu" else 8), bytes_per_second)
+    devices, host = (gpus or 1, 0) if gpu == "cpu" else (gpus or 8, None)
+    return Machine(device, nodes, devices, bytes_per_second, host)
 
 
 def machine_here(gpu: str | None, gpu_bytes: int, ranks: int, node_ranks: int) -> Machine:
@@ -91,9 +93,9 @@ def machine_here(gpu: str | None, gpu_bytes: int, ranks: int, node_ranks: int) -
     if gpu is None:
         cpu = _this_cpu()
         device = replace(cpu, memory_bytes=cpu.memory_bytes // node_ranks)
-        return Machine(device, nodes, min(ranks, node_ranks), _CPU_COPY)
+        return Machine(device, nodes, min(ranks, node_ranks), _CPU_COPY, host_bytes=0)
     device = replace(known_device(gpu) or DEVICES["h100"], name=gpu, memory_bytes=gpu_bytes)
-    return Machine(device, nodes, min(ranks, node_ranks), NETWORK)
+    return Machine(device, nodes, min(ranks, node_ranks), NETWORK, _host_memory())
 
 
 def known_device(gpu: str) -> Device | None:
@@ -101,8 +103,12 @@ def known_device(gpu: str) -> Device | None:
     return next((device for key, device in DEVICES.items() if key in gpu.lower().replace(" ", "")), None)
 
 
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _this_cpu() -> Device:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = _host_memory()
     gemm = _CPU_CORE * (os.cpu_count() or 1)
     source = "a guess of 50 GFLOP/s per core; the memory is this machine's"
     return Device(CPU, memory, gemm, gemm, gemm / 4, gemm / 4, _CPU_COPY, _CPU_COPY, _CPU_COPY, source, e4m3=0.25)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 from dist_cpt.plan.recomputation import Policy, kept_bytes, spared_by_tiles, working_bytes
 from dist_cpt.plan.tensors import EIGHT_BIT_GROUPS, Frozen, Trained, Training
@@ -22,6 +22,8 @@ EIGHT_BIT_BLOCK = 256  # elements that share a scale
 PERSISTENT_ELEMENTS = 100_000  # ZeRO-3 keeps smaller parameters gathered. Source: deepspeed 0.19, zero config
 BUCKET_ELEMENTS = 200_000_000  # of a reduction under ZeRO
 LOSS_CHUNK_TOKENS = 2048
+Offload = Literal["none", "base", "optimizer", "both"]  # as engine.offload
+OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 GATHERED_LAYERS = 2  # the one that computes and the one that is fetched ahead
 RESERVE_BYTES = 1_000_000_000  # CUDA's context, the communicator's buffers, what the allocator cannot use
 
@@ -35,6 +37,11 @@ class Placement:
     shard_ranks: int  # ranks that share one copy of what is sharded
     node_ranks: int
     reduce: Literal["micro_batch", "step"] = "micro_batch"  # engine.reduce, of FSDP
+    offload: Offload = "none"
+
+    def offloads(self, part: Literal["base", "optimizer"]) -> bool:
+        """Whether `part` waits in host memory."""
+        return self.offload in (part, "both")
 
 
 @dataclass(frozen=True)
@@ -88,15 +95,36 @@ def state_bytes(training: Training, placement: Placement) -> StateBytes:
     return _zero3(training, placement) if placement.kind == "zero-3" else _zero12(training, placement)
 
 
+def host_state(training: Training, placement: Placement, state: StateBytes) -> StateBytes:
+    """The part of `state` in host memory; quantisation scales stay on the device."""
+    scales = sum(tensor.bytes for tensor in training.frozen if tensor.scales)
+    optimizer = placement.offloads("optimizer")
+    return StateBytes(
+        trainable=state.trainable if optimizer and placement.kind.startswith("fsdp") else 0,  # they are the masters
+        frozen=state.frozen - scales if placement.offloads("base") else 0,
+        optimizer=state.optimizer if optimizer else 0,
+    )
+
+
+def host_gradient_bytes(training: Training, placement: Placement, accumulation: int) -> int:
+    """What a rank keeps of its gradients in host memory: shards that are updated there."""
+    if not placement.offloads("optimizer") or placement.kind == "single":
+        return 0
+    return gradient_bytes(training, replace(placement, reduce="micro_batch"), accumulation)
+
+
 def peak_memory(training: Training, placement: Placement, state: StateBytes, step: RankStep) -> Memory:
-    """The peak of a step, in the backward pass of the last layers."""
+    """The peak of a step on the device, in the backward pass of the last layers."""
     tokens = step.micro_batch_tokens
     widths = training.widths
+    host, gradients = host_state(training, placement, state), gradient_bytes(training, placement, step.accumulation)
+    if placement.reduce == "micro_batch" or step.accumulation == 1:
+        gradients -= host_gradient_bytes(training, placement, step.accumulation)
     return Memory(
-        frozen=state.frozen,
-        trainable=state.trainable,
-        optimizer=state.optimizer,
-        gradients=gradient_bytes(training, placement, step.accumulation),
+        frozen=state.frozen - host.frozen,
+        trainable=state.trainable - host.trainable,
+        optimizer=state.optimizer - host.optimizer,
+        gradients=gradients,
         gathered=_gathered(training, placement) + _dequantised(training, tokens),
         activations=tokens * activation_bytes_per_token(training, widths, step.recompute)
         - spared_by_tiles(widths, training, step.recompute, tokens),
@@ -164,7 +192,8 @@ def _gathered(training: Training, placement: Placement) -> int:
     frozen_layer = sum(t.bytes for t in training.frozen if t.layer == training.shapes.num_layers - 1 and not t.scales)
     frozen_root = sum(t.bytes for t in training.frozen if t.layer is None)
     bucket = 4 * min(BUCKET_ELEMENTS, training.num_trained) if placement.kind == "zero-3" else 0
-    return gradients + copies + frozen_root + GATHERED_LAYERS * frozen_layer + bucket
+    arriving = frozen_layer // placement.shard_ranks if placement.offloads("base") else 0  # a shard, to be gathered
+    return gradients + copies + frozen_root + GATHERED_LAYERS * frozen_layer + bucket + arriving
 
 
 def _layer_elements(tensors: Iterable[Trained], layer: int) -> int:
@@ -231,15 +260,16 @@ def _zero3(training: Training, placement: Placement) -> StateBytes:
 
 
 @lru_cache(maxsize=64)
-def loading_bytes(training: Training, ranks: int) -> int:
+def loading_bytes(training: Training, ranks: int, on_host: int = 0) -> int:
     """What every rank has on its device while the model is loaded, trainable tensors in fp32.
 
-    By slices: its part of one that `ranks` share, and a layer or matrix that is being sent, twice. Else all of it.
+    By slices: its part of one that `ranks` share, `on_host` of which is in host memory, and a layer or matrix that is
+    being sent, twice. Else all of it.
     """
     whole = sum(tensor.bytes for tensor in training.frozen) + 4 * training.num_trained
-    if ranks == 1:
+    if ranks == 1 and not on_host:
         return whole + RESERVE_BYTES
     largest = max(
         4 * max((t.elements for t in training.trained), default=0), max((t.bytes for t in training.frozen), default=0)
     )
-    return whole // ranks + 2 * max(largest, whole // len(training.widths)) + RESERVE_BYTES
+    return whole // ranks - on_host + 2 * max(largest, whole // len(training.widths)) + RESERVE_BYTES

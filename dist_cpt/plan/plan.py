@@ -6,7 +6,7 @@ first. New settings of a recipe become new ways here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +16,20 @@ from dist_cpt.config.schema import RunConfig
 from dist_cpt.errors import ConfigError
 from dist_cpt.plan.devices import Machine
 from dist_cpt.plan.loading import why_whole
-from dist_cpt.plan.memory import Memory, Placement, RankStep, StateBytes, loading_bytes, peak_memory, state_bytes
+from dist_cpt.plan.memory import (
+    OFFLOADS,
+    Memory,
+    Placement,
+    RankStep,
+    StateBytes,
+    host_gradient_bytes,
+    host_state,
+    loading_bytes,
+    peak_memory,
+    state_bytes,
+)
 from dist_cpt.plan.model_check import refusals as unsupported
-from dist_cpt.plan.recomputation import POLICIES, Policy
+from dist_cpt.plan.recomputation import POLICIES, Policy, host_bytes
 from dist_cpt.plan.shapes import ModelShapes, find_config, shapes_of
 from dist_cpt.plan.step_model import StepTime, step_time, token_work
 from dist_cpt.plan.tensors import Training, training_of
@@ -41,12 +52,14 @@ class Way:
 
     engine: str  # as Engine.kind
     reduce: str  # as engine.reduce
+    offload: str  # as engine.offload
     ranks: int
     weights: str
     checkpointing: str
     micro_batch: int
     accumulation: int
     memory: Memory
+    host_bytes: int  # of a rank in host memory: what engine.offload and recomputation keep there
     loading_bytes: int
     time: StepTime
     tokens_per_second: float  # of the whole machine
@@ -60,9 +73,10 @@ class Way:
 
     @property
     def options(self) -> str:
-        """What is recomputed and when gradients are summed, unless as usual: the end of its name."""
+        """What is recomputed, when gradients are summed, what is offloaded, unless as usual: the end of its name."""
         recomputed = "" if self.checkpointing == "none" else f", recompute {self.checkpointing}"
-        return recomputed + ("" if self.reduce == "micro_batch" else ", reduce once per step")
+        once = "" if self.reduce == "micro_batch" else ", reduce once per step"
+        return recomputed + once + ("" if self.offload == "none" else f", offload {self.offload}")
 
 
 @dataclass(frozen=True)
@@ -91,12 +105,15 @@ def make_plan(config: RunConfig, values: Mapping[str, Any], machine: Machine) ->
             f"model.weights: fp8: {machine.device.name} has no e4m3 products", remedy="use bf16, nf4 or int8"
         )
     own = training_of(config, shapes)
-    candidates = [way for variant in _variants(config, values, machine) for way in _ways(variant, shapes, machine)]
+    candidates = _candidates(config, values, machine, dict.fromkeys(("none", config.engine.offload)))
     useful = [way for way, is_useful in candidates if is_useful]
+    if not any(way.fits for way in useful):  # what is offloaded is slower, so it is a way if nothing else is
+        others = [offload for offload in OFFLOADS if offload not in ("none", config.engine.offload)]
+        useful += [way for way, is_useful in _candidates(config, values, machine, others) if is_useful]
     fitting = sorted((way for way in useful if way.fits), key=lambda way: -way.tokens_per_second)
     too_large = sorted((way for way in useful if not way.fits), key=lambda way: way.peak_bytes)
     mine = _own(config, machine)
-    here = [w for w, _ in candidates if (w.engine, w.reduce, w.weights, w.checkpointing, w.micro_batch) == mine]
+    here = [way for way, _ in candidates if (way.engine, *_settings(way)) == mine]
     here = here if config.engine.reshard_after_forward else []
     return Plan(shapes, own, machine, tuple(fitting), tuple(too_large), here[0] if here else None)
 
@@ -127,7 +144,7 @@ def model_config(config: RunConfig) -> dict[str, Any]:
 
 def recipe_patch(config: RunConfig, way: Way) -> dict[str, Any]:
     """The settings of `way` that `config` does not have, by dotted key."""
-    engine = _ENGINES[way.engine] | {"activation_checkpointing": way.checkpointing}
+    engine = _ENGINES[way.engine] | {"activation_checkpointing": way.checkpointing, "offload": way.offload}
     wanted = {f"engine.{key}": value for key, value in engine.items()}
     for key in ("stage", "shard", "dp_shard"):  # of another kind of engine
         wanted.setdefault(f"engine.{key}", engine.get(key))
@@ -141,19 +158,33 @@ def _read(config: RunConfig, key: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
-def _variants(config: RunConfig, values: Mapping[str, Any], machine: Machine) -> Iterator[tuple[RunConfig, str]]:
+def _candidates(
+    config: RunConfig, values: Mapping[str, Any], machine: Machine, offloads: Iterable[str]
+) -> list[tuple[Way, bool]]:
+    """Every way with one of `offloads`, and whether it is worth its memory."""
+    shapes = shapes_of(values)
+    variants = (variant for offload in offloads for variant in _variants(config, values, machine, offload))
+    return [way for variant in variants for way in _ways(variant, shapes, machine)]
+
+
+def _variants(
+    config: RunConfig, values: Mapping[str, Any], machine: Machine, offload: str
+) -> Iterator[tuple[RunConfig, str]]:
     """The recipe under each engine and storage of the base that it allows: (recipe, Engine.kind)."""
     stored_quantised = values.get("quantization_config") is not None
     changes = ("bf16", "nf4", "int8") if config.model.weights != "fp32" and not stored_quantised else ()
     for weights in dict.fromkeys((config.model.weights, *changes)):
         for name, engine in _ENGINES.items():
-            if (name == "single") != (machine.ranks == 1) or (name == "fsdp-hybrid" and machine.nodes == 1):
+            alone = ("fsdp-full", "zero-3") if offload in ("base", "both") else ("single",)
+            if (name in alone) < (machine.ranks == 1) or (name == "single") > (machine.ranks == 1):
+                continue
+            if name == "fsdp-hybrid" and machine.nodes == 1:
                 continue
             variant = config.model_copy(
                 update={
                     "model": config.model.model_copy(update={"weights": weights}),
                     "engine": type(config.engine).model_validate(
-                        engine | {"context_parallel": config.engine.context_parallel}
+                        engine | {"context_parallel": config.engine.context_parallel, "offload": offload}
                     ),
                 }
             )
@@ -166,7 +197,7 @@ def _ways(variant: tuple[RunConfig, str], shapes: ModelShapes, machine: Machine)
     """Each way, and whether it is worth its memory: whole gradients are if they are faster."""
     config, engine = variant
     training = training_of(config, shapes)
-    placement = _placement(engine, machine)
+    placement = replace(_placement(engine, machine), offload=config.engine.offload)
     once = replace(placement, reduce="step") if engine.startswith("fsdp") else None
     state = state_bytes(training, placement)
     for micro_batch in _micro_batches(config, machine):
@@ -180,7 +211,8 @@ def _ways(variant: tuple[RunConfig, str], shapes: ModelShapes, machine: Machine)
 
 def placement_of(config: RunConfig, machine: Machine) -> Placement:
     """The recipe's engine on all of `machine`."""
-    return replace(_placement(_engine_name(config, machine), machine), reduce=config.engine.reduce)
+    engine = config.engine
+    return replace(_placement(_engine_name(config, machine), machine), reduce=engine.reduce, offload=engine.offload)
 
 
 def _placement(engine: str, machine: Machine) -> Placement:
@@ -205,23 +237,46 @@ def _predict(
     time = step_time(training, placement, machine.device, machine.network, step)
     rate = config.batch.global_tokens / time.total
     work = token_work(training, step.seq_len)
+    waiting = _host_bytes(training, placement, state, step)
     by_slices = why_whole(config, placement.kind) is None
-    loading = loading_bytes(training, placement.shard_ranks if by_slices else 1)
+    host = host_state(training, placement, state)
+    loading = (
+        loading_bytes(training, placement.shard_ranks, host.frozen + host.trainable)
+        if by_slices
+        else (loading_bytes(training, 1))
+    )
     return Way(
         engine=placement.kind,
         reduce=placement.reduce,
+        offload=placement.offload,
         ranks=placement.ranks,
         weights=training.weights,
         checkpointing=checkpointing,
         micro_batch=micro_batch,
         accumulation=accumulation,
         memory=memory,
+        host_bytes=waiting,
         loading_bytes=loading,
         time=time,
         tokens_per_second=rate,
         mfu=rate / machine.ranks * work.model_flops / machine.device.peak,
-        fits=max(memory.total, loading) <= USABLE_FRACTION * machine.device.memory_bytes,
+        fits=_fits(machine, max(memory.total, loading), waiting),
     )
+
+
+def _fits(machine: Machine, device_bytes: int, host_bytes: int) -> bool:
+    """Whether a rank's bytes fit its device, and those of a node's ranks its host, where its memory is known."""
+    if machine.host_bytes == 0:
+        device_bytes += host_bytes
+    elif machine.host_bytes and machine.node_devices * host_bytes > USABLE_FRACTION * machine.host_bytes:
+        return False
+    return device_bytes <= USABLE_FRACTION * machine.device.memory_bytes
+
+
+def _host_bytes(training: Training, placement: Placement, state: StateBytes, step: RankStep) -> int:
+    kept = sum(vars(host_state(training, placement, state)).values())
+    kept += host_gradient_bytes(training, placement, step.accumulation)
+    return kept + host_bytes(training, step.recompute) * step.micro_batch_tokens
 
 
 def _micro_batches(config: RunConfig, machine: Machine) -> list[int]:
@@ -246,11 +301,15 @@ def _micro_batches(config: RunConfig, machine: Machine) -> list[int]:
     return [number for number in range(1, share + 1) if share % number == 0]
 
 
-def _own(config: RunConfig, machine: Machine) -> tuple[str, str, str, str, int]:
-    """(engine, reduce, weights, checkpointing, micro_batch) of the recipe as it is."""
+def _own(config: RunConfig, machine: Machine) -> tuple[str, str, str, str, str, int]:
+    """(engine, `_settings`) of the recipe as it is."""
     engine = config.engine
-    how = engine.reduce, config.model.weights, engine.activation_checkpointing
+    how = engine.reduce, engine.offload, config.model.weights, engine.activation_checkpointing
     return _engine_name(config, machine), *how, config.batch.micro_batch
+
+
+def _settings(way: Way) -> tuple[str, str, str, str, int]:
+    return way.reduce, way.offload, way.weights, way.checkpointing, way.micro_batch
 
 
 def _engine_name(config: RunConfig, machine: Machine) -> str:
@@ -258,7 +317,7 @@ def _engine_name(config: RunConfig, machine: Machine) -> str:
     engine = config.engine
     kind: str = engine.kind
     if kind == "auto":
-        kind = "single" if machine.ranks == 1 else "fsdp"
+        kind = "single" if machine.ranks == 1 and not engine.offloads("base") else "fsdp"
     if kind == "single":
         return kind
     return f"zero-{engine.stage or 3}" if kind == "zero" else f"fsdp-{engine.shard or 'full'}"

@@ -91,7 +91,7 @@ def _best_micro_batches(ways: Iterable[Way]) -> Iterator[Way]:
     """The first micro-batch of each engine, reduction, storage and checkpointing."""
     seen = set()
     for way in ways:
-        key = (way.engine, way.reduce, way.weights, way.checkpointing)
+        key = (way.engine, way.reduce, way.offload, way.weights, way.checkpointing)
         if key not in seen:
             seen.add(key)
             yield way
@@ -118,7 +118,8 @@ def _own(config: RunConfig, plan: Plan) -> str:
 def _parts(way: Way) -> str:
     parts = {name: size for name, size in vars(way.memory).items() if size}
     text = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-    return f"{text} GB; while loading {way.loading_bytes / 1e9:.1f}"
+    host = f"; in host memory {way.host_bytes / 1e9:.1f}" if way.host_bytes else ""
+    return f"{text} GB; while loading {way.loading_bytes / 1e9:.1f}{host}"
 
 
 def _times(way: Way) -> str:

@@ -39,6 +39,7 @@ class Assumptions:
     launch_seconds: float = 5.6e-6  # of a kernel that nothing hides
     step_seconds: float = 0.0  # in which the device waits for the host to read; our reads come a step late
     step_seconds_zero: float = 3.6e-3  # deepspeed's do not
+    host_update_rate: float = 25e9  # bytes/s of a rank's update in host memory, of which a node's ranks share the bus
     layer_launches_forward: int = 29
     layer_launches_backward: int = 40
     host_seconds_per_launch: float = 46e-6  # Python and autograd included
@@ -49,7 +50,7 @@ ASSUMED = Assumptions()
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step on one rank; `communication` and `host` are what the device waits for."""
+    """Seconds of one step on one rank; `communication`, `host` and `offload` are what the device waits for."""
 
     gemm: float
     attention: float
@@ -62,6 +63,7 @@ class StepTime:
     communication: float
     optimizer: float
     host: float
+    offload: float = 0.0
 
     @property
     def total(self) -> float:
@@ -162,6 +164,7 @@ def step_time(
     waits = max(0.0, host - compute) + max(0.0, copies - compute / 3) + max(0.0, copies - compute * 2 / 3)
     reads = assumed.step_seconds_zero if placement.kind.startswith("zero") else assumed.step_seconds
     parts["host"] = reads + waits * accumulation
+    parts["offload"] = _offload(training, placement, device, compute=compute, accumulation=accumulation)
     return StepTime(**parts)
 
 
@@ -235,10 +238,30 @@ def _optimizer(
 ) -> float:
     """Traffic of the rank's part, or its launches if these take longer: nothing runs beside them."""
     ranks = 1 if placement.kind == "single" else placement.shard_ranks
+    if placement.offloads("optimizer"):
+        return training.num_trained / ranks * (assumed.update_bytes + 4) / assumed.host_update_rate
     per_element = _update_bytes(training, placement, accumulation, assumed)
     traffic = training.num_trained / ranks * per_element / (device.copy * assumed.elementwise_fraction)
     launches = assumed.update_launches + assumed.update_launches_per_tensor * len(training.trained)
     return max(traffic, launches * assumed.launch_seconds)
+
+
+def _offload(training: Training, placement: Placement, device: Device, *, compute: float, accumulation: int) -> float:
+    """Seconds per step for what passes between host and device; `compute` of a micro-batch hides what FSDP and ZeRO-3
+    fetch ahead, which on one rank FSDP does not."""
+    ranks, up, per_step = placement.shard_ranks, 0.0, 0.0
+    if placement.offloads("base"):  # for forward and backward; what is outside of the layers stays gathered
+        up += sum(t.bytes * (1 if t.layer is None else 2) for t in training.frozen if not t.scales) / ranks
+    if placement.offloads("optimizer"):
+        if placement.kind.startswith("fsdp"):  # fp32 shards up, their gradients down
+            up += 4 * sum(t.elements * (1 if t.layer is None else 2) for t in training.trained) / ranks
+            per_step = 4 * training.num_trained / ranks * accumulation
+        else:  # gradients down, rounded copies up
+            down = training.compute_bytes if placement.kind == "single" and accumulation == 1 else 4
+            per_step = training.num_trained / ranks * (down + training.compute_bytes)
+    fetched = up / device.host
+    exposed = fetched if ranks == 1 else max(0.0, fetched - compute)
+    return exposed * accumulation + per_step / device.host
 
 
 def _update_bytes(training: Training, placement: Placement, accumulation: int, assumed: Assumptions) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -191,12 +192,16 @@ def test_moments_in_8_bit_are_those_of_the_optimizer():
     assert {*tensors.EIGHT_BIT_GROUPS, "adapter_b"} == set(groups.EIGHT_BIT_GROUPS)
 
 
+FULL = {"kind": "auto"}  # and every parameter trains
+
+
 @pytest.mark.parametrize(
     ("model", "machine", "engine", "expected"),
     [
         (LLAMA_8B, ("h100", 1, 8), "auto", "fsdp trainable none"),  # the base fits on each
         (LLAMA_70B, ("h200", 1, 8), "auto", "fsdp full none"),  # on all together
-        (LLAMA_70B, ("h100", 1, 2), "auto", "fsdp full offload"),  # nowhere: the smallest way
+        (LLAMA_70B, ("h100", 1, 2), "auto", "fsdp full selective, offload base"),  # and in host memory
+        (LLAMA_70B, ("l40s", 1, 1), FULL, "single None offload, offload optimizer"),  # nowhere: the smallest way
         (LLAMA_8B, ("h100", 1, 1), "auto", "single None none"),
         (LLAMA_8B, ("l40s", 1, 8), {"kind": "zero", "stage": 3}, "zero None none"),  # only what is left to choose
     ],
@@ -204,10 +209,12 @@ def test_moments_in_8_bit_are_those_of_the_optimizer():
 def test_auto_is_what_the_plan_takes(tmp_path, model, machine, engine, expected):
     kind = {"kind": engine} if isinstance(engine, str) else engine
     values = recipe(model_folder(tmp_path / "model", model), batch={"global_tokens": 262144, "micro_batch": 1})
+    values |= {"adapter": {"kind": "none"}} if engine is FULL else {}
     config = build(values | {"engine": kind | {"activation_checkpointing": "auto"}}, "recipe")
     chosen = chosen_engine(config, model, machine_of(machine[0], machine[1], machine[2], "50GBps"))
     assert is_concrete(chosen)
-    assert f"{chosen.kind} {chosen.shard} {chosen.activation_checkpointing}" == expected
+    offload = "" if chosen.offload == "none" else f", offload {chosen.offload}"
+    assert f"{chosen.kind} {chosen.shard} {chosen.activation_checkpointing}{offload}" == expected
     assert fingerprint(config.model_copy(update={"engine": chosen})) == fingerprint(config)
 
 
@@ -233,3 +240,53 @@ def test_a_sequence_cut_over_ranks_costs_each_its_part(tmp_path):
     assert cut.own.time.communication >= exchange
     assert "engine.context_parallel" not in recipe_patch(config, cut.ways[0])
     assert recipe_patch(config, cut.own) == {}
+
+
+def test_what_is_offloaded_is_a_way_where_nothing_else_fits(tmp_path):
+    one = machine_of("h100", 1, 1, "50GBps")
+    _, plan = planned(tmp_path, machine=one)
+    assert {way.offload for way in (*plan.ways, *plan.too_large)} == {"none"}
+    config, plan = planned(tmp_path, machine=one, adapter={"kind": "none"})
+    assert {(way.engine, way.offload) for way in plan.ways} == {("single", "optimizer")}
+    best = plan.ways[0]
+    masters_and_moments = 12 * plan.training.num_trained
+    assert (best.memory.optimizer, best.host_bytes) == (0, masters_and_moments)
+    # an update reads and writes 28 bytes per parameter at 25 GB/s, and the gradients go down, the copies up at 51 GB/s
+    assert best.time.optimizer == pytest.approx(28 / 25e9 * plan.training.num_trained)
+    assert best.time.offload >= 4 / 51e9 * plan.training.num_trained
+    assert recipe_patch(config, best)["engine.offload"] == "optimizer"
+    assert any("in host memory" in line for line in as_text(config, plan, "recipe.yaml"))
+
+
+@pytest.mark.parametrize("engine", [{"kind": "auto"}, {"kind": "fsdp"}, {"kind": "zero"}])
+def test_an_offloaded_base_is_a_layer_on_the_device(tmp_path, engine):
+    """On two ranks: the shards of 8B in bf16 are 7 GB, a layer 0.4 GB."""
+    two = machine_of("h100", 1, 2, "50GBps")
+    whole, offloaded = (
+        planned(tmp_path, machine=two, engine=engine | {"offload": offload})[1].own for offload in ("none", "base")
+    )
+    assert whole is not None
+    assert offloaded is not None
+    assert whole.memory.frozen == offloaded.host_bytes > 7e9
+    assert offloaded.memory.frozen == 0
+    assert 0 < offloaded.memory.gathered - whole.memory.gathered < 0.25e9
+    assert offloaded.loading_bytes == whole.loading_bytes - whole.memory.frozen
+
+
+def test_345_thousand_tokens_of_context_fit_one_card(tmp_path):
+    """8B over nf4 on 80 GB, with layer inputs in host memory."""
+    long = {"data": {"seq_len": 345_000, "sources": [{"path": "text"}]}, "batch": {"global_tokens": 345_000}}
+    for offload, kind in (("none", {"kind": "single"}), ("both", {"kind": "auto"})):
+        engine = kind | {"activation_checkpointing": "offload", "offload": offload}
+        _, plan = planned(tmp_path, machine=machine_of("h100", 1, 1, "50GBps"), weights="nf4", engine=engine, **long)
+        assert plan.own is not None
+        assert plan.own.fits
+
+
+def test_a_host_that_is_too_small_is_no_place_to_wait(tmp_path):
+    """8B in full keep 96 GB there; on a CPU host and device are one."""
+    machine = machine_of("h100", 1, 1, "50GBps")
+    assert planned(tmp_path, machine=replace(machine, host_bytes=128 * 10**9), adapter={"kind": "none"})[1].ways
+    for other in (replace(machine, host_bytes=96 * 10**9), machine_here(None, 0, 1, 1)):
+        device = replace(other.device, memory_bytes=80 * 10**9)
+        assert not planned(tmp_path, machine=replace(other, device=device), adapter={"kind": "none"})[1].ways
