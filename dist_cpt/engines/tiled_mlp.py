@@ -66,7 +66,7 @@ class TiledMlp:
             for number, one in enumerate(found):
                 if one is not None:
                     total = sums[number]
-                    sums[number] = one.float() if total is None else total.add_(one)
+                    sums[number] = one.to(torch.float32, copy=True) if total is None else total.add_(one)
         return [dx, *(None if s is None else s.to(p.dtype) for s, p in zip(sums, trained, strict=True))]
 
     @contextmanager

@@ -67,6 +67,11 @@ class StepRecord:
     memory_bytes: Mapping[str, int] | None = None  # of this rank's device at its peak, by part; None without a GPU
     experts: Mapping[str, Any] | None = None  # `load` and `unused` by layer, `balance_loss`, `z_loss`; None: no mixture
 
+    def efficiency_by_chart(self) -> dict[str, float]:
+        """What is known of MFU and of the ranks' balance."""
+        values = {"mfu": self.mfu, "attention_max_over_mean": self.attention_max_over_mean}
+        return {f"train/{key}": value for key, value in values.items() if value is not None}
+
     def experts_by_chart(self) -> dict[str, float]:
         """Over all layers: the highest load, the mean fraction of experts without a token; the routers' losses."""
         if self.experts is None:

@@ -44,7 +44,7 @@ class TensorBoardObserver:
             "train/grad_norm": record.grad_norm,
             "train/tokens_per_second": record.tokens_per_second,
             "train/memory_gib": record.memory_gib,
-            **({} if record.mfu is None else {"train/mfu": record.mfu}),
+            **record.efficiency_by_chart(),
             **{f"memory/{part}": size / 2**30 for part, size in (record.memory_bytes or {}).items()},
             **record.experts_by_chart(),
             **{f"lr/{group}": rate for group, rate in record.lr.items()},

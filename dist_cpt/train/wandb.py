@@ -148,7 +148,7 @@ class WandbObserver:
             "train/tokens_per_second": record.tokens_per_second,
             "train/step_seconds": record.step_seconds,
             "train/memory_gib": record.memory_gib,
-            **({} if record.mfu is None else {"train/mfu": record.mfu}),
+            **record.efficiency_by_chart(),
             **{f"memory/{part}": size / 2**30 for part, size in (record.memory_bytes or {}).items()},
             **record.experts_by_chart(),
             **{f"lr/{group}": value for group, value in record.lr.items()},

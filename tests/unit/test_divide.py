@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from dist_cpt.model.attention import Packing
 from dist_cpt.train.divide import Division, attended, divide, layer_windows, max_over_mean
 from tests.small_config import config
 from tests.tiny_stores import PAD, L, two_sources
+from tests.wandb_session import record
 
 COSTS = st.lists(st.integers(1, 1000), min_size=72, max_size=72)
 STREAM_ORDER = [0] * 72
@@ -104,3 +106,10 @@ def test_windows_are_those_of_the_model_and_all_see_all_where_it_is_unknown() ->
         "layer_types": ["conv", "full_attention", "conv", "conv"],
     }
     assert layer_windows(build(values, "x")) == {None: 1}  # one of its layers attends
+
+
+def test_charts_have_the_ratio_where_there_is_one() -> None:
+    row = record(1)
+    assert row.efficiency_by_chart() == {}
+    known = replace(row, attention_max_over_mean=1.25, mfu=0.4)
+    assert known.efficiency_by_chart() == {"train/mfu": 0.4, "train/attention_max_over_mean": 1.25}

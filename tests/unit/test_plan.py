@@ -23,6 +23,7 @@ from dist_cpt.plan.choose import chosen_engine, is_concrete
 from dist_cpt.plan.devices import DEVICES, machine_here, machine_of
 from dist_cpt.plan.plan import Plan, make_plan, model_config, recipe_patch
 from dist_cpt.plan.plan_text import as_json, as_text, launch_line
+from dist_cpt.plan.recomputation import TILE_TOKENS
 from tests.plan_cases import model_folder, recipe
 
 
@@ -234,7 +235,8 @@ def test_a_sequence_cut_over_ranks_costs_each_its_part(tmp_path):
     assert whole.own is not None
     assert cut.own is not None
     assert cut.own.accumulation == 1
-    assert cut.own.memory.activations == pytest.approx(whole.own.memory.activations / 8)
+    tile = TILE_TOKENS * 3 * 14336 * 2  # of an MLP, whatever the length
+    assert cut.own.memory.activations - tile == pytest.approx((whole.own.memory.activations - tile) / 8)
     # 32 layers x 3 passes x 2,560 bytes per token of the block, 7/8 of which leave the rank, at 370 GB/s
     exchange = 32 * 3 * 2560 * 131072 * 7 / 8 / 370e9
     assert cut.own.time.communication >= exchange
