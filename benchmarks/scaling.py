@@ -94,7 +94,8 @@ def rows(name: str, *, weak: bool) -> Iterator[str]:
         hours, save, interval, goodput = endurance(gpus, state_bytes)
         yield (
             f"| {name} | {gpus:,} | {way.engine}, {way.micro_batch} x {way.accumulation}, {way.checkpointing}"
-            f"{', reduced once' if way.reduce == 'step' else ''} "
+            f"{', reduced once' if way.reduce == 'step' else ''}"
+            f"{'' if way.offload == 'none' else f', {way.offload} on the host'} "
             f"| {way.tokens_per_second:,.0f} | {each / first:.0%} | {way.mfu:.0%} | {hours:,.1f} h "
             f"| {interval:.1f} min ({save:.1f} s) | {goodput:.1%} |"
         )

@@ -256,9 +256,10 @@ def _offload(training: Training, placement: Placement, device: Device, *, comput
         if placement.kind.startswith("fsdp"):  # fp32 shards up, their gradients down
             up += 4 * sum(t.elements * (1 if t.layer is None else 2) for t in training.trained) / ranks
             per_step = 4 * training.num_trained / ranks * accumulation
-        else:  # gradients down, rounded copies up
+        else:  # gradients down, rounded copies up; deepspeed fetches its sum to add to it
             down = training.compute_bytes if placement.kind == "single" and accumulation == 1 else 4
-            per_step = training.num_trained / ranks * (down + training.compute_bytes)
+            times = 2 * accumulation - 1 if placement.kind == "zero-3" else 1
+            per_step = training.num_trained / ranks * (times * down + training.compute_bytes)
     fetched = up / device.host
     exposed = fetched if ranks == 1 else max(0.0, fetched - compute)
     return exposed * accumulation + per_step / device.host
