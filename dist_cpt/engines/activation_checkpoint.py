@@ -69,9 +69,14 @@ def mlp_of(layer: nn.Module) -> nn.Module | None:
     inner = [
         child
         for name, child in layer.named_children()
-        if "att" not in name and not isinstance(child, ByDocument) and any(p.ndim > 1 for p in child.parameters())
+        if not _mixes_tokens(name, child) and any(parameter.ndim > 1 for parameter in child.parameters())
     ]
     return inner[0] if len(inner) == 1 and list(inner[0].children()) else None
+
+
+def _mixes_tokens(name: str, child: nn.Module) -> bool:
+    """Nemotron-H calls its attention, recurrence and MLPs `mixer`; attention of transformers has `is_causal`."""
+    return "att" in name or isinstance(child, ByDocument) or hasattr(child, "is_causal")
 
 
 def _recompute_mlp(mlp: nn.Module) -> None:

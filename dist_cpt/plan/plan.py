@@ -202,6 +202,8 @@ def _ways(variant: tuple[RunConfig, str], shapes: ModelShapes, machine: Machine)
     state = state_bytes(training, placement)
     for micro_batch in _micro_batches(config, machine):
         for checkpointing in POLICIES:
+            if checkpointing == "selective" and not shapes.has_mlp_everywhere:
+                continue
             way = _predict(config, training, placement, state, machine, micro_batch, checkpointing)
             yield way, True
             if once is not None:

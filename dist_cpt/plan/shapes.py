@@ -103,6 +103,15 @@ class ModelShapes:
     def head_elements(self) -> int:
         return self.hidden_size * self.vocab_size
 
+    @cached_property
+    def has_mlp_everywhere(self) -> bool:
+        """Whether each layer has one MLP or block of experts, which selective recomputation asks for."""
+        found: list[set[str]] = [set() for _ in self.layer_types]
+        for weight in self.of("linear", "experts"):
+            if weight.layer is not None and not weight.in_mixer:
+                found[weight.layer].add(weight.module.partition(".")[0])
+        return all(len(modules) == 1 for modules in found)
+
     def of(self, *roles: Role) -> Iterator[Weight]:
         """The weights of these roles, in the model's order."""
         return (weight for weight in self.weights if weight.role in roles)

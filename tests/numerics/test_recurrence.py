@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dist_cpt.adapters.language_model import decoder_of, recurrent_mixers
+from dist_cpt.engines.activation_checkpoint import mlp_of
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.attention import Choice, Packing, choose, packing_arguments
 from dist_cpt.model.context_parallel import check_context_parallel
@@ -66,6 +67,13 @@ def test_installing_twice_is_once() -> None:
     before = [type(mixer) for mixer in recurrent_mixers(decoder)]
     install_recurrence(decoder)
     assert [type(mixer) for mixer in recurrent_mixers(decoder)] == before
+
+
+def test_a_mixer_is_no_mlp_whatever_its_name() -> None:
+    """Nemotron-H calls every one of them `mixer`; an MLP is recomputed alone, and in tiles, which no mixer could be."""
+    _, packed = build("nemotron_h")
+    layers = decoder_of(packed.hf_model).layers
+    assert [mlp_of(layer) is not None for layer in layers] == [False, False, True]
 
 
 def test_a_mask_is_refused_and_a_missing_packing_too() -> None:

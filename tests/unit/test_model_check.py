@@ -12,10 +12,13 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dist_cpt.adapters.experts import expert_parameters
+from dist_cpt.adapters.language_model import decoder_of
 from dist_cpt.adapters.lora import left_out, target_modules
+from dist_cpt.engines.activation_checkpoint import mlp_of
 from dist_cpt.errors import ConfigError
 from dist_cpt.model.architectures import TESTED, check_config, parts_of
 from dist_cpt.model.loss import install_loss_head
+from dist_cpt.model.recurrence import install_recurrence
 from dist_cpt.model.self_check import self_check_packing
 from dist_cpt.plan.families import FAMILIES
 from dist_cpt.plan.model_check import NEUTRAL, as_text, check_model
@@ -74,6 +77,14 @@ def test_what_lora_trains_is_what_peft_is_given(kind):
     assert check.shapes.num_layers == len(layers)
     model.requires_grad_(False)
     assert {part.name for part in check.not_trained} == set(left_out(layers)) - within
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_plans_recompute_mlps_of_layers_where_an_engine_finds_them(kind):
+    model, values = built(kind)
+    install_recurrence(decoder_of(model))
+    found = [mlp_of(layer) is not None for layer in parts_of(model).layers]
+    assert check_model(values).shapes.has_mlp_everywhere == all(found)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
