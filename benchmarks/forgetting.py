@@ -182,7 +182,7 @@ def main() -> None:
         "global_tokens": GLOBAL_TOKENS,
         "replay_tokens": REPLAY_TOKENS,
     }
-    machine = {"platform": platform.platform(), "torch": version("torch"), "python": platform.python_version()}
+    machine = {"processor": platform.machine(), "torch": version("torch"), "python": platform.python_version()}
     content = {"settings": sizes, "machine": machine, "losses_by_seed": by_seed}
     result = ROOT / "benchmarks" / "results" / f"{date.today()}_cpu_forgetting.json"
     result.write_text(json.dumps(content, indent=1) + "\n")
