@@ -28,7 +28,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         return folder
 
     yield mount
-    subprocess.run(["umount", str(folder)], check=False)
+    subprocess.run(["umount", "--lazy", str(folder)], check=False)  # a thread of a test that failed may write
 
 
 def recipe(made: tuple[Path, Path], disk: Path, cache: Path, **checkpoint: object) -> dict:
