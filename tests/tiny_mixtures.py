@@ -45,9 +45,10 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_moe(folder: Path, kind: str) -> Path:
+def write_moe(folder: Path, kind: str, **sizes: int) -> Path:
     known = {**AutoConfig.for_model(kind).to_dict(), **AutoConfig.for_model(kind).attribute_map}
-    values = {key: value for key, value in (_MOE | KINDS[kind]).items() if key in known and key != "model_type"}
+    given = _MOE | KINDS[kind] | sizes
+    values = {key: value for key, value in given.items() if key in known and key != "model_type"}
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values)).save_pretrained(folder)
     return folder

@@ -57,6 +57,15 @@ def install_expert_lora(model: Any) -> None:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Which rows belong to which expert: the expert of each row, in order, and where the rows of each end."""
+
+    expert_S: torch.Tensor
+    ends_E: torch.Tensor  # int32
+    by_loop: bool  # instead of a grouped product
+
+
+@dataclass(frozen=True)
 class LowRank:
     """A [E, R, I] and B [E, O, R] of one parameter."""
 
@@ -90,15 +99,18 @@ def adapted_experts(
 ) -> torch.Tensor:
     """The output [T, D] of `experts` with `low_rank` by parameter; indices and weights are [T, experts per token]."""
     num_tokens, per_token = top_k_index.shape
+    frozen = getattr(experts, "frozen_product", lambda *_: None)
     expert_S, order_S = top_k_index.reshape(-1).sort(stable=True)
     ends_E = torch.searchsorted(
         expert_S, torch.arange(experts.num_experts, device=expert_S.device), right=True, out_int32=True
     )
 
     def product(x_SI: torch.Tensor, name: str) -> torch.Tensor:
-        weight = getattr(experts, name)
-        weight_EOI = (weight.transpose(-2, -1) if experts.is_transposed else weight).to(x_SI.dtype)
-        y_SO = grouped_linear(x_SI, weight_EOI, ends_E, by_loop)
+        y_SO = frozen(x_SI, name, Groups(expert_S, ends_E, by_loop))
+        if y_SO is None:
+            weight = getattr(experts, name)
+            weight_EOI = (weight.transpose(-2, -1) if experts.is_transposed else weight).to(x_SI.dtype)
+            y_SO = grouped_linear(x_SI, weight_EOI, ends_E, by_loop)
         if (pair := low_rank.get(name)) is not None:
             low_SR = grouped_linear(x_SI, pair.a.to(x_SI.dtype), ends_E, by_loop)
             y_SO = y_SO + pair.scale * grouped_linear(low_SR, pair.b.to(x_SI.dtype), ends_E, by_loop)
@@ -122,7 +134,7 @@ def _forward(
     while _is_wrapper(layer):
         low_rank[layer.parameter_name] = _low_rank(layer, hidden_states.is_cuda)
         layer = layer.base_layer
-    by_loop = not _can_group(layer, hidden_states)
+    by_loop = not can_group(layer, hidden_states)
     return adapted_experts(layer, low_rank, hidden_states, top_k_index, top_k_weights, by_loop)
 
 
@@ -137,12 +149,18 @@ def _low_rank(wrapper: Any, padded: bool) -> LowRank:
     return LowRank(a, b, wrapper.scaling[name])
 
 
-def _can_group(experts: Any, x: torch.Tensor) -> bool:
+def can_group(experts: Any, x: torch.Tensor) -> bool:
     """Whether `torch._grouped_mm` multiplies these matrices on this device."""
     if not x.is_cuda or x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
-    sizes = {size for name in PARAMETERS if hasattr(experts, name) for size in getattr(experts, name).shape[1:]}
+    sizes = {size for name in PARAMETERS if hasattr(experts, name) for size in matrix_shape(experts, name)[1:]}
     return all(size * x.element_size() % _ALIGNMENT == 0 for size in sizes)
+
+
+def matrix_shape(experts: Any, name: str) -> tuple[int, ...]:
+    """The three dimensions of a parameter of experts, quantised or not."""
+    stack = getattr(experts, "stacks", {}).get(name)
+    return tuple(getattr(experts, name).shape) if stack is None else stack.shape
 
 
 def _is_wrapper(module: Any) -> bool:

@@ -6,7 +6,7 @@ serves forward and backward: `dist_cpt_kernels.fp8`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dist_cpt_kernels.fp8 import MULTIPLE, why_not
 from torch import nn
 
 from dist_cpt.adapters.placeholders import placeholder
+from dist_cpt.adapters.quantised_experts import Spec, with_experts
 from dist_cpt.errors import ConfigError
 from dist_cpt.runtime.log import LOGGER
 
@@ -45,6 +46,7 @@ class Fp8Format:
     """How `quantize` treats these layers."""
 
     attribute, layer_class = "row_scales", Fp8Linear.__name__
+    tables = ()
 
     def require(self, device: torch.device) -> None:
         """Raises: ConfigError: the GPU has no e4m3 products."""
@@ -53,7 +55,7 @@ class Fp8Format:
             raise ConfigError(f"model.weights: fp8: {name} {reason}", remedy="use model.weights: bf16, nf4 or int8")
 
     def settings(self) -> Any:
-        return _transformers_classes()[0]()
+        return _settings_class()()
 
     def settle(self, folder: Path, name: str, layer: Any) -> None:
         """Nothing: a layer that has been read has its scales."""
@@ -79,6 +81,27 @@ class Fp8Format:
         layer.weight.data.copy_(rows.codes)
         layer.row_scales.copy_(rows.scales)
 
+    def fits(self, outputs: int, inputs: int) -> bool:
+        return inputs % MULTIPLE == 0 and outputs % MULTIPLE == 0
+
+    def expert_spec(self, outputs: int, inputs: int) -> Spec:
+        return {"codes": ((outputs, inputs), torch.uint8), "row_scales": ((outputs,), torch.float32)}
+
+    def quantise_expert(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        rows = quantize_rows(weight)
+        return {"codes": rows.codes, "row_scales": rows.scales}
+
+    def dequantise_experts(
+        self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor], outputs: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return codes.view(torch.float8_e4m3fn).to(dtype)
+
+    def row_factors(self, scales: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return scales["row_scales"]
+
+
+FORM = Fp8Format()
+
 
 def name_plain_layers(model: Any) -> None:
     """Log the linear layers that stay in bf16 because e4m3 products do not take their sizes."""
@@ -94,12 +117,12 @@ def name_plain_layers(model: Any) -> None:
 
 
 def _fits(layer: nn.Linear) -> bool:
-    return layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0
+    return FORM.fits(layer.out_features, layer.in_features)
 
 
 @cache
-def _transformers_classes() -> tuple[Any, Any]:
-    """(settings for `from_pretrained`, what it does with them), registered with transformers."""
+def _settings_class() -> Any:
+    """For `from_pretrained`; what it does with them is registered with transformers."""
     from transformers.core_model_loading import ConversionOps
     from transformers.quantizers.auto import register_quantizer
     from transformers.quantizers.base import HfQuantizer
@@ -124,7 +147,6 @@ def _transformers_classes() -> tuple[Any, Any]:
                 converted[name] = nn.Parameter(rows.codes, requires_grad=False)
             return converted
 
-    @register_quantizer(method)
     class Quantizer(quantizer):
         quantized_element_size = 1
         is_trainable = True
@@ -146,4 +168,5 @@ def _transformers_classes() -> tuple[Any, Any]:
         def is_serializable(self) -> bool:
             return False
 
-    return Settings, Quantizer
+    register_quantizer(method)(with_experts(Quantizer, FORM, "fp8"))
+    return Settings

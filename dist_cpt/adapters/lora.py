@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
+import math
 import os
 import re
 import warnings
@@ -23,6 +24,7 @@ from torch import nn
 from dist_cpt.adapters.experts import expert_parameters, install_expert_lora, routers_of
 from dist_cpt.adapters.language_model import decoder_of, recurrent_mixers
 from dist_cpt.adapters.placeholders import converted
+from dist_cpt.adapters.quantised_experts import as_declared, stacks_of
 from dist_cpt.config.schema import AdapterConfig, RunConfig
 from dist_cpt.errors import ConfigError
 
@@ -77,7 +79,7 @@ def apply_lora(
         trained[next(name for name, module in model.named_modules() if module is head)] = head
     routers = routers_of(decoder_of(model)) if config.model.router == "train" else []
     renamed = _renamed_by_peft(peft, model, targets)
-    with torch.random.fork_rng(devices=[]), without_peft_deprecations(), _targets_as_given():
+    with torch.random.fork_rng(devices=[]), without_peft_deprecations(), _targets_as_given(), as_declared(model):
         torch.manual_seed(config.seed)
         peft_model = peft.get_peft_model(model, lora)
     install_expert_lora(peft_model)
@@ -240,13 +242,14 @@ def left_out(layers: Iterable[nn.Module]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for layer in layers:
         own = {id(p) for mixer in recurrent_mixers(layer) for p in mixer.parameters(recurse=False)}
+        quantised = {name: math.prod(stack.shape) for name, _, _, stack in stacks_of(layer)}
         for name, parameter in layer.named_parameters():
             if parameter.requires_grad or ".base_layer." in name:
                 continue
             if id(parameter) not in own and (parameter.ndim < 2 or name.endswith("bias")):
                 continue
             short = name.removesuffix(".weight")
-            sizes[short] = sizes.get(short, 0) + parameter.numel()
+            sizes[short] = sizes.get(short, 0) + quantised.get(name, parameter.numel())
     return sizes
 
 

@@ -1,38 +1,30 @@
-"""NF4, int8 and fp8: the linear layers of a frozen base in 4 or 8 bits; the only module that uses bitsandbytes for
-weights.
+"""NF4, int8 and fp8: the linear layers and experts of a frozen base in 4 or 8 bits.
 
-NF4: a layer [out, in] becomes codes uint8 [out * in / 2, 1], one 8-bit scale per 64 elements and one fp32 scale per
-256 of those: 4.127 bits per element. int8: codes int8 [out, in] and one fp32 scale per row. fp8: `fp8_linear`. The
-head, the embeddings, norms and biases stay bf16. Engines move and shard the codes like any frozen parameter; the scales
-are replicated.
-Source: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, section 3; LLM.int8(), section 2.1.
+The formats: `nf4_linear`, `int8_linear`, `fp8_linear`; experts: `quantised_experts`. The head, the embeddings, norms
+and biases stay bf16. Engines move and shard the codes like any frozen parameter; the scales are replicated.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from dist_cpt_kernels import NestedScales, Nf4Scales, RowScales, dequantize_nf4
-from dist_cpt_kernels.dispatch import available
+from dist_cpt_kernels import Nf4Scales, RowScales
 from torch import nn
 
-from dist_cpt.adapters.fp8_linear import Fp8Format, name_plain_layers
+from dist_cpt.adapters import fp8_linear, int8_linear, nf4_linear
+from dist_cpt.adapters.fp8_linear import name_plain_layers
 from dist_cpt.adapters.language_model import auto_class
 from dist_cpt.adapters.lora import import_peft
-from dist_cpt.adapters.placeholders import placeholder
-from dist_cpt.errors import ConfigError, MissingExtraError
+from dist_cpt.adapters.quantised_experts import dequantise_experts, stacks_of
+from dist_cpt.errors import ConfigError
 from dist_cpt.run_folder.names import MODEL_CONFIG
 from dist_cpt.runtime.log import LOGGER
 from dist_cpt.storage import read_bytes
 
-BLOCKSIZE = 64  # elements that share a scale; fixed by transformers for weights it quantises while loading
-NESTED_BLOCKSIZE = 256  # of those scales share one of the second kind
 _DEQUANTISED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}  # quant_method -> transformers' settings
 
 
@@ -87,6 +79,9 @@ def set_placeholders(folder: Path, model: Any, weights: str, device: torch.devic
     tables on `device` that are to be overwritten."""
     for _, layer, form in _quantised_layers(model):
         form.set_placeholder(layer, device)
+    for _, _, _, stack in stacks_of(model):
+        stack.scales.update(stack.empty(device))
+        del stack.scales["codes"]
     _require_quantised(folder, model, weights)
 
 
@@ -98,6 +93,8 @@ def take_scales(folder: Path, model: Any) -> list[tuple[str, torch.Tensor]]:
     scales = list(quantisation_state(model))
     for _, layer, form in read:
         setattr(layer, form.attribute, None)
+    for _, _, _, stack in stacks_of(model):
+        stack.scales.clear()
     return scales
 
 
@@ -205,6 +202,8 @@ def _forget_quantisation(model: Any) -> None:
 def identity_of(model: Any, weights: str, stored: bool) -> dict[str, Any]:
     """How the weights are quantised: what a resume must match besides the sha256 of the files."""
     method = next(form.identity(layer) for layer in model.modules() if (form := format_of(layer)) is not None)
+    if experts := sorted({name for _, _, name, _ in stacks_of(model)}):
+        method |= {"experts": experts}
     return {"weights": weights, "weights_quantisation": method | ({"stored": True} if stored else {})}
 
 
@@ -229,12 +228,15 @@ def quantisation_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
     NF4: `<layer>.weight.absmax` uint8 [blocks], `.nested_absmax` [blocks / 256], `.offset` [1] and two tables of code
     values [16] and [256], fp32; without double quantisation `.absmax` fp32 and one table. int8: `.row_absmax` fp32
-    [out]; fp8: `.row_scales` fp32 [out]. Not copies.
+    [out]; fp8: `.row_scales` fp32 [out]. Of experts the same, one for each, after the parameter's name. Not copies.
     """
     for name, layer in module.named_modules():
         if (form := format_of(layer)) is not None:
             for key, tensor in form.state(layer):
                 yield f"{name}.weight.{key}", tensor
+    for path, _, _, stack in stacks_of(module):
+        for key, tensor in stack.scales.items():
+            yield f"{path}.{key}", tensor
 
 
 def kernel_scales(layer: Any) -> Nf4Scales | RowScales | None:
@@ -260,9 +262,10 @@ def write_weight(layer: Any, weight: torch.Tensor) -> None:
 
 
 def dequantise(model: Any) -> Any:
-    """`model` with plain fp32 layers of its architecture in place of the quantised ones."""
+    """`model` with plain fp32 layers and experts of its architecture in place of the quantised ones."""
     from transformers.pytorch_utils import Conv1D
 
+    dequantise_experts(model)
     for name, layer in [(n, m) for n, m in model.named_modules() if is_quantised(m)]:
         with torch.device("meta"):
             plain: Any = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
@@ -319,215 +322,9 @@ def _require_quantised(folder: Path, model: Any, weights: str) -> None:
         name_plain_layers(model)
 
 
-class _Nf4:
-    attribute, layer_class = "quant_state", "Linear4bit"
-
-    def require(self, device: torch.device) -> None:
-        _require_bitsandbytes("nf4")
-
-    def settings(self) -> Any:
-        from transformers import BitsAndBytesConfig
-
-        # Engines that cast floating-point weights would corrupt codes stored in a float dtype.
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            bnb_4bit_quant_storage=torch.uint8,
-        )
-
-    def settle(self, folder: Path, name: str, layer: Any) -> None:
-        state = layer.quant_state
-        stored = (state.quant_type, state.blocksize, str(layer.weight.dtype))
-        if stored != ("nf4", BLOCKSIZE, "torch.uint8"):
-            raise ConfigError(
-                f"{folder}: {name} is {stored[0]} in blocks of {stored[1]}, stored as {stored[2]}",
-                remedy=f"only nf4 in blocks of {BLOCKSIZE}, stored as uint8, is supported",
-            )
-        layer.forward = partial(nf4_linear, layer)
-
-    def set_placeholder(self, layer: Any, device: torch.device) -> None:
-        _set_nf4_placeholder(layer, torch.Size((layer.out_features, layer.in_features)), device)
-        layer.forward = partial(nf4_linear, layer)
-
-    def state(self, layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        state = layer.quant_state
-        yield "absmax", state.absmax
-        yield "quant_map", state.code
-        if state.nested:
-            yield "offset", state.offset.view(1)
-            yield "nested_absmax", state.state2.absmax
-            yield "nested_quant_map", state.state2.code
-
-    def identity(self, layer: Any) -> dict[str, Any]:
-        return {"blocksize": layer.quant_state.blocksize, "double_quant": layer.quant_state.nested}
-
-    def kernel_scales(self, layer: Any) -> Nf4Scales:
-        state = layer.quant_state
-        nested = None
-        if state.nested:
-            nested = NestedScales(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
-        return Nf4Scales(state.absmax, tuple(state.shape), nested)
-
-    def read(self, layer: Any) -> torch.Tensor:
-        return _dequantised(layer, torch.float32)
-
-    def write(self, layer: Any, weight: torch.Tensor) -> None:
-        from bitsandbytes.functional import quantize_4bit
-
-        state = layer.quant_state
-        codes, new = quantize_4bit(weight, blocksize=BLOCKSIZE, compress_statistics=state.nested, quant_type="nf4")
-        new.dtype = state.dtype
-        layer.weight.data.copy_(codes)
-        layer.weight.quant_state = layer.quant_state = new
-
-
-class _Int8:
-    attribute, layer_class = "row_absmax", "Linear8bitLt"
-
-    def require(self, device: torch.device) -> None:
-        _require_bitsandbytes("int8")
-
-    def settings(self) -> Any:
-        from transformers import BitsAndBytesConfig
-
-        return BitsAndBytesConfig(load_in_8bit=True)
-
-    def settle(self, folder: Path, name: str, layer: Any) -> None:
-        layer.row_absmax = layer.weight.SCB.float()
-        layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
-        layer.forward = partial(int8_linear, layer)
-
-    def set_placeholder(self, layer: Any, device: torch.device) -> None:
-        shape = (layer.out_features, layer.in_features)
-        layer.weight = nn.Parameter(placeholder(shape, torch.int8), requires_grad=False)
-        layer.row_absmax = torch.zeros(layer.out_features, device=device)
-        layer.forward = partial(int8_linear, layer)
-
-    def state(self, layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        yield "row_absmax", layer.row_absmax
-
-    def identity(self, layer: Any) -> dict[str, Any]:
-        return {"row_wise": True}
-
-    def kernel_scales(self, layer: Any) -> None:
-        return None
-
-    def read(self, layer: Any) -> torch.Tensor:
-        return layer.weight.data.float() * (layer.row_absmax / 127.0)[:, None]
-
-    def write(self, layer: Any, weight: torch.Tensor) -> None:
-        absmax = weight.abs().amax(1)
-        codes = weight * (127.0 / absmax.clamp_min(torch.finfo(torch.float32).tiny))[:, None]
-        layer.weight.data.copy_(codes.round_().clamp_(-127, 127))
-        layer.row_absmax.copy_(absmax)
-
-
-FORMATS: dict[str, Format] = {"nf4": _Nf4(), "int8": _Int8(), "fp8": Fp8Format()}  # by `model.weights`
+FORMATS: dict[str, Format] = {
+    "nf4": nf4_linear.FORM,
+    "int8": int8_linear.FORM,
+    "fp8": fp8_linear.FORM,
+}  # by `model.weights`
 QUANTISED = tuple(FORMATS)
-
-
-def _require_bitsandbytes(weights: str) -> None:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise MissingExtraError(f"model.weights: {weights}", "qlora") from None
-
-
-def _set_nf4_placeholder(layer: Any, shape: torch.Size, device: torch.device) -> None:
-    from bitsandbytes.functional import QuantState
-    from bitsandbytes.nn import Params4bit
-
-    codes: Any = Params4bit
-    blocks, nested = -(-shape.numel() // BLOCKSIZE), layer.weight.compress_statistics
-    outer = None
-    if nested:
-        empty = torch.zeros(-(-blocks // NESTED_BLOCKSIZE), device=device)
-        outer = QuantState(empty, blocksize=NESTED_BLOCKSIZE, code=torch.zeros(256, device=device), dtype=torch.float32)
-    layer.quant_state = QuantState(
-        torch.zeros(blocks, dtype=torch.uint8 if nested else torch.float32, device=device),
-        shape,
-        torch.zeros(16, device=device),
-        BLOCKSIZE,
-        "nf4",
-        torch.bfloat16,
-        torch.zeros((), device=device) if nested else None,
-        outer,
-    )
-    layer.weight = codes(
-        placeholder((-(-shape.numel() // 2), 1), torch.uint8),
-        quant_state=layer.quant_state,
-        blocksize=BLOCKSIZE,
-        compress_statistics=nested,
-        quant_type="nf4",
-        module=layer,
-        bnb_quantized=True,
-    )
-
-
-class _Nf4Product(torch.autograd.Function):
-    """x W^T + b; W is dequantised in forward and again in backward.
-
-    bitsandbytes' own layer keeps a view of the gathered codes from forward to backward, so ZeRO-3 could not free
-    them; and on a CPU with bf16 instructions it repacks codes and scales in place at the first evaluation.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: Any) -> torch.Tensor:
-        ctx.layer = layer
-        return F.linear(x, _dequantised(layer, x.dtype), layer.bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (grad,) = grads
-        return grad @ _dequantised(ctx.layer, grad.dtype), None
-
-
-def nf4_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """x [..., in] -> [..., out] through a layer with NF4 codes and their `quant_state`."""
-    return _Nf4Product.apply(x, layer)
-
-
-class _RowScaledProduct(torch.autograd.Function):
-    """x W^T + b for int8 rows, each with a scale. The product is over the codes, exact in bf16, and scaled in fp32, so
-    no weight is rounded to bf16.
-
-    bitsandbytes' own layer would also round x to 8 bits, and hides its codes from engines.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: Any) -> torch.Tensor:
-        ctx.layer = layer
-        y = F.linear(x, layer.weight.data.to(x.dtype)) * (layer.row_absmax / 127.0)
-        return (y if layer.bias is None else y + layer.bias).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (grad,) = grads
-        scaled = (grad * (ctx.layer.row_absmax / 127.0)).to(grad.dtype)
-        return scaled @ ctx.layer.weight.data.to(grad.dtype), None
-
-
-def int8_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """x [..., in] -> [..., out] through a layer with int8 codes and their `row_absmax`."""
-    return _RowScaledProduct.apply(x, layer)
-
-
-def _dequantised(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The weight [out, in] of the codes that are in the layer now: an engine may just have gathered them."""
-    state, codes = layer.quant_state, layer.weight.data
-    if available(codes):  # one kernel instead of three, bit-identical
-        scales = FORMATS["nf4"].kernel_scales(layer)
-        assert isinstance(scales, Nf4Scales)
-        weight = dequantize_nf4(codes, scales.absmax, scales.shape, torch.bfloat16, nested=scales.nested)
-        return weight.to(dtype)
-    from bitsandbytes.functional import dequantize_blockwise
-
-    elements = state.shape.numel()
-    absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-    # As one row: for row lengths that 16 divides but 64 does not, the CPU kernel of bitsandbytes 0.50 reads the scales
-    # of other blocks. An odd number of elements leaves half of the last byte unused.
-    row = (1, elements + elements % 2)
-    flat = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCKSIZE, "nf4", row, torch.bfloat16)
-    return flat[0, :elements].view(state.shape).to(dtype)

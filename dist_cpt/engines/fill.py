@@ -56,7 +56,7 @@ def fill(unread: UnreadBase, module: nn.Module, receive: Receive) -> None:
             num_bytes += sum(value.nbytes for value in values.values())
             for path in paths:
                 receive(path, owner, values.pop(path, None))
-            for name in [name for name in scales if name.rpartition(".weight.")[0] + ".weight" in paths]:
+            for name in [name for name in scales if name.rpartition(".")[0] in paths]:
                 send_whole(scales[name], owner, values.pop(name, None))
             made_progress()
     gib, seconds = all_reduce_ints([num_bytes])[0] / 2**30, max(time.monotonic() - start, 1e-9)

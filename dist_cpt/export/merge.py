@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dist_cpt.adapters.peft_folder import manifest_content
+from dist_cpt.adapters.quantised_experts import dequantise_experts
 from dist_cpt.adapters.quantize import QUANTISED, load_quantised
 from dist_cpt.errors import ConfigError
 from dist_cpt.export.checkpoint_model import (
@@ -195,6 +196,7 @@ def quantisation_gap(checkpoint: str | Path, *, base: str | None = None) -> floa
     expected = probe_logits(load_fp32(checkpoint, base_folder))
     hf_config = scaled_config(base_folder, rope_of(checkpoint))
     quantised = load_quantised(base_folder, hf_config, torch.device("cpu"), weights)
+    dequantise_experts(quantised)
     for parameter in quantised.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()

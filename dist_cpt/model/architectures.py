@@ -41,7 +41,8 @@ FUSABLE = {
     "gemma2": Fusable("Gemma2", casting="gemma", window="layer", softcap=True),
     "gemma3_text": Fusable("Gemma3", casting="gemma", window="layer"),
 }
-TESTED = (*FUSABLE, "gpt2")
+_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss")
+TESTED = (*FUSABLE, "gpt2", *_MIXTURES, "deepseek_v2", "deepseek_v3", "glm4_moe")
 _FACTORS, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling", "logits_mup_width_multiplier")
 _MULTIPLY_BY_DIVISOR = ("hyperclovax",)  # model types
 TRY_ANOTHER = f"use another architecture; tested: {', '.join(TESTED)}"

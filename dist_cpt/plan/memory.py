@@ -150,14 +150,15 @@ def _loss(training: Training, tokens: int) -> int:
 
 
 def _dequantised(training: Training, tokens: int) -> int:
-    """The largest weight in 16 bits; int8 scales its product in fp32 besides; fp8: its codes transposed, and those of
-    its input."""
+    """The largest weight in 16 bits, of experts all in a parameter; int8 scales its product in fp32 besides; fp8: its
+    codes transposed, and those of its input, if it is of no experts."""
     if not training.num_quantised:
         return 0
-    largest = max(training.shapes.of("linear"), key=lambda weight: weight.elements)
-    if training.weights == "fp8":
+    largest = max(training.shapes.of("linear", "experts"), key=lambda weight: weight.elements)
+    tokens *= training.shapes.experts_per_token if largest.role == "experts" else 1
+    if training.weights == "fp8" and largest.role == "linear":
         return largest.elements + tokens * max(largest.inputs, largest.outputs)
-    return 2 * largest.elements + (4 * tokens * largest.outputs if training.weights == "int8" else 0)
+    return 2 * largest.elements + (0 if training.weights == "nf4" else 4 * tokens * largest.outputs)
 
 
 @lru_cache(maxsize=64)

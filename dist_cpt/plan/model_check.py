@@ -92,8 +92,7 @@ def as_text(check: ModelCheck) -> Iterator[str]:
     pair = "one tied matrix" if shapes.tied else "two matrices"
     rows = f"{shapes.vocab_size:,} x {shapes.hidden_size:,}, {count(shapes.head_elements)} each"
     yield f"embeddings.train: {pair} of {rows}"
-    whole = "; experts stay in bf16" if any(shapes.of("experts")) else ""
-    yield f"nf4, int8 and fp8 store the linear maps: {_listed(_parts(shapes.of('linear')))}{whole}"
+    yield f"nf4, int8 and fp8 store the linear maps: {_listed(_parts(shapes.of('linear', 'experts')))}"
     yield "fused on a GPU: " + ("layers, embeddings and loss" if shapes.fused else "embeddings and loss; no layers")
     attending = sum(kind in (*ATTENTION_LAYERS, "hybrid") for kind in shapes.layer_types)
     windows = sorted({window for window in shapes.windows if window is not None})

@@ -93,6 +93,7 @@ class ModelShapes:
     num_experts: int
     tied: bool
     fused: bool  # its layers run as fused kernels on a GPU
+    is_quantised: bool  # its folder has codes of bitsandbytes, and experts in 16 bits
 
     @cached_property
     def num_parameters(self) -> int:
@@ -205,6 +206,7 @@ def shapes_of(config: Mapping[str, Any]) -> ModelShapes:
         num_experts=max(1, dims["E"]),
         tied=bool(keys.get("tie_word_embeddings")),
         fused=family.fused,
+        is_quantised=any(key in (config.get("quantization_config") or {}) for key in ("load_in_4bit", "load_in_8bit")),
     )
 
 

@@ -209,18 +209,21 @@ def _gemm_rate(training: Training, device: Device) -> float:
     """FLOP/s of the maps' products, of which those with e4m3 weights are faster."""
     if training.weights != "fp8":
         return device.gemm
-    share = min(1.0, training.num_quantised / sum(layer.parameters for layer in training.widths))
+    multiplied = training.num_quantised - training.num_quantised_experts
+    share = min(1.0, multiplied / sum(layer.parameters for layer in training.widths))
     return device.gemm / (1.0 - share + share / device.e4m3)
 
 
 def _dequantise(training: Training, device: Device, step: RankStep, repeated: float, assumed: Assumptions) -> float:
     """Seconds per micro-batch to make 16-bit weights in forward, backward and recomputation; fp8: to quantise what they
-    multiply, bf16 read and codes written, and to transpose codes in backward."""
+    multiply, bf16 read and codes written, and to transpose codes in backward, experts as int8."""
+    experts = training.num_quantised_experts
     elements = (2 + repeated) * training.num_quantised
     moved = device.copy * assumed.elementwise_fraction
     if training.weights == "fp8":
         rows = sum((1 + repeated) * layer.adapted_inputs + layer.adapted_outputs for layer in training.widths)
-        return (3.0 * rows * step.micro_batch_tokens + 2.0 * training.num_quantised) / moved
+        linear = 3.0 * rows * step.micro_batch_tokens + 2.0 * (training.num_quantised - experts)
+        return (linear + 3.0 * (2 + repeated) * experts) / moved
     if training.weights == "int8":  # codes read, bf16 written
         return 3.0 * elements / moved
     return elements / (assumed.nf4_elements_per_second * min(1.0, device.copy / assumed.nf4_copy))

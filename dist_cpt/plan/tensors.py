@@ -21,7 +21,7 @@ Group = Literal["adapter", "weights", "embeddings", "no_decay", "head", "router"
 EIGHT_BIT_GROUPS = ("adapter", "weights")  # optim/groups.py; `adapter` includes LoRA+'s B
 BYTES = {"fp32": 4, "bf16": 2}
 _NF4_BLOCK, _NF4_NESTED = 64, 256  # elements that share a scale, scales that share one
-_NF4_TABLES = 4 * (16 + 256 + 1)  # of each layer: two maps and an offset
+_NF4_TABLES = 4 * (16 + 256)  # of each layer or parameter of experts: two maps; each matrix has an offset
 _FP8_MULTIPLE = 16  # dist_cpt_kernels.fp8.MULTIPLE, which needs torch
 
 
@@ -93,9 +93,16 @@ class Training:
         return sum(tensor.elements for tensor in self.trained)
 
     @cached_property
+    def num_quantised_experts(self) -> int:
+        """Those of `num_quantised` that are experts': multiplied in 16 bits in every format."""
+        weights = self.shapes.of("experts")
+        return sum(weight.elements for weight in weights if _is_quantised(self.shapes, weight, self.weights))
+
+    @cached_property
     def num_quantised(self) -> int:
         """Elements of the quantised weights."""
-        return sum(weight.elements for weight in self.shapes.weights if _is_quantised(weight, self.weights))
+        weights = self.shapes.weights
+        return sum(weight.elements for weight in weights if _is_quantised(self.shapes, weight, self.weights))
 
 
 def training_of(config: RunConfig, shapes: ModelShapes) -> Training:
@@ -128,7 +135,7 @@ def training_of(config: RunConfig, shapes: ModelShapes) -> Training:
     return Training(
         shapes=shapes,
         trained=tuple(trained),
-        frozen=tuple(t for w in weights if w.name not in is_whole for t in _stored(w, config.model.weights)),
+        frozen=tuple(t for w in weights if w.name not in is_whole for t in _stored(shapes, w, config.model.weights)),
         adapted=adapted,
         rank=0 if full else config.adapter.rank,
         weights=config.model.weights,
@@ -187,21 +194,28 @@ def _adapter_tensors(
         yield Trained((outputs, rank), "embeddings", None, weight.role)
 
 
-def _stored(weight: Weight, weights: str) -> Iterator[Frozen]:
-    """Source: bitsandbytes' NF4 with double quantisation, int8 and e4m3 rows (adapters/quantize.py)."""
-    if not _is_quantised(weight, weights):
+def _stored(shapes: ModelShapes, weight: Weight, weights: str) -> Iterator[Frozen]:
+    """Source: bitsandbytes' NF4 with double quantisation, int8 and e4m3 rows (adapters/quantize.py), each expert by
+    itself."""
+    if not _is_quantised(shapes, weight, weights):
         yield Frozen(weight.shape, BYTES.get(weights, 2), weight.layer, weight.role)
         return
+    matrices = weight.shape[:-2]  # (experts,)
     if weights in ("int8", "fp8"):
-        yield Frozen((weight.outputs, weight.inputs), 1, weight.layer)
-        yield Frozen((weight.outputs,), 4, weight.layer, scales=True)
+        yield Frozen((*matrices, weight.outputs, weight.inputs), 1, weight.layer, weight.role)
+        yield Frozen((*matrices, weight.outputs), 4, weight.layer, scales=True)
         return
-    blocks = -(-weight.elements // _NF4_BLOCK)
-    yield Frozen((-(-weight.elements // 2), 1), 1, weight.layer)
-    yield Frozen((blocks + 4 * -(-blocks // _NF4_NESTED) + _NF4_TABLES,), 1, weight.layer, scales=True)
+    elements, count = weight.outputs * weight.inputs, math.prod(matrices)
+    blocks = -(-elements // _NF4_BLOCK)
+    yield Frozen((*matrices, -(-elements // 2), 1), 1, weight.layer, weight.role)
+    scales = count * (blocks + 4 * -(-blocks // _NF4_NESTED) + 4) + _NF4_TABLES
+    yield Frozen((scales,), 1, weight.layer, scales=True)
 
 
-def _is_quantised(weight: Weight, weights: str) -> bool:
-    if weight.role != "linear" or weights not in ("nf4", "int8", "fp8"):
+def _is_quantised(shapes: ModelShapes, weight: Weight, weights: str) -> bool:
+    roles = ("linear",) if shapes.is_quantised else ("linear", "experts")
+    if weight.role not in roles or weights not in ("nf4", "int8", "fp8"):
         return False
-    return weights != "fp8" or weight.outputs % _FP8_MULTIPLE == 0 == weight.inputs % _FP8_MULTIPLE
+    if weights == "fp8":
+        return weight.outputs % _FP8_MULTIPLE == 0 == weight.inputs % _FP8_MULTIPLE
+    return weights == "int8" or weight.role == "linear" or weight.outputs * weight.inputs % _NF4_BLOCK == 0

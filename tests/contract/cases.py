@@ -428,7 +428,10 @@ def whole_weights(
         whole = {n: as_bytes(tensor) for n, tensor in snapshot(built).items() if n.startswith("master.")}
         for name, local in built.frozen_tensors():
             parts: list[Any] = [as_bytes(local)]
-            if name.endswith((".weight", ".bias")) and built.kind in ("fsdp-full", "zero-3"):  # scales are everywhere
+            if name.endswith((".weight", ".bias", "_proj")) and built.kind in (
+                "fsdp-full",
+                "zero-3",
+            ):  # scales are everywhere
                 parts = [None] * dist.get_world_size()
                 dist.all_gather_object(parts, as_bytes(local))
             whole[name] = torch.cat(parts)[: num_bytes.get(name)]

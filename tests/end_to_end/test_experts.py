@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from dist_cpt.adapters.experts import LowRank, adapted_experts, experts_of, grou
 from dist_cpt.errors import ConfigError
 from dist_cpt.export.merge import merge
 from tests import tiny
+from tests.contract.model import block
 from tests.run_ranks import run_ranks
 from tests.tiny_mixtures import KINDS, write_moe
 from tests.trained_checkpoint import IDS, plain_logits, trained, trainer_logits, write_checkpoint
@@ -122,6 +124,27 @@ def test_the_grouped_product_is_the_loop():
         )
     for loop, grouped in zip(*results, strict=True):
         torch.testing.assert_close(grouped, loop)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_packed_block_is_its_documents_alone(kind, tmp_path):
+    """Their losses and gradients: so its base may be read by slices, unseen by a check of packing."""
+    model = trained({"path": str(write_moe(tmp_path / "base", kind)), "weights": "fp32"})
+    model.module.train()
+    packed = block(1, 0)
+    borders, parameters = packed.cu_seqlens.tolist(), list(model.trainable.values())
+    assert len(borders) == 3
+
+    def loss_of(start: int, stop: int) -> torch.Tensor:
+        inner = packed.cu_seqlens[(packed.cu_seqlens >= start) & (packed.cu_seqlens <= stop)] - start
+        ids, labels, positions = (x[:, start:stop] for x in (packed.input_ids, packed.labels, packed.position_ids))
+        return model.module(ids, positions, inner, int(inner.diff().max()), labels, 1.0)[0]
+
+    whole, alone = loss_of(0, borders[-1]), torch.stack([loss_of(*pair) for pair in itertools.pairwise(borders)]).sum()
+    torch.testing.assert_close(whole, alone, rtol=1e-5, atol=0)
+    gradients = (torch.autograd.grad(loss, parameters) for loss in (whole, alone))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * max(1.0, float(theirs.abs().max())))
 
 
 @pytest.mark.parametrize("changes", [{"dropout": 0.1}, {"dora": True}, {"init": "pissa"}])

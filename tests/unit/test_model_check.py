@@ -104,7 +104,7 @@ def test_it_refuses_settings_that_a_run_refuses(kind):
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=() if kind in ("gpt_oss", "deepseek_v3") else pytest.mark.matrix)
+        pytest.param(kind, marks=() if kind in ("granite", "olmo2") else pytest.mark.matrix)
         for kind in FAMILIES
         if kind not in TESTED
     ],

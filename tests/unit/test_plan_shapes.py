@@ -232,6 +232,15 @@ def test_a_trained_router_trains_with_its_bias():
     assert not any(tensor.shape == (128,) for tensor in planned.frozen)
 
 
+def test_experts_in_16_bits_beside_codes_on_the_disk_stay_so():
+    kind = {"model_type": "mixtral", "num_hidden_layers": 1}
+    config = build(recipe("mixtral", "nf4"), "r")
+    for stored, element_bytes in (({}, 1), ({"quantization_config": {"load_in_4bit": True}}, 2)):
+        planned = training_of(config, shapes_of(kind | stored))
+        sizes = {tensor.element_bytes for tensor in planned.frozen if tensor.role == "experts"}
+        assert sizes == {element_bytes}
+
+
 def test_a_folder_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny.llama()))
     assert shapes_of(read_config(tmp_path)).model_type == "llama"

@@ -16,15 +16,9 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
 
-from dist_cpt.adapters.quantize import (
-    BLOCKSIZE,
-    int8_linear,
-    load_quantised,
-    nf4_linear,
-    quantisation_state,
-    read_weight,
-    write_weight,
-)
+from dist_cpt.adapters.int8_linear import int8_linear
+from dist_cpt.adapters.nf4_linear import BLOCKSIZE, nf4_linear
+from dist_cpt.adapters.quantize import load_quantised, quantisation_state, read_weight, write_weight
 from dist_cpt.errors import ConfigError, MissingExtraError
 from dist_cpt.export.checkpoint_model import load_fp32, plain_model
 from dist_cpt.export.merge import quantisation_gap
