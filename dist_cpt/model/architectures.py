@@ -91,11 +91,10 @@ def check_config(hf_config: Any) -> None:
         )
     hf_config = hf_config.get_text_config()
     kind = hf_config.model_type
-    for key, neutral in NEUTRAL.items():
-        value = getattr(hf_config, key, neutral)
-        if value is not None and value != neutral:
+    for key, why in NEUTRAL.items():
+        if (value := getattr(hf_config, key, None)) is not None:
             raise ConfigError(
-                f"model type {kind}: {key} = {value!r} is not implemented by the loss",
+                f"model type {kind}: {key} = {value!r} {why}",
                 remedy=f"use a model without it; tested: {', '.join(TESTED)}",
             )
     others = unpackable_layers(kind, getattr(hf_config, "layer_types", None))

@@ -11,8 +11,11 @@ from dist_cpt.errors import printable
 from dist_cpt.plan.families import ATTENTION_LAYERS, RECURRENT_LAYERS, Role
 from dist_cpt.plan.shapes import ModelShapes, Weight, shapes_of, text_config, unpackable_layers
 
-# config keys that change the loss in a way that is not implemented, with their neutral values
-NEUTRAL = {"logits_soft_cap": None}
+# config keys whose effect is not implemented, and what they do; null is neutral
+NEUTRAL = {
+    "logits_soft_cap": "is not implemented by the loss",
+    "altup_coef_clip": "clamps frozen weights, and reads them past an adapter",  # Gemma 3n
+}
 _LEFT_OUT: tuple[Role, ...] = ("router", "recurrence")
 
 
@@ -71,10 +74,9 @@ def check_model(config: Mapping[str, Any]) -> ModelCheck:
 def refusals(config: Mapping[str, Any]) -> Iterator[str]:
     """What the loss or packing would compute incorrectly, one line each."""
     config = text_config(config)
-    for key, neutral in NEUTRAL.items():
-        value = config.get(key, neutral)
-        if value is not None and value != neutral:
-            yield printable(f"{key} = {value!r} is not implemented by the loss")
+    for key, why in NEUTRAL.items():
+        if (value := config.get(key)) is not None:
+            yield printable(f"{key} = {value!r} {why}")
     listed = config.get("layer_types") or config.get("layers_block_type")
     if others := unpackable_layers(str(config.get("model_type")), map(str, listed or ())):
         yield printable(f"layers of type {', '.join(others)} cannot separate packed documents")

@@ -51,7 +51,7 @@ SMALL = {
     "first_k_dense_replace": 1,
     "pad_token_id": 0,
 }
-OTHERS = {"logits_soft_cap": 20.0}
+OTHERS = {"logits_soft_cap": 20.0, "altup_coef_clip": 120.0}
 
 
 def built(kind: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
@@ -99,6 +99,7 @@ def test_it_refuses_settings_that_a_run_refuses(kind):
         setattr(model.config, key, value)
         with pytest.raises(ConfigError, match=key):
             check_config(model.config)
+        setattr(model.config, key, None)
 
 
 @pytest.mark.parametrize(
