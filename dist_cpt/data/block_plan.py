@@ -152,9 +152,8 @@ def read_plan(folder: Path, verify: bool = False) -> BlockPlan:
 def _mapped(path: Path) -> np.ndarray:
     mapped = patiently(path, lambda: np.load(path, mmap_mode="r"), expected=True)
     if isinstance(mapped.base, mmap.mmap):
-        mapped.base.madvise(
-            mmap.MADV_RANDOM
-        )  # blocks are read in the order of a permutation: reading around is in vain
+        # Blocks are read in the order of a permutation: reading around is in vain.
+        mapped.base.madvise(mmap.MADV_RANDOM)
     return np.asarray(mapped)
 
 
@@ -175,11 +174,10 @@ def _make(folder: Path, store: TokenStore, key: PlanKey) -> None:
         plan = _checked(
             pack(store.lengths, key.seq_len, key.stride, key.excluded, partial(_new_array, work)), store, key
         )
-        num_tokens = plan.num_tokens
         for array in (plan.block_offsets, plan.pieces):
             array.flush()  # type: ignore[attr-defined]
         files = {f"{name}.npy": flush_hashed(work / f"{name}.npy") for name in (_OFFSETS, _PIECES)}
-        manifest = {"key": key.of(store), "num_tokens": num_tokens, "files": files}
+        manifest = {"key": key.of(store), "num_tokens": plan.num_tokens, "files": files}
         write_hashed(work / MANIFEST, json.dumps(manifest, indent=1).encode())
         fsync_path(work)
         _publish(work, folder)
@@ -194,7 +192,9 @@ def _make(folder: Path, store: TokenStore, key: PlanKey) -> None:
 def _publish(work: Path, folder: Path) -> None:
     try:
         work.rename(folder)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
         try:  # another process has made the same plan meanwhile
             read_plan(folder, verify=True)
         except DataError:  # or left a damaged one; processes that have mapped it keep their mapping

@@ -256,6 +256,17 @@ def test_a_folder_of_runs_that_cannot_be_listed_is_left_as_it_is(tmp_path: Path,
         remove_abandoned(tmp_path / "run")
 
 
+def test_a_block_plan_whose_rename_fails_once_is_made(config: RunConfig, tmp_path: Path) -> None:
+    case, made, work = preparing(config), tmp_path / "made", tmp_path / "work"
+    work.mkdir()
+    case.make(work)
+    shutil.copytree(work, made)
+    counting = ErrnoLayer(work)
+    assert outcome(made, work, case, counting) == "in spite of it"
+    (number,) = [n for n, (call, path) in enumerate(counting.calls) if call == "rename" and "/blocks-" in path]
+    assert outcome(made, work, case, ErrnoLayer(work, errno.EIO, number)) == "in spite of it"
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("lasts", [False, True], ids=["once", "for ever"])
 @pytest.mark.parametrize("name", ["claim", "restore", "save", "prepare"])
