@@ -7,6 +7,7 @@ import gc
 import hashlib
 import importlib.metadata
 import math
+import resource
 import threading
 import zlib
 from collections.abc import Iterator
@@ -507,6 +508,25 @@ def peak_of_building(base: str, engine: dict[str, Any], variant: str, by_slices:
     before = memory_of_process("VmRSS")
     with running(base, engine, variant, "bf16", by_slices):
         return memory_of_process("VmHWM") - before
+
+
+def step_under_a_limit(base: str, engine: dict[str, Any], variant: str, room: int) -> str:
+    """Load, shard and train on one block while this process may take `room` bytes (RLIMIT_DATA) more than it has.
+
+    "trained", or the error of memory that is not given.
+    """
+    give_memory_back()
+    unlimited = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_of_process("VmData") + room, unlimited[1]))
+    try:
+        with running(base, engine, variant, "fp32") as (built, groups):
+            built.accumulate(batches(1, dist.get_rank(), dist.get_world_size())[0], num_tokens(1), True)
+            assert math.isfinite(built.step(learning_rates(groups, 1)).read().loss)
+        return "trained"
+    except (MemoryError, RuntimeError, DistCptError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, unlimited)
 
 
 def give_memory_back() -> None:

@@ -52,3 +52,25 @@ def test_a_rank_needs_its_shards_and_two_layers(engine: str, ranks: int, pool: A
         "tests.contract.cases:peak_of_building", base=base("lora", **LARGE), engine=ENGINES[engine], variant="lora"
     ):
         assert peak <= model / ranks + 2 * LAYER * 4 + AROUND
+
+
+# 24 layers of 49 MiB: 1.15 GiB in fp32, more than a process may have.
+TOO_LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 8,
+             "num_key_value_heads": 8}  # fmt: skip
+WHOLE = 24 * (4 * 1024 * 1024 + 3 * 1024 * 2816) * 4
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("engine", SLICED)
+def test_a_base_too_large_for_one_rank_trains_on_two(engine: str, pool: Any, base: Any) -> None:
+    """Under an enforced limit of 85 % of its size for each process; one rank alone fails on the same limit."""
+    options = {
+        "base": base("lora", **TOO_LARGE),
+        "engine": ENGINES[engine],
+        "variant": "lora",
+        "room": WHOLE * 85 // 100,
+    }
+    case = "tests.contract.cases:step_under_a_limit"
+    assert pool(2).run(case, **options) == ["trained", "trained"]
+    [alone] = pool(1).run(case, **options)
+    assert "alloc" in alone or "memory" in alone.lower(), alone
