@@ -38,6 +38,7 @@ lint: install
 bench: install
 	$(BIN)/python benchmarks/data.py --write
 	$(BIN)/python benchmarks/open_store.py --write
+	$(BIN)/python benchmarks/load.py --write
 	$(BIN)/python benchmarks/peers.py --write
 	$(BIN)/python benchmarks/checkpoint.py --write
 	$(BIN)/python benchmarks/kernels.py --device cpu --small --write
