@@ -182,8 +182,6 @@ def test_tasks_during_a_run_have_the_scores_of_evaluate(made, tmp_path, ranks):
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", refused)
     ended = command("launch", recipe, "--procs-per-node", ranks)
     assert ended.code == EXIT_CONFIG
-    log = "".join(path.read_text() for path in (tmp_path / "tiny/logs").glob("*.log"))
-    assert f"evaluate.best: a higher {name}/acc,none is better" in log
     tiny.write_recipe(recipe, values)
     ended = command("launch", recipe, "--procs-per-node", ranks)
     assert ended.code == 0, ended.err
