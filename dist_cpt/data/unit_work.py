@@ -222,7 +222,10 @@ class _UnitWriter:
         self._vocab_size, self._dtype = vocab_size, token_dtype(vocab_size)
         self._label_dtype = None if label_kind is None else LABEL_FILES[label_kind][1]
         self._last = np.zeros(1, "<i4")[0]  # the length of the last document
-        self._files = {name: (folder / name).open("wb") for name in (IDS, LENGTHS, LABELS)}
+        with ExitStack() as opened:  # a file that cannot be opened or closed leaves none of the others open
+            names = (IDS, LENGTHS, LABELS)
+            self._files = {name: opened.enter_context((folder / name).open("wb")) for name in names}
+            self._opened = opened.pop_all()
 
     def append(self, encoded: Encoded) -> None:
         """Add documents.
@@ -254,5 +257,4 @@ class _UnitWriter:
 
     def close(self) -> None:
         """Close the files, finished or not."""
-        for file in self._files.values():
-            file.close()
+        self._opened.close()

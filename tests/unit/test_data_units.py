@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -21,8 +22,9 @@ from dist_cpt.data import claims
 from dist_cpt.data.claims import claim, is_held
 from dist_cpt.data.containers import Part, read_container
 from dist_cpt.data.prepare import Progress, prepare, prepare_in_part
+from dist_cpt.data.unit_work import LENGTHS
 from dist_cpt.data.units import lines_before, plan_units
-from dist_cpt.errors import ConfigError, DataError, DistCptError, Stopped
+from dist_cpt.errors import ConfigError, DataError, DistCptError, Stopped, WriteError
 from tests.prepared_by_many import UNIT_BYTES, content, recipe, started, write_input
 
 
@@ -36,6 +38,22 @@ def whole(folder: Path) -> dict[str, bytes]:
     """The stores as one process makes them of one unit per source."""
     prepare(recipe(folder, folder / "whole"))
     return content(folder / "whole")
+
+
+def test_a_unit_that_cannot_be_opened_leaves_no_file_open(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unclosed file is a ResourceWarning, which fails a test."""
+    own = Path.open
+
+    def opened(path: Path, *args: str, **kwargs: str) -> object:
+        if path.name == LENGTHS:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return own(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(WriteError):
+        prepare(recipe(folder, tmp_path))
 
 
 def inputs(*paths: Path) -> list[dict[str, object]]:
