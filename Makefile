@@ -22,12 +22,12 @@ demo: install
 
 test: install
 	sh tests/slurm/install.sh
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not matrix and not gpu" --durations=40
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 -m "not matrix and not gpu" --durations=40
 
 # All of it takes hours; SHARD=1/4 to 4/4 are its quarters.
 test-all: install
 	sh tests/slurm/install.sh
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" --timeout=3600 -o faulthandler_timeout=3660 --durations=25
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 -m "not gpu" --timeout=3600 -o faulthandler_timeout=3660 --durations=25
 
 lint: install
 	$(BIN)/ruff check .

@@ -138,7 +138,7 @@ class SourceStream:
 
     def _open(self, mark: Mark) -> None:
         self._close()
-        windows, self._next = self._read(mark), mark.first_block
+        windows, self._next = _read(self.source, self._seed, self._quarantine, mark), mark.first_block
         self._reader = prefetch(lambda _: next(windows), repeat(None), depth=1)
 
     def _read_on(self) -> PlacedWindow:
@@ -154,28 +154,31 @@ class SourceStream:
         self._windows, self._next = (*kept, placed), placed.end
         return placed
 
-    def _read(self, mark: Mark) -> Iterator[PlacedWindow]:
-        """The windows from a mark on, without end."""
-        units, first, epoch, start = self.source.text.units, mark.first_block, mark.epoch, mark.shard
-        epoch_start = mark.epoch_start
-        while True:
-            order = FeistelOrder(len(units), self._seed, f"{self.source.name}/shards", epoch)
-            for shard in range(start, len(units)):
-                mark = Mark(epoch, shard, first, epoch_start)
-                unit = units[int(order(shard))]
-                for number, window in enumerate(_windows(self.source, unit, None if epoch else self._quarantine)):
-                    name = f"{self.source.name}/{unit.number}/{number}"
-                    placed = PlacedWindow(
-                        window, FeistelOrder(window.plan.num_blocks, self._seed, name, epoch), mark, first
-                    )
-                    first = placed.end
-                    yield placed
-            if not start and first == epoch_start:
-                raise DataError(
-                    f"source {self.source.name!r}: {self.source.text.source.place} has no document",
-                    remedy="check the path and the fields that are read (data.sources[].text, .messages, classify)",
-                )
-            epoch, start, epoch_start = epoch + 1, 0, first
+
+def _read(source: StreamedSource, seed: int, quarantine: Path | None, mark: Mark) -> Iterator[PlacedWindow]:
+    """The windows from a mark on, without end; bad records of the first epoch go to `quarantine`.
+
+    It must not refer to its stream: both would then wait for the garbage collector, which may run on a thread that is
+    just starting, where waiting for the threads that read ahead never ends.
+    """
+    units, first, epoch, start = source.text.units, mark.first_block, mark.epoch, mark.shard
+    epoch_start = mark.epoch_start
+    while True:
+        order = FeistelOrder(len(units), seed, f"{source.name}/shards", epoch)
+        for shard in range(start, len(units)):
+            mark = Mark(epoch, shard, first, epoch_start)
+            unit = units[int(order(shard))]
+            for number, window in enumerate(_windows(source, unit, None if epoch else quarantine)):
+                name = f"{source.name}/{unit.number}/{number}"
+                placed = PlacedWindow(window, FeistelOrder(window.plan.num_blocks, seed, name, epoch), mark, first)
+                first = placed.end
+                yield placed
+        if not start and first == epoch_start:
+            raise DataError(
+                f"source {source.name!r}: {source.text.source.place} has no document",
+                remedy="check the path and the fields that are read (data.sources[].text, .messages, classify)",
+            )
+        epoch, start, epoch_start = epoch + 1, 0, first
 
 
 def _windows(source: StreamedSource, unit: Unit, quarantine: Path | None) -> Iterator[Window]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -210,6 +212,21 @@ def test_shards_windows_and_blocks_are_shuffled(streamed: list[StreamedSource]) 
     assert sorted(epochs[0]) == sorted(epochs[1])
     other = SourceStream(streamed[0], 8)
     assert [other.block(n)[0].window.tokens[:8].tolist() for n in (0,)] != first_tokens[:1] or other.block(0)[1] != 0
+
+
+def test_a_stream_that_is_dropped_open_does_not_wait_for_the_garbage_collector(
+    streamed: list[StreamedSource],
+) -> None:
+    """Collected on a thread that is just starting, it would wait for its own threads for ever."""
+    stream = SourceStream(streamed[0], 7)
+    stream.block(0)
+    dropped = weakref.ref(stream)
+    gc.disable()
+    try:
+        del stream
+        assert dropped() is None
+    finally:
+        gc.enable()
 
 
 def test_bad_records_as_when_preparing(folder: Path, tmp_path: Path) -> None:
