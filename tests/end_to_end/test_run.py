@@ -240,10 +240,17 @@ def test_wandb_out_of_reach_trains_on_offline(made, tmp_path, monkeypatch, capfd
     assert list((tmp_path / "tiny/wandb").glob("offline-run-*"))
 
 
-def command(*arguments: str, **kwargs) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "dist_cpt.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def command(*arguments: str) -> subprocess.Popen:
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the background it is ignored, and would stay so
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dist_cpt.cli", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_kill_9_then_the_same_command_finishes_the_run(made, tmp_path):
