@@ -25,7 +25,7 @@ def cores() -> int:
 
 
 def take_with_workers(works: Sequence[SourceWork], num_workers: int, on_poll: Callable[[], object]) -> None:
-    """Let new processes take all units that no living process has; `on_poll` is called about once a second.
+    """Let new processes take all units that no living process has; `on_poll` is called at once and about every second.
 
     Raises:
         DistCptError: that of a worker, or that one was killed.
@@ -40,6 +40,7 @@ def take_with_workers(works: Sequence[SourceWork], num_workers: int, on_poll: Ca
             _start_deaf(worker)
             send.close()
             workers[worker] = receive
+        on_poll()
         while workers:
             wait([worker.sentinel for worker in workers], POLL_SECONDS)
             for worker in [worker for worker in workers if not worker.is_alive()]:

@@ -41,9 +41,10 @@ def best_step(rows: Rows, config: EvaluateConfig) -> int | None:
     """The first step that is best by `evaluate.best`, else by the mean loss over the domain sets; None without any.
 
     With `forgetting.policy: keep_best` it is one where no retention set is over the limit; if all are, the step where
-    the largest rise is least. Step 0 does not count.
+    the largest rise is least. Step 0 does not count, nor an evaluation under way: a save beside it prunes by this.
     """
     limit = _retention_limit(config)
+    rows = _without_unfinished(rows)
     within, beyond = {}, {}
     for step, value in _compared(rows, config.best):
         largest = max(rises(rows, step).values(), default=0.0)
@@ -94,6 +95,15 @@ def numbers_of(rows: Rows, step: int, best: BestConfig) -> dict[str, float]:
 
 
 _NOT_MEASURED = ("step", "attempt", "num_tokens", "base_loss")
+
+
+def _without_unfinished(rows: Rows) -> Rows:
+    """Without the newest evaluation while it lacks sets that the one before it has."""
+    steps = sorted({step for row in rows if isinstance(step := row.get("step"), int)})
+    before, newest = (
+        {row.get("name") for row in rows if row.get("step") == step} for step in [None, None, *steps][-2:]
+    )
+    return rows if before <= newest else [row for row in rows if row.get("step") != steps[-1]]
 
 
 def _compared(rows: Rows, best: BestConfig | None) -> Iterator[tuple[int, float]]:

@@ -142,7 +142,7 @@ def compare(kind: str, method: str, steps: int, tmp_path: Any) -> tuple[Trained,
     without = train(recipe(base, method, "bf16", kernels="reference"), steps)
     assert not without.fusion.fused
     if method == "qlora":  # the same codes in fp32: quantisation is not an error of the kernels
-        save_unpacked(base, str(tmp_path / "unpacked"))
+        save_unpacked(base, str(tmp_path / "unpacked"), "nf4")
         base = str(tmp_path / "unpacked")
     truth = train(recipe(base, method, "fp32", kernels="reference"), steps)
     assert error(fused.moments, truth.moments) <= 2 * error(without.moments, truth.moments)

@@ -101,6 +101,15 @@ def test_the_best_step_learns_most_of_those_within_the_limit():
     assert rises([row(10, "news", 2.0, None)], 10) == {}
 
 
+def test_an_evaluation_under_way_is_not_the_best_yet():
+    """A save beside it would prune the checkpoint that is best."""
+    rows = [row(step, "new", loss, 3.0, "domain") for step, loss in ((2, 2.0), (4, 1.0))]
+    rows.insert(1, row(2, "old", 3.0, 3.0))
+    assert best_step(rows, within(0.5)) == 2
+    assert best_step([*rows, row(4, "old", 3.1, 3.0)], within(0.5)) == 4
+    assert best_step([*rows, row(4, "old", 4.0, 3.0)], within(0.5)) == 2
+
+
 def test_the_best_step_by_a_number_of_one_set_is_the_first_with_it():
     values = [(0, 9.0), (10, 3.0), (20, 5.0), (30, 5.0), (40, 4.0), (50, None)]
     rows = [row(step, "answers", 2.0, None, "domain") | {"accuracy": value} for step, value in values]

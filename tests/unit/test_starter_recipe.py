@@ -78,7 +78,7 @@ def test_an_existing_file_is_not_overwritten(tmp_path):
     ],
 )
 def test_mistakes_are_one_line(tmp_path, arguments, error, said):
-    model = LLAMA_70B if "l40s" in arguments else LLAMA_8B
+    model = LLAMA_70B | {"hidden_size": 131_072, "intermediate_size": 524_288} if "l40s" in arguments else LLAMA_8B
     with pytest.raises(error) as raised:
         init(tmp_path, *arguments, model=model)
     assert said in str(raised.value)
