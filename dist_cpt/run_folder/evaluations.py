@@ -61,7 +61,7 @@ def recorded_best(folder: Path, config: EvaluateConfig) -> int | None:
 
 
 def reason_to_end(rows: Rows, step: int, config: EvaluateConfig) -> str | None:
-    """Why a run ends after the evaluation of `step`; None: it goes on. Step 0 ends none."""
+    """Why a run ends after the evaluation of `step`; None: it continues. Step 0 ends none."""
     limit, best = config.forgetting, config.best
     if step == 0:
         return None

@@ -97,7 +97,7 @@ def evaluate_all(run: Run, progress: Progress) -> None:
 
 
 def why_end_early(run: Run, progress: Progress) -> str | None:
-    """Why the evaluation of this step ends the run, going by its record; None: it goes on. Collective."""
+    """Why the evaluation of this step ends the run, going by its record; None: it continues. Collective."""
     config = run.context.config.evaluate
     return on_rank_zero("evaluate", lambda: reason_to_end(_recorded(run), progress.step, config))
 
